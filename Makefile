@@ -1,0 +1,70 @@
+# Everything runs from the virtual environment .venv, which is made on first use.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := protos server worker deploy tests tools benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format types imports protos protos-check docs docs-check bench check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install everything that constraints.txt pins
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "codistill needs Python 3.11 or newer; give one with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); the first time this takes minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker]' --group dev
+	@touch $(STAMP)
+
+demo: $(STAMP) ## three students learn digits, each alone and then together: the table, and a report
+	@$(BIN)/codistill compare examples/digits.yaml --methods independent,kdcl
+
+test: $(STAMP) ## all tests
+	@tools/test-requirements.sh
+	@$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## the tests that start no processes and no browser
+	@$(BIN)/python -m pytest -m 'not system and not browser'
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff format and fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP) ## pyright, strict on the source
+	@$(BIN)/pyright
+
+imports: $(STAMP) ## who may import whom
+	@$(BIN)/lint-imports
+
+protos: $(STAMP) ## regenerate the gRPC stubs
+	@$(BIN)/python tools/make_protos.py
+
+protos-check: $(STAMP) ## compare the checked-in stubs with regenerated ones
+	@$(BIN)/python tools/make_protos.py --check
+
+docs: $(STAMP) ## regenerate docs/experiment-file.md and docs/exit-codes.md
+	@$(BIN)/python tools/make_docs.py
+
+docs-check: $(STAMP) ## compare the generated documentation with regenerated pages
+	@$(BIN)/python tools/make_docs.py --check
+
+bench: $(STAMP) ## round trips against gloo and Ray, and what a step costs
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python benchmarks/exchange.py
+	@$(BIN)/python benchmarks/step.py
+
+check: lint types imports protos-check docs-check ## all checks that are not tests
+
+clean: ## remove the environments and caches; runs/ stays
+	@rm -rf $(VENV) .venv-protos .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""The contract of codistill: what workers and the aggregation server agree on.
+
+Both sides import this package; it imports neither.
+
+* :mod:`codistill.v1` holds the wire's messages, generated from ``distillation.proto``.
+* :mod:`codistill.tensors` turns tensors into messages and back.
+* :mod:`codistill.experiment` is the experiment file.
+* :mod:`codistill.records` is what a run writes down about itself.
+* :mod:`codistill.exit_codes` is how a process of codistill ends.
+"""
+
+PROTOCOL_VERSION = 1
+"""The version of the contract's behaviour; a worker and a server must speak the same."""
+
+__version__ = "0.1.0"
+
+SESSION_KEY = "codistill-session"
+"""The metadata key of ``Exchange`` that holds the session's number, in decimal."""
+
+SUPERSEDED_KEY = "codistill-superseded"
+"""The trailing metadata key that is set where ABORTED means that a newer worker took the student over."""

@@ -1,0 +1,790 @@
+"""The experiment file: its schema, its reading and its identity.
+
+An experiment is a YAML file that is read into :class:`Experiment`. Unknown keys are refused, every error names the
+path, the value and what is allowed. Everything that decides a run's numbers is in it, so two processes whose
+:func:`identity` agree compute the same thing; fields marked *operational* (a device, a time-out) may differ between
+them and are left out of the identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Data",
+    "Distillation",
+    "Dml",
+    "Exchange",
+    "Experiment",
+    "ExperimentError",
+    "Independent",
+    "Journal",
+    "Kdcl",
+    "Normalize",
+    "Optimizer",
+    "Schedule",
+    "Student",
+    "StudentPlan",
+    "Training",
+    "difference",
+    "identity",
+    "load",
+    "parse",
+]
+
+_OPERATIONAL: dict[str, Any] = {"operational": True}
+_REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+class ExperimentError(ValueError):
+    """An experiment that cannot be used; `problems` holds one line for each thing wrong."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = problems
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+class DatasetInfo(BaseModel):
+    """What is known of a built-in data set without loading it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    classes: int | None
+    channels: int | None
+    size: int | None
+    about: str
+
+
+DATASETS: Mapping[str, DatasetInfo] = {
+    "digits": DatasetInfo(classes=10, channels=1, size=8, about="scikit-learn's 1,797 handwritten digits; no download"),
+    "mnist": DatasetInfo(classes=10, channels=1, size=28, about="torchvision's MNIST"),
+    "fashion_mnist": DatasetInfo(classes=10, channels=1, size=28, about="torchvision's Fashion-MNIST"),
+    "cifar10": DatasetInfo(classes=10, channels=3, size=32, about="torchvision's CIFAR-10"),
+    "cifar100": DatasetInfo(classes=100, channels=3, size=32, about="torchvision's CIFAR-100"),
+    "imagenet": DatasetInfo(classes=1000, channels=3, size=None, about="torchvision's ImageNet; needs `image_size`"),
+    "image_folder": DatasetInfo(
+        classes=None,
+        channels=3,
+        size=None,
+        about="`root`/train/CLASS/* and `root`/test/CLASS/* (or val); needs `classes` and `image_size`",
+    ),
+}
+
+
+class _InconsistentError(ValueError):
+    """What a validator of several fields found: `problems` holds a line for each, its path included."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Augment(_Section):
+    """How training images are varied. Every student draws its own crop and flip of the same sample."""
+
+    crop_padding: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Pixels of zero padding around an image before a random crop of its own size; 0 for none.",
+    )
+    flip: bool = Field(default=False, description="Mirror an image left to right with probability ½.")
+
+
+class Normalize(_Section):
+    """Channel statistics, of pixel values scaled to 0..1."""
+
+    mean: tuple[float, ...] = Field(description="Mean of each channel.", min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        description="Standard deviation of each channel.", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Normalize:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}; give as many of each")
+        return self
+
+
+class Data(_Section):
+    """What the students learn."""
+
+    dataset: str = Field(description="One of `" + "`, `".join(DATASETS) + "`, or `package.module:callable`.")
+    root: str = Field(
+        default="data",
+        description="Folder that holds the data set's files; not used by `digits`.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    download: bool = Field(
+        default=False,
+        description="Let torchvision download the data set into `root` if it is not there.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    classes: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_000_000,
+        description="Number of classes; known for the built-in sets, needed for the others.",
+    )
+    image_size: int | None = Field(
+        default=None, ge=4, le=1024, description="Height and width that images of files are resized and cropped to."
+    )
+    train_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train on this many samples, drawn by `split_seed`; all by default. `digits` has no test split of its own: it trains on 1,347 by default and tests on the rest.",
+    )
+    test_size: int | None = Field(
+        default=None, ge=1, description="Test on this many samples, drawn by `split_seed`; all by default."
+    )
+    held_out: int = Field(
+        default=0,
+        ge=0,
+        description="Training samples set aside, on which `kdcl` with the `general` ensemble measures its weights once an epoch.",
+    )
+    split_seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of `train_size`, `test_size` and `held_out`; apart from `seed`, so that runs with other seeds use the same split.",
+    )
+    augment: Augment = Field(default_factory=Augment, description="How training images are varied.")
+    normalize: Normalize | None = Field(
+        default=None,
+        description="Channel statistics; measured on the training samples by default (ImageNet's for `imagenet`).",
+    )
+    memory_limit_gib: float = Field(
+        default=4.0,
+        gt=0,
+        description="Decoded images up to this size are kept on the device as uint8; a larger set streams from disk.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    loader_workers: int = Field(
+        default=2,
+        ge=0,
+        le=256,
+        description="Threads that decode images where the set streams from disk.",
+        json_schema_extra=_OPERATIONAL,
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _name_or_reference(value, DATASETS, "data set")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        known = DATASETS.get(self.dataset)
+        if known is not None and known.classes is not None and self.classes not in (None, known.classes):
+            raise ValueError(f"classes: {self.classes}, but {self.dataset} has {known.classes}; leave it out")
+        if (known is None or known.classes is None) and self.classes is None:
+            raise ValueError(f"dataset {self.dataset} needs `classes`, its number of classes")
+        if known is not None and known.size is None and self.image_size is None:
+            raise ValueError(f"dataset {self.dataset} needs `image_size`, the height and width to resize images to")
+        return self
+
+    @property
+    def class_count(self) -> int:
+        """The number of classes, given or known."""
+        known = DATASETS.get(self.dataset)
+        count = self.classes or (known.classes if known else None)
+        assert count is not None  # noqa: S101 - _complete saw to it
+        return count
+
+
+class Optimizer(_Section):
+    """The student's optimiser, one of torch.optim's."""
+
+    name: Literal["sgd", "adamw"] = Field(default="sgd", description="`sgd` or `adamw`.")
+    lr: float = Field(default=0.1, gt=0, description="Peak learning rate.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of `sgd`; not used by `adamw`.")
+    nesterov: bool = Field(default=False, description="Nesterov momentum of `sgd`.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="Decay rates of `adamw`'s moments."
+    )
+    weight_decay: float = Field(default=5e-4, ge=0, description="Weight decay.")
+    decay_norm_and_bias: bool = Field(default=True, description="Decay biases and normalisation weights too.")
+
+
+class Schedule(_Section):
+    """How the learning rate moves, per round."""
+
+    name: Literal["constant", "cosine", "steps"] = Field(
+        default="cosine", description="`constant`; `cosine` down to `min_lr`; `steps`: times `gamma` at each milestone."
+    )
+    warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of linear rise from 0 to the peak.")
+    min_lr: float = Field(default=0.0, ge=0, description="Where `cosine` ends.")
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(), description="Epochs at which `steps` lowers the rate."
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="What `steps` multiplies the rate by.")
+
+    @model_validator(mode="after")
+    def _steps_have_milestones(self) -> Schedule:
+        if self.name == "steps" and not self.milestones:
+            raise ValueError("schedule `steps` needs `milestones`, the epochs at which it lowers the rate")
+        return self
+
+
+class Training(_Section):
+    """How a student learns."""
+
+    epochs: int = Field(ge=1, le=1_000_000, description="Passes over the training samples.")
+    batch_size: int = Field(
+        default=64,
+        ge=1,
+        le=1_000_000,
+        description="Samples of a round; the same for every student. What is left of an epoch is dropped.",
+    )
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="The optimiser.")
+    schedule: Schedule = Field(default_factory=Schedule, description="The learning rate's course.")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Scale gradients down to this norm; off by default."
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="`bfloat16` runs the forward pass under autocast."
+    )
+    channels_last: bool = Field(
+        default=False, description="Keep images and weights in channels-last memory order: faster on recent GPUs."
+    )
+    threads: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="CPU threads of each worker. Part of the experiment, as another number gives other bits.",
+    )
+    evaluate_every: int = Field(
+        default=1,
+        ge=1,
+        description="Epochs between two evaluations on the test split; the last epoch is always evaluated.",
+    )
+    evaluation_batch_size: int = Field(default=500, ge=1, description="Samples of one forward pass of an evaluation.")
+    checkpoint_every: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds between two checkpoints; 0 for one after every round. The last round is always saved.",
+        json_schema_extra=_OPERATIONAL,
+    )
+
+
+class Independent(_Section):
+    """Every student alone, on the labels: the baseline of every comparison. Nothing is exchanged."""
+
+    method: Literal["independent"] = Field(default="independent", description="Each student alone.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="ε of y' = (1−ε)·onehot + ε/C.")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether students publish anything."""
+        return False
+
+    @property
+    def title(self) -> str:
+        """The method with its variant."""
+        return self.method
+
+
+class _Exchanging(_Section):
+    @property
+    def exchanges(self) -> bool:
+        """Whether students publish anything."""
+        return True
+
+    @property
+    def title(self) -> str:
+        """The method with its variant."""
+        return cast("str", getattr(self, "method"))  # noqa: B009 - each subclass declares its own literal
+
+
+class Dml(_Exchanging):
+    """Deep mutual learning (Zhang et al. 2018): every student mimics the others' probabilities."""
+
+    method: Literal["dml"] = Field(default="dml", description="Deep mutual learning.")
+    weight: float = Field(default=1.0, ge=0, description="Weight of the mutual term.")
+    temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
+
+
+class Kdcl(_Exchanging):
+    """Collaborative learning (Guo et al. 2020): every student learns from one ensemble's soft target."""
+
+    method: Literal["kdcl"] = Field(default="kdcl", description="Collaborative learning with an ensemble.")
+    ensemble: Literal["naive", "linear", "min_logit", "general"] = Field(
+        default="min_logit",
+        description="How the target is made: the best student's logits; the best combination; the least margins; weights measured on held-out samples.",
+    )
+    weight: float = Field(default=1.0, ge=0, description="λ, the weight of the distillation term.")
+    temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")
+
+    @property
+    def title(self) -> str:
+        """The method with its variant."""
+        return f"{self.method}/{self.ensemble}"
+
+
+Distillation = Annotated[Independent | Dml | Kdcl, Field(discriminator="method")]
+
+
+class Journal(_Section):
+    """The closed rounds on the server's disk."""
+
+    durability: Literal["process", "power"] = Field(
+        default="process",
+        description="`process`: a closed round survives the death of every process; `power`: of the machine too, at the cost of a sync per round.",
+    )
+    keep: Literal["needed", "all"] = Field(
+        default="needed",
+        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round.",
+    )
+
+
+class Exchange(_Section):
+    """How workers and server speak."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32",
+        description="Element type of logits and targets on the wire. `float16` halves the traffic and moves a target's probabilities by less than 1e-3 while logits are within ±8.",
+    )
+    connect_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds that a worker tries to reach a server that it has never reached.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    give_up_after: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds that a worker waits for one round's targets, or for a server that went away, before it ends.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    waiting_notice: float = Field(
+        default=5.0,
+        gt=0,
+        description="Seconds between the server's notices to those who wait.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    journal: Journal = Field(
+        default_factory=Journal, description="The closed rounds on the server's disk.", json_schema_extra=_OPERATIONAL
+    )
+
+    @model_validator(mode="after")
+    def _nested(self) -> Exchange:
+        if self.waiting_notice >= self.give_up_after:
+            raise ValueError(
+                f"waiting_notice: {self.waiting_notice} s must be shorter than give_up_after: {self.give_up_after} s"
+            )
+        return self
+
+
+class TrainingOverrides(_Section):
+    """What of `training` one student may have of its own."""
+
+    optimizer: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.optimizer`.")
+    schedule: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.schedule`.")
+    clip_norm: float | None = Field(default=None, gt=0, description="As in `training`.")
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        description="As in `training`.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
+    channels_last: bool | None = Field(default=None, description="As in `training`.")
+    threads: int | None = Field(default=None, ge=1, le=256, description="As in `training`.")
+
+
+class DataOverrides(_Section):
+    """What of `data` one student may have of its own."""
+
+    augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
+
+
+class DistillationOverrides(_Section):
+    """What of `distillation` one student may have of its own."""
+
+    weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
+    temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
+
+
+class Student(_Section):
+    """One student: a model, and whatever it does differently from the others."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
+    )
+    model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the model: text, finite numbers, lists, maps."
+    )
+    training: TrainingOverrides = Field(
+        default_factory=TrainingOverrides, description="What this student trains differently."
+    )
+    data: DataOverrides = Field(default_factory=DataOverrides, description="What this student sees differently.")
+    distillation: DistillationOverrides = Field(
+        default_factory=DistillationOverrides, description="What this student distils differently."
+    )
+
+    @field_validator("model_args")
+    @classmethod
+    def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, item in value.items():
+            try:
+                json.dumps(item, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{key}: {_shown(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
+                    "lists and maps of them"
+                ) from error
+        return value
+
+
+class StudentPlan(_Section):
+    """One student's settings with every override applied; see :meth:`Experiment.plan`."""
+
+    student: Student
+    data: Data
+    training: Training
+    distillation: Distillation
+
+
+class Experiment(_Section):
+    """One run: what is learnt, by whom, and how they teach one another."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Names the run folder and the metrics.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Everything random in a run follows from it.")
+    data: Data = Field(description="What the students learn.")
+    training: Training = Field(description="How they learn.")
+    distillation: Distillation = Field(
+        default_factory=Kdcl, description="How they teach one another; `method` chooses which keys there are."
+    )
+    exchange: Exchange = Field(default_factory=Exchange, description="How workers and server speak.")
+    students: tuple[Student, ...] = Field(
+        min_length=1,
+        max_length=256,
+        description="Who learns. The order is that of every table, and of an ensemble's reduction.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        problems = list(self._problems())
+        if problems:
+            raise _InconsistentError(problems)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        seen: dict[str, int] = {}
+        for position, student in enumerate(self.students):
+            first = seen.setdefault(student.name, position)
+            if first != position:
+                yield f"students.{position}.name: {student.name!r} is the name of students.{first} already; give each its own"
+        if self.distillation.exchanges and len(self.students) < 2:
+            yield (
+                f"distillation.method: {self.distillation.method!r} needs at least 2 students, there is {len(self.students)}; "
+                "add one, or choose `independent`"
+            )
+        if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
+            yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
+        if self.data.train_size is not None:
+            trained = self.data.train_size - self.data.held_out
+            if trained < self.training.batch_size:
+                yield (
+                    f"training.batch_size: {self.training.batch_size} is larger than the {max(trained, 0)} training samples "
+                    "(data.train_size less data.held_out)"
+                )
+        for position, student in enumerate(self.students):
+            if isinstance(self.distillation, Dml) and student.distillation.temperature is not None:
+                yield (
+                    f"students.{position}.distillation.temperature: {student.distillation.temperature}, but `dml` softens "
+                    "all students' logits alike; set distillation.temperature"
+                )
+            try:
+                self._plan(student)
+            except ValidationError as error:
+                yield from (f"students.{position}.{line}" for line in _lines(error, StudentPlan))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The students' names, in order."""
+        return tuple(student.name for student in self.students)
+
+    def plan(self, name: str) -> StudentPlan:
+        """Returns the settings of one student, overrides applied.
+
+        Raises:
+            KeyError: there is no student of that name.
+        """
+        student = next((each for each in self.students if each.name == name), None)
+        if student is None:
+            raise KeyError(name)
+        return self._plan(student)
+
+    def _plan(self, student: Student) -> StudentPlan:
+        overrides = student.model_dump(include={"training", "data", "distillation"}, exclude_unset=True)
+        sections: dict[str, Any] = {}
+        for section in ("data", "training", "distillation"):
+            base = getattr(self, section).model_dump()
+            own = {key: value for key, value in overrides.get(section, {}).items() if value is not None}
+            if section == "distillation":  # a method without the parameter has nothing to override
+                own = {key: value for key, value in own.items() if key in base}
+            sections[section] = _merge(base, own)
+        return StudentPlan.model_validate({"student": student, **sections})
+
+    def replace(self, **changes: Any) -> Experiment:
+        """Returns the experiment with top-level fields replaced, validated again.
+
+        Raises:
+            ExperimentError: a change does not fit the schema or the other fields.
+        """
+        return _validated({**dict(self), **changes}, self.name)
+
+    def to_yaml(self) -> str:
+        """Returns the resolved experiment as a file that reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path) -> Experiment:
+    """Reads an experiment file.
+
+    Raises:
+        ExperimentError: the file cannot be read, is not YAML, or does not fit the schema.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExperimentError(str(path), [f"cannot be read: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        raise ExperimentError(str(path), [f"is not UTF-8 text: {error.reason} at byte {error.start}"]) from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str = "experiment") -> Experiment:
+    """Reads an experiment from YAML text; `source` names it in errors.
+
+    Raises:
+        ExperimentError: the text is not YAML or does not fit the schema.
+    """
+    try:
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 0b and 0x_ look like numbers to YAML and are none
+        where = getattr(error, "problem_mark", None)
+        place = f" at line {where.line + 1}, column {where.column + 1}" if where is not None else ""
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ExperimentError(source, [f"is not YAML: {what}{place}"]) from error
+    if not isinstance(document, dict):
+        kind = "empty" if document is None else f"a {type(document).__name__}"
+        raise ExperimentError(source, [f"is {kind}; expected the keys {', '.join(Experiment.model_fields)}"])
+    return _validated(cast("dict[Any, Any]", document), source)
+
+
+def identity(experiment: Experiment) -> str:
+    """Returns what of an experiment must be the same everywhere, as canonical JSON."""
+    return json.dumps(_identity_of(experiment), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def difference(ours: str, theirs: str) -> str | None:
+    """Returns one line on the first field in which two identities differ, or None if they are equal.
+
+    Args:
+        ours: the run's identity.
+        theirs: the other one's; it may be any text, as it comes from outside.
+    """
+    if ours == theirs:
+        return None
+    left, right = _fields_in(ours), _fields_in(theirs)
+    if left is None or right is None:
+        return "experiment: what was sent is not the JSON of an experiment"
+    for path in sorted({*left, *right}):
+        have, has = left.get(path, _MISSING), right.get(path, _MISSING)
+        if have != has:
+            shown = _cut(path if path.isprintable() else ascii(path))
+            return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
+    return "experiment: written differently"
+
+
+_MISSING = "nothing"
+_T = TypeVar("_T")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML safely, takes 1e-3 for a number and a date for text, and refuses a key given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Here, as later the keys of a merge (<<) stand among a mapping's own, which may well repeat them.
+        node: Any = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(  # YAML 1.1 wants a dot in a number with an exponent; nobody expects that
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        merged[key] = (
+            _merge(cast("dict[str, Any]", inner), value)
+            if isinstance(inner, dict) and isinstance(value, dict)
+            else value
+        )
+    return merged
+
+
+def _name_or_reference(value: str, known: Mapping[str, _T], what: str) -> str:
+    if value in known or re.fullmatch(_REFERENCE, value):
+        return value
+    close = difflib.get_close_matches(value, known, 1)
+    hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+    raise ValueError(f"unknown {what}; {hint}: {', '.join(known)}, or package.module:callable")
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {
+            name: _identity_of(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+        }
+    if isinstance(value, tuple | list):
+        return [_identity_of(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {str(key): _identity_of(item) for key, item in cast("dict[Any, Any]", value).items()}
+    return value
+
+
+def _fields_in(text: str) -> dict[str, str] | None:
+    try:
+        document = json.loads(text)
+        return _flat(document) if isinstance(document, dict) and document else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        pairs = [(str(key), item) for key, item in cast("dict[Any, Any]", value).items()]
+    elif isinstance(value, list) and value:
+        pairs = [(str(index), item) for index, item in enumerate(cast("list[Any]", value))]
+    else:
+        return {path: json.dumps(value)}
+    return {key: text for name, item in pairs for key, text in _flat(item, f"{path}.{name}" if path else name).items()}
+
+
+def _validated(document: dict[Any, Any], source: str) -> Experiment:
+    try:
+        return Experiment.model_validate(document)
+    except ValidationError as error:
+        raise ExperimentError(source, _lines(error, Experiment)) from error
+
+
+def _lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    lines: list[str] = []
+    for each in error.errors():
+        cause = each.get("ctx", {}).get("error")
+        lines += (
+            cause.problems if isinstance(cause, _InconsistentError) else [_line(cast("dict[str, Any]", each), root)]
+        )
+    return lines
+
+
+def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
+    location = list(error["loc"])
+    if location[:1] == ["distillation"]:
+        del location[1:2]  # the method, which pydantic puts between the section and its key
+    path = ".".join(str(part) for part in location)
+    value = error.get("input")
+    kind = error["type"]
+    context: dict[str, Any] = error.get("ctx") or {}
+    if kind == "extra_forbidden":
+        allowed = sorted(_fields_at(root, location[:-1], error["loc"]))
+        close = difflib.get_close_matches(str(location[-1]), allowed, 1)
+        hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+        return f"{path}: unknown key; {hint}: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{path}: is needed and not given"
+    if kind == "union_tag_invalid":
+        return f"{path}.method: {context.get('tag')!r} is not a method; allowed: independent, dml, kdcl"
+    if kind == "union_tag_not_found":
+        return f"{path}.method: is needed and not given; allowed: independent, dml, kdcl"
+    if kind == "value_error":
+        message = str(error["msg"]).removeprefix("Value error, ")
+        return (
+            f"{path}: {_shown(value)}: {message}"
+            if path and not isinstance(value, dict | BaseModel)
+            else f"{path}: {message}".removeprefix(": ")
+        )
+    return f"{path}: {_shown(value)} is not allowed: {_first_lower(str(error['msg']))}"
+
+
+def _first_lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields_at(root: type[BaseModel], path: list[Any], full: tuple[Any, ...]) -> set[str]:
+    """Returns the keys allowed at a path; `full` still holds the union tags that `path` was shown without."""
+    candidates: list[type[BaseModel]] = [root]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        inner: list[type[BaseModel]] = []
+        for model in candidates:
+            if part in model.model_fields:
+                inner += _models_in(model.model_fields[part].annotation)
+        candidates = inner
+    tagged = [
+        model for model in candidates if "method" in model.model_fields and model.model_fields["method"].default in full
+    ]
+    return {name for model in tagged or candidates for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return []

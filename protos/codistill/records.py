@@ -1,0 +1,121 @@
+"""What a run writes down about itself: JSON lines that the server appends to and reports are made from.
+
+A run folder holds ``metrics.jsonl``, whose lines are :class:`Joined`, :class:`Measured`, :class:`Paced` and
+:class:`RoundsClosed`, and ``events.jsonl``, whose lines are :class:`Happened`. A student that resumes repeats the
+rounds after its checkpoint, so a later line about the same student, split and round stands for the earlier one.
+A last line without its end, as a killed process leaves it, is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+__all__ = ["Happened", "Joined", "Measured", "Paced", "Record", "RoundsClosed", "StudentWait", "read"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    time: float = Field(description="Seconds since 1970-01-01 UTC.")
+
+
+class Joined(_Record):
+    """A student joined the run."""
+
+    kind: Literal["joined"] = "joined"
+    student: str
+    model: str
+    parameters: int
+    device: str
+    total_rounds: int
+
+
+class Measured(_Record):
+    """How a student did on one split after `round` rounds."""
+
+    kind: Literal["measured"] = "measured"
+    student: str
+    split: Literal["train", "test"]
+    round: int
+    epoch: float
+    accuracy: float
+    """Share of samples classified correctly, 0 to 1."""
+    loss: float
+    """Mean cross-entropy in nats."""
+    distillation_loss: float | None = None
+
+
+class Paced(_Record):
+    """How fast a student goes: medians since its last report, in seconds."""
+
+    kind: Literal["paced"] = "paced"
+    student: str
+    round: int
+    step_seconds: float
+    wait_seconds: float
+
+
+class StudentWait(BaseModel):
+    """What the other students waited for one, over a span of rounds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rounds: int
+    """In how many of the rounds it was the last to contribute."""
+    seconds: float
+    """For how long altogether it was the only one missing."""
+
+
+class RoundsClosed(_Record):
+    """A span of closed rounds, `first` to `last` inclusive."""
+
+    kind: Literal["rounds"] = "rounds"
+    first: int
+    last: int
+    seconds: float
+    """From the closing of the round before `first` to the closing of `last`."""
+    wait_p50: float
+    """Median over the rounds of the time from the first contribution to the last, in seconds."""
+    wait_max: float
+    waits: dict[str, StudentWait]
+    ensemble_accuracy: float | None = None
+    disagreement: dict[str, float] = Field(default_factory=dict)
+    """Share of samples on which two students differ, by ``first|second``."""
+
+
+class Happened(_Record):
+    """An event: a short stable word, whom it concerns, and a line for people."""
+
+    kind: Literal["event"] = "event"
+    what: str
+    student: str = ""
+    message: str = ""
+
+
+Record = Annotated[Joined | Measured | Paced | RoundsClosed | Happened, Field(discriminator="kind")]
+
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+
+
+def read(path: Path) -> Iterator[Record]:
+    """Yields a file's records in order; none if there is no such file.
+
+    Raises:
+        ValueError: a line other than an unfinished last one is not a record.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield _RECORD.validate_json(line)
+            except ValidationError as error:
+                raise ValueError(
+                    f"{path}: line {number} is not a record of a run: {error.errors()[0]['msg']}"
+                ) from error

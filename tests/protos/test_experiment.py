@@ -1,0 +1,700 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from codistill.experiment import (
+    DATASETS,
+    Dml,
+    Experiment,
+    ExperimentError,
+    Independent,
+    Kdcl,
+    Student,
+    difference,
+    identity,
+    load,
+    parse,
+)
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
+DATASET_NAMES = "digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, image_folder"
+
+
+def document() -> dict[str, Any]:
+    """Returns the smallest experiment there is: everything else is default."""
+    return {
+        "name": "tiny",
+        "data": {"dataset": "digits"},
+        "training": {"epochs": 2},
+        "students": [{"name": "ant", "model": "mlp"}, {"name": "bee", "model": "cnn"}],
+    }
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the smallest experiment with values put at dotted paths; a number is a position in a list."""
+    whole = document()
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        place: Any = whole
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    return whole
+
+
+def experiment(**changes: Any) -> Experiment:
+    return parse(yaml.safe_dump(changed({key.replace("__", "."): value for key, value in changes.items()})))
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        parse(text, "file.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines == [f"file.yaml: {problem}" for problem in caught.value.problems], "a line for each problem"
+    assert caught.value.source == "file.yaml"
+    return caught.value.problems
+
+
+class TestDefaults:
+    def test_the_smallest_experiment(self) -> None:
+        small = experiment()
+        assert small.names == ("ant", "bee")
+        assert small.seed == 0
+        assert small.distillation == Kdcl(ensemble="min_logit", weight=1, temperature=2)
+        assert small.distillation.title == "kdcl/min_logit"
+        assert small.exchange.dtype == "float32"
+        assert small.exchange.journal.keep == "needed"
+        assert (small.exchange.give_up_after, small.exchange.waiting_notice) == (600, 5)
+        assert (small.training.batch_size, small.training.optimizer.name, small.training.optimizer.lr) == (
+            64,
+            "sgd",
+            0.1,
+        )
+        assert small.data.class_count == 10
+
+    def test_the_methods(self) -> None:
+        assert (Dml().title, Dml().exchanges, Dml().temperature) == ("dml", True, 1)
+        assert (Independent().title, Independent().exchanges) == ("independent", False)
+        assert Kdcl(ensemble="naive").title == "kdcl/naive"
+
+    def test_the_example_of_the_documentation(self) -> None:
+        digits = load(EXAMPLE)
+        assert digits.names == ("mlp", "cnn", "vit")
+        assert digits.training.optimizer.lr == 4e-3
+        assert digits.distillation == Kdcl()
+        assert load(str(EXAMPLE)) == digits
+
+    def test_every_field_says_what_it_is(self) -> None:
+        seen: set[type[BaseModel]] = set()
+
+        def visit(model: type[BaseModel]) -> None:
+            if model in seen:
+                return
+            seen.add(model)
+            for name, field in model.model_fields.items():
+                assert field.description, f"{model.__name__}.{name} has no description"
+                assert field.description.endswith("."), f"{model.__name__}.{name}: {field.description!r}"
+                for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                    if isinstance(inner, type) and issubclass(inner, BaseModel):
+                        visit(inner)
+
+        visit(Experiment)
+        assert {Experiment, Student, Kdcl, Dml, Independent} <= seen
+
+    @pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-3", "+1e-3"])
+    def test_a_number_with_an_exponent_is_a_number(self, text: str) -> None:
+        small = parse(yaml.safe_dump(document()).replace("epochs: 2", f"epochs: 2\n  clip_norm: {text}"))
+        assert small.training.clip_norm == 0.001
+
+    def test_a_date_is_text(self) -> None:
+        assert parse(yaml.safe_dump(document()).replace("tiny", "2024-12-31")).name == "2024-12-31"
+        assert parse(yaml.safe_dump(document()).replace("tiny", "2024-31-12")).name == "2024-31-12"
+
+    def test_anchors_and_merges(self) -> None:
+        text = yaml.safe_dump({key: value for key, value in document().items() if key != "students"}) + (
+            "students:\n"
+            "- &one {name: ant, model: mlp, training: &t {threads: 2, device: cpu}}\n"
+            "- &two {<<: *one, name: bee, training: {<<: *t, threads: 3}}\n"
+            "- {<<: *two, name: cat}\n"
+        )
+        read = parse(text)
+        assert read.names == ("ant", "bee", "cat")
+        assert [student.training.threads for student in read.students] == [2, 3, 3]
+        assert [student.training.device for student in read.students] == ["cpu"] * 3
+
+    @pytest.mark.parametrize("reference", ["torchvision:resnet18", "my_package.data:load"])
+    def test_a_data_set_of_ones_own(self, reference: str) -> None:
+        own = experiment(data__dataset=reference, data__classes=7)
+        assert own.data.class_count == 7
+
+    def test_data_sets_are_described(self) -> None:
+        assert ", ".join(DATASETS) == DATASET_NAMES
+
+
+TOP = "data, distillation, exchange, name, seed, students, training"
+OVERRIDES = "channels_last, clip_norm, device, optimizer, precision, schedule, threads"
+OPTIMIZER = "betas, decay_norm_and_bias, lr, momentum, name, nesterov, weight_decay"
+METHOD_ALLOWED = "allowed: independent, dml, kdcl"
+KDCL = {"method": "kdcl"}
+
+BAD: list[tuple[dict[str, Any], list[str]]] = [
+    # keys that are not known
+    ({"trainig": {}}, [f"trainig: unknown key; did you mean 'training'? Allowed: {TOP}"]),
+    ({"zzz": 1}, [f"zzz: unknown key; allowed: {TOP}"]),
+    ({"kdcl": {"temperature": 2}}, [f"kdcl: unknown key; allowed: {TOP}"]),
+    (
+        {"training.optimizer.learning_rate": 0.1},
+        [f"training.optimizer.learning_rate: unknown key; allowed: {OPTIMIZER}"],
+    ),
+    (
+        {"training.optimizer.momentun": 0.1},
+        [f"training.optimizer.momentun: unknown key; did you mean 'momentum'? Allowed: {OPTIMIZER}"],
+    ),
+    (
+        {"distillation": {**KDCL, "temprature": 2}},
+        [
+            (
+                "distillation.temprature: unknown key; did you mean 'temperature'? Allowed: ensemble, method, temperature, "
+                "weight"
+            )
+        ],
+    ),
+    (
+        {"distillation": {**KDCL, "kdcl": 2}},
+        ["distillation.kdcl: unknown key; allowed: ensemble, method, temperature, weight"],
+    ),
+    (
+        {"distillation": {"method": "dml", "ensemble": "naive"}},
+        ["distillation.ensemble: unknown key; allowed: method, temperature, weight"],
+    ),
+    (
+        {"exchange.journal.kep": "all"},
+        ["exchange.journal.kep: unknown key; did you mean 'keep'? Allowed: durability, keep"],
+    ),
+    (
+        {"students.1.modell": "mlp"},
+        [
+            (
+                "students.1.modell: unknown key; did you mean 'model'? Allowed: data, distillation, model, model_args, name, "
+                "training"
+            )
+        ],
+    ),
+    # a student's own keys
+    ({"students.1.training": {"epochs": 3}}, [f"students.1.training.epochs: unknown key; allowed: {OVERRIDES}"]),
+    (
+        {"students.1.training": {"optimizer": {"lrr": 3}}},
+        [f"students.1.training.optimizer.lrr: unknown key; did you mean 'lr'? Allowed: {OPTIMIZER}"],
+    ),
+    (
+        {"students.1.training": {"optimizer": {"lr": -3}}},
+        ["students.1.training.optimizer.lr: -3 is not allowed: input should be greater than 0"],
+    ),
+    (
+        {"students.0.training": {"schedule": {"name": "steps"}}},
+        ["students.0.training.schedule: schedule `steps` needs `milestones`, the epochs at which it lowers the rate"],
+    ),
+    (
+        {"students.0.data": {"augment": {"flipp": True}}},
+        ["students.0.data.augment.flipp: unknown key; did you mean 'flip'? Allowed: crop_padding, flip"],
+    ),
+    ({"students.0.data": {"root": "x"}}, ["students.0.data.root: unknown key; allowed: augment"]),
+    (
+        {"students.0.distillation": {"dml": 1}},
+        ["students.0.distillation.dml: unknown key; allowed: temperature, weight"],
+    ),
+    (
+        {"students.0.distillation": {"weight": -1}},
+        ["students.0.distillation.weight: -1 is not allowed: input should be greater than or equal to 0"],
+    ),
+    (
+        {"students.0.model_args": {"width": 3, "limit": float("inf")}},
+        [
+            (
+                "students.0.model_args: limit: inf is not allowed; allowed are text, finite numbers, true, false, null, "
+                "lists and maps of them"
+            )
+        ],
+    ),
+    # values of a wrong type or out of range
+    (
+        {"training.epochs": "sixty"},
+        [
+            (
+                "training.epochs: 'sixty' is not allowed: input should be a valid integer, unable to parse string as an "
+                "integer"
+            )
+        ],
+    ),
+    ({"training.epochs": 0}, ["training.epochs: 0 is not allowed: input should be greater than or equal to 1"]),
+    (
+        {"training.epochs": 1.5},
+        ["training.epochs: 1.5 is not allowed: input should be a valid integer, got a number with a fractional part"],
+    ),
+    ({"training": 5}, ["training: 5 is not allowed: input should be a valid dictionary or instance of Training"]),
+    (
+        {"training.optimizer.name": "adam"},
+        ["training.optimizer.name: 'adam' is not allowed: input should be 'sgd' or 'adamw'"],
+    ),
+    (
+        {"training.optimizer.lr": float("nan")},
+        ["training.optimizer.lr: nan is not allowed: input should be a finite number"],
+    ),
+    (
+        {"training.optimizer.betas": [0.9, 1.0]},
+        ["training.optimizer.betas.1: 1.0 is not allowed: input should be less than 1"],
+    ),
+    (
+        {"training.precision": "float64"},
+        ["training.precision: 'float64' is not allowed: input should be 'float32' or 'bfloat16'"],
+    ),
+    (
+        {"training.device": "gpu"},
+        ["training.device: 'gpu' is not allowed: string should match pattern '^(auto|cpu|cuda|cuda:\\d+)$'"],
+    ),
+    ({"seed": -1}, ["seed: -1 is not allowed: input should be greater than or equal to 0"]),
+    ({"seed": 2**63}, [f"seed: {2**63} is not allowed: input should be less than {2**63}"]),
+    ({"name": 7}, ["name: 7 is not allowed: input should be a valid string"]),
+    (
+        {"name": "a/b"},
+        ["name: 'a/b' is not allowed: string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$'"],
+    ),
+    (
+        {"students.0.name": "../up"},
+        ["students.0.name: '../up' is not allowed: string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$'"],
+    ),
+    ({"students": []}, ["students: [] is not allowed: tuple should have at least 1 item after validation, not 0"]),
+    (
+        {"distillation": {**KDCL, "ensemble": "mean"}},
+        ["distillation.ensemble: 'mean' is not allowed: input should be 'naive', 'linear', 'min_logit' or 'general'"],
+    ),
+    (
+        {"exchange.dtype": "int8"},
+        ["exchange.dtype: 'int8' is not allowed: input should be 'float32', 'float16' or 'bfloat16'"],
+    ),
+    (
+        {"exchange.waiting_notice": 600},
+        ["exchange: waiting_notice: 600.0 s must be shorter than give_up_after: 600.0 s"],
+    ),
+    (
+        {"training.schedule": {"name": "steps"}},
+        ["training.schedule: schedule `steps` needs `milestones`, the epochs at which it lowers the rate"],
+    ),
+    # names that are not known
+    ({"distillation": {"method": "kdc"}}, [f"distillation.method: 'kdc' is not a method; {METHOD_ALLOWED}"]),
+    ({"distillation": {"weight": 1}}, [f"distillation.method: is needed and not given; {METHOD_ALLOWED}"]),
+    (
+        {"data.dataset": "cifar-10"},
+        [
+            (
+                "data.dataset: 'cifar-10': unknown data set; did you mean 'cifar10'? "
+                f"Allowed: {DATASET_NAMES}, or package.module:callable"
+            )
+        ],
+    ),
+    (
+        {"data.dataset": "zzz"},
+        [f"data.dataset: 'zzz': unknown data set; allowed: {DATASET_NAMES}, or package.module:callable"],
+    ),
+    # fields that do not go together
+    ({"data.classes": 11}, ["data: classes: 11, but digits has 10; leave it out"]),
+    ({"data.dataset": "mine:load"}, ["data: dataset mine:load needs `classes`, its number of classes"]),
+    (
+        {"data.dataset": "imagenet"},
+        ["data: dataset imagenet needs `image_size`, the height and width to resize images to"],
+    ),
+    (
+        {"data.normalize": {"mean": [0.5, 0.5], "std": [1]}},
+        ["data.normalize: mean has 2 channels, std has 1; give as many of each"],
+    ),
+    (
+        {"data.normalize": {"mean": [0.5, 0.5], "std": [1, 0]}},
+        ["data.normalize.std.1: 0 is not allowed: input should be greater than 0"],
+    ),
+    (
+        {"students.1.name": "ant"},
+        ["students.1.name: 'ant' is the name of students.0 already; give each its own"],
+    ),
+    (
+        {"students": [{"name": "ant", "model": "mlp"}] * 3},
+        [f"students.{at}.name: 'ant' is the name of students.0 already; give each its own" for at in (1, 2)],
+    ),
+    *(
+        (
+            {"distillation": {"method": method}, "students": [{"name": "ant", "model": "mlp"}]},
+            [
+                f"distillation.method: '{method}' needs at least 2 students, there is 1; add one, or choose `independent`"
+            ],
+        )
+        for method in ("dml", "kdcl")
+    ),
+    (
+        {"distillation": {**KDCL, "ensemble": "general"}},
+        [
+            (
+                "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example "
+                "to 1000"
+            )
+        ],
+    ),
+    (
+        {"data.train_size": 63},
+        ["training.batch_size: 64 is larger than the 63 training samples (data.train_size less data.held_out)"],
+    ),
+    (
+        {"data.train_size": 100, "data.held_out": 50},
+        ["training.batch_size: 64 is larger than the 50 training samples (data.train_size less data.held_out)"],
+    ),
+    (
+        {"data.train_size": 10, "data.held_out": 50},
+        ["training.batch_size: 64 is larger than the 0 training samples (data.train_size less data.held_out)"],
+    ),
+    # several at once
+    (
+        {"training.epochs": 0, "data.root": 5, "students.0.nam": "x"},
+        [
+            "data.root: 5 is not allowed: input should be a valid string",
+            "training.epochs: 0 is not allowed: input should be greater than or equal to 1",
+            (
+                "students.0.nam: unknown key; did you mean 'name'? Allowed: data, distillation, model, model_args, name, "
+                "training"
+            ),
+        ],
+    ),
+    (
+        {"students.1": {"name": "ant", "model": "mlp", "training": {"optimizer": {"lr": 0}}}, "data.train_size": 1},
+        [
+            "students.1.name: 'ant' is the name of students.0 already; give each its own",
+            "training.batch_size: 64 is larger than the 1 training samples (data.train_size less data.held_out)",
+            "students.1.training.optimizer.lr: 0 is not allowed: input should be greater than 0",
+        ],
+    ),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("changes", "expected"), BAD, ids=[", ".join(changes) for changes, _ in BAD])
+    def test_each_problem_is_one_line_with_path_value_and_what_is_allowed(
+        self, changes: dict[str, Any], expected: list[str]
+    ) -> None:
+        assert problems(yaml.safe_dump(changed(changes))) == expected
+
+    @pytest.mark.parametrize("key", ["name", "data", "training", "students"])
+    def test_a_key_that_is_missing(self, key: str) -> None:
+        whole = document()
+        del whole[key]
+        assert problems(yaml.safe_dump(whole)) == [f"{key}: is needed and not given"]
+
+    @pytest.mark.parametrize(
+        ("section", "key", "path"),
+        [
+            ("data", "dataset", "data.dataset"),
+            ("training", "epochs", "training.epochs"),
+        ],
+    )
+    def test_a_key_that_is_missing_in_a_section(self, section: str, key: str, path: str) -> None:
+        whole = document()
+        del whole[section][key]
+        assert problems(yaml.safe_dump(whole)) == [f"{path}: is needed and not given"]
+
+    @pytest.mark.parametrize("key", ["name", "model"])
+    def test_a_key_that_a_student_misses(self, key: str) -> None:
+        whole = document()
+        del whole["students"][1][key]
+        assert problems(yaml.safe_dump(whole)) == [f"students.1.{key}: is needed and not given"]
+
+    def test_a_long_value_is_cut(self) -> None:
+        (problem,) = problems(yaml.safe_dump(changed({"training.precision": "x" * 500})))
+        assert problem == f"training.precision: '{'x' * 76}... is not allowed: input should be 'float32' or 'bfloat16'"
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("", "is empty; expected the keys name, seed, data, training, distillation, exchange, students"),
+            (
+                "# only a comment\n",
+                "is empty; expected the keys name, seed, data, training, distillation, exchange, students",
+            ),
+            ("- 1\n", "is a list; expected the keys name, seed, data, training, distillation, exchange, students"),
+            ("digits\n", "is a str; expected the keys name, seed, data, training, distillation, exchange, students"),
+            ("a: [1,\n", "is not YAML: expected the node content, but found '<stream end>' at line 2, column 1"),
+            ("a: 1\n\tb: 2\n", "is not YAML: found character '\\t' that cannot start any token at line 2, column 1"),
+            ("a: *b\n", "is not YAML: found undefined alias 'b' at line 1, column 4"),
+            ("a: \x00\n", "is not YAML: unacceptable character #x0000: special characters are not allowed"),
+            ("a: 0x_\n", "is not YAML: invalid literal for int() with base 16: ''"),
+            ("? [1]\n: 2\n", "is not YAML: found unhashable key at line 1, column 3"),
+            ("name: a\nseed: 1\nname: b\n", "is not YAML: key 'name' is given twice at line 3, column 1"),
+            ("name: a\n'name': b\n", "is not YAML: key 'name' is given twice at line 2, column 1"),
+            ("data: {root: a, root: a}\n", "is not YAML: key 'root' is given twice at line 1, column 17"),
+            ("a: !!python/object/apply:os.getcwd []\n", None),
+        ],
+    )
+    def test_text_that_is_not_an_experiment(self, text: str, problem: str | None) -> None:
+        if problem is None:
+            problem = (
+                "is not YAML: could not determine a constructor for the tag "
+                "'tag:yaml.org,2002:python/object/apply:os.getcwd' at line 1, column 4"
+            )
+        assert problems(text) == [problem]
+
+    def test_keys_are_text(self) -> None:
+        assert problems(yaml.safe_dump({**document(), 5: 6})) == ["5: 5 is not allowed: keys should be strings"]
+
+    @given(st.text(max_size=40))
+    def test_any_text_is_refused_with_its_source(self, text: str) -> None:
+        assert problems(text)
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "none.yaml"
+        with pytest.raises(ExperimentError) as caught:
+            load(path)
+        assert str(caught.value) == f"{path}: cannot be read: No such file or directory"
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ExperimentError) as caught:
+            load(tmp_path)
+        assert str(caught.value) == f"{tmp_path}: cannot be read: Is a directory"
+
+    def test_a_file_that_is_not_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.bin"
+        path.write_bytes(b"name: \xff\xfe")
+        with pytest.raises(ExperimentError) as caught:
+            load(path)
+        assert str(caught.value) == f"{path}: is not UTF-8 text: invalid start byte at byte 6"
+
+    def test_a_file_with_a_problem_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(changed({"seed": -1})))
+        with pytest.raises(ExperimentError) as caught:
+            load(path)
+        assert str(caught.value) == f"{path}: seed: -1 is not allowed: input should be greater than or equal to 0"
+
+
+class TestPlan:
+    def test_overrides_change_their_key_and_no_other(self) -> None:
+        whole = experiment(
+            training={
+                "epochs": 2,
+                "threads": 2,
+                "optimizer": {"name": "adamw", "lr": 0.5, "weight_decay": 0.01},
+                "schedule": {"name": "steps", "milestones": [1]},
+            },
+            data={"dataset": "digits", "augment": {"crop_padding": 2}},
+            students__0__training={
+                "optimizer": {"lr": 0.25},
+                "schedule": {"name": "cosine"},
+                "clip_norm": 1,
+                "device": "cpu",
+                "channels_last": True,
+            },
+            students__0__data={"augment": {"flip": True}},
+            students__0__distillation={"weight": 0, "temperature": 3},
+        )
+        own = whole.plan("ant")
+        assert own.student == whole.students[0]
+        assert own.training == whole.training.model_copy(
+            update={
+                "optimizer": whole.training.optimizer.model_copy(update={"lr": 0.25}),
+                "schedule": whole.training.schedule.model_copy(update={"name": "cosine"}),
+                "clip_norm": 1.0,
+                "device": "cpu",
+                "channels_last": True,
+            }
+        )
+        assert own.data == whole.data.model_copy(
+            update={"augment": whole.data.augment.model_copy(update={"flip": True})}
+        )
+        assert own.distillation == Kdcl(weight=0, temperature=3)
+        other = whole.plan("bee")
+        assert (other.data, other.training, other.distillation) == (whole.data, whole.training, whole.distillation)
+
+    def test_a_parameter_that_the_method_does_not_have_is_not_used(self) -> None:
+        alone = experiment(distillation={"method": "independent"}, students__0__distillation={"temperature": 3})
+        assert alone.plan("ant").distillation == Independent()
+
+    def test_an_unknown_student(self) -> None:
+        with pytest.raises(KeyError, match="cat"):
+            experiment().plan("cat")
+
+    def test_null_is_as_in_the_experiment(self) -> None:
+        whole = experiment(training__clip_norm=2, students__0__training={"clip_norm": None, "threads": None})
+        assert whole.plan("ant").training == whole.training
+
+    def test_a_plan_is_the_same_after_writing_and_reading(self) -> None:
+        whole = experiment(students__0__training={"optimizer": {"betas": [0.5, 0.9]}})
+        assert parse(whole.to_yaml()).plan("ant") == whole.plan("ant")
+
+
+class TestReplace:
+    def test_a_field_is_replaced_and_the_others_stay(self) -> None:
+        whole = experiment(students__0__training={"threads": 2}, distillation={"method": "dml"})
+        other = whole.replace(seed=3)
+        assert other.seed == 3
+        assert other.replace(seed=0) == whole
+        assert whole.seed == 0
+
+    def test_replacing_twice(self) -> None:
+        assert experiment().replace(distillation=Dml()).replace(seed=1).distillation == Dml()
+
+    def test_plain_values_are_read_as_in_a_file(self) -> None:
+        assert experiment().replace(distillation={"method": "kdcl", "ensemble": "naive"}).distillation == Kdcl(
+            ensemble="naive"
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"seed": -1}, "seed: -1 is not allowed: input should be greater than or equal to 0"),
+            ({"sed": 1}, f"sed: unknown key; did you mean 'seed'? Allowed: {TOP}"),
+            (
+                {"students": (Student(name="ant", model="mlp"),)},
+                "distillation.method: 'kdcl' needs at least 2 students, there is 1; add one, or choose `independent`",
+            ),
+            (
+                {"distillation": {"method": "kd"}},
+                f"distillation.method: 'kd' is not a method; {METHOD_ALLOWED}",
+            ),
+        ],
+    )
+    def test_what_is_replaced_is_checked(self, changes: dict[str, Any], problem: str) -> None:
+        with pytest.raises(ExperimentError) as caught:
+            experiment().replace(**changes)
+        assert str(caught.value) == f"tiny: {problem}"
+
+    def test_nothing_is_changed_in_place(self) -> None:
+        with pytest.raises(ValidationError, match="frozen"):
+            experiment().seed = 3  # type: ignore[misc]
+
+
+class TestYaml:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"distillation": {"method": "independent", "label_smoothing": 0.1}},
+            {"distillation": {"method": "dml", "temperature": 3}},
+            {"training.optimizer.lr": 1e-7, "training.optimizer.weight_decay": 1e22},
+            {"data.normalize": {"mean": [0.1], "std": [1e-5]}, "data.root": "Größe/ディ"},
+            {"students.0.model_args": {"a": [1, {"b": None}], "c": "1e-3", "d": "2024-01-01", "e": "yes", "f": 0.1}},
+            {"students.0.training": {"optimizer": {"lr": 0.3}, "schedule": {"milestones": [1, 2], "name": "steps"}}},
+        ],
+    )
+    def test_the_resolved_experiment_reads_back_equal(self, changes: dict[str, Any]) -> None:
+        whole = parse(yaml.safe_dump(changed(changes), allow_unicode=True))
+        again = parse(whole.to_yaml())
+        assert again == whole
+        assert again.to_yaml() == whole.to_yaml()
+        assert identity(again) == identity(whole)
+
+    def test_the_example_too(self) -> None:
+        assert parse(load(EXAMPLE).to_yaml()) == load(EXAMPLE)
+
+
+OPERATIONAL: dict[str, Any] = {
+    "data.root": "/elsewhere",
+    "data.download": True,
+    "data.memory_limit_gib": 0.5,
+    "data.loader_workers": 0,
+    "training.device": "cpu",
+    "training.checkpoint_every": 1,
+    "exchange.connect_timeout": 1,
+    "exchange.give_up_after": 10,
+    "exchange.waiting_notice": 1,
+    "exchange.journal": {"keep": "all", "durability": "power"},
+    "students.0.training": {"device": "cuda:1"},
+}
+DECISIVE: dict[str, tuple[Any, str]] = {
+    "name": ("other", 'name: the run has "tiny", this worker has "other"'),
+    "seed": (1, "seed: the run has 0, this worker has 1"),
+    "data.split_seed": (1, "data.split_seed: the run has 0, this worker has 1"),
+    "data.augment": ({"flip": True}, "data.augment.flip: the run has false, this worker has true"),
+    "data.normalize": (
+        {"mean": [0.5], "std": [1]},
+        "data.normalize: the run has null, this worker has nothing",
+    ),
+    "training.epochs": (3, "training.epochs: the run has 2, this worker has 3"),
+    "training.threads": (2, "training.threads: the run has 1, this worker has 2"),
+    "training.optimizer": ({"lr": 1}, "training.optimizer.lr: the run has 0.1, this worker has 1.0"),
+    "training.precision": ("bfloat16", 'training.precision: the run has "float32", this worker has "bfloat16"'),
+    "distillation": (
+        {"method": "kdcl", "weight": 2},
+        "distillation.weight: the run has 1.0, this worker has 2.0",
+    ),
+    "exchange.dtype": ("float16", 'exchange.dtype: the run has "float32", this worker has "float16"'),
+    "students.1.name": ("cat", 'students.1.name: the run has "bee", this worker has "cat"'),
+    "students.1.model": ("mlp", 'students.1.model: the run has "cnn", this worker has "mlp"'),
+    "students.1.model_args": ({"w": 2}, "students.1.model_args: the run has {}, this worker has nothing"),
+    "students.0.training": (
+        {"threads": 2},
+        "students.0.training.threads: the run has null, this worker has 2",
+    ),
+}
+
+
+class TestIdentity:
+    @pytest.mark.parametrize("path", OPERATIONAL)
+    def test_what_is_operational_may_differ(self, path: str) -> None:
+        other = parse(yaml.safe_dump(changed({path: OPERATIONAL[path]})))
+        assert other != experiment()
+        assert identity(other) == identity(experiment())
+        assert difference(identity(experiment()), identity(other)) is None
+
+    @pytest.mark.parametrize("path", DECISIVE)
+    def test_anything_else_may_not_and_both_values_are_named(self, path: str) -> None:
+        value, expected = DECISIVE[path]
+        other = parse(yaml.safe_dump(changed({path: value})))
+        assert difference(identity(experiment()), identity(other)) == f"experiment field {expected}"
+
+    def test_the_order_of_keys_and_what_is_left_out_do_not_matter(self) -> None:
+        reordered = dict(reversed(document().items()))
+        explicit = parse(yaml.safe_dump({**reordered, "seed": 0, "distillation": {"method": "kdcl", "temperature": 2}}))
+        assert identity(explicit) == identity(experiment())
+
+    def test_the_order_of_students_matters(self) -> None:
+        swapped = experiment(students=list(reversed(document()["students"])))
+        assert difference(identity(experiment()), identity(swapped)) == (
+            'experiment field students.0.model: the run has "mlp", this worker has "cnn"'
+        )
+
+    def test_it_is_canonical_json(self) -> None:
+        text = identity(experiment())
+        assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
+
+    def test_another_writing_of_the_same_is_told_apart(self) -> None:
+        text = identity(experiment())
+        assert difference(text, text + " ") == "experiment: written differently"
+
+    @pytest.mark.parametrize(
+        "garbage",
+        ["", "null", "[]", "{}", "7", '"text"', "{", "[" * 100_000, "\x00", "9" * 5000, '{"a": ' * 3000, "NaN"],
+        ids=repr,
+    )
+    def test_garbage_is_refused_in_one_line(self, garbage: str) -> None:
+        text = identity(experiment())
+        assert difference(text, garbage) == "experiment: what was sent is not the JSON of an experiment"
+        assert difference(garbage, text) == "experiment: what was sent is not the JSON of an experiment"
+
+    @given(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=200), inner, max_size=3),
+            max_leaves=8,
+        )
+    )
+    def test_any_json_gives_one_short_printable_line(self, sent: Any) -> None:
+        line = difference(identity(experiment()), json.dumps(sent))
+        assert line is not None
+        assert line.isprintable()
+        assert line.startswith("experiment")
+        assert len(line) < 400
