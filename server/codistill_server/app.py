@@ -1,0 +1,304 @@
+"""The aggregation server as a process: listens, serves one run, ends when it is complete or asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import prometheus_client
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from codistill.exit_codes import ExitCode
+from codistill.experiment import Experiment, identity
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.journal import Journal, JournalError
+from codistill_server.metrics import registry
+from codistill_server.observations import Observations
+from codistill_server.recorder import Recorder
+from codistill_server.service import DistillationService, EventLoopSubmit, server_options
+
+__all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "parse_address", "serve"]
+
+_log = logging.getLogger(__name__)
+
+ADDRESS_FILE = "server.json"
+"""Where a server writes, in its run folder, on which addresses it listens."""
+JOURNAL_FILE = "journal.sqlite"
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+_DRAIN_SECONDS = 5.0
+_SCRAPE_SECONDS = 5.0
+
+
+class ServerError(RuntimeError):
+    """The server cannot run; the text says why and what to do, `code` how the process should end."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server is run.
+
+    Attributes:
+        listen: "HOST:PORT" for gRPC; port 0 takes a free one.
+        metrics: "HOST:PORT" for Prometheus; None for no metrics.
+        run_dir: where journal and records go.
+        insecure: listen beyond this machine although nothing protects the port.
+        reflect: serve gRPC reflection, so that generic clients can list the service.
+        stay: go on serving after the run is complete, until stopped.
+    """
+
+    listen: str
+    run_dir: Path
+    metrics: str | None = None
+    insecure: bool = False
+    reflect: bool = False
+    stay: bool = False
+
+
+def parse_address(text: str, field: str) -> tuple[str, int]:
+    """Returns the host and port of "HOST:PORT".
+
+    Raises:
+        ServerError: it is not of that form.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
+        raise ServerError(f"{field}: {text!r} is not an address; expected HOST:PORT with a port of 0 to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def serve(experiment: Experiment, options: ServeOptions, stop: threading.Event | None = None) -> ExitCode:
+    """Serves one run until it is complete, or until SIGTERM, SIGINT or `stop`.
+
+    Raises:
+        ServerError: an address cannot be listened on, or the run folder belongs to another run.
+    """
+    torch.set_num_threads(1)
+    with asyncio.Runner() as runner:
+        return runner.run(_Server(experiment, options).run(stop))
+
+
+class _Server:
+    def __init__(self, experiment: Experiment, options: ServeOptions) -> None:
+        self._experiment = experiment
+        self._options = options
+        self._failure: Exception | None = None
+        self._done = asyncio.Event()
+
+    async def run(self, stop: threading.Event | None) -> ExitCode:
+        with _only_server_in(self._options.run_dir):
+            return await self._serve(stop)
+
+    async def _serve(self, stop: threading.Event | None) -> ExitCode:
+        options = self._options
+        host, port = parse_address(options.listen, "listen")
+        if not _is_loopback(host) and not options.insecure:
+            raise ServerError(
+                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, "
+                "or give --insecure where the network is trusted"
+            )
+        recorder, journal = self._open_files()
+        observations = Observations(self._experiment, recorder.write)
+        submit = EventLoopSubmit(self._fail)
+        try:
+            coordinator = Coordinator(self._experiment, journal, observations, submit)
+        except JournalError as error:
+            journal.close()
+            recorder.close()
+            raise ServerError(str(error)) from error
+        service = DistillationService(coordinator, self._fail)
+        limit = receive_limit(self._experiment)
+        server = grpc.aio.server(options=server_options(limit))
+        server.add_generic_rpc_handlers((service.handler(),))
+        healthy = cast("Any", health).aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        if options.reflect:
+            names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        coordinator.on_complete = self._complete
+        metrics: Callable[[], None] | None = None
+        ticking: asyncio.Task[None] | None = None
+        try:
+            bound = _listen(server, host, port)
+            metrics, metrics_address = self._serve_metrics(observations, coordinator)
+            await server.start()
+            for name in ("", _SERVICE):
+                await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+            ticking = asyncio.create_task(service.tick())
+            self._watch_for_the_end(stop)
+            address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+            self._announce(address, metrics_address, limit)
+            if coordinator.complete:
+                self._complete()
+            await self._done.wait()
+            await healthy.enter_graceful_shutdown()
+            service.end()
+            await server.stop(_DRAIN_SECONDS)
+        finally:
+            if ticking is not None:
+                ticking.cancel()
+            await server.stop(0)
+            if metrics is not None:
+                metrics()
+            submit.close()
+            coordinator.close()
+            recorder.close()
+            with contextlib.suppress(OSError):
+                (options.run_dir / ADDRESS_FILE).unlink(missing_ok=True)
+        if self._failure is not None:
+            raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
+        return ExitCode.OK
+
+    def _open_files(self) -> tuple[Recorder, Journal]:
+        exchange = self._experiment.exchange
+        try:
+            journal = Journal(
+                self._options.run_dir / JOURNAL_FILE, identity(self._experiment), exchange.journal.durability
+            )
+        except JournalError as error:
+            raise ServerError(str(error)) from error
+        try:
+            return Recorder(self._options.run_dir), journal
+        except OSError as error:
+            journal.close()
+            raise ServerError(f"run folder {self._options.run_dir} cannot be written: {error.strerror}") from error
+
+    def _serve_metrics(self, observations: Observations, coordinator: Coordinator) -> tuple[Callable[[], None], str]:
+        """Starts the endpoint of the metrics; returns how to end it, and its address."""
+        loop = asyncio.get_running_loop()
+
+        async def snapshot() -> pb.Run:
+            return coordinator.snapshot()
+
+        def snapshot_from_elsewhere() -> pb.Run:
+            return asyncio.run_coroutine_threadsafe(snapshot(), loop).result(_SCRAPE_SECONDS)
+
+        made = registry(observations, snapshot_from_elsewhere)
+        if self._options.metrics is None:
+            return (lambda: None), ""
+        host, port = parse_address(self._options.metrics, "metrics")
+        try:
+            server, thread = prometheus_client.start_http_server(port, host, made)
+        except OSError as error:
+            raise ServerError(
+                f"metrics: {self._options.metrics} cannot be listened on: {error.strerror}; choose another address with "
+                "--metrics",
+                ExitCode.CONFIGURATION,
+            ) from error
+
+        def end() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return end, f"{host}:{server.server_port}"
+
+    def _announce(self, address: str, metrics: str, limit: int) -> None:
+        run = self._options.run_dir
+        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
+        part = run / f"{ADDRESS_FILE}.part"
+        part.write_text(written, encoding="utf-8")
+        part.replace(run / ADDRESS_FILE)
+        _log.info(
+            "run %s (%s) on %s, messages up to %.1f MiB%s",
+            self._experiment.name,
+            self._experiment.distillation.title,
+            address,
+            limit / 2**20,
+            f"; metrics on http://{metrics}/metrics" if metrics else "",
+        )
+
+    def _watch_for_the_end(self, stop: threading.Event | None) -> None:
+        loop = asyncio.get_running_loop()
+        if stop is not None:
+
+            def wait() -> None:
+                stop.wait()
+                with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+                    loop.call_soon_threadsafe(self._done.set)
+
+            threading.Thread(target=wait, name="codistill-stop", daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stopped, signal.Signals(number).name)
+
+    def _stopped(self, name: str) -> None:
+        _log.info("%s: going down", name)
+        self._done.set()
+
+    def _complete(self) -> None:
+        if self._options.stay:
+            _log.info("the run is complete; serving on until stopped")
+        else:
+            _log.info("the run is complete")
+            self._done.set()
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+            _log.error("%s", error, exc_info=error if not isinstance(error, JournalError) else None)
+        self._done.set()
+
+
+@contextlib.contextmanager
+def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
+    """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "server.lock").open("w")
+    except OSError as error:
+        raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ServerError(
+                f"run folder {run_dir}: another server runs in it; stop that one, or choose another"
+            ) from None
+        yield
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Binds the port; gRPC's own refusal would not say why."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        return server.add_insecure_port(text)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "it is in use, or not this machine's"
+        raise ServerError(
+            f"listen: {text} cannot be listened on: {why}; choose another address with --listen"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

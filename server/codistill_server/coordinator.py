@@ -1,0 +1,572 @@
+"""One run's aggregation server without a socket.
+
+The coordinator checks messages, drives the rounds' state machine, carries out its actions (targets, journal, answers)
+and feeds the observations. It knows no gRPC, no thread and no event loop: the gRPC service and the in-process loop
+both stand on it, which is why they give the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+import torch
+
+from codistill import PROTOCOL_VERSION
+from codistill.experiment import Experiment, difference, identity
+from codistill.tensors import TensorError, check, decode, encode, encoded_size
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server import methods
+from codistill_server.journal import ClosedRound, Journal
+from codistill_server.observations import Observations
+from codistill_server.rounds import (
+    Admit,
+    Answer,
+    Complete,
+    Contribute,
+    Contribution,
+    Decide,
+    Decided,
+    Disconnect,
+    End,
+    Event,
+    Forget,
+    Join,
+    Leave,
+    LeaveReason,
+    Notify,
+    Presence,
+    Progress,
+    Refuse,
+    Remember,
+    Rounds,
+    Rules,
+    Samples,
+    Status,
+    Tick,
+)
+
+__all__ = ["Coordinator", "Outbox", "Refused", "Submit", "receive_limit", "run_inline"]
+
+_log = logging.getLogger(__name__)
+_RECENT_ROUNDS = 4
+_LARGEST_LOGIT = 1e30  # what the ensembles compute with; sums and differences stay finite in float32
+_LONGEST_REFUSAL = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
+_T = TypeVar("_T")
+
+_LEAVE_REASONS = {
+    pb.LEAVE_REASON_FINISHED: LeaveReason.FINISHED,
+    pb.LEAVE_REASON_STOPPED: LeaveReason.STOPPED,
+    pb.LEAVE_REASON_FAILED: LeaveReason.FAILED,
+}
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not a fault
+    """A call is turned away; `status` says how, the text why and what to do."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        self.status = status
+        super().__init__(message if len(message) <= _LONGEST_REFUSAL else f"{message[: _LONGEST_REFUSAL - 3]}...")
+
+
+class Outbox(Protocol):
+    """Where the coordinator puts what a session is to receive. Neither call may block."""
+
+    def reply(self, reply: bytes) -> None:
+        """Sends a serialised ``ExchangeReply``."""
+        ...
+
+    def end(self, status: Status, message: str) -> None:
+        """Ends the session's stream."""
+        ...
+
+
+class Submit(Protocol):
+    """Runs work that may take milliseconds and hands its result to `done`, on the coordinator's own thread."""
+
+    def __call__(self, work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
+        """Runs `work`, beside the event loop if it is heavy and there is one."""
+        ...
+
+
+def run_inline(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:  # noqa: ARG001
+    """Runs the work at once: what :class:`Submit` is where there is no event loop."""
+    done(work())
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """A contribution's decoded outputs."""
+
+    outputs: Mapping[str, torch.Tensor]
+    labels: torch.Tensor
+    held_out: Mapping[str, torch.Tensor]
+    held_out_labels: torch.Tensor | None
+
+
+def receive_limit(experiment: Experiment) -> int:
+    """Returns the size in bytes of the largest message that an experiment can need.
+
+    That is a contribution with its held-out samples, or a join with the experiment's identity, and 64 KiB on top for
+    names and lengths.
+    """
+    classes, dtype = experiment.data.class_count, experiment.exchange.dtype
+    samples = [experiment.training.batch_size]
+    if experiment.data.held_out:
+        samples.append(experiment.data.held_out)
+    contribution = sum(2 * encoded_size([size], "int64") + encoded_size([size, classes], dtype) for size in samples)
+    return max(contribution, len(identity(experiment))) + 65536
+
+
+class Coordinator:
+    """The server of one run. All calls come from one thread.
+
+    Args:
+        experiment: the run's experiment.
+        journal: its journal, of the same experiment.
+        observations: what shows the run to the outside.
+        submit: how work that takes time is run.
+        clock: seconds that never go back.
+
+    Attributes:
+        on_complete: called once when every student has finished.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        journal: Journal,
+        observations: Observations,
+        submit: Submit = run_inline,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.experiment = experiment
+        self.observations = observations
+        self.on_complete: Callable[[], None] = lambda: None
+        self._identity = identity(experiment)
+        self._journal = journal
+        self._submit = submit
+        self._clock = clock
+        self._half = methods.create(experiment.distillation)
+        self._state: Mapping[str, torch.Tensor] = _load_state(journal.last_state())
+        self._settled: Mapping[str, int | str] = json.loads(journal.settled("data") or "{}")
+        self._classes = experiment.data.class_count
+        self._dtype = experiment.exchange.dtype
+        self._outboxes: dict[int, Outbox] = {}
+        self._recent: OrderedDict[int, ClosedRound] = OrderedDict()
+        restored = journal.restore()
+        rules = Rules(
+            students=experiment.names,
+            exchanges=experiment.distillation.exchanges,
+            waiting_notice=experiment.exchange.waiting_notice,
+            keep_all=experiment.exchange.journal.keep == "all",
+        )
+        self._rounds = Rounds(rules, restored)
+        for record in restored.students:
+            if record.student in observations.students:
+                view = observations.students[record.student]
+                view.durable_round = view.round = record.durable_round
+        if restored.frontier:
+            observations.event(
+                "resumed", message=f"the journal holds rounds {restored.oldest} to {restored.frontier - 1}"
+            )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every student has finished."""
+        return self._rounds.complete
+
+    @property
+    def presence(self) -> Mapping[str, Presence]:
+        """Where each student stands."""
+        return self._rounds.presence
+
+    @property
+    def frontier(self) -> int:
+        """The first round that is not closed."""
+        return self._rounds.frontier
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        """Opens a session.
+
+        Raises:
+            Refused: something differs from the run; the text names the field and both values.
+        """
+        try:
+            self._check_join(request)
+            admitted = self._apply(Join(request.student, request.first_round))
+        except Refused as refused:
+            who = request.student if request.student in self._rounds.presence else ""
+            self.observations.event("refused", who, str(refused))
+            raise
+        assert admitted is not None  # noqa: S101 - a join is either refused or admitted
+        self._settle(request)
+        self.observations.joined(request)
+        where = f" on {request.device}" if request.device else ""
+        again = f", from round {request.first_round}" if request.first_round else ""
+        self.observations.event("joined", request.student, f"joined{where}{again}")
+        return pb.JoinResponse(session=admitted.session, frontier=admitted.frontier, run=self.experiment.name)
+
+    def student_of(self, session: int) -> str | None:
+        """Returns whose session this is, or None if it is over or never was."""
+        return self._rounds.student_of(session)
+
+    def open_stream(self, session: int, outbox: Outbox) -> None:
+        """Says where a session's replies go.
+
+        Raises:
+            Refused: the session is over.
+        """
+        if self._rounds.student_of(session) is None:
+            raise Refused(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
+        older = self._outboxes.get(session)
+        self._outboxes[session] = outbox
+        if older is not None:
+            older.end(Status.ABORTED, f"session {session} has opened another stream")
+
+    def close_stream(self, session: int, outbox: Outbox) -> None:
+        """Takes in that a stream is gone; its session is over, unless another stream has taken its place."""
+        if self._outboxes.get(session) is outbox:
+            self.disconnect(session)
+
+    def expect_stream(self, session: int) -> None:
+        """Ends a session that has had the time to open its stream and has not."""
+        if session not in self._outboxes:
+            self.disconnect(session)
+
+    def contribute(self, session: int, message: pb.Contribution, size: int) -> None:
+        """Takes in a contribution; whatever it leads to goes to the sessions' outboxes.
+
+        Args:
+            session: the session it came in on.
+            message: the contribution.
+            size: its bytes on the wire.
+
+        Raises:
+            Refused: the contribution is turned away; its session is over.
+            JournalError: the round cannot be written down; the run cannot go on.
+        """
+        self.observations.bytes_in += size
+        student = self._rounds.student_of(session) or "?"
+        try:
+            contribution = self._read(student, message)
+            self._apply(Contribute(session, contribution))
+        except Refused as refused:
+            self.observations.reject(refused.status)
+            self.observations.event("rejected", student if student != "?" else "", str(refused))
+            self.disconnect(session, quiet=True)
+            raise
+
+    def report(self, request: pb.ReportRequest) -> None:
+        """Takes in a student's report.
+
+        Raises:
+            Refused: the session is over, or a value cannot be.
+        """
+        student = self._rounds.student_of(request.session)
+        last = self.observations.total_rounds
+        rounds = {"round": request.round, "durable_round": request.durable_round}
+        rounds |= {f"measurements.{index}.round": each.round for index, each in enumerate(request.measurements)}
+        for field, number in rounds.items():
+            if student is not None and number > last:
+                raise Refused(Status.INVALID_ARGUMENT, f"{field}: {number} is not allowed; allowed: 0 to {last}")
+        seconds = {"epoch": request.epoch, "step_seconds": request.step_seconds, "wait_seconds": request.wait_seconds}
+        for field, value in seconds.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise Refused(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
+        for index, measurement in enumerate(request.measurements):
+            if measurement.split not in (pb.SPLIT_TRAIN, pb.SPLIT_TEST):
+                raise Refused(
+                    Status.INVALID_ARGUMENT,
+                    f"measurements.{index}.split: {measurement.split} is not allowed; allowed: SPLIT_TRAIN, SPLIT_TEST",
+                )
+            if not 0 <= measurement.accuracy <= 1:
+                raise Refused(
+                    Status.INVALID_ARGUMENT,
+                    f"measurements.{index}.accuracy: {measurement.accuracy} is not allowed; allowed: 0 to 1",
+                )
+            for name in ("loss", "distillation_loss"):
+                value: float = getattr(measurement, name)
+                if not math.isfinite(value):
+                    raise Refused(
+                        Status.INVALID_ARGUMENT,
+                        f"measurements.{index}.{name}: {value} is not allowed; allowed are finite values",
+                    )
+        self._apply(Progress(request.session, request.durable_round))
+        assert student is not None  # noqa: S101 - else Progress was refused
+        self.observations.reported(student, request)
+
+    def leave(self, request: pb.LeaveRequest) -> None:
+        """Ends a session.
+
+        Raises:
+            Refused: the session is over already, or the reason is unknown.
+        """
+        reason = _LEAVE_REASONS.get(request.reason)
+        if reason is None:
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"reason: {request.reason} is not allowed; allowed: FINISHED, STOPPED, FAILED",
+            )
+        student = self._rounds.student_of(request.session)
+        what = "left" if reason is LeaveReason.STOPPED else reason.value
+        if student is not None:  # before the event that may complete the run
+            self.observations.event(what, student, request.message[:500])
+        self._outboxes.pop(request.session, None)
+        self._apply(Leave(request.session, reason))
+
+    def disconnect(self, session: int, *, quiet: bool = False) -> None:
+        """Takes in that a session's stream is gone."""
+        self._outboxes.pop(session, None)
+        student = self._rounds.student_of(session)
+        if student is None:
+            return
+        self._apply(Disconnect(session))
+        if not quiet:
+            self.observations.event("disconnected", student, "its connection broke")
+
+    def tick(self) -> None:
+        """Lets time go by: notices to those who wait."""
+        self._apply(Tick())
+
+    def snapshot(self) -> pb.Run:
+        """Returns where the run stands."""
+        waiting = self._rounds.waiting(self._clock())
+        return self.observations.snapshot(self._rounds.presence, self._rounds.frontier, waiting)
+
+    def close(self) -> None:
+        """Writes down what is left and closes the journal."""
+        self.observations.flush()
+        self._journal.close()
+
+    # What the state machine asks for
+
+    def _apply(self, event: Event) -> Admit | None:
+        admitted: Admit | None = None
+        refused: Refuse | None = None
+        completed = False
+        for action in self._rounds.apply(event, self._clock()):
+            match action:
+                case Admit():
+                    admitted = action
+                case Refuse():
+                    refused = action
+                case End():
+                    self._end(action, asked=isinstance(event, Contribute) and event.session == action.session)
+                case Decide():
+                    self._decide(action)
+                case Answer():
+                    self._answer(action)
+                case Notify():
+                    waiting = pb.Waiting(
+                        round=action.waiting.round,
+                        students=action.waiting.students,
+                        seconds=action.waiting.seconds,
+                    )
+                    self._send(action.session, pb.ExchangeReply(waiting=waiting).SerializeToString())
+                case Remember():
+                    self._journal.remember(action.record)
+                case Forget():
+                    self._journal.forget(action.before)
+                case Complete():
+                    completed = True
+        if completed:
+            self.observations.event("complete", message="every student has finished")
+            self.on_complete()
+        if refused is not None:
+            raise Refused(refused.status, refused.message)
+        return admitted
+
+    def _end(self, action: End, *, asked: bool) -> None:
+        outbox = self._outboxes.pop(action.session, None)
+        if asked:  # the answer to the very call that is being handled
+            raise Refused(action.status, action.message)
+        self.observations.event("superseded", action.student, action.message)
+        if outbox is not None:
+            outbox.end(action.status, action.message)
+
+    def _decide(self, decide: Decide) -> None:
+        half = self._half
+        assert half is not None  # noqa: S101 - a run without an exchange has no rounds to decide
+        state = self._state
+        first = next(iter(decide.contributions.values()))
+
+        def work() -> tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]:
+            gathered = _gather(decide, state)
+            targets = half.targets(gathered)
+            closed = ClosedRound(
+                decide.round,
+                first.samples,
+                _replies(decide.round, targets, self._dtype),
+                _dump_state(decide.round, targets.state),
+            )
+            return closed, targets.state, gathered
+
+        def done(result: tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]) -> None:
+            closed, self._state, gathered = result
+            self._journal.append(closed)
+            self._recent[closed.round] = closed
+            if len(self._recent) > _RECENT_ROUNDS:
+                self._recent.popitem(last=False)
+            self.observations.round_closed(closed.round, decide.arrived)
+            self._apply(Decided(closed.round))
+            self.observations.agreement(gathered.students, gathered.outputs["logits"], gathered.labels)
+
+        self._submit(work, done, heavy=half.heavy)
+
+    def _answer(self, answer: Answer) -> None:
+        asked = answer.contribution
+        closed = self._recent.get(asked.round) or self._journal.read(asked.round)
+        if closed is None:
+            raise Refused(Status.FAILED_PRECONDITION, f"round {asked.round} is not in the journal")
+        if closed.samples != asked.samples:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"round {asked.round}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
+                "was closed: seed, data and batch size must be the same as then",
+            )
+        self._send(answer.session, closed.reply_to(answer.student))
+
+    def _send(self, session: int, reply: bytes) -> None:
+        outbox = self._outboxes.get(session)
+        if outbox is not None:
+            self.observations.bytes_out += len(reply)
+            outbox.reply(reply)
+
+    # What comes from outside
+
+    def _check_join(self, request: pb.JoinRequest) -> None:
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {request.protocol_version}; "
+                "install the same codistill on both sides",
+            )
+        if request.student not in self._rounds.presence:
+            return  # the state machine names the students there are
+        differs = difference(self._identity, request.experiment)
+        if differs is not None:
+            raise Refused(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
+        if self._half is not None:
+            outputs = {name: list(shape.dims) for name, shape in sorted(request.outputs.items())}
+            expected = {"logits": [self._classes]}
+            if outputs != expected:
+                raise Refused(
+                    Status.FAILED_PRECONDITION,
+                    f"outputs: this worker publishes {outputs}, method {self.experiment.distillation.title} "
+                    f"with {self._classes} classes takes {expected}",
+                )
+        if request.data.classes != self._classes:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"data.classes: the run has {self._classes}, this worker {request.data.classes}",
+            )
+        theirs = _course(request)
+        for field, value in self._settled.items():
+            if theirs[field] != value:
+                raise Refused(
+                    Status.FAILED_PRECONDITION,
+                    f"{field}: the run has {value}, this worker {theirs[field]}; all students need the same data set, "
+                    "in the same order",
+                )
+
+    def _settle(self, request: pb.JoinRequest) -> None:
+        """Holds the run to the data of the first worker that it admits."""
+        if not self._settled:
+            self._settled = _course(request)
+            self._journal.settle("data", json.dumps(self._settled))
+        self.observations.total_rounds = request.total_rounds
+        self.observations.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
+
+    def _read(self, student: str, message: pb.Contribution) -> Contribution:
+        try:
+            samples, outputs, labels = self._read_samples(
+                student, message.batch, "batch", message.round, self.experiment.training.batch_size
+            )
+            held_out: Samples | None = None
+            held_out_outputs: Mapping[str, torch.Tensor] = {}
+            held_out_labels: torch.Tensor | None = None
+            if message.HasField("held_out"):
+                if not self.experiment.data.held_out:
+                    raise TensorError("held_out: some samples are not allowed; this run's experiment holds out none")
+                held_out, held_out_outputs, held_out_labels = self._read_samples(
+                    student, message.held_out, "held_out", message.round, self.experiment.data.held_out
+                )
+        except TensorError as error:
+            raise Refused(Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}") from error
+        payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
+        return Contribution(message.round, samples, held_out, payload)
+
+    def _read_samples(
+        self, student: str, message: pb.Samples, field: str, number: int, size: int
+    ) -> tuple[Samples, Mapping[str, torch.Tensor], torch.Tensor]:
+        check(message.ids, f"{field}.ids", dtype="int64", shape=[size])
+        check(message.labels, f"{field}.labels", dtype="int64", shape=[size])
+        if set(message.outputs) != {"logits"}:
+            raise TensorError(f"{field}.outputs: {sorted(message.outputs)} are not allowed; expected ['logits']")
+        logits = message.outputs["logits"]
+        check(logits, f"{field}.outputs.logits", dtype=self._dtype, shape=[size, self._classes])
+        labels = decode(message.labels)
+        if not (int(labels.min()) >= 0 and int(labels.max()) < self._classes):
+            bad = int(labels[(labels < 0) | (labels >= self._classes)][0])
+            raise TensorError(f"{field}.labels: {bad} is not a class; allowed: 0 to {self._classes - 1}")
+        values = decode(logits)
+        low, high = torch.aminmax(values)  # both NaN where any value is
+        if not (float(low) >= -_LARGEST_LOGIT and float(high) <= _LARGEST_LOGIT):
+            row, column = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"student {student!r}, round {number}: {field}.outputs.logits[{row}, {column}] is "
+                f"{values[row, column].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: the "
+                "student has diverged, lower its learning rate",
+            )
+        return Samples(message.ids.data, message.labels.data), {"logits": values}, labels
+
+
+def _course(request: pb.JoinRequest) -> dict[str, int | str]:
+    """Returns what every worker must say alike of the run's data and length, by the fields' names."""
+    return {
+        "data.train_samples": request.data.train_samples,
+        "data.digest": request.data.digest[:128],
+        "total_rounds": request.total_rounds,
+    }
+
+
+def _gather(decide: Decide, state: Mapping[str, torch.Tensor]) -> methods.Gathered:
+    payloads = [cast("_Payload", contribution.payload) for contribution in decide.contributions.values()]
+    first = payloads[0]
+    return methods.Gathered(
+        students=tuple(decide.contributions),
+        outputs={name: torch.stack([each.outputs[name] for each in payloads]).float() for name in first.outputs},
+        labels=first.labels,
+        held_out={name: torch.stack([each.held_out[name] for each in payloads]).float() for name in first.held_out},
+        held_out_labels=first.held_out_labels,
+        state=state,
+    )
+
+
+def _replies(number: int, targets: methods.Targets, dtype: str) -> Mapping[str, bytes]:
+    by_student = {"": targets.shared} if targets.shared is not None else (targets.each or {})
+    return {
+        student: pb.ExchangeReply(
+            targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})
+        ).SerializeToString(deterministic=True)
+        for student, arrays in by_student.items()
+    }
+
+
+def _dump_state(number: int, state: Mapping[str, torch.Tensor]) -> bytes:
+    if not state:
+        return b""
+    arrays = {name: encode(value, "float32") for name, value in state.items()}
+    return pb.Targets(round=number, targets=arrays).SerializeToString(deterministic=True)
+
+
+def _load_state(state: bytes) -> Mapping[str, torch.Tensor]:
+    return {name: decode(value) for name, value in pb.Targets.FromString(state).targets.items()}

@@ -1,0 +1,293 @@
+"""Where a run stands: everything that status, metrics, reports and the live table show.
+
+The coordinator feeds :class:`Observations`; nothing in here has any effect on training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from codistill.experiment import Experiment
+from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server.rounds import Presence, Status, Waiting
+
+__all__ = ["Observations", "StudentView"]
+
+_EVENTS = 200
+_RATE_MARKS = 20
+_RATE_INTERVAL = 0.5
+_AGREEMENT_INTERVAL = 0.5
+_SMOOTHING = 0.2
+_SPAN_SECONDS = 30.0
+
+_STATES: Mapping[Presence, pb.StudentState.ValueType] = {
+    Presence.EXPECTED: pb.STUDENT_STATE_EXPECTED,
+    Presence.PRESENT: pb.STUDENT_STATE_PRESENT,
+    Presence.ABSENT: pb.STUDENT_STATE_ABSENT,
+    Presence.FINISHED: pb.STUDENT_STATE_FINISHED,
+    Presence.FAILED: pb.STUDENT_STATE_FAILED,
+}
+
+
+@dataclass
+class StudentView:
+    """What is known of one student."""
+
+    name: str
+    model: str
+    parameters: int = 0
+    device: str = ""
+    round: int = 0
+    epoch: float = 0.0
+    durable_round: int = 0
+    step_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    measured: dict[str, pb.Measurement] = field(default_factory=dict[str, pb.Measurement])
+
+
+@dataclass
+class _Span:
+    """What is gathered of a span of rounds until it is written down."""
+
+    started: float
+    first: int
+    waits: list[float] = field(default_factory=list[float])
+    last_rounds: dict[str, int] = field(default_factory=dict[str, int])
+    last_seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class Observations:
+    """The run's state as seen from outside.
+
+    Args:
+        experiment: the run's experiment.
+        record: where records go.
+        clock: seconds that never go back.
+        wall: seconds since 1970, for records.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        record: Callable[[Record], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.name = experiment.name
+        self.method = experiment.distillation.title
+        self.exchanges = experiment.distillation.exchanges
+        self.students = {student.name: StudentView(student.name, student.model) for student in experiment.students}
+        self.total_rounds = 0
+        self.rounds_per_epoch = 0
+        self.closed_rounds = 0
+        self.ensemble_accuracy: float | None = None
+        self.disagreement: dict[tuple[str, str], float] = {}
+        # From 0 on, so that the first of a kind shows as a rise.
+        self.rejected: dict[Status, int] = {each: 0 for each in Status if each is not Status.SUPERSEDED}
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.on_round: Callable[[float, float], None] = _nothing
+        self._record = record
+        self._clock = clock
+        self._wall = wall
+        self._started = clock()
+        self._events: deque[Happened] = deque(maxlen=_EVENTS)
+        self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
+        self._last_closing: float | None = None
+        self._span: _Span | None = None
+        self._agreement_at = -_AGREEMENT_INTERVAL
+
+    def event(self, what: str, student: str = "", message: str = "") -> None:
+        """Takes in something that happened."""
+        happened = Happened(time=self._wall(), what=what, student=student, message=message)
+        self._events.append(happened)
+        self._record(happened)
+
+    def joined(self, request: pb.JoinRequest) -> None:
+        """Takes in that a student joined."""
+        view = self.students[request.student]
+        view.parameters, view.device = request.parameters, request.device
+        view.round = request.first_round
+        self._record(
+            Joined(
+                time=self._wall(),
+                student=view.name,
+                model=view.model,
+                parameters=view.parameters,
+                device=view.device,
+                total_rounds=request.total_rounds,
+            )
+        )
+
+    def reported(self, student: str, report: pb.ReportRequest) -> None:
+        """Takes in what a student reports of itself."""
+        view = self.students[student]
+        view.round, view.epoch, view.durable_round = report.round, report.epoch, report.durable_round
+        if report.step_seconds > 0:
+            view.step_seconds, view.wait_seconds = report.step_seconds, report.wait_seconds
+            self._record(
+                Paced(
+                    time=self._wall(),
+                    student=student,
+                    round=report.round,
+                    step_seconds=report.step_seconds,
+                    wait_seconds=report.wait_seconds,
+                )
+            )
+        for measurement in report.measurements:
+            split = "test" if measurement.split == pb.SPLIT_TEST else "train"
+            view.measured[split] = measurement
+            self._record(
+                Measured(
+                    time=self._wall(),
+                    student=student,
+                    split=split,
+                    round=measurement.round,
+                    epoch=measurement.round / self.rounds_per_epoch if self.rounds_per_epoch else 0.0,
+                    accuracy=measurement.accuracy,
+                    loss=measurement.loss,
+                    distillation_loss=measurement.distillation_loss
+                    if measurement.HasField("distillation_loss")
+                    else None,
+                )
+            )
+
+    def reject(self, status: Status) -> None:
+        """Counts a contribution that was turned away."""
+        self.rejected[status] = self.rejected.get(status, 0) + 1
+
+    def round_closed(self, number: int, arrived: Mapping[str, float]) -> None:
+        """Takes in that a round closed, and when each contribution to it came in."""
+        now = self._clock()
+        order = sorted(arrived, key=lambda name: arrived[name])
+        wait = arrived[order[-1]] - arrived[order[0]]
+        if self._span is None:
+            self._span = _Span(self._last_closing if self._last_closing is not None else arrived[order[0]], number)
+        span = self._span
+        span.waits.append(wait)
+        if len(order) > 1:
+            last = order[-1]
+            span.last_rounds[last] = span.last_rounds.get(last, 0) + 1
+            alone = arrived[last] - arrived[order[-2]]
+            span.last_seconds[last] = span.last_seconds.get(last, 0.0) + alone
+        if self._last_closing is not None:
+            self.on_round(wait, now - self._last_closing)
+        self._last_closing = now
+        self.closed_rounds += 1
+        if not self._marks or now - self._marks[-1][0] >= _RATE_INTERVAL:
+            self._marks.append((now, self.closed_rounds))
+        epoch_ends = self.rounds_per_epoch > 0 and (number + 1) % self.rounds_per_epoch == 0
+        if epoch_ends or now - span.started >= _SPAN_SECONDS:
+            self._write_span(number, now)
+
+    def agreement(self, students: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Measures on a round's logits [K, B, C] how good the ensemble is and how far the students agree.
+
+        It does so a few times a second at most, so that it costs a fast run nothing.
+        """
+        now = self._clock()
+        if now - self._agreement_at < _AGREEMENT_INTERVAL:
+            return
+        self._agreement_at = now
+        votes = logits.argmax(-1)
+        ensemble = logits.softmax(-1).mean(0).argmax(-1)
+        accuracy = (ensemble == labels).double().mean().item()
+        self.ensemble_accuracy = _smooth(self.ensemble_accuracy, accuracy)
+        for position, first in enumerate(students[:-1]):
+            differ = (votes[position] != votes[position + 1 :]).double().mean(-1).tolist()
+            for second, ratio in zip(students[position + 1 :], differ, strict=True):
+                self.disagreement[first, second] = _smooth(self.disagreement.get((first, second)), ratio)
+
+    def flush(self) -> None:
+        """Writes down the rounds that are not written yet."""
+        if self._span is not None:
+            self._write_span(self._span.first + len(self._span.waits) - 1, self._clock())
+
+    def rounds_per_second(self) -> float:
+        """Returns the rate of closed rounds over the last seconds."""
+        if not self._marks:
+            return 0.0
+        since, count = self._marks[0]
+        return (self.closed_rounds - count) / max(self._clock() - since, _RATE_INTERVAL)
+
+    def snapshot(
+        self,
+        presence: Mapping[str, Presence],
+        frontier: int,
+        waiting: Waiting | None,
+    ) -> pb.Run:
+        """Returns where the run stands, as a message."""
+        views = self.students.values()
+        return pb.Run(
+            name=self.name,
+            method=self.method,
+            frontier=frontier if self.exchanges else min(view.round for view in views),
+            total_rounds=self.total_rounds,
+            students=[
+                pb.StudentStatus(
+                    name=view.name,
+                    model=view.model,
+                    state=_STATES[presence[view.name]],
+                    round=view.round,
+                    epoch=view.epoch,
+                    durable_round=view.durable_round,
+                    parameters=view.parameters,
+                    measurements=[view.measured[split] for split in ("train", "test") if split in view.measured],
+                    device=view.device,
+                    step_seconds=view.step_seconds,
+                    wait_seconds=view.wait_seconds,
+                )
+                for view in views
+            ],
+            waiting_for=waiting.students if waiting is not None else (),
+            waiting_seconds=waiting.seconds if waiting is not None else 0.0,
+            rounds_per_second=self.rounds_per_second(),
+            ensemble_accuracy=self.ensemble_accuracy,
+            disagreements=[
+                pb.Disagreement(first=first, second=second, ratio=ratio)
+                for (first, second), ratio in self.disagreement.items()
+            ],
+            events=[
+                pb.Event(unix_seconds=each.time, kind=each.what, student=each.student, message=each.message)
+                for each in self._events
+            ],
+            complete=all(each is Presence.FINISHED for each in presence.values()),
+            uptime_seconds=self._clock() - self._started,
+        )
+
+    def _write_span(self, last: int, now: float) -> None:
+        span = self._span
+        if span is None:
+            return
+        self._span = None
+        waits = sorted(span.waits)
+        self._record(
+            RoundsClosed(
+                time=self._wall(),
+                first=span.first,
+                last=last,
+                seconds=now - span.started,
+                wait_p50=waits[len(waits) // 2],
+                wait_max=waits[-1],
+                waits={
+                    name: StudentWait(rounds=count, seconds=span.last_seconds[name])
+                    for name, count in span.last_rounds.items()
+                },
+                ensemble_accuracy=self.ensemble_accuracy,
+                disagreement={f"{first}|{second}": ratio for (first, second), ratio in self.disagreement.items()},
+            )
+        )
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * new
+
+
+def _nothing(wait: float, seconds: float) -> None:
+    """Stands in until somebody wants to hear of closed rounds."""

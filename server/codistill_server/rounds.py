@@ -1,0 +1,589 @@
+"""The rounds of one run as a pure state machine: `(state, event, now) -> actions`.
+
+There are no threads, clock, sockets or disk in here; time is an argument and the outside world is a list of actions
+for somebody else to carry out. So the same code is driven by the gRPC service, by the in-process loop, and by tests
+that crash, duplicate and reorder everything.
+
+The life of a round: every expected student's contribution comes in (:class:`Contribute`), the machine says
+:class:`Decide`; whoever drives it makes the targets, **writes them to the journal**, and only then says
+:class:`Decided`; the machine answers everyone who waits (:class:`Answer`). From then on the round never changes: any
+contribution to it, however late or repeated, is answered again from the journal. So a duplicate, a retry and the
+replay of a student that came back from its checkpoint are one and the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "Action",
+    "Admit",
+    "Answer",
+    "Complete",
+    "Contribute",
+    "Contribution",
+    "Decide",
+    "Decided",
+    "Disconnect",
+    "End",
+    "Event",
+    "Forget",
+    "Join",
+    "Leave",
+    "LeaveReason",
+    "Notify",
+    "Presence",
+    "Progress",
+    "Refuse",
+    "Remember",
+    "Restored",
+    "Rounds",
+    "Rules",
+    "Samples",
+    "Status",
+    "StudentRecord",
+    "Tick",
+    "Waiting",
+]
+
+
+class Status(Enum):
+    """Why a message or a session is turned away; the service gives each its gRPC status code."""
+
+    ABORTED = "aborted"
+    """The session is over; join again."""
+    SUPERSEDED = "superseded"
+    """The session is over and a newer worker has taken the student over; do not join again."""
+    FAILED_PRECONDITION = "failed precondition"
+    """The configuration differs; do not retry."""
+    INVALID_ARGUMENT = "invalid argument"
+    """The message is wrong."""
+
+
+class Presence(Enum):
+    """Where a student stands."""
+
+    EXPECTED = "expected"
+    PRESENT = "present"
+    ABSENT = "absent"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class LeaveReason(Enum):
+    """Why a student leaves."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of an experiment the rounds depend on.
+
+    Attributes:
+        students: the expected students' names, in the experiment's order.
+        exchanges: whether the method exchanges anything; if not, there are no rounds to close here.
+        waiting_notice: seconds between two notices to a student that waits.
+        keep_all: never forget a closed round.
+    """
+
+    students: tuple[str, ...]
+    exchanges: bool = True
+    waiting_notice: float = 5.0
+    keep_all: bool = False
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a contribution is about: ids and labels, each little-endian int64."""
+
+    ids: bytes
+    labels: bytes
+
+    def difference(self, theirs: Samples) -> str:
+        """Returns where two sets of samples differ first, this one being the round's."""
+        ours = self._pairs()
+        other = theirs._pairs()
+        if len(ours) != len(other):
+            return f"{len(other)} samples, the round has {len(ours)}"
+        position = int(np.flatnonzero((ours != other).any(axis=1))[0])
+        (our_id, our_label), (their_id, their_label) = ours[position], other[position]
+        return (
+            f"at position {position} sample {their_id} with label {their_label}, "
+            f"the round has sample {our_id} with label {our_label}"
+        )
+
+    def _pairs(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.stack([np.frombuffer(self.ids, "<i8"), np.frombuffer(self.labels, "<i8")], axis=1)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a student published in a round; `payload` is opaque here."""
+
+    round: int
+    samples: Samples
+    held_out: Samples | None = None
+    payload: Any = None
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker wants a session for `student`; it will ask for rounds from `first_round` on."""
+
+    student: str
+    first_round: int
+
+
+@dataclass(frozen=True)
+class Contribute:
+    """A contribution came in on a session."""
+
+    session: int
+    contribution: Contribution
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The targets of a round are made and journalled."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A student reports the first round that it would need again after a restart."""
+
+    session: int
+    durable_round: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A student says goodbye."""
+
+    session: int
+    reason: LeaveReason
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """A session's stream broke."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time went by."""
+
+
+Event = Join | Contribute | Decided | Progress | Leave | Disconnect | Tick
+
+
+# Actions
+
+
+@dataclass(frozen=True)
+class Admit:
+    """The worker that asked is in."""
+
+    student: str
+    session: int
+    frontier: int
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The event is turned away; the session, if there is one, stays as it is."""
+
+    status: Status
+    message: str
+
+
+@dataclass(frozen=True)
+class End:
+    """End a session's stream with a status. The core has forgotten the session already."""
+
+    session: int
+    student: str
+    status: Status
+    message: str
+
+
+@dataclass(frozen=True)
+class Decide:
+    """Make and journal the targets of a round, then say :class:`Decided`.
+
+    Attributes:
+        round: the round.
+        contributions: by student, in the experiment's order.
+        arrived: when each contribution came in, in the caller's time.
+    """
+
+    round: int
+    contributions: Mapping[str, Contribution]
+    arrived: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Send a session the targets of a closed round. `contribution` is what it asked with."""
+
+    session: int
+    student: str
+    contribution: Contribution
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Whom an open round waits for, and for how long it has."""
+
+    round: int
+    students: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notify:
+    """Tell a session whom it waits for."""
+
+    session: int
+    waiting: Waiting
+
+
+@dataclass(frozen=True)
+class StudentRecord:
+    """What must be remembered of a student over a restart of the server."""
+
+    student: str
+    session: int
+    durable_round: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Remember:
+    """Write a student's record to the journal."""
+
+    record: StudentRecord
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Closed rounds before this one are needed by nobody."""
+
+    before: int
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Every student has finished."""
+
+
+Action = Admit | Refuse | End | Decide | Answer | Notify | Remember | Forget | Complete
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a journal knows of a run.
+
+    Attributes:
+        oldest: the oldest closed round that is kept; equal to `frontier` where none is.
+        frontier: the first round that is not closed.
+        students: what was remembered of each student.
+    """
+
+    oldest: int = 0
+    frontier: int = 0
+    students: tuple[StudentRecord, ...] = ()
+
+
+@dataclass
+class _Open:
+    """The open round."""
+
+    contributions: dict[str, Contribution] = field(default_factory=dict[str, Contribution])
+    arrived: dict[str, float] = field(default_factory=dict[str, float])
+    waiters: dict[int, Contribution] = field(default_factory=dict[int, Contribution])
+    opened: float | None = None
+    deciding: bool = False
+    notified: dict[int, float] = field(default_factory=dict[int, float])
+
+
+class Rounds:
+    """The state machine; see the module's text for how it is used.
+
+    Its memory is bounded by the number of students: only the open round's contributions are held.
+    """
+
+    def __init__(self, rules: Rules, restored: Restored | None = None) -> None:
+        restored = restored or Restored()
+        known = {record.student: record for record in restored.students}
+        self.rules = rules
+        self._frontier = restored.frontier
+        self._oldest = restored.oldest
+        self._open = _Open()
+        self._sessions: dict[int, str] = {}
+        self._current: dict[str, int] = {}
+        self._last_session = max((record.session for record in restored.students), default=0)
+        self._last_sessions = {name: known[name].session if name in known else 0 for name in rules.students}
+        self._durable = {name: known[name].durable_round if name in known else 0 for name in rules.students}
+        self._presence = {
+            name: Presence.FINISHED if name in known and known[name].finished else Presence.EXPECTED
+            for name in rules.students
+        }
+
+    @property
+    def frontier(self) -> int:
+        """The first round that is not closed."""
+        return self._frontier
+
+    @property
+    def oldest(self) -> int:
+        """The oldest closed round that can still be answered; equal to `frontier` where there is none."""
+        return self._oldest
+
+    @property
+    def presence(self) -> Mapping[str, Presence]:
+        """Where each student stands."""
+        return self._presence
+
+    @property
+    def durable(self) -> Mapping[str, int]:
+        """The first round that each student would need again after a restart."""
+        return self._durable
+
+    @property
+    def complete(self) -> bool:
+        """Whether every student has finished."""
+        return all(presence is Presence.FINISHED for presence in self._presence.values())
+
+    def student_of(self, session: int) -> str | None:
+        """Returns whose session this is, or None if it is over or never was."""
+        return self._sessions.get(session)
+
+    def waiting(self, now: float) -> Waiting | None:
+        """Returns whom the open round waits for, or None while no contribution to it is in, or all are."""
+        if self._open.opened is None or self._open.deciding:
+            return None
+        missing = tuple(name for name in self.rules.students if name not in self._open.contributions)
+        return Waiting(self._frontier, missing, max(0.0, now - self._open.opened))
+
+    def apply(self, event: Event, now: float) -> list[Action]:
+        """Takes in one event and returns what must be done, in order.
+
+        Args:
+            event: what happened.
+            now: the time it happened, in seconds of a clock that never goes back.
+        """
+        match event:
+            case Join():
+                return self._join(event)
+            case Contribute():
+                return self._contribute(event, now)
+            case Decided():
+                return self._decided(event)
+            case Progress():
+                return self._progress(event)
+            case Leave():
+                return self._leave(event)
+            case Disconnect():
+                self._drop(event.session, Presence.ABSENT)
+                return []
+            case Tick():
+                return self._notices(now)
+
+    def _join(self, event: Join) -> list[Action]:
+        student = event.student
+        if student not in self._presence:
+            return [
+                Refuse(
+                    Status.FAILED_PRECONDITION,
+                    f"student {student!r} is not one of this run's; allowed: {', '.join(self.rules.students)}",
+                )
+            ]
+        if self.rules.exchanges and event.first_round > self._frontier:
+            return [
+                Refuse(
+                    Status.FAILED_PRECONDITION,
+                    f"student {student!r} resumes at round {event.first_round}, but this server's journal ends at "
+                    f"round {self._frontier}: start the server with the run's journal, or the student from the start",
+                )
+            ]
+        if self.rules.exchanges and event.first_round < self._oldest:
+            return [
+                Refuse(
+                    Status.FAILED_PRECONDITION,
+                    f"student {student!r} needs round {event.first_round}, but the journal keeps rounds from "
+                    f"{self._oldest} on: resume it from its newest checkpoint, or run with exchange.journal.keep: all",
+                )
+            ]
+        actions: list[Action] = []
+        older = self._current.get(student)
+        if older is not None:
+            self._drop(older, Presence.ABSENT)
+            message = f"a newer worker of student {student!r} has joined; this one must not go on"
+            actions.append(End(older, student, Status.SUPERSEDED, message))
+        self._last_session += 1
+        session = self._last_session
+        self._sessions[session] = student
+        self._current[student] = session
+        self._last_sessions[student] = session
+        # A worker whose newest checkpoint was torn resumes an older one than it had reported; it needs those rounds.
+        self._durable[student] = min(self._durable[student], event.first_round)
+        self._presence[student] = Presence.PRESENT
+        return [*actions, Remember(self._record(student)), Admit(student, session, self._frontier)]
+
+    def _contribute(self, event: Contribute, now: float) -> list[Action]:
+        session, contribution = event.session, event.contribution
+        student = self._sessions.get(session)
+        if student is None:
+            return [Refuse(Status.ABORTED, f"session {session} is over or unknown to this server; join again")]
+        if not self.rules.exchanges:
+            message = "this run's method exchanges nothing; a contribution is not allowed"
+            return self._end(session, Status.FAILED_PRECONDITION, message)
+        if contribution.round > self._frontier:
+            message = (
+                f"round {contribution.round} is not open; expected round {self._frontier}, or one before it; join again"
+            )
+            return self._end(session, Status.ABORTED, message)
+        if contribution.round < self._oldest:
+            message = (
+                f"round {contribution.round} is not kept any more; the journal keeps rounds from {self._oldest} on"
+            )
+            return self._end(session, Status.FAILED_PRECONDITION, message)
+        if contribution.round < self._frontier:
+            return [Answer(session, student, contribution)]
+        opened = self._open
+        problem = self._mismatch(student, contribution)
+        if problem is not None:
+            peers = opened.contributions.keys() - {student}
+            if opened.deciding or any(self._current.get(peer) in opened.waiters for peer in peers):
+                return self._end(session, Status.FAILED_PRECONDITION, problem)
+            # Those who sent it are gone; were it kept, it would turn away even them when they come back put right.
+            opened.contributions.clear()
+            opened.arrived.clear()
+            opened.opened = None
+        opened.waiters[session] = contribution
+        opened.notified[session] = now
+        if opened.deciding:
+            return []
+        # A student that died and came back sends again what it has now; it takes the place of what it had then.
+        opened.contributions[student] = contribution
+        opened.arrived[student] = now
+        opened.opened = now if opened.opened is None else opened.opened
+        if len(opened.contributions) < len(self.rules.students):
+            return []
+        opened.deciding = True
+        ordered = {name: opened.contributions[name] for name in self.rules.students}
+        return [Decide(self._frontier, ordered, dict(opened.arrived))]
+
+    def _mismatch(self, student: str, contribution: Contribution) -> str | None:
+        for peer, other in self._open.contributions.items():
+            if peer == student:
+                continue
+            if other.samples != contribution.samples:
+                return (
+                    f"round {contribution.round}: student {student!r} has {other.samples.difference(contribution.samples)}, "
+                    f"from student {peer!r}: seed, data and batch size must be the same for all"
+                )
+            if (other.held_out is None) != (contribution.held_out is None):
+                ours, theirs = ("no", "some") if contribution.held_out is None else ("some", "no")
+                return (
+                    f"round {contribution.round}: student {student!r} sent {ours} held-out samples, "
+                    f"student {peer!r} sent {theirs}: data.held_out must be the same for all"
+                )
+            if (
+                other.held_out is not None
+                and contribution.held_out is not None
+                and other.held_out != contribution.held_out
+            ):
+                return (
+                    f"round {contribution.round}: student {student!r} has held out "
+                    f"{other.held_out.difference(contribution.held_out)}, from student {peer!r}: "
+                    "data.held_out and data.split_seed must be the same for all"
+                )
+            return None
+        return None
+
+    def _decided(self, event: Decided) -> list[Action]:
+        if event.round != self._frontier or not self._open.deciding:
+            raise ValueError(f"round {event.round} is decided, but round {self._frontier} is the open one")
+        waiters = self._open.waiters
+        self._frontier += 1
+        self._open = _Open()
+        return [Answer(session, self._sessions[session], contribution) for session, contribution in waiters.items()]
+
+    def _progress(self, event: Progress) -> list[Action]:
+        student = self._sessions.get(event.session)
+        if student is None:
+            return [Refuse(Status.ABORTED, f"session {event.session} is over or unknown to this server; join again")]
+        durable = min(event.durable_round, self._frontier) if self.rules.exchanges else event.durable_round
+        if durable <= self._durable[student]:
+            return []
+        self._durable[student] = durable
+        return [Remember(self._record(student)), *self._forget()]
+
+    def _leave(self, event: Leave) -> list[Action]:
+        student = self._sessions.get(event.session)
+        if student is None:
+            return [Refuse(Status.ABORTED, f"session {event.session} is over or unknown to this server; join again")]
+        presence = {
+            LeaveReason.FINISHED: Presence.FINISHED,
+            LeaveReason.STOPPED: Presence.ABSENT,
+            LeaveReason.FAILED: Presence.FAILED,
+        }[event.reason]
+        self._drop(event.session, presence)
+        if presence is not Presence.FINISHED:
+            return []
+        self._durable[student] = max(self._durable[student], self._frontier)
+        actions: list[Action] = [Remember(self._record(student)), *self._forget()]
+        return [*actions, Complete()] if self.complete else actions
+
+    def _forget(self) -> list[Action]:
+        if self.rules.keep_all or not self.rules.exchanges:
+            return []
+        needed = min(*self._durable.values(), self._frontier)
+        if needed <= self._oldest:
+            return []
+        self._oldest = needed
+        return [Forget(needed)]
+
+    def _notices(self, now: float) -> list[Action]:
+        waiting = self.waiting(now)
+        if waiting is None:
+            return []
+        actions: list[Action] = []
+        for session in self._open.waiters:
+            if now - self._open.notified[session] >= self.rules.waiting_notice:
+                self._open.notified[session] = now
+                actions.append(Notify(session, waiting))
+        return actions
+
+    def _end(self, session: int, status: Status, message: str) -> list[Action]:
+        student = self._sessions[session]
+        self._drop(session, Presence.ABSENT)
+        return [End(session, student, status, message)]
+
+    def _drop(self, session: int, presence: Presence) -> None:
+        student = self._sessions.pop(session, None)
+        self._open.waiters.pop(session, None)
+        self._open.notified.pop(session, None)
+        if student is not None:
+            del self._current[student]
+            self._presence[student] = presence
+
+    def _record(self, student: str) -> StudentRecord:
+        finished = self._presence[student] is Presence.FINISHED
+        return StudentRecord(student, self._last_sessions[student], self._durable[student], finished)

@@ -1,0 +1,271 @@
+"""The coordinator on gRPC: one event loop, one stream per session, everything bounded.
+
+The loop's thread is the coordinator's thread, so there are no locks. Replies are serialised once, by the coordinator,
+and the same bytes go to every student that shares them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+import torch
+from google.protobuf.message import DecodeError, Message
+
+from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server.coordinator import Coordinator, Refused
+from codistill_server.journal import JournalError
+from codistill_server.rounds import Status
+
+__all__ = ["DistillationService", "EventLoopSubmit", "server_options"]
+
+_T = TypeVar("_T")
+_Request = TypeVar("_Request", bound=Message)
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_OUTBOX_REPLIES = 64
+_STREAM_GRACE = 30.0
+_STATUS_SECONDS = 5.0
+_TICK = 0.25
+_GOING_DOWN = "the server is going down; try again until it is back"
+_CODES = {
+    Status.ABORTED: grpc.StatusCode.ABORTED,
+    Status.SUPERSEDED: grpc.StatusCode.ABORTED,
+    Status.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
+    Status.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+}
+
+
+def server_options(receive_limit: int) -> list[tuple[str, int]]:
+    """Returns the server's channel options.
+
+    Pings find a peer that vanished without a word within 40 s, and keep links alive that clouds cut when idle for
+    four minutes; the workers' own pings, every 20 s, are welcome.
+
+    Args:
+        receive_limit: the largest message taken, in bytes.
+    """
+    return [
+        ("grpc.max_receive_message_length", receive_limit),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class _Stream:
+    """A session's outbox: a bounded queue between the coordinator and one stream's writer."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
+        self.ended: asyncio.Future[Refused] = asyncio.get_running_loop().create_future()
+
+    def reply(self, reply: bytes) -> None:
+        try:
+            self.queue.put_nowait(reply)
+        except asyncio.QueueFull:
+            self.end(Status.ABORTED, f"{_OUTBOX_REPLIES} replies lie unread; read them, or join again")
+
+    def end(self, status: Status, message: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(Refused(status, message))
+
+
+class DistillationService:
+    """The rpcs of ``codistill.v1.Distillation`` on a coordinator.
+
+    Args:
+        coordinator: the run.
+        on_failure: called with the error, when the run cannot go on.
+    """
+
+    def __init__(self, coordinator: Coordinator, on_failure: Callable[[Exception], None]) -> None:
+        self._coordinator = coordinator
+        self._on_failure = on_failure
+        self._ending = asyncio.Event()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Returns what a gRPC server registers."""
+        coordinator = self._coordinator
+
+        def report(request: pb.ReportRequest) -> pb.ReportResponse:
+            coordinator.report(request)
+            return pb.ReportResponse()
+
+        def leave(request: pb.LeaveRequest) -> pb.LeaveResponse:
+            coordinator.leave(request)
+            return pb.LeaveResponse()
+
+        def get_run(request: pb.GetRunRequest) -> pb.Run:
+            del request
+            return coordinator.snapshot()
+
+        # Requests are parsed by the calls themselves, so that bytes that are no message get a status that says so;
+        # the stream's replies come serialised.
+        return grpc.method_handlers_generic_handler(
+            pb.DESCRIPTOR.services_by_name["Distillation"].full_name,
+            {
+                "Join": self._unary(pb.JoinRequest, self._join),
+                "Report": self._unary(pb.ReportRequest, report),
+                "Leave": self._unary(pb.LeaveRequest, leave),
+                "GetRun": self._unary(pb.GetRunRequest, get_run),
+                "WatchRun": grpc.unary_stream_rpc_method_handler(self._watch_run, None, pb.Run.SerializeToString),
+                "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange, None, None),
+            },
+        )
+
+    def end(self) -> None:
+        """Ends every stream: the server is going down."""
+        self._ending.set()
+
+    async def tick(self) -> None:
+        """Lets the coordinator's time go by, until cancelled."""
+        while True:
+            await asyncio.sleep(_TICK)
+            self._coordinator.tick()
+
+    def _unary(
+        self, request_type: type[_Request], call: Callable[[_Request], Message]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        async def handle(raw: bytes, context: _Context) -> bytes:
+            try:
+                return call(_parse(request_type, raw)).SerializeToString()
+            except Refused as refused:
+                await _abort(context, refused)
+            except JournalError as error:
+                await self._fail(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle, None, None)
+
+    def _join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        response = self._coordinator.join(request)
+        # A worker that dies between Join and Exchange has no stream whose end would tell.
+        loop = asyncio.get_running_loop()
+        loop.call_later(_STREAM_GRACE, self._coordinator.expect_stream, response.session)
+        return response
+
+    async def _watch_run(self, raw: bytes, context: _Context) -> AsyncIterator[pb.Run]:
+        try:
+            interval = _parse(pb.WatchRunRequest, raw).interval_seconds or 1.0
+            if not 0.1 <= interval <= 60:
+                message = f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60, or 0 for 1"
+                raise Refused(Status.INVALID_ARGUMENT, message)
+        except Refused as refused:
+            await _abort(context, refused)
+        while True:
+            run = self._coordinator.snapshot()
+            yield run
+            if run.complete or self._ending.is_set():
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), interval)
+
+    async def _exchange(self, requests: AsyncIterator[bytes], context: _Context) -> None:
+        stream = _Stream()
+        try:
+            session = _session_of(context)
+            self._coordinator.open_stream(session, stream)
+        except Refused as refused:
+            await _abort(context, refused)
+        parts = [
+            asyncio.ensure_future(self._read(session, requests, stream)),
+            asyncio.ensure_future(_write(stream, context)),
+            asyncio.ensure_future(self._ending.wait()),
+        ]
+        try:
+            await asyncio.wait([*parts, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Before the status is sent: a worker that does not read holds that up, and the others need not wait for it.
+            self._coordinator.close_stream(session, stream)
+            for part in parts:
+                part.cancel()
+            await asyncio.wait(parts)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STATUS_SECONDS):
+                if stream.ended.done():
+                    await _abort(context, stream.ended.result())
+                if self._ending.is_set():
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
+
+    async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+        async for raw in requests:
+            try:
+                self._coordinator.contribute(session, _parse(pb.Contribution, raw), len(raw))
+            except Refused as refused:
+                stream.end(refused.status, str(refused))
+                return
+            except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
+                self._on_failure(error)
+                self.end()
+                return
+
+    async def _fail(self, context: _Context, error: JournalError) -> NoReturn:
+        self._on_failure(error)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+class EventLoopSubmit:
+    """Runs heavy work on one thread beside the event loop, and light work at once."""
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._on_failure = on_failure
+        self._pool = ThreadPoolExecutor(1, "codistill-targets", initializer=torch.set_num_threads, initargs=(1,))
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
+        """See :class:`codistill_server.coordinator.Submit`."""
+        if not heavy:
+            done(work())
+            return
+        task = asyncio.get_running_loop().create_task(self._beside(work, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        """Ends the thread, after the work it is at."""
+        self._pool.shutdown(cancel_futures=True)
+
+    async def _beside(self, work: Callable[[], _T], done: Callable[[_T], None]) -> None:
+        try:
+            done(await asyncio.get_running_loop().run_in_executor(self._pool, work))
+        except Exception as error:  # noqa: BLE001 - nobody awaits this task; whatever it is ends the run
+            self._on_failure(error)
+
+
+def _parse(request_type: type[_Request], raw: bytes) -> _Request:
+    try:
+        return request_type.FromString(raw)
+    except DecodeError as error:
+        message = f"{len(raw)} bytes are not a {request_type.DESCRIPTOR.full_name}: {error}"
+        raise Refused(Status.INVALID_ARGUMENT, message) from error
+
+
+def _session_of(context: _Context) -> int:
+    metadata = dict(context.invocation_metadata() or ())
+    value = metadata.get(SESSION_KEY, "")
+    if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20):
+        message = f"metadata {SESSION_KEY}: {str(value)[:80]!r} is not allowed; send the session that Join returned, in decimal"
+        raise Refused(Status.INVALID_ARGUMENT, message)
+    return int(value)
+
+
+async def _write(stream: _Stream, context: _Context) -> None:
+    # Headers go out at once: they tell the worker that its session's stream stands.
+    await context.send_initial_metadata(())
+    while True:
+        await context.write(await stream.queue.get())
+
+
+async def _abort(context: _Context, refused: Refused) -> NoReturn:
+    trailing = ((SUPERSEDED_KEY, "1"),) if refused.status is Status.SUPERSEDED else ()
+    await context.abort(_CODES[refused.status], str(refused), trailing)

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from server.support_server import close_runs
+
+
+@pytest.fixture(autouse=True)
+def runs_are_closed() -> Iterator[None]:
+    yield
+    close_runs()

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from codistill import SESSION_KEY
+from codistill.exit_codes import ExitCode
+from codistill.experiment import Experiment, identity
+from codistill.records import Happened, read
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
+from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.rounds import Samples
+from server.support_server import contribution, join_request, make_experiment
+
+PATIENCE = 60.0
+SERVICE = "codistill.v1.Distillation"
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {PATIENCE} s: {what}")
+
+
+@dataclass
+class Served:
+    """A server on a thread of this process."""
+
+    run_dir: Path
+    stop: threading.Event
+    thread: threading.Thread
+    outcome: list[ExitCode | Exception]
+    announced: dict[str, Any]
+
+    @property
+    def address(self) -> str:
+        return self.announced["address"]
+
+    def end(self) -> ExitCode | Exception:
+        """Waits until the server has ended by itself; returns how."""
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        return self.outcome[0]
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, experiment: Experiment | None = None, listen: str = "127.0.0.1:0", **options: Any
+) -> Generator[Served]:
+    run_dir, stop, outcome = folder / "run", threading.Event(), list[ExitCode | Exception]()
+    experiment = experiment or make_experiment()
+
+    def work() -> None:
+        try:
+            outcome.append(serve(experiment, ServeOptions(listen, run_dir, **options), stop))
+        except Exception as error:  # noqa: BLE001 - handed to the test
+            outcome.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        until(lambda: (run_dir / ADDRESS_FILE).exists() or outcome, "the server announces itself")
+        assert not outcome, outcome[0]
+        yield Served(run_dir, stop, thread, outcome, json.loads((run_dir / ADDRESS_FILE).read_text()))
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    assert not (run_dir / ADDRESS_FILE).exists(), "the address goes with the server"
+
+
+def refused(folder: Path, experiment: Experiment | None = None, **options: Any) -> ServerError:
+    options = {"listen": "127.0.0.1:0", "run_dir": folder / "run", **options}
+    with pytest.raises(ServerError) as caught:
+        serve(experiment or make_experiment(), ServeOptions(**options))
+    assert not (folder / "run" / ADDRESS_FILE).exists()
+    return caught.value
+
+
+@pytest.fixture
+def busy() -> Iterator[str]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+class TestAddress:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("127.0.0.1:0", ("127.0.0.1", 0)),
+            ("localhost:65535", ("localhost", 65535)),
+            ("[::1]:50051", ("::1", 50051)),
+            ("some.host:1", ("some.host", 1)),
+        ],
+    )
+    def test_host_and_port(self, text: str, expected: tuple[str, int]) -> None:
+        assert parse_address(text, "listen") == expected
+
+    @pytest.mark.parametrize(
+        "text", ["", ":", "host", "host:", ":80", "host:http", "host:-1", "host:65536", "host:１", "host:" + "9" * 5000]
+    )
+    def test_what_is_none(self, text: str) -> None:
+        with pytest.raises(ServerError, match=r"listen: .* is not an address; expected HOST:PORT") as caught:
+            parse_address(text, "listen")
+        assert caught.value.code is ExitCode.CONFIGURATION
+
+
+class TestRefused:
+    def test_a_busy_port(self, tmp_path: Path, busy: str) -> None:
+        error = refused(tmp_path, listen=busy)
+        assert f"listen: {busy} cannot be listened on: " in str(error)
+        assert "another address with --listen" in str(error)
+        assert error.code is ExitCode.CONFIGURATION
+
+    def test_a_busy_port_of_the_metrics(self, tmp_path: Path, busy: str) -> None:
+        error = refused(tmp_path, metrics=busy)
+        assert f"metrics: {busy} cannot be listened on: " in str(error)
+        assert "--metrics" in str(error)
+
+    @pytest.mark.parametrize("field", ["listen", "metrics"])
+    def test_an_address_that_is_none(self, tmp_path: Path, field: str) -> None:
+        assert f"{field}: 'nowhere' is not an address" in str(refused(tmp_path, None, **{field: "nowhere"}))
+
+    def test_another_machines_address(self, tmp_path: Path) -> None:
+        error = refused(tmp_path, listen="203.0.113.1:50051", insecure=True)  # kept for documentation; nobody's
+        assert "listen: 203.0.113.1:50051 cannot be listened on: " in str(error)
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "203.0.113.1", "some.host"])  # noqa: S104
+    def test_beyond_this_machine_without_a_word(self, tmp_path: Path, host: str) -> None:
+        error = refused(tmp_path, listen=f"{host}:0")
+        assert "can be reached from other machines" in str(error)
+        assert "--insecure" in str(error)
+        assert not (tmp_path / "run").exists(), "nothing is begun"
+
+    def test_the_journal_of_another_run(self, tmp_path: Path) -> None:
+        Journal(tmp_path / "run" / JOURNAL_FILE, identity(make_experiment(seed=1))).close()
+        error = refused(tmp_path, make_experiment(seed=2))
+        assert "experiment field seed: the run has 1, this experiment has 2" in str(error)
+        assert error.code is ExitCode.CONFIGURATION
+
+    def test_a_journal_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / JOURNAL_FILE).write_text("my notes")
+        error = refused(tmp_path)
+        assert str(tmp_path / "run" / JOURNAL_FILE) in str(error)
+        assert error.code is ExitCode.CONFIGURATION
+
+    def test_a_journal_that_cannot_be_read_to_its_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def damaged(self: Journal) -> bytes:
+            raise JournalError("journal x cannot be read: database disk image is malformed")
+
+        monkeypatch.setattr(Journal, "last_state", damaged)
+        error = refused(tmp_path)
+        assert "malformed" in str(error)
+        assert error.code is ExitCode.CONFIGURATION
+
+    def test_a_run_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        assert "file/run" in str(refused(tmp_path / "file"))
+        (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+        assert f"run folder {tmp_path / 'run'} cannot be written" in str(refused(tmp_path))
+
+
+class TestServing:
+    def test_until_it_is_stopped(self, tmp_path: Path) -> None:
+        with serving(tmp_path) as served:
+            assert served.announced == {"address": served.address, "metrics": "", "pid": os.getpid()}
+            with grpc.insecure_channel(served.address) as channel:
+                stub = DistillationStub(channel)
+                assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
+                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE)
+                assert list(stream) == []
+            served.stop.set()
+            assert served.end() is ExitCode.OK
+        events = [record.what for record in read(served.run_dir / "events.jsonl") if isinstance(record, Happened)]
+        assert events == ["joined", "disconnected"]
+
+    def test_until_the_run_is_complete(self, tmp_path: Path) -> None:
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served:
+            _finish(served.address, experiment)
+            assert served.end() is ExitCode.OK
+        with serving(tmp_path, experiment, stay=True) as again:
+            with grpc.insecure_channel(again.address) as channel:
+                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+            assert again.thread.is_alive(), "it stays where it is asked to"
+        assert again.outcome == [ExitCode.OK]
+
+    def test_a_run_that_is_complete_already_ends_at_once(self, tmp_path: Path) -> None:
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served:
+            _finish(served.address, experiment)
+            served.end()
+        code = serve(experiment, ServeOptions("127.0.0.1:0", tmp_path / "run"))
+        assert code is ExitCode.OK
+
+    def test_its_end_is_told_to_the_workers(self, tmp_path: Path) -> None:
+        with serving(tmp_path) as served, grpc.insecure_channel(served.address) as channel:
+            stub = DistillationStub(channel)
+            session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
+            release = threading.Event()
+            stream = stub.Exchange(
+                _then_hold(iter(()), release), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE
+            )
+            stream.initial_metadata()
+            served.stop.set()
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            release.set()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert served.end() is ExitCode.OK
+
+    def test_a_journal_that_fails_ends_it_with_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(self: Journal, closed: ClosedRound) -> None:
+            raise JournalError("the disk is full")
+
+        monkeypatch.setattr(Journal, "append", full)
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served, contextlib.ExitStack() as stack:
+            channel = stack.enter_context(grpc.insecure_channel(served.address))
+            stub = DistillationStub(channel)
+            streams = []
+            for name in experiment.names:
+                session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
+                messages = iter([contribution(experiment, name, 0)])
+                hold = threading.Event()
+                stack.callback(hold.set)
+                requests = _then_hold(messages, hold)
+                streams.append(stub.Exchange(requests, metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE))
+            for stream in streams:
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(stream)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            error = served.end()
+            assert isinstance(error, ServerError)
+            assert (str(error), error.code) == ("the disk is full", ExitCode.ERROR)
+
+    def test_an_ipv6_address(self, tmp_path: Path) -> None:
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+        with serving(tmp_path, listen="[::1]:0") as served:
+            assert served.address.startswith("[::1]:")
+            with grpc.insecure_channel(served.address) as channel:
+                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+
+
+class TestHealth:
+    def test_serving_and_then_not(self, tmp_path: Path) -> None:
+        with serving(tmp_path) as served, grpc.insecure_channel(served.address) as channel:
+            health = cast("Any", health_pb2_grpc.HealthStub(channel))
+            for name in ("", SERVICE):
+                answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            served.stop.set()
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            watch.cancel()
+            assert served.end() is ExitCode.OK
+
+    @pytest.mark.parametrize("reflect", [True, False])
+    def test_reflection_is_there_if_asked_for(self, tmp_path: Path, reflect: bool) -> None:
+        with serving(tmp_path, reflect=reflect) as served, grpc.insecure_channel(served.address) as channel:
+            stub = cast("Any", reflection_pb2_grpc.ServerReflectionStub(channel))
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            call = stub.ServerReflectionInfo(iter([asked]), timeout=PATIENCE)
+            if reflect:
+                (answer,) = call
+                names = {service.name for service in answer.list_services_response.service}
+                assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+            else:
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(call)
+                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+class TestMetrics:
+    def test_over_http(self, tmp_path: Path) -> None:
+        with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
+            url = f"http://{served.announced['metrics']}/metrics"
+            assert 'codistill_students_present{run="small"} 0.0' in _get(url)
+            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
+            assert 'codistill_students_present{run="small"} 1.0' in _get(url)
+        with pytest.raises(urllib.error.URLError):
+            _get(url)
+
+
+def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
+    experiment = make_experiment(exchange={"journal": {"durability": "power"}})
+    path = tmp_path / "run" / JOURNAL_FILE
+    journal = Journal(path, identity(experiment))
+    journal.append(ClosedRound(0, Samples(bytes(8), bytes(8)), {"": b""}))
+    journal.close()
+    with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
+        run = DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        assert run.frontier == 1
+        assert [event.kind for event in run.events] == ["resumed"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(make_experiment().to_yaml())
+    command = ["serve", path, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--run-dir", tmp_path / "run"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "codistill_deploy", *map(str, command)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    address = tmp_path / "run" / ADDRESS_FILE
+    try:
+        until(lambda: address.exists() or server.poll() is not None, "the server announces itself")
+        announced = json.loads(address.read_text())
+        assert announced["pid"] == server.pid
+        with grpc.insecure_channel(announced["address"]) as channel:
+            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
+        assert "codistill_run_info" in _get(f"http://{announced['metrics']}/metrics")
+        server.send_signal(number)
+        output, _ = server.communicate(timeout=PATIENCE)
+    finally:
+        server.kill()
+    assert server.returncode == 0, output
+    assert "Traceback" not in output
+    assert not address.exists()
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - the server of this test
+        return answer.read().decode()
+
+
+def _finish(address: str, experiment: Experiment) -> None:
+    with grpc.insecure_channel(address) as channel:
+        stub = DistillationStub(channel)
+        for name in experiment.names:
+            session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+
+
+def _then_hold(messages: Iterator[pb.Contribution], hold: threading.Event) -> Iterator[pb.Contribution]:
+    yield from messages
+    hold.wait(PATIENCE)
+
+
+def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
+    with (tmp_path / "server.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ServerError, match="another server runs in it; stop that one, or choose another"):
+            serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))

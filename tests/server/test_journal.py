@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.rounds import Restored, Samples, StudentRecord
+
+IDENTITY = '{"seed":1,"name":"x"}'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "journal.sqlite"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    made = Journal(path, IDENTITY)
+    yield made
+    made.close()
+
+
+def closed(number: int, **changes: object) -> ClosedRound:
+    ids, labels = number.to_bytes(8, "little"), b"\1" + bytes(7)
+    fields: dict[str, object] = {"replies": {"": b"reply %d" % number}, "state": b"state %d" % number}
+    return ClosedRound(number, Samples(ids, labels), **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def reopened(path: Path) -> Journal:
+    return Journal(path, IDENTITY)
+
+
+class TestRounds:
+    @pytest.mark.parametrize("replies", [{"": b"shared"}, {"ant": b"for ant", "bee": b"for bee"}])
+    def test_a_round_reads_back_as_it_was(self, journal: Journal, path: Path, replies: dict[str, bytes]) -> None:
+        written = closed(3, replies=replies)
+        journal.append(written)
+        assert journal.read(3) == written
+        journal.close()
+        again = reopened(path)
+        assert again.read(3) == written
+        again.close()
+
+    def test_a_reply_is_everyones_or_each_students_own(self) -> None:
+        assert closed(0, replies={"": b"all"}).reply_to("ant") == b"all"
+        assert closed(0, replies={"ant": b"1", "bee": b"2"}).reply_to("bee") == b"2"
+
+    def test_a_round_that_is_not_there(self, journal: Journal) -> None:
+        assert journal.read(0) is None
+        assert journal.last_state() == b""
+        assert journal.restore() == Restored()
+
+    def test_a_closed_round_never_changes(self, journal: Journal) -> None:
+        journal.append(closed(0))
+        with pytest.raises(JournalError, match="cannot be written: UNIQUE"):
+            journal.append(closed(0, replies={"": b"another", "ant": b"more"}))
+        assert journal.read(0) == closed(0)
+
+    def test_all_of_a_round_is_written_or_nothing(self, journal: Journal) -> None:
+        # A value that SQLite does not take stands for whatever may go wrong half way.
+        for broken, error in (
+            ({"ant": b"good", "bee": None}, JournalError),
+            ({"ant": b"", "bee": object()}, Exception),
+        ):
+            with pytest.raises(error):
+                journal.append(closed(0, replies=broken))
+            assert journal.read(0) is None
+        journal.append(closed(0))
+        assert journal.read(0) == closed(0), "nor did the failed rounds leave a transaction open"
+
+    def test_a_commit_that_fails_leaves_nothing_to_read(self, journal: Journal) -> None:
+        database = journal._database
+        database.execute("PRAGMA foreign_keys = ON")  # a deferred check fails at COMMIT, and not before
+        database.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+        database.execute("DROP TABLE targets")
+        database.execute(
+            "CREATE TABLE targets (round INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED, "
+            "student TEXT, reply BLOB)"
+        )
+        with pytest.raises(JournalError, match="FOREIGN KEY"):
+            journal.append(closed(0))
+        assert journal.read(0) is None
+        database.execute("INSERT INTO parent VALUES (0)")
+        journal.append(closed(0))
+        assert journal.read(0) == closed(0)
+
+    def test_the_state_is_that_of_the_newest_round(self, journal: Journal) -> None:
+        for number in (4, 5, 6):
+            journal.append(closed(number))
+        assert journal.last_state() == b"state 6"
+
+    def test_power_safe_journals_sync_every_round(self, path: Path) -> None:
+        for durability, level in (("power", 2), ("process", 0)):
+            made = Journal(path, IDENTITY, durability)  # type: ignore[arg-type]
+            assert made._database.execute("PRAGMA synchronous").fetchone() == (level,)
+            made.close()
+
+
+class TestForget:
+    def test_rounds_before_one_go_with_their_targets(self, journal: Journal) -> None:
+        for number in range(5):
+            journal.append(closed(number))
+        journal.forget(3)
+        assert [journal.read(number) is not None for number in range(5)] == [False, False, False, True, True]
+        assert journal._database.execute("SELECT round FROM targets ORDER BY round").fetchall() == [(3,), (4,)]
+        assert journal.restore() == Restored(oldest=3, frontier=5)
+
+    def test_the_newest_always_stays(self, journal: Journal) -> None:
+        journal.forget(7)
+        for number in range(3):
+            journal.append(closed(number))
+        journal.forget(100)
+        assert journal.restore() == Restored(oldest=2, frontier=3)
+        assert journal.last_state() == b"state 2"
+
+    @given(st.lists(st.one_of(st.just("append"), st.integers(0, 12)), max_size=30))
+    @settings(max_examples=60, deadline=None)
+    def test_any_course_keeps_a_contiguous_newest_part(self, course: list[str | int]) -> None:
+        journal = Journal(None, IDENTITY)
+        newest, oldest = -1, 0
+        for step in course:
+            if isinstance(step, str):
+                newest += 1
+                journal.append(closed(newest))
+            else:
+                journal.forget(step)
+                oldest = max(oldest, min(step, newest))
+        assert journal.restore() == Restored(oldest=oldest if newest >= 0 else 0, frontier=newest + 1)
+        for number in range(newest + 2):
+            assert journal.read(number) == (closed(number) if oldest <= number <= newest else None)
+        journal.close()
+
+
+class TestRun:
+    def test_students_are_remembered(self, journal: Journal, path: Path) -> None:
+        for record in (
+            StudentRecord("ant", 1, 0, finished=False),
+            StudentRecord("bee", 2, 7, finished=True),
+            StudentRecord("ant", 3, 5, finished=False),
+        ):
+            journal.remember(record)
+        journal.close()
+        again = reopened(path)
+        assert again.restore().students == (
+            StudentRecord("ant", 3, 5, finished=False),
+            StudentRecord("bee", 2, 7, finished=True),
+        )
+        again.close()
+
+    def test_what_is_settled_stays(self, journal: Journal, path: Path) -> None:
+        assert journal.settled("data") is None
+        journal.settle("data", "mine")
+        with pytest.raises(JournalError):
+            journal.settle("data", "yours")
+        journal.close()
+        again = reopened(path)
+        assert again.settled("data") == "mine"
+        again.close()
+
+    def test_another_experiments_journal_is_refused(self, journal: Journal, path: Path) -> None:
+        with pytest.raises(JournalError) as error:
+            Journal(path, '{"seed":2,"name":"x"}')
+        assert str(error.value) == (
+            f"journal {path} belongs to another run: experiment field seed: the run has 1, this experiment has 2; "
+            "choose another run folder"
+        )
+        journal.append(closed(0))  # the right one goes on
+
+    def test_another_format_is_refused(self, journal: Journal, path: Path) -> None:
+        journal._database.execute("UPDATE run SET value = '99' WHERE key = 'schema'")
+        with pytest.raises(JournalError, match=r"has format 99; this version reads 1"):
+            Journal(path, IDENTITY)
+
+    def test_in_memory_nothing_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        journal = Journal(None, IDENTITY)
+        journal.append(closed(0))
+        journal.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestFaults:
+    def test_a_file_that_is_no_journal(self, path: Path) -> None:
+        path.parent.mkdir()
+        path.write_bytes(b"these are notes of mine, long enough to be looked at. " * 100)
+        before = path.read_bytes()
+        with pytest.raises(
+            JournalError, match=r"cannot be opened: file is not a database; .* another run folder"
+        ) as error:
+            Journal(path, IDENTITY)
+        assert str(path) in str(error.value)
+        assert path.read_bytes() == before
+
+    def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for path in (tmp_path / "file" / "journal.sqlite", tmp_path):
+            with pytest.raises(JournalError, match=f"journal {path} cannot be opened"):
+                Journal(path, IDENTITY)
+
+    def test_a_closed_or_damaged_journal_says_so(self, path: Path) -> None:
+        journal = Journal(path, IDENTITY)
+        for number in range(200):
+            journal.append(closed(number, replies={"": os.urandom(2000)}))
+        journal.close()
+        with pytest.raises(JournalError, match="cannot be read"):
+            journal.restore()
+        with path.open("r+b") as file:  # all but the first page, which holds the schema
+            file.seek(4096)
+            file.write(b"\xff" * (path.stat().st_size - 4096))
+        malformed = pytest.raises(JournalError, match=r"cannot be (opened|read): database disk image is malformed")
+        with malformed, contextlib.closing(Journal(path, IDENTITY)) as damaged:
+            damaged.restore()
+
+    def test_a_disk_that_is_full(self, journal: Journal, path: Path) -> None:
+        database = journal._database
+        pages = database.execute("PRAGMA page_count").fetchone()[0]
+        database.execute(f"PRAGMA max_page_count = {pages + 8}")
+
+        def fill() -> None:
+            for number in range(1000):
+                journal.append(closed(number, replies={"": os.urandom(2000)}))
+
+        with pytest.raises(JournalError, match=r"is full; free disk space or check the folder's permissions") as error:
+            fill()
+        assert str(path) in str(error.value)
+        (written,) = {
+            journal.restore().frontier,
+            journal._database.execute("SELECT count(*) FROM targets").fetchone()[0],
+        }
+        assert 0 < written < 100
+        assert journal.read(written) is None
+        database.execute("PRAGMA max_page_count = 100000")
+        journal.append(closed(written))
+        assert journal.restore().frontier == written + 1
+
+    def test_writes_beyond_the_file_size_limit(self, path: Path) -> None:
+        """The operating system itself refuses; what was written before is all there."""
+        script = """
+            import os, resource, signal, sys
+            from pathlib import Path
+            from codistill_server.journal import ClosedRound, Journal, JournalError
+            from codistill_server.rounds import Samples
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            journal = Journal(Path(sys.argv[1]), sys.argv[2])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+            number = 0
+            try:
+                while number < 10_000:
+                    journal.append(ClosedRound(number, Samples(bytes(8), bytes(8)), {"": os.urandom(4000)}, b""))
+                    number += 1
+            except JournalError as error:
+                print(number, journal.restore().frontier, error)
+        """
+        number, frontier, text = _python(script, str(path), IDENTITY).split(" ", 2)
+        assert 0 < int(number) < 10_000
+        assert frontier == number
+        assert "free disk space" in text
+        again = reopened(path)
+        assert again.restore() == Restored(oldest=0, frontier=int(number))
+        again.close()
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+    def test_a_folder_without_permission(self, path: Path) -> None:
+        path.parent.mkdir()
+        path.parent.chmod(0o500)
+        with pytest.raises(JournalError, match="cannot be opened"):
+            Journal(path, IDENTITY)
+
+    def test_a_journal_that_turned_read_only(self, journal: Journal) -> None:
+        journal._database.execute("PRAGMA query_only = ON")
+        with pytest.raises(
+            JournalError, match=r"cannot be written: attempt to write a readonly database; .*permissions"
+        ):
+            journal.append(closed(0))
+        assert journal.read(0) is None
+
+    def test_two_servers_never_close_the_same_round(self, journal: Journal, path: Path) -> None:
+        other = reopened(path)
+        journal.append(closed(0))
+        with pytest.raises(JournalError):
+            other.append(closed(0, replies={"": b"another"}))
+        assert other.read(0) == closed(0)
+        other.close()
+
+    def test_a_journal_that_another_process_holds(self, path: Path, journal: Journal) -> None:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        journal._database.execute("PRAGMA busy_timeout = 10")
+        with pytest.raises(JournalError, match="database is locked"):
+            journal.append(closed(0))
+        other.execute("ROLLBACK")
+        other.close()
+        journal.append(closed(0))
+
+
+@pytest.mark.parametrize("after", [1, 40, 150])
+def test_whatever_was_answered_outlives_kill_9(path: Path, after: int) -> None:
+    """A writer that says each round after it was appended is killed; every round said is there, and none is torn."""
+    script = """
+        import sys
+        from pathlib import Path
+        from codistill_server.journal import ClosedRound, Journal
+        from codistill_server.rounds import Samples
+        journal = Journal(Path(sys.argv[1]), sys.argv[2])
+        number = 0
+        while True:
+            content = number.to_bytes(8, "little") * 500
+            journal.append(ClosedRound(number, Samples(content, content), {"ant": content, "bee": content[::-1]}, content))
+            print(number, flush=True)
+            number += 1
+    """
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(path), IDENTITY], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    with writer.stdout as output:
+        said = -1
+        for line in output:
+            said = int(line)
+            if said == after:
+                writer.kill()
+    assert writer.wait(60) == -signal.SIGKILL
+    journal = reopened(path)
+    restored = journal.restore()
+    assert said >= after
+    # One more may be whole on disk whose answer was not out yet.
+    assert restored.oldest == 0
+    assert restored.frontier in (said + 1, said + 2)
+    for number in range(restored.frontier):
+        content = number.to_bytes(8, "little") * 500
+        assert journal.read(number) == ClosedRound(
+            number, Samples(content, content), {"ant": content, "bee": content[::-1]}, content
+        )
+    journal.append(closed(restored.frontier))
+    journal.close()
+
+
+def _python(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

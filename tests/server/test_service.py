@@ -1,0 +1,666 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+
+from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.experiment import Distillation, Experiment, identity
+from codistill.records import Record
+from codistill.tensors import encode
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_server import methods, service
+from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.observations import Observations
+from codistill_server.rounds import Status
+from codistill_server.service import DistillationService, EventLoopSubmit, server_options
+from server.support_server import (
+    BATCH,
+    CLASSES,
+    contribution,
+    join_request,
+    make_experiment,
+)
+
+PATIENCE = 40.0
+EXCHANGE = "/codistill.v1.Distillation/Exchange"
+UNARY = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
+
+
+def drive(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 2 * PATIENCE))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Served:
+    """A run behind a real port."""
+
+    experiment: Experiment
+    coordinator: Coordinator
+    service: DistillationService
+    server: grpc.aio.Server
+    port: int
+    failures: list[Exception]
+    channel: grpc.aio.Channel
+
+    @property
+    def stub(self) -> Any:  # the generated types know blocking channels only
+        return DistillationStub(self.channel)
+
+    @property
+    def presence(self) -> dict[str, str]:
+        return {name: presence.value for name, presence in self.coordinator.presence.items()}
+
+    async def students(self) -> list[Student]:
+        """Has all students join and open their streams."""
+        made = [Student(self, name) for name in self.experiment.names]
+        await asyncio.gather(*(student.start() for student in made))
+        return made
+
+
+@dataclass
+class Student:
+    """A worker's side of a session, with messages as bytes."""
+
+    served: Served
+    name: str
+    channel: grpc.aio.Channel | None = None
+    session: int = 0
+    call: Any = None
+
+    async def start(self, first_round: int = 0) -> None:
+        channel = self.channel or self.served.channel
+        request = join_request(self.served.experiment, self.name, first_round)
+        self.session = (await cast("Any", DistillationStub(channel)).Join(request)).session
+        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(self.session)),))
+        await self.call.initial_metadata()
+
+    async def send(self, number: int, **options: Any) -> None:
+        await self.write(contribution(self.served.experiment, self.name, number, **options).SerializeToString())
+
+    async def write(self, raw: bytes) -> None:
+        await self.call.write(raw)
+
+    async def answer(self) -> bytes:
+        """Returns the next targets as they came."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                raw = await self.call.read()
+                assert isinstance(raw, bytes), "the stream ended"
+                reply = pb.ExchangeReply.FromString(raw)
+                if reply.HasField("targets"):
+                    return raw
+
+    async def ending(self) -> grpc.aio.AioRpcError:
+        """Returns how the stream ends."""
+        try:
+            while True:
+                await self.answer()
+        except grpc.aio.AioRpcError as error:
+            return error
+
+
+@contextlib.asynccontextmanager
+async def serving(experiment: Experiment | None = None, journal: Journal | None = None) -> AsyncGenerator[Served]:
+    experiment = experiment or make_experiment()
+    failures: list[Exception] = []
+    submit = EventLoopSubmit(failures.append)
+    coordinator = Coordinator(
+        experiment,
+        journal or Journal(None, identity(experiment)),
+        Observations(experiment, list[Record]().append),
+        submit,
+    )
+    made = DistillationService(coordinator, failures.append)
+    server = grpc.aio.server(options=server_options(receive_limit(experiment)))
+    server.add_generic_rpc_handlers((made.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    ticking = asyncio.create_task(made.tick())
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Served(experiment, coordinator, made, server, port, failures, channel)
+    finally:
+        ticking.cancel()
+        made.end()
+        await server.stop(2)
+        submit.close()
+        coordinator.close()
+
+
+async def error_of(call: Awaitable[object]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def trailing(error: grpc.aio.AioRpcError) -> dict[str, str | bytes]:
+    return dict(error.trailing_metadata() or ())
+
+
+class TestRounds:
+    def test_eight_students_get_the_same_bytes(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment([f"s{number}" for number in range(8)])) as served:
+                students = await served.students()
+                for number in range(12):
+                    await asyncio.gather(*(student.send(number) for student in students))
+                    answers = await asyncio.gather(*(student.answer() for student in students))
+                    assert len(set(answers)) == 1
+                    assert pb.ExchangeReply.FromString(answers[0]).targets.round == number
+                assert served.coordinator.frontier == 12
+
+        drive(test)
+
+    def test_a_student_that_comes_back_is_answered_from_the_journal(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                answers: list[bytes] = []
+                for number in range(7):
+                    await asyncio.gather(ant.send(number), bee.send(number))
+                    answers.append(await ant.answer())
+                ant.call.cancel()
+                await until(lambda: served.presence["ant"] == "absent")
+                again = Student(served, "ant")
+                await again.start(2)
+                for number in range(2, 7):
+                    await again.send(number)
+                assert [await again.answer() for _ in range(5)] == answers[2:]
+
+        drive(test)
+
+    def test_who_waits_is_told_whom_for(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment(exchange={"waiting_notice": 0.3})) as served:
+                ant, bee = await served.students()
+                await ant.send(0)
+                raw = await ant.call.read()
+                waiting = pb.ExchangeReply.FromString(raw).waiting
+                assert (waiting.round, list(waiting.students)) == (0, ["bee"])
+                assert waiting.seconds >= 0.3
+                run = await served.stub.GetRun(pb.GetRunRequest())
+                assert list(run.waiting_for) == ["bee"]
+                await bee.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_a_student_that_finished_is_reported_and_completes_the_run(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment()) as served:
+                ant, bee = await served.students()
+                await served.stub.Report(pb.ReportRequest(session=ant.session, round=3, epoch=1, durable_round=0))
+                run = await served.stub.GetRun(pb.GetRunRequest())
+                assert [(student.name, student.round) for student in run.students] == [("ant", 3), ("bee", 0)]
+                for student in (ant, bee):
+                    assert not served.coordinator.complete
+                    leave = pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED)
+                    await served.stub.Leave(leave)
+                    student.call.cancel()
+                assert served.coordinator.complete
+
+        drive(test)
+
+
+class TestHeavyWork:
+    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
+    def test_linear_is_made_beside_the_loop(self, monkeypatch: pytest.MonkeyPatch, ensemble: str) -> None:
+        """Its targets are held back: meanwhile the server answers. Lighter ensembles are made on the loop's thread."""
+        experiment = make_experiment(distillation={"ensemble": ensemble})
+        half = methods.create(experiment.distillation)
+        assert half is not None
+        release, threads = threading.Event(), list[str]()
+
+        class Held:
+            heavy = half.heavy
+
+            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+                threads.append(threading.current_thread().name)
+                assert release.wait(PATIENCE)
+                return half.targets(gathered)
+
+        monkeypatch.setattr(methods, "create", _returning(Held()))
+        if not half.heavy:
+            release.set()
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                students = await served.students()
+                for student in students:
+                    await student.send(0)
+                if half.heavy:
+                    await until(lambda: len(threads) == 1)
+                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
+                    assert run.frontier == 0
+                    release.set()
+                answers = {await student.answer() for student in students}
+                assert len(answers) == 1
+
+        drive(test)
+        (thread,) = threads
+        assert thread.startswith("codistill-targets") == half.heavy
+
+    def test_a_real_linear_round(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment(distillation={"ensemble": "linear"})) as served:
+                students = await served.students()
+                for number in range(3):
+                    await asyncio.gather(*(student.send(number) for student in students))
+                    assert len({await student.answer() for student in students}) == 1
+                assert served.failures == []
+
+        drive(test)
+
+
+class TestStatus:
+    def test_a_join_that_differs(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                for changes in ({"protocol_version": 9}, {"student": "cow"}, {"student": "😀" * 8_000}):
+                    error = await error_of(served.stub.Join(join_request(served.experiment, "ant", **changes)))
+                    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+                    assert SUPERSEDED_KEY not in trailing(error)
+
+        drive(test)
+
+    def test_contributions_that_are_wrong(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                broken = contribution(served.experiment, "ant", 0)
+                broken.batch.outputs["logits"].CopyFrom(encode(torch.full((BATCH, CLASSES), torch.nan), "float32"))
+                future = contribution(served.experiment, "ant", 5)
+                other = contribution(served.experiment, "ant", 0, first=7)
+                bee = Student(served, "bee")
+                await bee.start()
+                await bee.send(0)
+                for message, code, part in (
+                    (broken, grpc.StatusCode.INVALID_ARGUMENT, "batch.outputs.logits[0, 0] is nan"),
+                    (future, grpc.StatusCode.ABORTED, "expected round 0"),
+                    (other, grpc.StatusCode.FAILED_PRECONDITION, "student 'ant' has at position 0 sample 7"),
+                ):
+                    ant = Student(served, "ant")
+                    await ant.start()
+                    await ant.write(message.SerializeToString())
+                    error = await ant.ending()
+                    assert error.code() is code
+                    assert part in (error.details() or "")
+                    assert SUPERSEDED_KEY not in trailing(error)
+                    assert served.presence == {"ant": "absent", "bee": "present"}
+                ant = Student(served, "ant")
+                await ant.start()
+                await ant.send(0)
+                assert await ant.answer() == await bee.answer()
+                assert served.coordinator.observations.rejected == {
+                    Status.ABORTED: 1,
+                    Status.FAILED_PRECONDITION: 1,
+                    Status.INVALID_ARGUMENT: 1,
+                }
+
+        drive(test)
+
+    def test_the_older_worker_is_told_that_it_is_superseded(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                older, newer = Student(served, "ant"), Student(served, "ant")
+                await older.start()
+                await newer.start()
+                error = await older.ending()
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert trailing(error)[SUPERSEDED_KEY] == "1"
+                assert "newer worker" in (error.details() or "")
+                assert served.presence["ant"] == "present"
+                late = await error_of(served.stub.Report(pb.ReportRequest(session=older.session)))
+                assert late.code() is grpc.StatusCode.ABORTED
+
+        drive(test)
+
+    def test_calls_on_a_session_that_is_over(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                calls = (
+                    served.stub.Report(pb.ReportRequest(session=3)),
+                    served.stub.Leave(pb.LeaveRequest(session=3, reason=pb.LEAVE_REASON_STOPPED)),
+                )
+                for call in calls:
+                    error = await error_of(call)
+                    assert error.code() is grpc.StatusCode.ABORTED
+                    assert "session 3" in (error.details() or "")
+                    assert "join again" in (error.details() or "")
+                unknown = await error_of(served.stub.Leave(pb.LeaveRequest(session=3)))
+                assert unknown.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+        drive(test)
+
+    @pytest.mark.parametrize(
+        ("metadata", "code"),
+        [
+            ((), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, ""),), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, "one"),), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, "-1"),), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, "1.0"),), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, "9" * 5000),), grpc.StatusCode.INVALID_ARGUMENT),
+            (((SESSION_KEY, "9" * 19),), grpc.StatusCode.ABORTED),
+            (((SESSION_KEY, "0"),), grpc.StatusCode.ABORTED),
+        ],
+    )
+    def test_a_stream_without_a_proper_session(
+        self, metadata: tuple[tuple[str, str], ...], code: grpc.StatusCode
+    ) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                call = served.channel.stream_stream(EXCHANGE)(metadata=metadata)
+                error = await error_of(call.read())
+                assert error.code() is code
+                assert "session" in (error.details() or "")
+
+        drive(test)
+
+    @pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\xff", bytes(range(256))])
+    def test_bytes_that_are_no_message(self, raw: bytes) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                for name, message in UNARY.items():
+                    error = await error_of(served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")(raw))
+                    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                    assert f"{len(raw)} bytes are not a {message.DESCRIPTOR.full_name}" in (error.details() or "")
+                watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
+                assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
+                ant, _ = await served.students()
+                await ant.write(raw)
+                assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.failures == []
+
+        drive(test)
+
+    def test_messages_larger_than_the_run_can_need(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                raw = bytes(receive_limit(served.experiment) + 1)
+                error = await error_of(served.channel.unary_unary("/codistill.v1.Distillation/Join")(raw))
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                ant, _ = await served.students()
+                await ant.write(raw)
+                assert (await ant.ending()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                await until(lambda: served.presence == {"ant": "absent", "bee": "present"})
+
+        drive(test)
+
+
+class TestStreams:
+    def test_a_broken_connection_makes_the_student_absent(self) -> None:
+        async def test() -> None:
+            async with serving() as served, _relay(served.port) as (port, cut):
+                bee = Student(served, "bee")
+                await bee.start()
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    ant = Student(served, "ant", channel)
+                    await ant.start()
+                    await ant.send(0)
+                    cut()
+                    await until(lambda: served.presence["ant"] == "absent")
+                    assert (await ant.ending()).code() is grpc.StatusCode.UNAVAILABLE
+                assert served.presence["bee"] == "present"
+                again = Student(served, "ant")
+                await again.start()
+                await again.send(0)
+                await bee.send(0)
+                assert await again.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_a_session_without_a_stream_is_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_STREAM_GRACE", 0.2)
+
+        async def test() -> None:
+            async with serving() as served:
+                await Student(served, "bee").start()
+                await served.stub.Join(join_request(served.experiment, "ant"))
+                assert served.presence["ant"] == "present"
+                await until(lambda: served.presence["ant"] == "absent")
+                assert served.presence["bee"] == "present"
+
+        drive(test)
+
+    def test_a_stream_that_is_given_up_at_once_leaves_no_session(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whether the server has seen the stream by then or not."""
+        monkeypatch.setattr(service, "_STREAM_GRACE", 0.3)
+
+        async def test() -> None:
+            async with serving() as served:
+                for hops in range(12):
+                    session = (await served.stub.Join(join_request(served.experiment, "ant"))).session
+                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(session)),))
+                    for _ in range(hops):
+                        await asyncio.sleep(0)
+                    call.cancel()
+                    if hops % 4 == 3:
+                        await until(lambda: served.presence["ant"] == "absent")
+                assert served.failures == []
+
+        drive(test)
+
+    def test_a_second_stream_of_a_session_takes_over(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                first = ant.call
+                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(ant.session)),))
+                await ant.call.initial_metadata()
+                error = await error_of(first.read())
+                assert error.code() is grpc.StatusCode.ABORTED
+                await ant.send(0)
+                await bee.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_a_reader_that_does_not_read_is_cut_off(self) -> None:
+        """It asks for a closed round over and over; what it does not read is bounded, and the others do not notice."""
+        batch, classes = 64, 1000
+        experiment = make_experiment(data={"classes": classes}, training={"batch_size": batch})
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                ant, bee = await served.students()
+                for student in (ant, bee):
+                    await student.send(0)
+                for student in (ant, bee):
+                    await student.answer()
+                sent = served.coordinator.observations.bytes_out
+                asking = asyncio.create_task(_ask(ant))
+                await until(lambda: served.presence["ant"] == "absent")
+                unread = served.coordinator.observations.bytes_out - sent
+                assert unread < 1000 * 4 * batch * classes
+                await bee.send(0)
+                await bee.answer()
+                again = Student(served, "ant")
+                await again.start()
+                await again.send(0)
+                await again.answer()
+                asking.cancel()
+                await asyncio.wait([asking])
+
+        async def _ask(student: Student) -> None:
+            raw = contribution(experiment, student.name, 0).SerializeToString()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while True:
+                    await student.write(raw)
+
+        drive(test)
+
+    def test_the_servers_end_ends_every_stream(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                students = await served.students()
+                await students[0].send(0)
+                watch = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60))
+                await watch.read()
+                served.service.end()
+                for student in students:
+                    error = await student.ending()
+                    assert error.code() is grpc.StatusCode.UNAVAILABLE
+                    assert "going down" in (error.details() or "")
+                async with asyncio.timeout(PATIENCE):
+                    while await watch.read() is not grpc.aio.EOF:
+                        pass
+
+        drive(test)
+
+
+class TestWatchRun:
+    @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
+    def test_an_interval_that_is_not_allowed(self, interval: float) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                error = await error_of(call.read())
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60" in (error.details() or "")
+
+        drive(test)
+
+    @pytest.mark.parametrize("interval", [0.0, 0.1])
+    def test_it_goes_on_until_the_run_is_complete(self, interval: float) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                assert not (await call.read()).complete
+                for student in await served.students():
+                    await served.stub.Leave(pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED))
+                async with asyncio.timeout(PATIENCE):
+                    states = []
+                    while (state := await call.read()) is not grpc.aio.EOF:
+                        states.append(state.complete)
+                assert states[-1]
+                assert not any(states[:-1])
+
+        drive(test)
+
+    def test_a_watcher_that_goes_away_is_let_go(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                before = len(asyncio.all_tasks())
+                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=0.1)) for _ in range(5)]
+                for call in calls:
+                    await call.read()
+                while calls:
+                    calls.pop().cancel()
+                await until(lambda: len(asyncio.all_tasks()) <= before)
+
+        drive(test)
+
+
+def _returning(half: methods.ServerHalf) -> Callable[[Distillation], methods.ServerHalf]:
+    return lambda _: half
+
+
+class _BrokenJournal(Journal):
+    def append(self, closed: ClosedRound) -> None:
+        del closed
+        raise JournalError("the disk is full")
+
+
+class TestFaults:
+    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
+    def test_a_round_that_cannot_be_written_ends_the_run(self, ensemble: str) -> None:
+        experiment = make_experiment(distillation={"ensemble": ensemble})
+
+        async def test() -> None:
+            async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
+                students = await served.students()
+                for student in students:
+                    await student.send(0)
+                await until(lambda: bool(served.failures))
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+                served.service.end()  # as the process does on a failure
+                for student in students:
+                    assert (await student.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
+    @pytest.mark.parametrize("heavy", [True, False])
+    def test_so_does_any_other_fault_in_making_targets(self, monkeypatch: pytest.MonkeyPatch, heavy: bool) -> None:
+        """Nobody is left to wait for a round that cannot be decided."""
+
+        class Broken:
+            def __init__(self) -> None:
+                self.heavy = heavy
+
+            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+                del gathered
+                raise ZeroDivisionError("a fault of the method")
+
+        monkeypatch.setattr(methods, "create", _returning(Broken()))
+
+        async def test() -> None:
+            async with serving() as served:
+                for student in await served.students():
+                    await student.send(0)
+                await until(lambda: bool(served.failures))
+                assert [type(failure) for failure in served.failures] == [ZeroDivisionError]
+
+        drive(test)
+
+    def test_a_journal_that_fails_at_a_join(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(record: object) -> None:
+            raise JournalError("the disk is full")
+
+        async def test() -> None:
+            async with serving() as served:
+                monkeypatch.setattr(served.coordinator._journal, "remember", full)
+                error = await error_of(served.stub.Join(join_request(served.experiment, "ant")))
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "the disk is full" in (error.details() or "")
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+
+        drive(test)
+
+
+@contextlib.asynccontextmanager
+async def _relay(port: int) -> AsyncGenerator[tuple[int, Callable[[], None]]]:
+    """A port that leads to another, and how to cut all its connections without a word."""
+    writers: list[asyncio.StreamWriter] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", port)
+        writers.extend((writer, onward_writer))
+        tasks.update(asyncio.create_task(copy(*pair)) for pair in ((reader, onward_writer), (onward_reader, writer)))
+
+    def cut() -> None:
+        relay.close()
+        for writer in writers:
+            writer.transport.abort()
+
+    relay = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield relay.sockets[0].getsockname()[1], cut
+    finally:
+        cut()
+        if tasks:
+            await asyncio.wait(tasks)
