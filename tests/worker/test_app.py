@@ -1,0 +1,238 @@
+"""A worker as a process: its device, its student, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from codistill.exit_codes import ExitCode
+from codistill.experiment import Experiment
+from codistill_worker.app import WorkOptions, choose_device, student_folder, work
+from codistill_worker.checkpoints import read
+from codistill_worker.client import GrpcExchange
+from codistill_worker.errors import ConfigurationError, WorkerError
+
+Tiny = Callable[..., Experiment]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    settings = cudnn.benchmark, cudnn.deterministic
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.deterministic = settings
+
+
+# --- devices
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "position", "device"),
+    [
+        (0, "auto", 3, "cpu"),
+        (0, "cpu", 0, "cpu"),
+        (4, "cpu", 1, "cpu"),
+        (2, "auto", 0, "cuda:0"),
+        (2, "auto", 3, "cuda:1"),
+        (2, "cuda", 2, "cuda:0"),
+        (2, "cuda:1", 0, "cuda:1"),
+    ],
+)
+def test_devices(count: int, wanted: str, position: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert choose_device(wanted, position) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "text"),
+    [
+        (0, "cuda", "training.device: 'cuda', but PyTorch finds no GPU here; allowed: auto, cpu"),
+        (0, "cuda:0", "training.device: 'cuda:0', but PyTorch finds no GPU here; allowed: auto, cpu"),
+        (2, "cuda:2", "training.device: 'cuda:2', but there are 2 GPUs; allowed: auto, cpu, cuda:0, cuda:1"),
+    ],
+)
+def test_devices_that_are_not_there(count: int, wanted: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ConfigurationError) as refused:
+        choose_device(wanted, 0)
+    assert str(refused.value) == text
+    assert refused.value.code is ExitCode.CONFIGURATION
+
+
+def test_an_unknown_student(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        work(tiny(), WorkOptions("cmn", "127.0.0.1:1", tmp_path))
+    assert str(refused.value) == "student: 'cmn' is not one of the experiment's; allowed: cnn, mlp"
+
+
+# --- whole workers
+
+
+class Workers:
+    """Both students' workers on threads, each with its own event that stops it."""
+
+    def __init__(self, experiment: Experiment, address: str, folder: Path) -> None:
+        self.stops = {name: threading.Event() for name in experiment.names}
+        self.outcomes: dict[str, object] = {}
+        self._threads = {
+            name: threading.Thread(target=self._work, args=(experiment, WorkOptions(name, address, folder)))
+            for name in experiment.names
+        }
+        for thread in self._threads.values():
+            thread.start()
+
+    def _work(self, experiment: Experiment, options: WorkOptions) -> None:
+        try:
+            self.outcomes[options.student] = work(experiment, options, self.stops[options.student])
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            self.outcomes[options.student] = error
+
+    def wait(self) -> dict[str, object]:
+        for thread in self._threads.values():
+            thread.join(60)
+            assert not thread.is_alive()
+        return self.outcomes
+
+
+def weights(folder: Path, student: str) -> Any:
+    return read(student_folder(folder, student) / "checkpoint.safetensors")
+
+
+def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_path: Path) -> None:
+    """The bits are compared where workers are processes, in tests/system: these two share torch's global generator."""
+    experiment = tiny()
+    server = serving(experiment)
+    undisturbed = Workers(experiment, server.address, tmp_path / "undisturbed")
+    assert undisturbed.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
+    server.wait()
+    assert server.ended is ExitCode.OK
+    tests = [(each.student, each.round) for each in server.measured() if each.split == "test"]
+    assert sorted(tests) == sorted((name, number) for name in ("cnn", "mlp") for number in (3, 6, 9))
+
+    server = serving(experiment)
+    alone = threading.Event()
+    first = WorkOptions("cnn", server.address, tmp_path / "stopped")
+    waiting = threading.Thread(target=lambda: outcome.append(work(experiment, first, alone)))
+    outcome: list[object] = []
+    waiting.start()
+    while ("joined", "cnn") not in server.events():
+        waiting.join(0.02)
+    alone.set()  # it waits for its peer, which never came
+    waiting.join(60)
+    assert outcome == [ExitCode.INTERRUPTED]
+    assert server.events()[-1] == ("left", "cnn")
+    assert weights(tmp_path / "stopped", "cnn").round == 0
+    again = Workers(experiment, server.address, tmp_path / "stopped")
+    assert again.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
+    for name in ("cnn", "mlp"):
+        assert weights(tmp_path / "stopped", name).round == weights(tmp_path / "undisturbed", name).round == 9
+
+
+def test_a_stop_before_the_server_is_there(tiny: Tiny, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    assert work(tiny(), WorkOptions("cnn", "127.0.0.1:1", tmp_path), stop) is ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("gone", ["the peer", "the server"])
+def test_a_worker_that_gives_up_has_saved_its_student(
+    gone: str, tiny: Tiny, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny(exchange__give_up_after=2)
+    server = serving(experiment)
+    send = GrpcExchange.send
+
+    def silent(self: GrpcExchange, contribution: Any) -> None:
+        if contribution.round == 4 and self._request.student == "mlp":  # type: ignore[union-attr]
+            if gone == "the server":
+                server.stop()
+            return
+        send(self, contribution)
+
+    monkeypatch.setattr(GrpcExchange, "send", silent)
+    outcomes = Workers(experiment, server.address, tmp_path).wait()
+    error = outcomes["cnn"]
+    assert isinstance(error, WorkerError)
+    assert error.code is (ExitCode.GAVE_UP if gone == "the peer" else ExitCode.UNREACHABLE)
+    assert weights(tmp_path, "cnn").round == 4
+
+
+class Failing(nn.Module):
+    """Fails in its second step, as a kernel or the memory would."""
+
+    def __init__(self, classes: int, channels: int, size: int, how: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.how = how
+        self.steps = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        if self.steps > 1:
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+            if self.how == "nan":
+                return self.layer(images.flatten(1)) * float("nan")
+            raise RuntimeError("a kernel failed\nmore lines")
+        logits: torch.Tensor = self.layer(images.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text"),
+    [
+        (
+            "memory",
+            ExitCode.OUT_OF_MEMORY,
+            "student 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
+        ),
+        ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in round 1"),
+        ("kernel", None, "a kernel failed"),
+    ],
+)
+def test_a_student_that_fails_tells_the_run(
+    how: str,
+    code: ExitCode | None,
+    text: str,
+    tiny: Tiny,
+    serving: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("failing_models")
+    module.Failing = Failing  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "failing_models", module)
+    bad = {"name": "bad", "model": "failing_models:Failing", "model_args": {"how": how}}
+    experiment = tiny(distillation={"method": "kdcl"}, students=[bad, {"name": "mlp", "model": "mlp"}])
+    server = serving(experiment)
+    workers = Workers(experiment, server.address, tmp_path)
+    while "bad" not in workers.outcomes:
+        threading.Event().wait(0.02)
+    error = workers.outcomes["bad"]
+    assert getattr(error, "code", None) is code
+    assert str(error).startswith(text)
+    (failed,) = [each for each in server.records("events.jsonl") if getattr(each, "what", "") == "failed"]
+    assert (
+        failed.message
+        == {
+            "memory": "OutOfMemoryError: CUDA out of memory. Tried to allocate",
+            "nan": str(error),
+            "kernel": "RuntimeError: a kernel failed",
+        }[how]
+    )
+    workers.stops["mlp"].set()
+    assert workers.wait()["mlp"] is ExitCode.INTERRUPTED
+    assert weights(tmp_path, "mlp").round == 1

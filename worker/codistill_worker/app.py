@@ -1,0 +1,159 @@
+"""A worker as a process: loads its data, builds its student, and trains it to the end of the run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from codistill.exit_codes import ExitCode
+from codistill.experiment import Experiment
+from codistill_worker import data
+from codistill_worker.checkpoints import CheckpointStore
+from codistill_worker.client import GrpcExchange
+from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
+from codistill_worker.learner import Learner
+
+__all__ = ["WorkOptions", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
+
+_log = logging.getLogger(__name__)
+_SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
+_STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """How a worker is run.
+
+    Attributes:
+        student: the student to train.
+        server: the aggregation server's "HOST:PORT".
+        run_dir: where the student's checkpoints go, in a folder of its own.
+    """
+
+    student: str
+    server: str
+    run_dir: Path
+
+
+def student_folder(run_dir: Path, student: str) -> Path:
+    """Returns where a student's files are."""
+    return run_dir / "students" / student
+
+
+def choose_device(wanted: str, position: int) -> torch.device:
+    """Returns the device to train on.
+
+    Args:
+        wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
+        position: the student's place in the experiment.
+
+    Raises:
+        ConfigurationError: the device is not there.
+    """
+    count = torch.cuda.device_count()
+    if wanted == "auto":
+        return torch.device("cuda", position % count) if count else torch.device("cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not count:
+        raise ConfigurationError(f"training.device: {wanted!r}, but PyTorch finds no GPU here; allowed: auto, cpu")
+    _, _, number = wanted.partition(":")
+    index = int(number) if number else position % count
+    if index >= count:
+        allowed = ", ".join(f"cuda:{each}" for each in range(count))
+        raise ConfigurationError(
+            f"training.device: {wanted!r}, but there are {count} GPUs; allowed: auto, cpu, {allowed}"
+        )
+    return torch.device("cuda", index)
+
+
+def use_deterministic_kernels() -> None:
+    """Asks cuDNN for the algorithms that give the same bits each time."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
+    """Trains one student until the run's end, or until SIGTERM, SIGINT or `stop`.
+
+    Raises:
+        WorkerError: it cannot go on; the text is one line, its code the exit code.
+    """
+    stop = stop or threading.Event()
+    _stop_on_signals(stop)
+    if options.student not in experiment.names:
+        raise ConfigurationError(
+            f"student: {options.student!r} is not one of the experiment's; allowed: {', '.join(experiment.names)}"
+        )
+    plan = experiment.plan(options.student)
+    torch.set_num_threads(plan.training.threads)
+    use_deterministic_kernels()
+    device = choose_device(plan.training.device, experiment.names.index(options.student))
+    exchange = GrpcExchange(
+        options.server,
+        connect_timeout=experiment.exchange.connect_timeout,
+        give_up_after=experiment.exchange.give_up_after,
+        stop=stop,
+    )
+    try:
+        dataset = data.load(plan.data, device)
+        store = CheckpointStore(student_folder(options.run_dir, options.student))
+        learner = Learner(experiment, plan, dataset, device, exchange, store)
+        return _train(learner, stop)
+    except torch.OutOfMemoryError as error:
+        line = str(error).splitlines()[0]
+        raise WorkerError(
+            f"student {options.student!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
+            "training.precision: bfloat16",
+            ExitCode.OUT_OF_MEMORY,
+        ) from error
+    finally:
+        exchange.close()
+
+
+def _train(learner: Learner, stop: threading.Event) -> ExitCode:
+    try:
+        learner.join()
+    except Interrupted:
+        return ExitCode.INTERRUPTED
+    try:
+        while not learner.done:
+            if stop.is_set():
+                learner.stop()
+                return ExitCode.INTERRUPTED
+            learner.begin_round()
+            learner.end_round()
+        learner.finish()
+    except Interrupted:
+        learner.stop()
+        return ExitCode.INTERRUPTED
+    except Exception as error:
+        code = getattr(error, "code", None)
+        if code in _STUDENT_IS_WELL:
+            learner.keep()
+        if code not in _SESSION_IS_OVER:
+            line = str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+            learner.fail(line.splitlines()[0])
+        raise
+    return ExitCode.OK
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        if not stop.is_set():
+            _log.info("%s: stopping after this round", signal.Signals(number).name)
+        stop.set()
+
+    handler: Callable[[int, object], None] = handle
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)

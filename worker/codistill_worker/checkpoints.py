@@ -1,0 +1,232 @@
+"""A student's checkpoints: one safetensors file each, written atomically; nothing is ever unpickled.
+
+The file holds the model's and the optimiser's tensors, and everything else as JSON in its header. The newest two are
+kept: should the newest be torn (a full disk, a power cut), the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from codistill.experiment import difference
+from codistill_worker.errors import ConfigurationError
+
+__all__ = ["Checkpoint", "CheckpointStore"]
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+_NEWEST = "checkpoint.safetensors"
+_PREVIOUS = "checkpoint.previous.safetensors"
+_BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A student between two rounds.
+
+    Attributes:
+        student: its name.
+        identity: the :func:`codistill.experiment.identity` of the experiment that it belongs to.
+        round: the first round that it has not trained.
+        model: the model's state dict.
+        optimizer: the optimiser's state dict.
+        progress: the measurements that the next report carries on from; plain JSON values.
+    """
+
+    student: str
+    identity: str
+    round: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    progress: Mapping[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one student, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rounds: list[int] = []
+        self._torn = False
+
+    @property
+    def durable_round(self) -> int:
+        """The first round that the student needs again if it has to go back to the older checkpoint kept."""
+        return self._rounds[0] if len(self._rounds) > 1 else 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, and keeps the one before it.
+
+        Raises:
+            OSError: it could not be written; what was there is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{_NEWEST}.part"
+        _write(checkpoint, part)
+        newest = self.folder / _NEWEST
+        if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
+            newest.replace(self.folder / _PREVIOUS)
+        part.replace(newest)
+        self._torn = False
+        _sync_folder(self.folder)
+        if not self._rounds or self._rounds[-1] != checkpoint.round:
+            self._rounds = [*self._rounds[-1:], checkpoint.round]
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Writes the best weights so far, without the optimiser's state.
+
+        Raises:
+            OSError: they could not be written; what was there is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{_BEST}.part"
+        _write(checkpoint, part)
+        part.replace(self.folder / _BEST)
+
+    def load(self, student: str, identity: str) -> Checkpoint | None:
+        """Returns the newest checkpoint that can be read, or None if there is none.
+
+        Raises:
+            ConfigurationError: there are checkpoints and none can be read, or they are of another student or
+                experiment.
+        """
+        problems: dict[str, str] = {}
+        found: dict[str, Checkpoint] = {}
+        for name in (_NEWEST, _PREVIOUS):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                found[name] = read(path)
+            except ConfigurationError as error:
+                problems[name] = str(error)
+        if not found:
+            if problems:
+                what = "; ".join(problems.values())
+                raise ConfigurationError(f"{what}; remove {self.folder} to start from the beginning")
+            return None
+        name, newest = next(iter(found.items()))
+        for problem in problems.values():
+            _log.warning("%s; going on from %s, at round %d", problem, name, newest.round)
+        if newest.student != student or newest.identity != identity:
+            why = (
+                f"student {newest.student!r}, not {student!r}"
+                if newest.student != student
+                else (difference(newest.identity, identity) or "")
+                .replace("the run has", "it has")
+                .replace("this worker has", "this run has")
+            )
+            raise ConfigurationError(
+                f"checkpoint {self.folder / name} is of another run: {why}; choose another run folder"
+            )
+        self._torn = _NEWEST in problems
+        self._rounds = [checkpoint.round for checkpoint in reversed(found.values())]
+        return newest
+
+    def load_best(self) -> Checkpoint | None:
+        """Returns the best weights, or None if there are none.
+
+        Raises:
+            ConfigurationError: the file cannot be read.
+        """
+        path = self.folder / _BEST
+        return read(path) if path.exists() else None
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is none of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = cast("dict[str, str] | None", file.metadata()) or {}
+            if "codistill" not in header:
+                raise ConfigurationError(f"checkpoint {path} was not written by codistill")
+            about = json.loads(header["codistill"])
+            if about["format"] != _FORMAT:
+                raise ConfigurationError(
+                    f"checkpoint {path} has format {about['format']}; this version reads {_FORMAT}"
+                )
+            # Copies, as these lie in the mapped file, which others may cut short.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return Checkpoint(
+            student=about["student"],
+            identity=about["identity"],
+            round=about["round"],
+            model={name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")},
+            optimizer=_restore(about["optimizer"], tensors),
+            progress=about["progress"],
+        )
+    except ConfigurationError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"checkpoint {path} cannot be read: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"checkpoint {path} was not written by codistill") from error
+
+
+def _write(checkpoint: Checkpoint, path: Path) -> None:
+    tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
+    optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)
+    about = {
+        "format": _FORMAT,
+        "student": checkpoint.student,
+        "identity": checkpoint.identity,
+        "round": checkpoint.round,
+        "optimizer": optimizer,
+        "progress": checkpoint.progress,
+    }
+    # Tied weights are one storage under two names, which safetensors refuses; each gets its own copy.
+    content = save({name: value.clone() for name, value in tensors.items()}, {"codistill": json.dumps(about)})
+    # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Returns `value` as JSON, its tensors put aside under their paths."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {"map": [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in items]}
+    if isinstance(value, list | tuple):
+        sequence = cast("list[Any]", value)
+        return {"list": [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(sequence)]}
+    return {"value": value}
+
+
+def _restore(value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    match value:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"map": items}:
+            return {key: _restore(item, tensors) for key, item in items}
+        case {"list": items}:
+            return [_restore(item, tensors) for item in items]
+        case _:
+            return value["value"]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames durable; without it a power cut may bring back the old names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,14 @@
+"""Data sets: what students learn, as bytes on a device or streamed from disk.
+
+* :mod:`.loading` turns the experiment's `data` section into a :class:`Dataset`.
+* :mod:`.dataset` is what the trainer sees: a :class:`Dataset` of :class:`Split`.
+* :mod:`.sources` is what loaders find: arrays or files, from which splits are made.
+* :mod:`.builtin`, :mod:`.folders` and :mod:`.callables` find them.
+"""
+
+from __future__ import annotations
+
+from codistill_worker.data.dataset import Dataset, Split, check_batch
+from codistill_worker.data.loading import load
+
+__all__ = ["Dataset", "Split", "check_batch", "load"]

@@ -1,0 +1,123 @@
+"""The data sets known by name: scikit-learn's digits, and torchvision's."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from codistill.experiment import Data
+from codistill_worker.data.folders import image_folder
+from codistill_worker.data.sources import Arrays, Files
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.vision import torchvision
+
+__all__ = ["TORCHVISION", "digits", "imagenet", "torchvision_set"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+TORCHVISION: Mapping[str, str] = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "mnist": "MNIST",
+}
+"""torchvision's class of each data set that it downloads."""
+
+
+def digits() -> Arrays:
+    """Returns scikit-learn's 1,797 handwritten digits, 8×8, values 0..16 scaled to 0..255; they have no test split.
+
+    Raises:
+        ConfigurationError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"data.dataset: 'digits' needs scikit-learn, and {error.name} is not installed; "
+            "install it with: pip install 'codistill[worker]'"
+        ) from error
+    bunch: Any = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return Arrays(torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target.astype(np.int64)))
+
+
+def torchvision_set(data: Data) -> tuple[Arrays, Arrays]:
+    """Returns the training and test images of MNIST, Fashion-MNIST, CIFAR-10 or CIFAR-100.
+
+    torchvision checks the files' MD5 sums before it reads them.
+
+    Raises:
+        ConfigurationError: the files are not in `data.root`, or cannot be downloaded to it.
+    """
+    kind = getattr(torchvision().datasets, TORCHVISION[data.dataset])
+
+    def read(*, train: bool) -> Arrays:
+        found = kind(data.root, train=train, download=data.download)
+        pixels = torch.as_tensor(found.data)
+        pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        return Arrays(pixels, torch.as_tensor(found.targets, dtype=torch.int64))
+
+    return _obtained(data, lambda: (read(train=True), read(train=False)))
+
+
+def imagenet(data: Data) -> tuple[Files, Files]:
+    """Finds ImageNet's 1,000 classes in `data.root`: train/WNID/* and val/WNID/*.
+
+    Where the folders are not there but the archives are (`ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and
+    `ILSVRC2012_devkit_t12.tar.gz`, which nobody may download without an account), torchvision unpacks them if
+    `data.download` is set.
+
+    Raises:
+        ConfigurationError: neither folders nor archives can be used.
+    """
+    root = Path(data.root)
+    if data.download and not ((root / "train").is_dir() and (root / "val").is_dir()):
+        kind = torchvision().datasets.ImageNet
+        _obtained(data, lambda: [kind(data.root, split=split) for split in ("train", "val")])
+    return image_folder(data)
+
+
+def _obtained(data: Data, read: Callable[[], _T]) -> _T:
+    """Returns what `read` does, with errors that say what to set.
+
+    torchvision says RuntimeError where files are missing or have another checksum, and OSError (URLError is one) where
+    they cannot be fetched, read or written.
+    """
+    try:
+        if not data.download:
+            return read()
+        with _alone(Path(data.root)):
+            return read()
+    except (RuntimeError, OSError) as error:
+        text = str(error).strip().split("\n")[0]
+        if data.download:
+            raise ConfigurationError(
+                f"data.download: {data.dataset} could not be brought to data.root: {data.root}: {text}; "
+                "bring its files there yourself, or set data.root to a folder that has them"
+            ) from error
+        raise ConfigurationError(
+            f"data.root: {data.root}: {data.dataset} is not there ({text}); set data.download: true to download it, "
+            "or data.root to the folder that has it"
+        ) from error
+
+
+@contextmanager
+def _alone(root: Path) -> Generator[None]:
+    """Holds a lock on the folder: the workers of one machine start together, and one of them is to download."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".codistill-download.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("another worker is downloading to %s; waiting for it", root)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,181 @@
+"""What a loader finds before it is split and placed: arrays in memory, or files to decode."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from codistill_worker.data.dataset import MemorySplit, Split, StreamedSplit
+from codistill_worker.errors import ConfigurationError
+
+__all__ = ["Arrays", "Files", "Source", "decode_image"]
+
+_log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 5.0
+_FILES_PER_JOB = 64
+
+
+class Source(ABC):
+    """Labelled images from which splits are made.
+
+    Attributes:
+        labels: int64 of shape [N], on the CPU.
+    """
+
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What the images take in memory as uint8."""
+        return len(self) * math.prod(self.shape)
+
+    @abstractmethod
+    def select(self, ids: torch.Tensor) -> Source:
+        """Returns some of the samples, in the ids' order."""
+
+    @abstractmethod
+    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
+        """Returns the samples as a split.
+
+        Args:
+            device: where batches are wanted.
+            on_device: keep all images there.
+            threads: that decode where images are streamed.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays(Source):
+    """Images in the host's memory.
+
+    Attributes:
+        pixels: uint8 of shape [N, C, H, W], on the CPU.
+        labels: int64 of shape [N], on the CPU.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
+    def select(self, ids: torch.Tensor) -> Arrays:
+        """Returns some of the samples, copied, in the ids' order."""
+        return Arrays(self.pixels[ids], self.labels[ids])
+
+    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:  # noqa: ARG002
+        """Returns the samples as a split in the device's memory, or in the host's."""
+        pixels = self.pixels.contiguous()
+        return MemorySplit(pixels.to(device) if on_device else pixels, self.labels, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Files(Source):
+    """Image files, decoded to RGB squares.
+
+    Attributes:
+        paths: of the files.
+        labels: int64 of shape [N], on the CPU.
+        size: height and width to bring every image to, in pixels.
+    """
+
+    paths: Sequence[str]
+    labels: torch.Tensor
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, S, S)."""
+        return 3, self.size, self.size
+
+    def select(self, ids: torch.Tensor) -> Files:
+        """Returns some of the samples, in the ids' order."""
+        chosen: list[int] = ids.tolist()
+        return Files([self.paths[index] for index in chosen], self.labels[ids], self.size)
+
+    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
+        """Returns the samples as a split: all decoded now, or each when it is needed."""
+        if on_device:
+            return MemorySplit(self._decode_all().to(device), self.labels, device)
+        return StreamedSplit(self._decode, self.shape, self.labels, device, threads)
+
+    def _decode(self, index: int, out: np.ndarray) -> None:
+        decode_image(self.paths[index], out)
+
+    def _decode_some(self, out: np.ndarray, start: int) -> int:
+        stop = min(start + _FILES_PER_JOB, len(self))
+        for index in range(start, stop):
+            self._decode(index, out[index])
+        return stop - start
+
+    def _decode_all(self) -> torch.Tensor:
+        """Returns all images, uint8 of shape [N, C, H, W] on the CPU; says how far it is every few seconds."""
+        total = len(self)
+        out = torch.empty((total, *self.shape), dtype=torch.uint8)
+        pixels = out.numpy()
+        began = said = time.monotonic()
+        done = 0
+        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+        try:
+            jobs = [pool.submit(self._decode_some, pixels, start) for start in range(0, total, _FILES_PER_JOB)]
+            for job in as_completed(jobs):
+                done += job.result()
+                now = time.monotonic()
+                if now - said >= _SECONDS_BETWEEN_LINES and done < total:
+                    said = now
+                    left = (now - began) * (total - done) / done
+                    _log.info("decoded %d of %d images, about %.0f s left", done, total, left)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        _log.debug("decoded %d images in %.1f s", total, time.monotonic() - began)
+        return out
+
+
+def decode_image(path: str, out: np.ndarray) -> None:
+    """Decodes a file to RGB; an image of another size is cut to its centred square and resized.
+
+    That is the same as resizing the shorter side and cutting out the centre, without resizing what is cut away.
+
+    Args:
+        path: of the file, in any format that Pillow reads.
+        out: uint8 of shape [3, S, S], which receives the image.
+
+    Raises:
+        ConfigurationError: the file cannot be decoded.
+    """
+    from PIL import Image
+
+    size = out.shape[-1]
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if image.size != (size, size):
+            width, height = image.size
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"data.root: {path} cannot be decoded: {error}; replace or remove it") from error
+    out[:] = np.asarray(image).transpose(2, 0, 1)

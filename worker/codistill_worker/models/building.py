@@ -1,0 +1,162 @@
+"""From a model's name in an experiment to a model that is known to work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, ValidationError, validate_call
+from torch import nn
+
+from codistill_worker import references
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.models.cnn import cnn
+from codistill_worker.models.external import (
+    from_callable,
+    from_timm,
+    from_torchvision,
+    refuse_unknown,
+    timm_name,
+    torchvision_names,
+    unknown,
+)
+from codistill_worker.models.mlp import mlp
+from codistill_worker.models.resnet import resnet, wide_resnet
+from codistill_worker.models.vit import vit
+
+__all__ = ["build", "builtin_names", "check"]
+
+_BUILTIN: Mapping[str, partial[nn.Module]] = {
+    "mlp": partial(mlp),
+    "cnn": partial(cnn),
+    "vit": partial(vit),
+    **{f"resnet{depth}": partial(resnet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "wrn": partial(wide_resnet),
+    **{
+        f"wrn{depth}_{width}": partial(wide_resnet, depth=depth, width=width)
+        for depth, width in ((16, 1), (16, 2), (28, 10), (40, 1), (40, 2))
+    },
+}
+_SHAPE = frozenset({"classes", "channels", "size"})
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Returns the names of the built-in models."""
+    return tuple(_BUILTIN)
+
+
+def check(reference: str) -> None:
+    """Checks a model's name without building it.
+
+    Raises:
+        ConfigurationError: there is no such model, or what it comes from is not installed.
+    """
+    source, _, name = reference.partition(":")
+    if reference in _BUILTIN:
+        return
+    if source == "torchvision":
+        names = torchvision_names()
+        if name not in names:
+            raise unknown(f"torchvision has no classifier {name!r}", name, names, f"Allowed: {', '.join(names)}")
+    elif source == "timm":
+        timm_name(name)
+    elif references.is_reference(reference):
+        references.load(reference, "model")
+    else:
+        raise unknown(
+            f"there is no model {reference!r}",
+            reference,
+            list(_BUILTIN),
+            f"Allowed: {', '.join(_BUILTIN)}, torchvision:NAME, timm:NAME, or package.module:callable",
+        )
+
+
+def build(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any], seed: int) -> nn.Module:
+    """Builds a student's model, and runs it once on two empty images to see that it answers with logits.
+
+    Args:
+        reference: a built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.
+        classes: logits for each image.
+        channels: of an image.
+        size: height and width of an image.
+        args: the experiment's `model_args`.
+        seed: of the initial weights, 63 bits; torch's global generator is left as it was.
+
+    Returns:
+        The model on the CPU, in training mode: [B, channels, size, size] to [B, classes].
+
+    Raises:
+        ConfigurationError: there is no such model, it does not take the arguments or the images, or its output has
+            another shape. The text begins with the field, or with the model's name.
+    """
+    check(reference)
+    source, _, name = reference.partition(":")
+    shape = {"classes": classes, "channels": channels, "size": size}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            if reference in _BUILTIN:
+                model = _builtin(_BUILTIN[reference], shape, args)
+            elif source == "torchvision":
+                model = from_torchvision(name, **shape, args=args)
+            elif source == "timm":
+                model = from_timm(name, **shape, args=args)
+            else:
+                model = from_callable(reference, **shape, args=args)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"model {reference!r}: {error}") from error.__cause__
+        _check_output(model, reference, **shape)
+    return model
+
+
+def _builtin(factory: partial[nn.Module], shape: Mapping[str, int], args: Mapping[str, Any]) -> nn.Module:
+    parameters = inspect.signature(factory.func).parameters
+    refuse_unknown(args, [each for each in parameters if each not in _SHAPE and each not in factory.keywords])
+    checked: Callable[..., nn.Module] = validate_call(config=ConfigDict(strict=True))(factory.func)
+    try:
+        return checked(**shape, **factory.keywords, **args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise ConfigurationError(f"model_args.{field}: {args[field]!r} is not allowed: {first['msg']}") from error
+
+
+def _check_output(model: nn.Module, reference: str, *, classes: int, channels: int, size: int) -> None:
+    images = torch.zeros(2, channels, size, size)
+    try:
+        with _evaluating(model), torch.no_grad():
+            output = model(images)
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise ConfigurationError(
+            f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: "
+            f"{str(error) or type(error).__name__}; "
+            "choose another model, or other model_args or data.image_size"
+        ) from error
+    wanted = f"[2, {classes}]"
+    if not isinstance(output, torch.Tensor):
+        raise ConfigurationError(
+            f"model {reference!r} gives a {type(output).__name__} for 2 images; expected a tensor {wanted}: "
+            "let it return its logits only"
+        )
+    if tuple(output.shape) != (2, classes):
+        raise ConfigurationError(
+            f"model {reference!r} gives {list(output.shape)} for 2 images; expected {wanted}: "
+            "one logit for each class of the data"
+        )
+    if not output.is_floating_point():
+        raise ConfigurationError(
+            f"model {reference!r} gives {output.dtype} for 2 images; expected a floating-point tensor {wanted}"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,178 @@
+"""Models from elsewhere: torchvision's, timm's, and what a user's own callable returns."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from codistill_worker import references
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.models import stems
+from codistill_worker.vision import timm, torchvision
+
+__all__ = [
+    "from_callable",
+    "from_timm",
+    "from_torchvision",
+    "refuse_unknown",
+    "timm_name",
+    "torchvision_names",
+    "unknown",
+]
+
+_PATCHES_ALONG_A_SIDE = 8
+
+
+def unknown(what: str, name: str, names: list[str], forms: str) -> ConfigurationError:
+    """Returns the error for a name that is not there, with the closest that are."""
+    close = difflib.get_close_matches(name.lower(), names, 3)
+    hint = f"did you mean {' or '.join(repr(each) for each in close)}? " if close else ""
+    return ConfigurationError(f"model: {what}; {hint}{forms}")
+
+
+def torchvision_names() -> list[str]:
+    """Returns the names of torchvision's classification models."""
+    module = torchvision()
+    return module.models.list_models(module=module.models)
+
+
+def from_torchvision(name: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
+    """Returns an untrained classifier of torchvision's, fitted to small images by :mod:`.stems`.
+
+    Raises:
+        ConfigurationError: an argument is not one of the model's, or has a value that it refuses.
+    """
+    fixed: dict[str, Any] = {"weights": None, "num_classes": classes}
+    if name in ("googlenet", "inception_v3"):  # one output each, and the initialisation that both warn may change
+        fixed |= {"aux_logits": False, "init_weights": True}
+    patch = None
+    if name.startswith("vit_"):
+        own = int(name.rsplit("_", 1)[1])
+        patch = _vit_patch(size) if size <= stems.SMALL else own
+        # The number of positions follows from image and patch; the patch itself is torchvision's to choose, and is
+        # changed below.
+        fixed["image_size"] = size // patch * own if size <= stems.SMALL else size
+    elif name.startswith("maxvit"):
+        fixed["input_size"] = (size, size)
+    model: Any = _constructed(partial(torchvision().models.get_model, name), fixed, args)
+    if patch is not None and model.patch_size != patch:
+        convolution = model.conv_proj
+        model.conv_proj = nn.Conv2d(3, convolution.out_channels, patch, patch)
+        nn.init.trunc_normal_(model.conv_proj.weight, std=(3 * patch**2) ** -0.5)
+        model.patch_size, model.image_size = patch, size
+    stems.fit(model, name, size)
+    stems.set_channels(model, channels)
+    return model
+
+
+def _vit_patch(size: int) -> int:
+    """Returns the largest patch that divides a small image and leaves at least 8 along a side."""
+    largest = max(1, size // _PATCHES_ALONG_A_SIDE)
+    return max(side for side in range(1, largest + 1) if size % side == 0)
+
+
+def timm_name(name: str) -> None:
+    """Checks that timm has a model of this name.
+
+    Raises:
+        ConfigurationError: it has none, or is not installed.
+    """
+    module = timm()
+    if not module.is_model(name):
+        raise unknown(
+            f"timm has no model {name!r}",
+            name,
+            module.list_models(),
+            "Allowed: what timm.list_models() lists, without a tag of weights",
+        )
+
+
+def from_timm(name: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
+    """Returns an untrained model of timm's, told the image's size where it asks for one.
+
+    timm's stems are left as they are; where a family has an argument for small images, the experiment can give it.
+
+    Raises:
+        ConfigurationError: an argument is not one of the model's, or has a value that it refuses.
+    """
+
+    def create(**all_args: Any) -> nn.Module:
+        try:
+            return timm().create_model(name, pretrained=False, img_size=size, **all_args)
+        except TypeError as error:  # many take images of any size, and no such argument
+            if "img_size" not in str(error):
+                raise
+            return timm().create_model(name, pretrained=False, **all_args)
+
+    return _constructed(create, {"num_classes": classes, "in_chans": channels}, args)
+
+
+def from_callable(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
+    """Returns what a user's callable makes of classes, channels, size and the model's arguments.
+
+    Of `classes`, `channels` and `size` it is given those that its signature has; an argument that it lacks is an error.
+
+    Raises:
+        ConfigurationError: it cannot be imported, does not take an argument, or returns no module. An error of its own
+            comes out as it is, with a note that says who called it.
+    """
+    function = references.load(reference, "model")
+    given = {"classes": classes, "channels": channels, "size": size}
+    names = references.accepted(function)
+    if names is not None:
+        refuse_unknown(args, sorted(names - {*given}))
+        given = {name: value for name, value in given.items() if name in names}
+    try:
+        model = function(**given | dict(args))
+    except Exception as error:
+        error.add_note(f"raised by model: {reference!r}")
+        raise
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
+    """Checks that a model takes the arguments that it is given.
+
+    Raises:
+        ConfigurationError: it does not take one; the text has those that it takes.
+    """
+    for name in args:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigurationError(
+                f"model_args.{name}: is not an argument of this model; {hint}Accepted: {', '.join(names) or 'none'}"
+            )
+
+
+def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
+    """Returns a library's model; where it refuses the arguments, says which it takes.
+
+    Those libraries hand their arguments down through several layers, so only a model that was built tells what it
+    takes.
+    """
+    for name in args:
+        if name in fixed:
+            raise ConfigurationError(f"model_args.{name}: follows from the data set and may not be given")
+    try:
+        return construct(**fixed, **args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        if not args:
+            raise ConfigurationError(f"cannot be built: {reason}") from error
+        try:
+            plain = construct(**fixed)
+        except (TypeError, ValueError, AssertionError, RuntimeError):
+            raise ConfigurationError(f"cannot be built: {reason}") from error
+        parameters = inspect.signature(type(plain).__init__).parameters.values()
+        names = sorted(each.name for each in parameters if each.default is not each.empty and each.name not in fixed)
+        refuse_unknown(args, names)
+        given = ", ".join(f"{name}: {value!r}" for name, value in args.items())
+        raise ConfigurationError(f"model_args: {given}: {reason}. Accepted: {', '.join(names)}") from error

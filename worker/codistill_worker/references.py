@@ -1,0 +1,71 @@
+"""Loading what an experiment names as `package.module:callable`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+from codistill_worker.errors import ConfigurationError
+
+__all__ = ["accepted", "is_reference", "load"]
+
+_FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+
+
+def is_reference(text: str) -> bool:
+    """Returns whether a text has the form `package.module:callable`."""
+    return _FORM.fullmatch(text) is not None
+
+
+def load(reference: str, field: str) -> Callable[..., Any]:
+    """Imports a callable by its name.
+
+    Args:
+        reference: `package.module:callable`; the module is imported as Python finds it, from what is installed and
+            from the folders of PYTHONPATH.
+        field: the experiment's field that holds the reference, for errors.
+
+    Raises:
+        ConfigurationError: the text has another form, there is no such module, the module has no such name, or what
+            it names cannot be called. An error inside the module itself comes out as it is.
+    """
+    form = _FORM.fullmatch(reference)
+    if form is None:
+        raise ConfigurationError(f"{field}: {reference!r} is not of the form package.module:callable")
+    module_name, name = form.groups()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name != missing and not module_name.startswith(f"{missing}."):
+            raise  # the module is there; something that it imports is not
+        raise ConfigurationError(
+            f"{field}: {reference!r}: there is no module {missing!r}; install it, or add its folder to PYTHONPATH"
+        ) from error
+    found = getattr(module, name, None)
+    if callable(found):
+        return cast("Callable[..., Any]", found)
+    if found is not None:
+        raise ConfigurationError(f"{field}: {reference!r} is of type {type(found).__name__}; expected a callable")
+    candidates = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+    close = difflib.get_close_matches(name, candidates, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigurationError(
+        f"{field}: {reference!r}: module {module_name!r} has no {name!r}; {hint}"
+        f"It has: {', '.join(sorted(candidates)) or 'nothing to call'}"
+    )
+
+
+def accepted(function: Callable[..., Any]) -> set[str] | None:
+    """Returns the names of the keyword arguments that a callable takes, or None if it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a built-in that has no signature to read
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
