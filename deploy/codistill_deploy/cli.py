@@ -1,0 +1,330 @@
+"""The `codistill` command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from codistill import __version__
+from codistill.exit_codes import ExitCode
+from codistill.experiment import Experiment, ExperimentError, load
+from codistill_deploy.errors import CommandError
+from codistill_deploy.parent import follow_parent
+from codistill_deploy.run_folder import RunFolder
+
+__all__ = ["app", "main"]
+
+# The command's modules import torch, which takes seconds; each command imports what it needs, so that help, usage
+# errors and a wrong experiment file are answered at once.
+
+app = typer.Typer(
+    help="Online distillation between students of different architectures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_console = Console(highlight=False)
+_log = logging.getLogger("codistill")
+
+_DEBUG_VARIABLE = "CODISTILL_DEBUG"
+DEFAULT_SERVER = "127.0.0.1:50551"
+
+ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
+InProcessOption = Annotated[
+    bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
+]
+
+
+class Which(StrEnum):
+    """Which weights to export."""
+
+    last = "last"
+    best = "best"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _console.print(f"codistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and debug messages; may stand anywhere.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del debug, version  # --debug is read in main, before anything can fail
+
+
+@app.command()
+def run(
+    experiment: ExperimentArgument,
+    run_dir: RunDirOption = None,
+    resume: ResumeOption = False,
+    in_process: InProcessOption = False,
+    listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
+    metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+) -> None:
+    """Run an experiment on this machine.
+
+    A server and one worker process per student, a live table, and a report at the end.
+    """
+    loaded = load(experiment)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    stop = _stop_on_signals()
+    addresses = (listen, metrics)
+    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, addresses)
+    from codistill_deploy import report as reports
+
+    _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
+    if code is ExitCode.INTERRUPTED:
+        again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")
+        _console.print(f"stopped; go on with: {again}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    experiment: ExperimentArgument,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …")
+    ] = ("independent,kdcl"),
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds; from the experiment's own on.")] = 3,
+    run_dir: RunDirOption = None,
+    resume: ResumeOption = False,
+    in_process: InProcessOption = False,
+) -> None:
+    """Compare methods: who gains how much.
+
+    Runs every method with every seed, then shows the table and writes a report.
+    """
+    from codistill_deploy.compare import compare as run_comparison
+
+    loaded = load(experiment)
+    folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
+    stop = _stop_on_signals()
+
+    def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
+        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process)
+
+    wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
+    if not wanted:
+        raise CommandError("--methods: '' names no method; give some, separated by commas: independent,kdcl")
+    code = run_comparison(loaded, wanted, range(loaded.seed, loaded.seed + seeds), folder, run_one, stop, resume=resume)
+    if code is ExitCode.INTERRUPTED:
+        _console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
+        raise typer.Exit(code)
+    from codistill_deploy import report as reports
+    from codistill_deploy.tables import comparison_table
+
+    _console.print()
+    _console.print(comparison_table(folder))
+    _console.print(f"\nreport: {reports.write(folder)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    experiment: ExperimentArgument,
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
+    run_dir: RunDirOption = None,
+    metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")
+    ] = False,
+    reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+) -> None:
+    """Run one aggregation server. A journal in the run's folder is gone on with."""
+    loaded = load(experiment)
+    from codistill_server.app import ServeOptions
+    from codistill_server.app import serve as run_server
+
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    stop = threading.Event()
+    follow_parent(stop)
+    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay)
+    raise typer.Exit(run_server(loaded, options, stop))
+
+
+@app.command()
+def work(
+    experiment: ExperimentArgument,
+    student: Annotated[str, typer.Option(help="The student to train.")],
+    server: Annotated[
+        str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
+    ] = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
+    loaded = load(experiment)
+    from codistill_deploy.discovery import find_server
+    from codistill_worker.app import WorkOptions
+    from codistill_worker.app import work as run_worker
+
+    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(experiment.resolve().parent))
+    if server is None and run_dir is None:
+        raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    stop = threading.Event()
+    follow_parent(stop)
+    address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
+    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path), stop))
+
+
+@app.command()
+def status(
+    server: Annotated[str | None, typer.Option(help=f"The server's HOST:PORT; {DEFAULT_SERVER} by default.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The folder of a run on this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
+) -> None:
+    """Show who is at which round, and who is waited for."""
+    from codistill_deploy.discovery import find_server
+    from codistill_deploy.status import ask, show
+
+    address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
+    state = ask(address)
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        fields = MessageToDict(state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+        return
+    show(state, _console)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run or a comparison.")],
+) -> None:
+    """Write a run's report: one HTML page that needs no network."""
+    from codistill_deploy import report as reports
+
+    _console.print(f"report: {reports.write(run_dir)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    student: Annotated[str, typer.Option(help="The student whose weights to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("exported"),
+    which: Annotated[Which, typer.Option(help="After the last round, or with the best test accuracy.")] = Which.last,
+) -> None:
+    """Write a student's weights for plain PyTorch."""
+    from codistill_deploy.export import export as write
+
+    folder = RunFolder(run_dir)
+    sys.path.insert(0, str(Path.cwd()))
+    written = write(folder, student, out, which.value)
+    _console.print(f"weights: {written.weights}", soft_wrap=True)
+    _console.print(f"program: {written.program}", soft_wrap=True)
+    _console.print(f"about:   {written.about}", soft_wrap=True)
+
+
+def main() -> None:
+    """Runs the command and ends the process with a documented exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1 or os.environ.get(_DEBUG_VARIABLE) == "1"
+    if debug:
+        os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    try:
+        code = app(args=arguments, prog_name="codistill", standalone_mode=True)
+    except SystemExit as ended:
+        code = ended.code
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except Exception as error:
+        if debug:
+            logging.getLogger().exception("the command failed")
+        code = _explain(error)
+    sys.stdout.flush()
+    sys.exit(int(code) if isinstance(code, int) else code)
+
+
+def _explain(error: Exception) -> ExitCode:
+    """Prints an error as one line for each thing wrong, and returns how the process ends."""
+    if isinstance(error, ExperimentError):
+        code = ExitCode.CONFIGURATION
+    else:
+        found = getattr(error, "code", None)
+        code = found if isinstance(found, ExitCode) else None
+    lines = str(error).splitlines() or [type(error).__name__]
+    if code is None:
+        code = ExitCode.ERROR
+        lines = [f"{type(error).__name__}: {lines[0]} (--debug shows where)"]
+    for line in lines:
+        sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+def _run_one(
+    experiment: Experiment,
+    folder: RunFolder,
+    title: str,
+    search_path: Path,
+    stop: threading.Event,
+    resume: bool,
+    in_process: bool,
+    addresses: tuple[str, str] | None = None,
+) -> ExitCode:
+    """Runs one experiment in one folder, shown on the console; with addresses for server and metrics it names them."""
+    from codistill_deploy.local import LocalOptions, run_local
+    from codistill_deploy.preflight import check
+    from codistill_deploy.views import make_view
+
+    sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
+    check(experiment)
+    folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
+    view = make_view(_console)
+    view.start(title)
+    try:
+        if in_process:
+            from codistill_deploy.in_process import run_in_process
+
+            return run_in_process(experiment, folder, view, stop)
+        options = LocalOptions(search_path=search_path)
+        if addresses is not None:
+            options = LocalOptions(*addresses, announce=True, search_path=search_path)
+        return run_local(experiment, folder, view, stop, options)
+    finally:
+        view.finish()
+
+
+def _stop_on_signals() -> threading.Event:
+    """Returns an event that the first Ctrl-C or SIGTERM sets; the second ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        _log.debug("%s", signal.Signals(number).name)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop

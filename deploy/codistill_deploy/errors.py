@@ -1,0 +1,15 @@
+"""What the command raises."""
+
+from __future__ import annotations
+
+from codistill.exit_codes import ExitCode
+
+__all__ = ["CommandError"]
+
+
+class CommandError(RuntimeError):
+    """A command cannot do what it was asked; the text is for people, `code` how the process ends."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
+        self.code = code
+        super().__init__(message)

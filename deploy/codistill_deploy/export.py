@@ -1,0 +1,125 @@
+"""Writes a trained student for plain PyTorch, which loads it without this project.
+
+Two files, for two needs: ``NAME.safetensors`` holds the weights under the model's own parameter names, for those who
+have the model's code; ``NAME.pt2`` is the whole network as an exported program, for those who have not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from codistill.experiment import identity
+from codistill_deploy.errors import CommandError
+from codistill_deploy.run_folder import RunFolder
+from codistill_worker import data, models
+from codistill_worker.app import student_folder
+from codistill_worker.checkpoints import CheckpointStore
+
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how good it is said to be."""
+
+    weights: Path
+    program: Path
+    about: Path
+    round: int
+
+
+class _FromPixels(nn.Module):
+    """A network behind its normalisation, as :func:`codistill_worker.augmentation.normalise` does it, to the bit."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        means, stds = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", (1 / (255 * stds)).float())
+        self.register_buffer("shift", (-means / stds).float())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [B, C] of uint8 images [B, channels, height, width]."""
+        return self.model(images.float() * self.scale + self.shift)
+
+
+def export(folder: RunFolder, student: str, target: Path, which: Literal["last", "best"]) -> Exported:
+    """Writes one student's weights.
+
+    Args:
+        folder: the run's folder.
+        student: the student's name.
+        target: the folder to write to.
+        which: "last", the weights after the last round; or "best", those with the best test accuracy on the way.
+
+    Raises:
+        CommandError: there is no such student, or it has no weights yet.
+        ConfigurationError: its checkpoint, model or data cannot be used.
+    """
+    experiment = folder.experiment()
+    if student not in experiment.names:
+        raise CommandError(f"--student: {student!r} is not one of the run's; allowed: {', '.join(experiment.names)}")
+    store = CheckpointStore(student_folder(folder.path, student))
+    checkpoint = store.load(student, identity(experiment)) if which == "last" else store.load_best()
+    if checkpoint is None:
+        raise CommandError(
+            f"student {student!r} has no {which} weights in {store.folder} yet; run the experiment first"
+        )
+    plan = experiment.plan(student)
+    dataset = data.load(plan.data, torch.device("cpu"))
+    model = models.build(
+        plan.student.model,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        size=dataset.height,
+        args=plan.student.model_args,
+        seed=0,
+    )
+    try:
+        model.load_state_dict(dict(checkpoint.model))
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise CommandError(
+            f"the weights in {store.folder} do not fit model {plan.student.model!r}: {why}; was the model's code changed?"
+        ) from error
+    model.eval()
+    exported = Exported(
+        target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.round
+    )
+    about = {
+        "student": student,
+        "model": plan.student.model,
+        "model_args": plan.student.model_args,
+        "dataset": plan.data.dataset,
+        "classes": dataset.classes,
+        "image": [dataset.channels, dataset.height, dataset.width],
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "weights": which,
+        "round": checkpoint.round,
+        "method": experiment.distillation.title,
+        "seed": experiment.seed,
+    }
+    images = torch.zeros(2, dataset.channels, dataset.height, dataset.width, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        program = torch.export.export(
+            _FromPixels(model, dataset.mean, dataset.std).eval(), (images,), dynamic_shapes={"images": {0: batch}}
+        )
+        target.mkdir(parents=True, exist_ok=True)
+        exported.weights.write_bytes(save({name: value.clone() for name, value in model.state_dict().items()}))
+        exported.about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        torch.export.save(program, exported.program)
+    except OSError as error:
+        raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error
+    return exported

@@ -1,0 +1,57 @@
+"""A run's or a comparison's report: one HTML file that shows what happened.
+
+:mod:`~codistill_deploy.report.document` turns what was read into one JSON document, and one script draws the page from
+that document alone, so a live page can hand the same script newer ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codistill.experiment import ExperimentError
+from codistill_deploy import comparison, history
+from codistill_deploy.comparison import ComparisonIndex
+from codistill_deploy.errors import CommandError
+from codistill_deploy.report.document import comparison_document, run_document
+from codistill_deploy.report.figure import gain_svg
+from codistill_deploy.report.page import render
+
+__all__ = ["ReportError", "comparison_document", "gain_svg", "render", "run_document", "write"]
+
+
+class ReportError(CommandError):
+    """A folder of which no report can be made; the message says why and what to do."""
+
+
+def write(folder: Path) -> Path:
+    """Writes ``report.html`` into a run's or a comparison's folder and returns its path.
+
+    A comparison's report links to those of its runs, so they are written too.
+
+    Raises:
+        ReportError: the folder is neither a run's nor a comparison's, or what it holds cannot be read.
+    """
+    try:
+        if ComparisonIndex.path(folder).is_file():
+            index = ComparisonIndex.read(folder)
+            runs = comparison.read_runs(folder, index)
+            for run in runs:
+                if run.history is not None:
+                    _save(folder / run.path, run_document(run.history))
+            return _save(folder, comparison_document(comparison.summarise(runs), index.experiment))
+        if (folder / "experiment.yaml").is_file():
+            return _save(folder, run_document(history.read(folder)))
+    except ExperimentError as error:
+        raise ReportError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{folder}: no report can be made: {error}") from error
+    raise ReportError(
+        f"{folder}: is neither a run folder (no experiment.yaml in it) nor a comparison folder (no comparison.json in it); "
+        "give the folder that `codistill run` or `codistill compare` wrote"
+    )
+
+
+def _save(folder: Path, document: dict[str, object]) -> Path:
+    path = folder / "report.html"
+    path.write_text(render(document), encoding="utf-8")
+    return path

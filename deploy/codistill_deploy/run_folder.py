@@ -1,0 +1,124 @@
+"""The layout of a run's folder.
+
+experiment.yaml         the resolved experiment
+run.json                when, with which command, versions and machine the run was started
+journal.sqlite          the closed rounds (the server's)
+metrics.jsonl           what was measured, events.jsonl what happened (the server's; codistill.records)
+server.json             the server's address, while it is up
+server.log
+students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
+report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from codistill import __version__
+from codistill.experiment import Experiment, difference, identity, load
+from codistill_deploy.errors import CommandError
+
+__all__ = ["RunFolder"]
+
+_PACKAGES = ("torch", "grpcio", "protobuf", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and where its files are."""
+
+    path: Path
+
+    @classmethod
+    def default(cls, name: str) -> RunFolder:
+        """Returns a new folder below `runs`, named after the run and the time."""
+        stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+        return cls(Path("runs") / f"{name}-{stamp}")
+
+    @property
+    def experiment_file(self) -> Path:
+        """The resolved experiment."""
+        return self.path / "experiment.yaml"
+
+    @property
+    def server_log(self) -> Path:
+        """What the server printed."""
+        return self.path / "server.log"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+    def student(self, name: str) -> Path:
+        """The folder of one student."""
+        return self.path / "students" / name
+
+    def student_log(self, name: str) -> Path:
+        """What a student's worker printed."""
+        return self.student(name) / "log.txt"
+
+    def experiment(self) -> Experiment:
+        """Returns the run's experiment.
+
+        Raises:
+            CommandError: the folder holds no run.
+            ExperimentError: its experiment cannot be read.
+        """
+        if not self.experiment_file.exists():
+            raise CommandError(f"{self.path} is not a run folder: it has no {self.experiment_file.name}")
+        return load(self.experiment_file)
+
+    def start(self, experiment: Experiment, *, mode: str, resume: bool) -> None:
+        """Makes the folder ready for a run, or for going on with the run that it holds.
+
+        Args:
+            experiment: the experiment to run.
+            mode: "grpc" or "in-process".
+            resume: go on with the run in the folder, if there is one.
+
+        Raises:
+            CommandError: the folder holds another run, or holds this one and `resume` is not given.
+        """
+        if self.experiment_file.exists():
+            if not resume:
+                raise CommandError(
+                    f"run folder {self.path} already holds a run; give --resume to go on with it, or another --run-dir"
+                )
+            differs = difference(identity(self.experiment()), identity(experiment))
+            if differs is not None:
+                raise CommandError(
+                    f"run folder {self.path} belongs to another experiment: "
+                    f"{differs.replace('this worker', 'this experiment')}; give another --run-dir"
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.experiment_file.write_text(experiment.to_yaml(), encoding="utf-8")
+            (self.path / "run.json").write_text(json.dumps(_about(mode), indent=2) + "\n", encoding="utf-8")
+            for name in experiment.names:
+                self.student(name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+
+
+def _about(mode: str) -> dict[str, object]:
+    versions = {"codistill": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": mode,
+        "command": ["codistill", *sys.argv[1:]],
+        "versions": versions,
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count() or 0},
+    }

@@ -1,0 +1,57 @@
+"""Asks a server where its run stands."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import cast
+
+import grpc
+from rich.console import Console
+from rich.text import Text
+
+from codistill.exit_codes import ExitCode
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_deploy.errors import CommandError
+from codistill_deploy.views import status_table
+
+__all__ = ["ask", "show"]
+
+_SECONDS = 5.0
+_EVENTS = 5
+
+
+def ask(address: str) -> pb.Run:
+    """Returns where the run of a server stands.
+
+    Raises:
+        CommandError: there is no server of ours at the address.
+    """
+    with grpc.insecure_channel(address) as channel:
+        try:
+            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=_SECONDS)
+        except grpc.RpcError as error:
+            call = cast("grpc.Call", error)  # what a failed call raises is the call itself
+            why = f"{call.code().name}: {call.details()}"
+            raise CommandError(
+                f"server {address} does not answer: {' '.join(why.split())}; check the address with --server, or name the "
+                "run's folder with --run-dir",
+                ExitCode.UNREACHABLE,
+            ) from None
+
+
+def show(run: pb.Run, console: Console) -> None:
+    """Prints where a run stands, whom it waits for, and what happened last."""
+    stage = "complete" if run.complete else f"round {run.frontier} of {run.total_rounds or '?'}"
+    rate = f", {run.rounds_per_second:.1f} rounds/s" if run.rounds_per_second else ""
+    console.print(Text(f"{run.name} ({run.method}): {stage}{rate}", style="bold"))
+    console.print(status_table(run))
+    if run.waiting_for and run.waiting_seconds > 0:
+        console.print(
+            f"round {run.frontier} has waited {run.waiting_seconds:.1f} s for {', '.join(run.waiting_for)}",
+            soft_wrap=True,
+        )
+    for event in run.events[-_EVENTS:]:
+        at = datetime.fromtimestamp(event.unix_seconds, UTC).astimezone().strftime("%H:%M:%S")
+        who = f" {event.student}:" if event.student else ""
+        console.print(Text(f"{at}{who} {event.message or event.kind}", style="dim"), soft_wrap=True)

@@ -1,0 +1,204 @@
+"""One run's records as series: every measurement once, the later line standing."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill.experiment import Experiment, ExperimentError, parse
+from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
+from codistill_deploy import history
+from codistill_deploy.history import RunInfo
+
+
+def experiment(epochs: int = 4) -> Experiment:
+    return parse(
+        f"name: tiny\ndata: {{dataset: digits}}\ntraining: {{epochs: {epochs}}}\n"
+        "students: [{name: a, model: mlp}, {name: b, model: cnn}]\n"
+    )
+
+
+def measured(student: str, at: int, accuracy: float, split: str = "test", time: float = 0.0) -> Measured:
+    return Measured.model_validate(
+        {
+            "time": time,
+            "student": student,
+            "split": split,
+            "round": at,
+            "epoch": at / 10,
+            "accuracy": accuracy,
+            "loss": 1 - accuracy,
+        }
+    )
+
+
+def joined(student: str, device: str = "cpu", time: float = 0.0) -> Joined:
+    return Joined(
+        time=time, student=student, model=f"model of {student}", parameters=1000, device=device, total_rounds=40
+    )
+
+
+def span(first: int, last: int, p50: float = 0.001, longest: float = 0.002, **waits: tuple[int, float]) -> RoundsClosed:
+    return RoundsClosed(
+        time=float(last),
+        first=first,
+        last=last,
+        seconds=1.0,
+        wait_p50=p50,
+        wait_max=longest,
+        waits={name: StudentWait(rounds=rounds, seconds=seconds) for name, (rounds, seconds) in waits.items()},
+    )
+
+
+def test_a_repeated_measurement_stands_in_its_place_with_its_later_value() -> None:
+    run = history.collect(
+        experiment(),
+        [
+            measured("a", 10, 0.5),
+            measured("a", 20, 0.6),
+            measured("b", 20, 0.1),
+            measured("a", 10, 0.55),
+            measured("a", 20, 0.4, "train"),
+        ],
+    )
+    first, second = run.students
+    assert [(each.round, each.accuracy) for each in first.test] == [(10, 0.55), (20, 0.6)]
+    assert [each.accuracy for each in first.train] == [0.4]
+    assert [each.accuracy for each in second.test] == [0.1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from(["train", "test"]), st.integers(1, 6), st.floats(0, 1)),
+        max_size=40,
+    )
+)
+def test_the_series_are_those_of_a_dictionary_filled_in_order(lines: list[tuple[str, str, int, float]]) -> None:
+    run = history.collect(experiment(), [measured(student, at, value, split) for student, split, at, value in lines])
+    expected = {(student, split, at): value for student, split, at, value in lines}
+    found = {
+        (each.student, each.split, each.round): each.accuracy
+        for one in run.students
+        for each in (*one.train, *one.test)
+    }
+    assert found == expected
+    for one in run.students:
+        assert [each.round for each in one.test] == sorted(each.round for each in one.test)
+
+
+def test_the_final_measurement_is_the_last_epochs_not_the_best() -> None:
+    run = history.collect(experiment(), [measured("a", 30, 0.9), measured("a", 40, 0.8), measured("b", 30, 0.7)])
+    first, second = run.students
+    assert first.final is not None
+    assert first.final.accuracy == 0.8
+    assert second.final is None
+    assert not run.complete
+
+
+def test_students_come_in_the_experiments_order_and_are_there_without_records() -> None:
+    run = history.collect(experiment(), [joined("b", "cpu"), joined("b", "cuda:0"), joined("guest")])
+    assert [(each.name, each.model, each.device, each.parameters) for each in run.students] == [
+        ("a", "mlp", "", None),
+        ("b", "cnn", "cuda:0", 1000),
+        ("guest", "model of guest", "cpu", 1000),
+    ]
+    assert run.total_rounds == 40
+    assert run.epoch(15) == 1.5
+    assert history.collect(experiment(), []).epoch(15) is None
+
+
+def test_rounds_closed_again_replace_the_spans_they_overlap() -> None:
+    again = span(10, 24, 0.5)
+    run = history.collect(experiment(), [span(0, 9), span(10, 19), span(20, 29), again, span(30, 39)])
+    assert [(each.first, each.last) for each in run.rounds] == [(0, 9), (10, 24), (30, 39)]
+    assert run.rounds[1] == again
+    late = history.collect(experiment(), [span(10, 19), span(0, 9)])
+    assert [each.first for each in late.rounds] == [0, 10]
+
+
+def test_waits_are_summed_over_spans() -> None:
+    run = history.collect(experiment(), [span(0, 9, a=(4, 0.5), b=(6, 0.25)), span(10, 19, longest=3.0, a=(10, 1.5))])
+    assert run.waits == {"a": StudentWait(rounds=14, seconds=2.0), "b": StudentWait(rounds=6, seconds=0.25)}
+    assert run.closed_rounds == 20
+    assert history.longest_wait(run.rounds) == 3.0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 10)), min_size=1, max_size=30))
+def test_the_median_wait_counts_a_span_once_for_each_of_its_rounds(spans: list[tuple[int, float]]) -> None:
+    closed: list[RoundsClosed] = []
+    for rounds, wait in spans:
+        first = closed[-1].last + 1 if closed else 0
+        closed.append(span(first, first + rounds - 1, wait))
+    every_round = [wait for rounds, wait in spans for _ in range(rounds)]
+    assert history.median_wait(closed) == statistics.median_low(every_round)
+
+
+def test_without_spans_there_is_no_wait() -> None:
+    assert history.median_wait([]) is None
+    assert history.longest_wait([]) is None
+
+
+def test_steps_that_are_unknown_are_not_in_the_medians() -> None:
+    paces = [(1, 0.0, 0.0), (2, 0.2, 0.1), (3, 0.4, 0.0), (4, 0.3, 0.2)]
+    run = history.collect(
+        experiment(),
+        [Paced(time=0, student="a", round=at, step_seconds=step, wait_seconds=wait) for at, step, wait in paces],
+    )
+    assert run.students[0].step_seconds == pytest.approx(0.3)
+    assert run.students[0].wait_seconds == pytest.approx(0.1)
+    assert run.students[1].step_seconds is None
+
+
+def test_events_are_in_order_of_time_and_time_runs_from_first_to_last_record() -> None:
+    events: list[Record] = [Happened(time=9.0, what="finished"), Happened(time=3.0, what="absent", student="a")]
+    run = history.collect(experiment(), [joined("a", time=2.0), measured("a", 10, 0.5, time=5.0)], events)
+    assert [each.what for each in run.events] == ["absent", "finished"]
+    assert (run.started, run.ended, run.seconds) == (2.0, 9.0, 7.0)
+    assert history.collect(experiment(), []).seconds is None
+
+
+def test_the_ensembles_accuracy_is_the_last_known() -> None:
+    spans = [span(0, 9).model_copy(update={"ensemble_accuracy": 0.25}), span(10, 19)]
+    assert history.collect(experiment(), spans).ensemble_accuracy == 0.25
+    assert history.collect(experiment(), []).ensemble_accuracy is None
+
+
+def test_a_folder_reads_as_its_records(tmp_path: Path) -> None:
+    lines: list[Record] = [joined("a"), measured("a", 40, 0.75), span(0, 39)]
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{line.model_dump_json()}\n" for line in lines) + '{"kind": "measu'
+    )
+    (tmp_path / "events.jsonl").write_text(Happened(time=1, what="joined", student="a").model_dump_json() + "\n")
+    (tmp_path / "run.json").write_text(
+        '{"created": "2025-01-02T03:04:05Z", "mode": "grpc", "command": ["codistill", "run"]}'
+    )
+    run = history.read(tmp_path)
+    assert run == history.collect(experiment(), lines, [Happened(time=1, what="joined", student="a")], run.info)
+    assert run.info.command == ("codistill", "run")
+    assert run.info.created is not None
+    assert run.info.created.isoformat() == "2025-01-02T03:04:05+00:00"
+
+
+def test_only_the_experiment_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"experiment\.yaml"):
+        history.read(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    run = history.read(tmp_path)
+    assert run.info == RunInfo()
+    assert [each.test for each in run.students] == [(), ()]
+    assert run.started is None
+
+
+def test_a_run_json_of_another_form_names_the_field(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "run.json").write_text('{"mode": "telepathy"}')
+    with pytest.raises(ValueError, match=r"run\.json: mode: .*'grpc' or 'in-process'"):
+        history.read(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: Invalid JSON"):
+        history.read(tmp_path)

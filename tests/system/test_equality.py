@@ -1,0 +1,64 @@
+"""The first promise: a run over gRPC with real processes ends with the bits of the in-process run."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from codistill.experiment import load
+from codistill_deploy.in_process import run_in_process
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.views import PlainView
+from system.support import assert_bit_equal, experiment_file, run, weights
+
+pytestmark = pytest.mark.system
+
+METHODS: dict[str, dict[str, Any]] = {
+    "independent": {"method": "independent", "label_smoothing": 0.1},
+    "dml": {"method": "dml"},
+    "kdcl-naive": {"method": "kdcl", "ensemble": "naive"},
+    "kdcl-linear": {"method": "kdcl", "ensemble": "linear"},
+    "kdcl-min_logit": {"method": "kdcl", "ensemble": "min_logit", "weight": 0.7, "temperature": 3},
+    "kdcl-general": {"method": "kdcl", "ensemble": "general"},
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_and_one_process_end_with_the_same_bits(method: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"distillation": METHODS[method]}
+    if method == "kdcl-general":
+        changes |= {"data__held_out": 40, "data__train_size": 140}
+    if method == "kdcl-naive":
+        changes |= {"exchange__dtype": "float16"}  # what the wire rounds, the in-process run rounds too
+    path = experiment_file(tmp_path, **changes)
+
+    code, output = run("run", path, "--run-dir", tmp_path / "grpc", cwd=tmp_path, timeout=200)
+    assert code == 0, output
+
+    experiment = load(path)
+    folder = RunFolder(tmp_path / "in-process")
+    folder.start(experiment, mode="in-process", resume=False)
+    assert run_in_process(experiment, folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+
+    ours, theirs = weights(tmp_path / "grpc"), weights(tmp_path / "in-process")
+    assert {name: int(tensors["round"]) for name, tensors in ours.items()} == {"mlp": 10, "cnn": 10, "vit": 10}
+    assert_bit_equal(ours, theirs)
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    """Another seed gives other bits: the assertion above is no tautology."""
+    runs = []
+    for seed in (1, 2):
+        path = experiment_file(tmp_path, seed=seed, training__epochs=1)
+        experiment = load(path)
+        folder = RunFolder(tmp_path / f"seed-{seed}")
+        folder.start(experiment, mode="in-process", resume=False)
+        run_in_process(experiment, folder, PlainView(Console(quiet=True)), threading.Event())
+        runs.append(weights(folder.path))
+    with pytest.raises(AssertionError, match="differs"):
+        assert_bit_equal(*runs)

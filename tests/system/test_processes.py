@@ -1,0 +1,137 @@
+"""The second promise, for a local run: it ends, says why, and leaves nothing running, whichever process dies first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from codistill.exit_codes import ExitCode
+from codistill.experiment import load
+from codistill_deploy.in_process import run_in_process
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.views import PlainView
+from system.support import (
+    assert_bit_equal,
+    experiment_file,
+    processes_of,
+    rounds_trained,
+    run,
+    start,
+    wait_for,
+    weights,
+)
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+LONG = {"training__epochs": 100_000}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "run"
+    yield path
+    for pid in processes_of(path).values():  # only what a failed test leaves
+        os.kill(pid, signal.SIGKILL)
+
+
+def started(folder: Path, **changes: object) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Starts a run and waits until it is well under way; returns it and its processes."""
+    path = experiment_file(folder.parent, **(changes or LONG))
+    process = start("run", path, "--run-dir", folder, cwd=folder.parent)
+    wait_for(lambda: rounds_trained(folder) >= 5 or process.poll() is not None, "five rounds", 120)
+    assert process.poll() is None, process.communicate()[0]
+    return process, processes_of(folder)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=90)[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("victim", ["server", "cnn"])
+def test_a_killed_process_ends_the_run_with_a_line_that_names_it(victim: str, folder: Path) -> None:
+    process, pids = started(folder)
+    assert set(pids) == {"server", "mlp", "cnn", "vit"}
+    os.kill(pids[victim], signal.SIGKILL)
+    output = ended(process)
+    assert process.returncode == ExitCode.WORKER_FAILED
+    assert "was killed by SIGKILL" in output
+    assert ("the server" if victim == "server" else "student 'cnn'") in output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert processes_of(folder) == {}
+
+
+def test_nothing_outlives_a_killed_command(folder: Path) -> None:
+    process, _ = started(folder)
+    process.kill()
+    ended(process)
+    wait_for(lambda: not processes_of(folder), "everything ends", 60)
+
+
+def test_ctrl_c_saves_every_student_and_resuming_gives_the_undisturbed_bits(folder: Path) -> None:
+    changes = {"training__epochs": 60, "training__checkpoint_every": 1}
+    process, _ = started(folder, **changes)
+    process.send_signal(signal.SIGINT)
+    output = ended(process)
+    assert process.returncode == ExitCode.INTERRUPTED, output
+    assert "--resume" in output
+    assert processes_of(folder) == {}
+    saved = weights(folder)
+    assert set(saved) == {"mlp", "cnn", "vit"}
+    assert all(0 < int(tensors["round"]) < 300 for tensors in saved.values()), "it was stopped midway"
+
+    path = folder.parent / "experiment.yaml"
+    code, output = run("run", path, "--run-dir", folder, cwd=folder.parent)
+    assert code == ExitCode.CONFIGURATION
+    assert "already holds a run; give --resume" in output
+    code, output = run("run", path, "--run-dir", folder, "--resume", cwd=folder.parent, timeout=150)
+    assert code == 0, output
+
+    experiment = load(path)
+    undisturbed = RunFolder(folder.parent / "undisturbed")
+    undisturbed.start(experiment, mode="in-process", resume=False)
+    run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event())
+    assert_bit_equal(weights(folder), weights(undisturbed.path))
+
+
+def test_a_second_ctrl_c_ends_at_once(folder: Path) -> None:
+    process, pids = started(folder)
+    os.kill(pids["vit"], signal.SIGSTOP)  # it cannot save: the graceful way would take its full time
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "stopping" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.wait(10)
+    assert process.returncode == ExitCode.INTERRUPTED
+    process.stdout.close()
+    assert processes_of(folder) == {}
+
+
+def test_status_names_who_is_waited_for(folder: Path) -> None:
+    process, pids = started(folder, training__epochs=40)
+    os.kill(pids["cnn"], signal.SIGSTOP)
+    try:
+
+        def waits() -> str:
+            code, output = run("status", "--run-dir", folder, cwd=folder.parent, timeout=60)
+            return output if code == 0 and "for cnn" in output else ""
+
+        output = wait_for(waits, "the status names cnn", 60)
+    finally:
+        os.kill(pids["cnn"], signal.SIGCONT)
+    assert "has waited" in output
+    assert "mlp" in output
+    output = ended(process)
+    assert process.returncode == 0, output
