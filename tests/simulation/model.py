@@ -1,0 +1,169 @@
+"""A model of training, the undisturbed run, and the ledger that holds every run to it.
+
+A student's state is a digest of all the targets that it has learnt from, in order, and what it publishes is a function of
+that state. So a target that is wrong, missing, repeated or out of turn changes everything after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from codistill.experiment import Experiment
+from codistill.tensors import decode, encode
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server import methods
+
+__all__ = ["BATCH", "CLASSES", "HELD_OUT", "Ledger", "Reference", "Violation", "contribution", "first_state", "learn"]
+
+BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH = 2, 3, 2, 3
+_INT64 = "<i8"
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+def first_state(seed: int, student: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {student}".encode(), digest_size=16).digest()
+
+
+def learn(state: bytes, targets: pb.Targets) -> bytes:
+    return hashlib.blake2b(state + targets.SerializeToString(deterministic=True), digest_size=16).digest()
+
+
+def contribution(number: int, state: bytes, *, held_out: bool) -> pb.Contribution:
+    """Returns what a student in this state publishes in a round."""
+    wants = held_out and number > 0 and number % ROUNDS_PER_EPOCH == 0
+    return pb.Contribution(
+        round=number,
+        batch=_samples(number * BATCH, BATCH, state),
+        held_out=_samples(10_000, HELD_OUT, state[::-1]) if wants else None,
+    )
+
+
+def _samples(first: int, rows: int, state: bytes) -> pb.Samples:
+    ids = np.arange(first, first + rows, dtype=_INT64)
+    drawn = np.frombuffer(hashlib.shake_128(state).digest(4 * rows * CLASSES), "<i4")
+    logits = (drawn.astype("<f4") / np.float32(2**28)).astype("<f4")
+    return pb.Samples(
+        ids=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[rows], data=ids.tobytes()),
+        labels=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[rows], data=(ids % CLASSES).astype(_INT64).tobytes()),
+        outputs={"logits": pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[rows, CLASSES], data=logits.tobytes())},
+    )
+
+
+class Reference:
+    """The method's targets as a function of contributions, and the run in which nothing goes wrong.
+
+    Attributes:
+        replies: of each round, what each student is answered; under "" where all get the same.
+        states: each student's state after all rounds.
+    """
+
+    def __init__(self, experiment: Experiment, rounds: int) -> None:
+        self.experiment = experiment
+        self.rounds = rounds
+        half = methods.create(experiment.distillation)
+        assert half is not None
+        self._half = half
+        self._method_state: dict[int, Mapping[str, object]] = {0: {}}
+        self.replies: list[Mapping[str, bytes]] = []
+        held_out = experiment.data.held_out > 0
+        states = {name: first_state(experiment.seed, name) for name in experiment.names}
+        for number in range(rounds):
+            sent = {name: contribution(number, states[name], held_out=held_out) for name in experiment.names}
+            replies = self.close(number, sent)
+            self.replies.append(replies)
+            for name in experiment.names:
+                states[name] = learn(states[name], pb.ExchangeReply.FromString(replies.get("", b"") or replies[name]).targets)
+        self.states = states
+
+    def close(self, number: int, sent: Mapping[str, pb.Contribution]) -> Mapping[str, bytes]:
+        """Returns what a round closed with these contributions, in the experiment's order, is answered with."""
+        import torch
+
+        ordered = {name: sent[name] for name in self.experiment.names if name in sent}
+        each = list(ordered.values())
+        gathered = methods.Gathered(
+            students=tuple(ordered),
+            outputs={"logits": torch.stack([decode(one.batch.outputs["logits"]) for one in each])},
+            labels=decode(each[0].batch.labels),
+            held_out={"logits": torch.stack([decode(one.held_out.outputs["logits"]) for one in each])}
+            if each[0].HasField("held_out")
+            else {},
+            held_out_labels=decode(each[0].held_out.labels) if each[0].HasField("held_out") else None,
+            state=self._method_state[number],  # pyright: ignore[reportArgumentType]
+        )
+        made = self._half.targets(gathered)
+        self._method_state[number + 1] = made.state
+        arrays = {"": made.shared} if made.shared is not None else dict(made.each or {})
+        return {
+            name: pb.ExchangeReply(
+                targets=pb.Targets(round=number, targets={key: encode(value, "float32") for key, value in values.items()})
+            ).SerializeToString(deterministic=True)
+            for name, values in arrays.items()
+        }
+
+
+@dataclass
+class Ledger:
+    """What must never be contradicted, over all restarts of everything.
+
+    With `on_absence: wait` a round is closed with everybody, so its targets are those of the undisturbed run. Where
+    rounds may close without somebody, `check_closed` and `check_final` are what differs: give another ledger.
+    """
+
+    reference: Reference
+    closed: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
+    last_session: int = 0
+    sessions: dict[int, str] = field(default_factory=dict)
+    answers: int = 0
+    final: dict[str, bytes] = field(default_factory=dict)
+
+    def admitted(self, session: int, student: str) -> None:
+        if session <= self.last_session:
+            raise Violation(f"session {session} of {student} is not newer than session {self.last_session}")
+        self.last_session = session
+        self.sessions[session] = student
+
+    def journalled(self, number: int, replies: Mapping[str, bytes]) -> None:
+        """A round is on the disk."""
+        if number in self.closed:
+            raise Violation(f"round {number} is decided a second time")
+        if number != len(self.closed):
+            raise Violation(f"round {number} is decided, but the first open one is {len(self.closed)}")
+        self.check_closed(number, replies)
+        self.closed[number] = dict(replies)
+
+    def check_closed(self, number: int, replies: Mapping[str, bytes]) -> None:
+        if replies != self.reference.replies[number]:
+            raise Violation(f"round {number}: its targets are not those of the expected contributions")
+
+    def answered(self, session: int, number: int, reply: bytes) -> None:
+        """The server sends targets."""
+        self._check_answer(self.sessions[session], number, reply, "is sent")
+
+    def received(self, student: str, number: int, targets: pb.Targets) -> None:
+        """A student learns from targets, as those of a round."""
+        self.answers += 1
+        reply = pb.ExchangeReply(targets=targets).SerializeToString(deterministic=True)
+        self._check_answer(student, number, reply, "takes")
+
+    def finished(self, student: str, state: bytes) -> None:
+        self.check_final(student, state)
+        self.final[student] = state
+
+    def check_final(self, student: str, state: bytes) -> None:
+        if state != self.reference.states[student]:
+            raise Violation(f"student {student} ends with another state than in the undisturbed run")
+
+    def _check_answer(self, student: str, number: int, reply: bytes, what: str) -> None:
+        replies = self.closed.get(number)
+        if replies is None:
+            raise Violation(f"{student} {what} targets of round {number}, which is not journalled")
+        if reply != (replies[""] if "" in replies else replies[student]):
+            raise Violation(f"{student} {what} other targets of round {number} than were decided")
