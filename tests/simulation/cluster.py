@@ -51,6 +51,8 @@ class Outcome:
     seed: int
     faults: Counter[str] = field(default_factory=Counter[str])
     endings: Counter[str] = field(default_factory=Counter[str])
+    remarks: Counter[str] = field(default_factory=Counter[str])
+    recovery: float = 0.0
     rounds: int = 0
     answers: int = 0
     virtual_seconds: float = 0.0
@@ -95,7 +97,7 @@ class Cluster:
         )
         self.ledger = plant.ledger(reference)
         self.connect_timeout, self.give_up_after = 60.0, draw.choice((60.0, 120.0))
-        self.step_seconds = draw.choice((0.05, 1.0, 5.0))
+        self.step_seconds = draw.choice((0.2, 1.0, 5.0))
         self.load_seconds = draw.choice((0.1, 5.0))
         self.save_chance = draw.choice((0.1, 0.3, 1.0))
         self.slow_targets = draw.random() < 0.4
@@ -136,6 +138,7 @@ class Cluster:
             self._check_end()
         finally:
             self.journal.throw_away()
+            self.outcome.recovery = (self.server.completed_at or self.kernel.now) - self.faults_end - 1.5 * self.rounds * self.step_seconds
             self.outcome.rounds = len(self.ledger.closed)
             self.outcome.answers = self.ledger.answers
             self.outcome.virtual_seconds = self.kernel.now
@@ -167,6 +170,10 @@ class Cluster:
             allowed.add(ExitCode.REFUSED)
         if code not in allowed:
             raise Violation(f"{student} ends with {code.name}: {worker.line}")
+        if code is ExitCode.UNREACHABLE and self.server.complete:
+            self.outcome.remarks["a student's last goodbye went unanswered, and the server had ended"] += 1
+        if code is ExitCode.SUPERSEDED and not self._alive(student):
+            self.outcome.remarks["superseded by a process that is gone"] += 1
         if code is ExitCode.OK:
             self.done.add(student)
         if not self._alive(student) and code is not ExitCode.OK:
@@ -184,9 +191,9 @@ class Cluster:
             slow = not self._calm and self.draw.random() < 0.05
             self.kernel.after(self.draw.uniform(0.1, 1.5 * self.give_up_after if slow else 4.0), self.server.start)
 
-    def admitted(self, student: str) -> None:
+    def admitted(self, student: str, *, always: bool = False) -> None:
         alive = self._alive(student)
-        if len(alive) > 1:
+        if len(alive) > 1 or always:
             for worker in alive:
                 worker.rivals_admitted += 1
 
@@ -209,8 +216,9 @@ class Cluster:
     def watch(self, stream: Stream) -> None:
         self.streams.append(stream)
 
-    def call(self, link: Link, kind: str, request: Any, timeout: float) -> Arm:
+    def call(self, worker: Worker, kind: str, request: Any, timeout: float) -> Arm:
         """A unary call: request and reply may be late or lost, each in its own right."""
+        link = worker.link
 
         def arm(resume: Callable[[Any], None]) -> None:
             started = self.kernel.now
@@ -219,24 +227,26 @@ class Cluster:
             if link.happens(self.weather.lose_request, "request lost"):
                 self.kernel.after(link.delay(), lambda: resume(lost))
                 return
-            delay = link.delay()
-            if delay >= timeout:
-                return
 
             def answer(value: Any) -> None:
                 self.kernel.note(f"{kind} {_brief(request)} -> {_brief(value)}")
                 if link.happens(self.weather.lose_reply, "reply lost"):
                     value = lost
-                self.kernel.after(link.delay(), lambda: resume(value))
+                link.carry(link.delay(), lambda: resume(value))
 
             def execute() -> None:
                 # A call that its caller has given up may still be carried out, or not.
-                if self.kernel.now - started < timeout or self.draw.random() < 0.5:
-                    self.server.call(kind, request, answer)
+                late = self.kernel.now - started >= timeout or not worker.alive
+                if late and self.draw.random() < 0.5:
+                    return
+                if late and kind == "join":
+                    self._count("join of a process that is gone")
+                    self.admitted(request.student, always=True)
+                self.server.call(kind, request, answer)
 
-            self.kernel.after(delay, lambda: self.server.take(execute))
+            link.carry(link.delay(), lambda: self.server.take(execute))
             if kind != "join" and link.happens(self.weather.repeat, "call doubled"):
-                self.kernel.after(link.delay(), lambda: self.server.take(lambda: self._again(kind, request)))
+                link.carry(link.delay(), lambda: self.server.take(lambda: self._again(kind, request)))
 
         return arm
 
@@ -288,7 +298,9 @@ class Cluster:
         worker.kill(silently=silently)
         if not self._alive(worker.student):
             disk = self.disks[worker.student]
-            if disk.newest is not None and disk.previous is not None and self.draw.random() < 0.3:
+            # Not one of the end: the student has told, and its last checkpoint was synced before that.
+            known = disk.newest is not None and disk.previous is not None and disk.newest[0] < self.rounds
+            if known and self.draw.random() < 0.5:
                 self._count("checkpoint torn")
                 disk.torn = True
             self._start_later(worker.student)
@@ -354,7 +366,7 @@ class Cluster:
             self._count("link cut")
             link = self.links[student]
             self.kernel.note(f"{student}: its link is cut for {seconds:.1f} s")
-            link.cut_until = max(link.cut_until, self.kernel.now + seconds)
+            link.cut_for(seconds)
             for stream in self.streams:
                 if stream.link is link:
                     self._notice_later(stream)
@@ -398,7 +410,7 @@ class Cluster:
         for name, value in vars(calm).items():
             setattr(self.weather, name, value)
         for link in self.links.values():
-            link.cut_until = min(link.cut_until, self.kernel.now)
+            link.heal()
         self.server.fuse = None
         if self.server.paused:
             self.server.go_on()
@@ -419,7 +431,7 @@ class Cluster:
         if len(self.ledger.closed) != self.rounds:
             raise Violation(f"the run is complete with {len(self.ledger.closed)} of {self.rounds} rounds")
         for student in self.experiment.names:
-            saved = None if self.disks[student].torn else self.disks[student].newest
+            saved = Store(self.disks[student]).load()
             if saved is None or saved[0] != self.rounds:
                 raise Violation(f"the run is complete, but what {student} has saved is not the end: {saved}")
             self.ledger.check_final(student, saved[1])

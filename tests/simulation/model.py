@@ -11,13 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from codistill.experiment import Experiment
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 
-__all__ = ["BATCH", "CLASSES", "HELD_OUT", "Ledger", "Reference", "Violation", "contribution", "first_state", "learn"]
+__all__ = [
+    "BATCH",
+    "CLASSES",
+    "HELD_OUT",
+    "ROUNDS_PER_EPOCH",
+    "GoingOn",
+    "Ledger",
+    "Reference",
+    "Violation",
+    "contribution",
+    "first_state",
+    "learn",
+]
 
 BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH = 2, 3, 2, 3
 _INT64 = "<i8"
@@ -84,8 +97,6 @@ class Reference:
 
     def close(self, number: int, sent: Mapping[str, pb.Contribution]) -> Mapping[str, bytes]:
         """Returns what a round closed with these contributions, in the experiment's order, is answered with."""
-        import torch
-
         ordered = {name: sent[name] for name in self.experiment.names if name in sent}
         each = list(ordered.values())
         gathered = methods.Gathered(
@@ -113,14 +124,15 @@ class Reference:
 class Ledger:
     """What must never be contradicted, over all restarts of everything.
 
-    With `on_absence: wait` a round is closed with everybody, so its targets are those of the undisturbed run. Where
-    rounds may close without somebody, `check_closed` and `check_final` are what differs: give another ledger.
+    With `on_absence: wait` a round is closed with everybody, so its targets are those of the undisturbed run.
     """
 
     reference: Reference
     closed: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
     last_session: int = 0
     sessions: dict[int, str] = field(default_factory=dict)
+    published: dict[tuple[str, int], pb.Contribution] = field(default_factory=dict)
+    contributors: dict[int, tuple[str, ...]] = field(default_factory=dict)
     answers: int = 0
     final: dict[str, bytes] = field(default_factory=dict)
 
@@ -129,6 +141,18 @@ class Ledger:
             raise Violation(f"session {session} of {student} is not newer than session {self.last_session}")
         self.last_session = session
         self.sessions[session] = student
+
+    def sent(self, student: str, message: pb.Contribution) -> None:
+        """A student publishes; whatever process of it does, it is the same."""
+        known = self.published.setdefault((student, message.round), message)
+        if known != message:
+            raise Violation(f"student {student} publishes in round {message.round} what it had not published before")
+
+    def decided(self, number: int, students: tuple[str, ...]) -> None:
+        """The server makes a round's targets of these students' contributions."""
+        if len(set(students)) != len(students):
+            raise Violation(f"round {number}: a student is counted twice in {students}")
+        self.contributors[number] = students
 
     def journalled(self, number: int, replies: Mapping[str, bytes]) -> None:
         """A round is on the disk."""
@@ -167,3 +191,26 @@ class Ledger:
             raise Violation(f"{student} {what} targets of round {number}, which is not journalled")
         if reply != (replies[""] if "" in replies else replies[student]):
             raise Violation(f"{student} {what} other targets of round {number} than were decided")
+
+
+@dataclass
+class GoingOn(Ledger):
+    """What must hold with `on_absence: proceed`: a round is a function of those it was closed with, whoever they were."""
+
+    quorum: int = 2
+
+    def check_closed(self, number: int, replies: Mapping[str, bytes]) -> None:
+        students = self.contributors[number]
+        if len(students) < self.quorum:
+            raise Violation(f"round {number} is closed with {len(students)} students; the quorum is {self.quorum}")
+        if replies != self.reference.close(number, {name: self.published[name, number] for name in students}):
+            raise Violation(f"round {number}: its targets are not those of the contributions of {', '.join(students)}")
+
+    def check_final(self, student: str, state: bytes) -> None:
+        expected = first_state(self.reference.experiment.seed, student)
+        for number in range(self.reference.rounds):
+            replies = self.closed[number]
+            reply = replies[""] if "" in replies else replies[student]
+            expected = learn(expected, pb.ExchangeReply.FromString(reply).targets)
+        if state != expected:
+            raise Violation(f"student {student} ends with another state than the journalled targets lead to")

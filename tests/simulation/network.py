@@ -40,18 +40,44 @@ class Link:
     def __init__(self, kernel: Kernel, draw: random.Random, weather: Weather, faults: Counter[str]) -> None:
         self.kernel, self.draw, self.weather, self.faults = kernel, draw, weather, faults
         self.cut_until = 0.0
+        self._held: list[Callable[[], None]] = []
 
     @property
     def cut(self) -> bool:
         return self.kernel.now < self.cut_until
 
+    def cut_for(self, seconds: float) -> None:
+        self.cut_until = max(self.cut_until, self.kernel.now + seconds)
+        self.kernel.after(self.cut_until - self.kernel.now, self._release)
+
+    def heal(self) -> None:
+        self.cut_until = min(self.cut_until, self.kernel.now)
+        self._release()
+
+    def carry(self, seconds: float, deliver: Callable[[], object]) -> None:
+        """Delivers after so long; what meets a cut on its way waits for its end."""
+
+        def arrive() -> None:
+            if self.cut:
+                self._held.append(arrive)
+            else:
+                deliver()
+
+        self.kernel.after(seconds, arrive)
+
     def delay(self) -> float:
-        """Returns how long a message takes that is sent now; what meets a cut waits for its end."""
+        """Returns how long a message takes that is sent now."""
         seconds = self.draw.random() * self.weather.delay
         if self.weather.tail and self.draw.random() < 0.05:
             seconds += self.draw.random() * self.weather.tail
             self.faults["delayed"] += 1
-        return max(self.cut_until - self.kernel.now, 0.0) + seconds
+        return seconds
+
+    def _release(self) -> None:
+        if not self.cut:
+            held, self._held = self._held, []
+            for each in held:
+                each()
 
     def happens(self, chance: float, what: str) -> bool:
         if chance and self.draw.random() < chance:
@@ -99,8 +125,7 @@ class Stream:
             self._up_lost = True
             self.link.kernel.after(self._within(SERVER_KEEPALIVE), self.server_lost)
         else:
-            # A cancellation that meets a cut is not waited for longer than the keepalive.
-            self.link.kernel.after(min(self.link.delay(), SERVER_KEEPALIVE), self.server_lost)
+            self.link.carry(self.link.delay(), self.server_lost)
 
     def worker_lost(self, details: str = "the connection was lost") -> None:
         """The worker's transport notices that the connection is gone."""
@@ -157,7 +182,7 @@ class Stream:
             if self.server_open and not self._up_lost:
                 deliver()
 
-        self.link.kernel.after(arrives - self.link.kernel.now, arrive)
+        self.link.carry(arrives - self.link.kernel.now, arrive)
 
     def _down(self, deliver: Callable[[], None]) -> None:
         arrives = self.link.kernel.now + self.link.delay()
@@ -168,7 +193,7 @@ class Stream:
             if self.worker_open and not self._down_lost:
                 deliver()
 
-        self.link.kernel.after(arrives - self.link.kernel.now, arrive)
+        self.link.carry(arrives - self.link.kernel.now, arrive)
 
     def _write_soon(self) -> None:
         if not self._writing:

@@ -9,7 +9,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status, StudentRecord
+from codistill_server.rounds import Decide, Status, StudentRecord
 from codistill_worker.session import Failure
 from simulation.model import Violation
 from simulation.network import Stream
@@ -101,11 +101,12 @@ class Server:
         self.cluster = cluster
         self.up = False
         self.complete = False
+        self.completed_at: float | None = None
         self.paused = False
         self.fuse: int | None = None
         self.generation = 0
         self.coordinator: Coordinator | None = None
-        self._outboxes: set[Outbox] = set()
+        self._outboxes: dict[Outbox, None] = {}  # in order, so that a seed is always the same
         self._backlog: list[Callable[[], None]] = []
 
     # The process
@@ -120,14 +121,21 @@ class Server:
         cluster.kernel.note("server: starts")
         observations = Observations(cluster.experiment, lambda _: None, cluster.kernel.clock, cluster.kernel.clock)
         try:
-            self.coordinator = cluster.plant.coordinator(
+            coordinator = self.coordinator = cluster.plant.coordinator(
                 cluster.experiment, cluster.journal, observations, self._submit, cluster.kernel.clock
             )
         except Crash:
             self.crash()
             return
-        self.coordinator.on_complete = self._complete
-        if self.coordinator.complete:
+        decide = coordinator._decide
+
+        def watched(action: Decide) -> None:
+            cluster.ledger.decided(action.round, tuple(action.contributions))
+            decide(action)
+
+        coordinator._decide = watched
+        coordinator.on_complete = self._complete
+        if coordinator.complete:
             self._complete()
 
         def tick() -> None:
@@ -207,6 +215,7 @@ class Server:
     def _complete(self) -> None:
         self.cluster.kernel.note("server: the run is complete")
         self.complete = True
+        self.completed_at = self.cluster.kernel.now
         # Calls under way are answered; then it ends.
         self.cluster.kernel.after(1.0, self.terminate)
 
@@ -258,7 +267,7 @@ class Server:
             stream.die()
             self.cluster.kernel.after(stream.link.delay(), stream.worker_lost)
             return
-        self._outboxes.add(outbox)
+        self._outboxes[outbox] = None
         try:
             coordinator.open_stream(stream.session, outbox)
         except Refused as refused:
@@ -286,7 +295,7 @@ class Server:
             outbox.end(refused.status, str(refused))
 
     def _closed(self, outbox: Outbox) -> None:
-        self._outboxes.discard(outbox)
+        self._outboxes.pop(outbox, None)
         self._with(lambda each: each.close_stream(outbox.stream.session, outbox))
 
     def _expect(self, session: int) -> None:

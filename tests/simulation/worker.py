@@ -56,13 +56,16 @@ class Store:
         self._rounds = [number for number, _ in reversed(good)]
         return good[0] if good else None
 
-    def save(self, number: int, state: bytes) -> None:
+    def save(self, number: int, state: bytes) -> bool:
+        if self.disk.newest is not None and not self.disk.torn and self.disk.newest[0] > number:
+            return False
         if self.disk.newest is not None and not self._torn:
             self.disk.previous = self.disk.newest
         self.disk.newest = number, state
         self.disk.torn = self._torn = False
         if not self._rounds or self._rounds[-1] != number:
             self._rounds = [*self._rounds[-1:], number]
+        return True
 
 
 class Worker:
@@ -74,6 +77,7 @@ class Worker:
         self.line = ""
         self.overlapped = False
         self.rivals_admitted = 0
+        self.last_session = 0
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
         self._paused_before = 0.0
@@ -86,6 +90,7 @@ class Worker:
         self._reporting = False
         self._pending: pb.ReportRequest | None = None
         self.store = cluster.plant.store(disk)
+        self._saved = -1
         self.process = Process(cluster.kernel, self._main(), self._ended)
 
     @property
@@ -119,6 +124,7 @@ class Worker:
     def _main(self) -> Generator[Arm, Any, None]:
         cluster, draw = self.cluster, self.cluster.draw
         found = self.store.load()
+        self._saved = found[0] if found else -1
         number, state = found or (0, model.first_state(cluster.experiment.seed, self.student))
         yield sleep(cluster.kernel, draw.random() * cluster.load_seconds)
         try:
@@ -127,7 +133,6 @@ class Worker:
             except Interrupted:
                 self._exit(ExitCode.INTERRUPTED)
                 return
-            saved = number if found else -1
             reported = cluster.kernel.now
             while number < cluster.rounds:
                 if self.stop:
@@ -140,30 +145,32 @@ class Worker:
                 state = model.learn(state, targets)
                 number += 1
                 if draw.random() < cluster.save_chance and number < cluster.rounds:
-                    self.store.save(number, state)
-                    saved = number
+                    self._save(number, state)
                 if cluster.kernel.now - reported >= 1.0:
                     reported = cluster.kernel.now
                     yield from self._report(number)
-            if saved != number:
-                self.store.save(number, state)
+            self._save(number, state)
             yield from self._report(number)
             yield from self._leave(pb.LEAVE_REASON_FINISHED)
         except Interrupted:
-            self.store.save(number, state)
+            self._save(number, state)
             yield from self._report(number)
             yield from self._leave(pb.LEAVE_REASON_STOPPED)
             self._exit(ExitCode.INTERRUPTED)
             return
         except WorkerError as error:
             if error.code in _STUDENT_IS_WELL:
-                self.store.save(number, state)
+                self._save(number, state)
             if error.code not in _SESSION_IS_OVER:
                 yield from self._leave(pb.LEAVE_REASON_FAILED)
             self._exit(error.code, str(error))
             return
         cluster.ledger.finished(self.student, state)
         self._exit(ExitCode.OK)
+
+    def _save(self, number: int, state: bytes) -> None:
+        if self._saved != number and self.store.save(number, state):
+            self._saved = number
 
     def _exit(self, code: ExitCode, line: str = "") -> None:
         self.doing = None
@@ -192,6 +199,7 @@ class Worker:
 
     def _send(self, contribution: pb.Contribution) -> None:
         self._open = contribution
+        self.cluster.ledger.sent(self.student, contribution)
         if self.core.send(contribution.round) and self.stream is not None:
             self.stream.worker_send(contribution)
 
@@ -219,7 +227,7 @@ class Worker:
                 if isinstance(answer, Failure) and self._pending is None:
                     self._pending = request
 
-            self.cluster.call(self.link, "report", request, core.CALL_SECONDS)(done)
+            self.cluster.call(self, "report", request, core.CALL_SECONDS)(done)
 
     def _leave(self, reason: pb.LeaveReason.ValueType) -> Generator[Arm, Any, None]:
         self._goodbye = pb.LeaveRequest(reason=reason, message="")
@@ -253,10 +261,11 @@ class Worker:
                     self._request.first_round = step.first_round
                     request = pb.JoinRequest()
                     request.CopyFrom(self._request)
-                    answer = yield self.cluster.call(self.link, "join", request, step.timeout)
+                    answer = yield self.cluster.call(self, "join", request, step.timeout)
                     if isinstance(answer, Failure):
                         self.core.join_failed(answer, kernel.now)
                     else:
+                        self.last_session = answer.session
                         self._open_stream(answer.session)
                         self.core.joined(answer.session)
                 case core.Send():
@@ -330,7 +339,7 @@ class Worker:
             waited += 0.5
         if self._pending is not None:
             self._pending.session = self.core.number
-            answer = yield self.cluster.call(self.link, "report", self._pending, core.CALL_SECONDS)
+            answer = yield self.cluster.call(self, "report", self._pending, core.CALL_SECONDS)
             if isinstance(answer, Failure):
                 self.core.goodbye_failed(answer, self.cluster.kernel.now)
                 return
@@ -338,7 +347,7 @@ class Worker:
         self._goodbye.session = self.core.number
         request = pb.LeaveRequest()
         request.CopyFrom(self._goodbye)
-        answer = yield self.cluster.call(self.link, "leave", request, core.CALL_SECONDS)
+        answer = yield self.cluster.call(self, "leave", request, core.CALL_SECONDS)
         if isinstance(answer, Failure):
             self.core.goodbye_failed(answer, self.cluster.kernel.now)
         else:
