@@ -225,14 +225,14 @@ class Cluster:
             self.kernel.after(timeout, lambda: resume(Failure("DEADLINE_EXCEEDED", "Deadline Exceeded")))
             lost = Failure("UNAVAILABLE", "the connection was lost")
             if link.happens(self.weather.lose_request, "request lost"):
-                self.kernel.after(link.delay(), lambda: resume(lost))
+                self.kernel.at(link.arrival(), lambda: resume(lost))
                 return
 
             def answer(value: Any) -> None:
                 self.kernel.note(f"{kind} {_brief(request)} -> {_brief(value)}")
                 if link.happens(self.weather.lose_reply, "reply lost"):
                     value = lost
-                link.carry(link.delay(), lambda: resume(value))
+                link.carry(link.arrival(), lambda: resume(value))
 
             def execute() -> None:
                 # A call that its caller has given up may still be carried out, or not.
@@ -244,9 +244,9 @@ class Cluster:
                     self.admitted(request.student, always=True)
                 self.server.call(kind, request, answer)
 
-            link.carry(link.delay(), lambda: self.server.take(execute))
+            link.carry(link.arrival(), lambda: self.server.take(execute))
             if kind != "join" and link.happens(self.weather.repeat, "call doubled"):
-                link.carry(link.delay(), lambda: self.server.take(lambda: self._again(kind, request)))
+                link.carry(link.arrival(), lambda: self.server.take(lambda: self._again(kind, request)))
 
         return arm
 

@@ -25,8 +25,12 @@ class Kernel:
         return self.now
 
     def after(self, seconds: float, callback: Callable[[], object]) -> None:
+        self.at(self.now + seconds, callback)
+
+    def at(self, when: float, callback: Callable[[], object]) -> None:
+        """Calls back at a time; at the same time in the order in which it was asked for."""
         self._count += 1
-        heapq.heappush(self._queue, (self.now + max(seconds, 0.0), self._count, callback))
+        heapq.heappush(self._queue, (max(when, self.now), self._count, callback))
 
     def run(self, until: float, stop: Callable[[], bool]) -> None:
         """Runs callbacks up to a time, or until `stop` says so."""

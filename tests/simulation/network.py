@@ -54,8 +54,8 @@ class Link:
         self.cut_until = min(self.cut_until, self.kernel.now)
         self._release()
 
-    def carry(self, seconds: float, deliver: Callable[[], object]) -> None:
-        """Delivers after so long; what meets a cut on its way waits for its end."""
+    def carry(self, when: float, deliver: Callable[[], object]) -> None:
+        """Delivers at a time; what meets a cut on its way waits for its end."""
 
         def arrive() -> None:
             if self.cut:
@@ -63,15 +63,15 @@ class Link:
             else:
                 deliver()
 
-        self.kernel.after(seconds, arrive)
+        self.kernel.at(when, arrive)
 
-    def delay(self) -> float:
-        """Returns how long a message takes that is sent now."""
+    def arrival(self) -> float:
+        """Returns when a message arrives that is sent now."""
         seconds = self.draw.random() * self.weather.delay
         if self.weather.tail and self.draw.random() < 0.05:
             seconds += self.draw.random() * self.weather.tail
             self.faults["delayed"] += 1
-        return seconds
+        return self.kernel.now + seconds
 
     def _release(self) -> None:
         if not self.cut:
@@ -125,7 +125,7 @@ class Stream:
             self._up_lost = True
             self.link.kernel.after(self._within(SERVER_KEEPALIVE), self.server_lost)
         else:
-            self.link.carry(self.link.delay(), self.server_lost)
+            self.link.carry(self.link.arrival(), self.server_lost)
 
     def worker_lost(self, details: str = "the connection was lost") -> None:
         """The worker's transport notices that the connection is gone."""
@@ -172,7 +172,7 @@ class Stream:
         return seconds * (0.75 + 0.25 * self.link.draw.random())
 
     def _up(self, deliver: Callable[[], None]) -> None:
-        arrives = self.link.kernel.now + self.link.delay()
+        arrives = self.link.arrival()
         if self._up_first and self.link.happens(self.link.weather.overtake, "message overtook"):
             arrives = max(self._up_first, arrives)
         else:
@@ -182,10 +182,10 @@ class Stream:
             if self.server_open and not self._up_lost:
                 deliver()
 
-        self.link.carry(arrives - self.link.kernel.now, arrive)
+        self.link.carry(arrives, arrive)
 
     def _down(self, deliver: Callable[[], None]) -> None:
-        arrives = self.link.kernel.now + self.link.delay()
+        arrives = self.link.arrival()
         if not self.link.happens(self.link.weather.overtake, "message overtook"):
             arrives = self._down_last = max(self._down_last, arrives)
 
@@ -193,7 +193,7 @@ class Stream:
             if self.worker_open and not self._down_lost:
                 deliver()
 
-        self.link.carry(arrives - self.link.kernel.now, arrive)
+        self.link.carry(arrives, arrive)
 
     def _write_soon(self) -> None:
         if not self._writing:

@@ -12,7 +12,7 @@ from codistill_server.observations import Observations
 from codistill_server.rounds import Decide, Status, StudentRecord
 from codistill_worker.session import Failure
 from simulation.model import Violation
-from simulation.network import Stream
+from simulation.network import CLIENT_KEEPALIVE, Stream
 
 if TYPE_CHECKING:
     from simulation.cluster import Cluster
@@ -161,8 +161,9 @@ class Server:
         self._gone()
         for outbox in self._outboxes:
             outbox.stream.die()
-            after = 30.0 * self.cluster.draw.random() if silently else outbox.stream.link.delay()
-            self.cluster.kernel.after(after, outbox.stream.worker_lost)
+            unnoticed = self.cluster.draw.random() * CLIENT_KEEPALIVE
+            when = self.cluster.kernel.now + unnoticed if silently else outbox.stream.link.arrival()
+            self.cluster.kernel.at(when, outbox.stream.worker_lost)
         self._outboxes.clear()
         self.cluster.server_died()
 
@@ -265,7 +266,7 @@ class Server:
         coordinator = self.coordinator
         if coordinator is None or not stream.server_open:
             stream.die()
-            self.cluster.kernel.after(stream.link.delay(), stream.worker_lost)
+            self.cluster.kernel.at(stream.link.arrival(), stream.worker_lost)
             return
         self._outboxes[outbox] = None
         try:
