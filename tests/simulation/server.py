@@ -275,25 +275,26 @@ class Server:
             self.end_stream(outbox, failure(refused))
             return
 
-        def contribute(message: pb.Contribution) -> None:
-            self.take(lambda: self._contribute(outbox, message))
+    def message(self, stream: Stream, message: pb.Contribution) -> None:
+        outbox = self._outbox_of(stream)
+        if self.coordinator is None or outbox is None or outbox.ending:
+            return
+        try:
+            self.coordinator.contribute(stream.session, message, 1)
+        except Refused as refused:
+            outbox.end(refused.status, str(refused))
 
-        def closed() -> None:
-            self.take(lambda: self._closed(outbox))
-
-        stream.on_message, stream.on_closed = contribute, closed
+    def close_stream(self, stream: Stream) -> None:
+        outbox = self._outbox_of(stream)
+        if outbox is not None:
+            self._closed(outbox)
 
     def end_stream(self, outbox: Outbox, why: Failure) -> None:
         self._closed(outbox)
         outbox.stream.server_close(why)
 
-    def _contribute(self, outbox: Outbox, message: pb.Contribution) -> None:
-        if self.coordinator is None or outbox.ending or outbox not in self._outboxes:
-            return
-        try:
-            self.coordinator.contribute(outbox.stream.session, message, 1)
-        except Refused as refused:
-            outbox.end(refused.status, str(refused))
+    def _outbox_of(self, stream: Stream) -> Outbox | None:
+        return next((each for each in self._outboxes if each.stream is stream), None)
 
     def _closed(self, outbox: Outbox) -> None:
         self._outboxes.pop(outbox, None)

@@ -293,6 +293,8 @@ class Worker:
         stream = self.stream = Stream(self.link, session)
         server = self.cluster.server
         stream.on_arrival = self._arrived
+        stream.on_message = lambda message: server.take(lambda: server.message(stream, message))
+        stream.on_closed = lambda: server.take(lambda: server.close_stream(stream))
         stream.worker_open_it(lambda: server.take(lambda: server.open_stream(stream)))
         self.cluster.watch(stream)
 
