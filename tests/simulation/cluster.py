@@ -29,8 +29,8 @@ _METHODS: tuple[Mapping[str, Any], ...] = (
     {"method": "dml"},
     {"method": "kdcl", "ensemble": "naive"},
 )
-_CALM_SECONDS = 900.0
-"""Virtual seconds after the last fault in which everything must be done."""
+_CALM_SECONDS = 75.0
+"""Virtual seconds after the last fault, training apart, in which the run must be complete: a keepalive and some pauses."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Outcome:
     faults: Counter[str] = field(default_factory=Counter[str])
     endings: Counter[str] = field(default_factory=Counter[str])
     remarks: Counter[str] = field(default_factory=Counter[str])
-    recovery: float = 0.0
     rounds: int = 0
     answers: int = 0
     virtual_seconds: float = 0.0
@@ -134,11 +133,14 @@ class Cluster:
             self._watch()
             self.kernel.run(self.faults_end, self._over)
             self._calm_down()
-            self.kernel.run(self.faults_end + _CALM_SECONDS, self._over)
+            bound = _CALM_SECONDS + 1.5 * self.rounds * self.step_seconds
+            self.kernel.run(self.faults_end + bound, lambda: self.server.complete)
+            self._check_progress(bound)
+            # A worker whose last goodbye was not answered looks for the server for a while yet.
+            self.kernel.run(self.kernel.now + 3 * self.give_up_after, self._over)
             self._check_end()
         finally:
             self.journal.throw_away()
-            self.outcome.recovery = (self.server.completed_at or self.kernel.now) - self.faults_end - 1.5 * self.rounds * self.step_seconds
             self.outcome.rounds = len(self.ledger.closed)
             self.outcome.answers = self.ledger.answers
             self.outcome.virtual_seconds = self.kernel.now
@@ -419,15 +421,20 @@ class Cluster:
         for worker in self.workers:
             worker.process.go_on()
 
-    def _check_end(self) -> None:
+    def _check_progress(self, bound: float) -> None:
         for worker in self.workers:
             worker.check_bound()
         if not self.server.complete:
             standing = ", ".join(f"{each.student} in {each.doing}" for each in self.workers if each.alive)
             raise Violation(
-                f"{_CALM_SECONDS:.0f} s after the last fault the run is not complete: {len(self.ledger.closed)} of "
-                f"{self.rounds} rounds; {standing or 'no worker is there'}"
+                f"{bound:.0f} s after the last fault the run is not complete: {len(self.ledger.closed)} of {self.rounds} "
+                f"rounds; {standing or 'no worker is there'}"
             )
+
+    def _check_end(self) -> None:
+        alive = [each for each in self.workers if each.alive]
+        if alive:
+            raise Violation(f"the run is complete, but {alive[0].student} goes on, in {alive[0].doing}")
         if len(self.ledger.closed) != self.rounds:
             raise Violation(f"the run is complete with {len(self.ledger.closed)} of {self.rounds} rounds")
         for student in self.experiment.names:

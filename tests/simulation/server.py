@@ -101,7 +101,6 @@ class Server:
         self.cluster = cluster
         self.up = False
         self.complete = False
-        self.completed_at: float | None = None
         self.paused = False
         self.fuse: int | None = None
         self.generation = 0
@@ -159,11 +158,12 @@ class Server:
             return
         self.cluster.kernel.note(f"server: killed{' with its machine' if silently else ''}")
         self._gone()
-        for outbox in self._outboxes:
-            outbox.stream.die()
-            unnoticed = self.cluster.draw.random() * CLIENT_KEEPALIVE
-            when = self.cluster.kernel.now + unnoticed if silently else outbox.stream.link.arrival()
-            self.cluster.kernel.at(when, outbox.stream.worker_lost)
+        for stream in self.cluster.streams:
+            if stream.server_open:
+                stream.die()
+                unnoticed = self.cluster.draw.random() * CLIENT_KEEPALIVE
+                when = self.cluster.kernel.now + unnoticed if silently else stream.link.arrival()
+                self.cluster.kernel.at(when, stream.worker_lost)
         self._outboxes.clear()
         self.cluster.server_died()
 
@@ -216,7 +216,6 @@ class Server:
     def _complete(self) -> None:
         self.cluster.kernel.note("server: the run is complete")
         self.complete = True
-        self.completed_at = self.cluster.kernel.now
         # Calls under way are answered; then it ends.
         self.cluster.kernel.after(1.0, self.terminate)
 
