@@ -268,6 +268,7 @@ class Cluster:
             self._kill_worker,
             self._stop_worker,
             self._pause_worker,
+            self._replace_worker,
             self._another_worker,
             self._kill_server,
             self._kill_server_in_the_act,
@@ -313,9 +314,21 @@ class Cluster:
             self._count("worker asked to stop")
             worker.ask_to_stop()
 
+    def _replace_worker(self) -> None:
+        """Somebody takes a process that is stopped for dead, and starts another."""
+        worker = self._some_worker()
+        if worker is not None and len(self._alive(worker.student)) < 3 and worker.student not in self.done:
+            self._pause(worker)
+            self._count("another process of a student")
+            self.start_worker(worker.student)
+
     def _pause_worker(self) -> None:
         worker = self._some_worker()
-        if worker is None or worker.process.paused:
+        if worker is not None:
+            self._pause(worker)
+
+    def _pause(self, worker: Worker) -> None:
+        if worker.process.paused:
             return
         self._count("worker stopped and continued")
         seconds = self.draw.choice((1.0, 20.0, 90.0)) * self.draw.random()
@@ -445,7 +458,11 @@ class Cluster:
 
 
 def _brief(value: Any) -> str:
-    return " ".join(str(value).split())[:100] if not hasattr(value, "experiment") else f"{value.student} {value.first_round}"
+    return (
+        " ".join(str(value).split())[:100]
+        if not hasattr(value, "experiment")
+        else f"{value.student} {value.first_round}"
+    )
 
 
 def simulate(seed: int, plant: Plant | None = None, trace: Callable[[str], None] | None = None) -> Outcome:

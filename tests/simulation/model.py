@@ -92,7 +92,9 @@ class Reference:
             replies = self.close(number, sent)
             self.replies.append(replies)
             for name in experiment.names:
-                states[name] = learn(states[name], pb.ExchangeReply.FromString(replies.get("", b"") or replies[name]).targets)
+                states[name] = learn(
+                    states[name], pb.ExchangeReply.FromString(replies.get("", b"") or replies[name]).targets
+                )
         self.states = states
 
     def close(self, number: int, sent: Mapping[str, pb.Contribution]) -> Mapping[str, bytes]:
@@ -114,7 +116,9 @@ class Reference:
         arrays = {"": made.shared} if made.shared is not None else dict(made.each or {})
         return {
             name: pb.ExchangeReply(
-                targets=pb.Targets(round=number, targets={key: encode(value, "float32") for key, value in values.items()})
+                targets=pb.Targets(
+                    round=number, targets={key: encode(value, "float32") for key, value in values.items()}
+                )
             ).SerializeToString(deterministic=True)
             for name, values in arrays.items()
         }

@@ -1,7 +1,7 @@
 """Runs seeds of the simulation: one with a trace of all that happened, or thousands on all cores with a summary.
 
-    python tests/simulation/replay.py 1234 --trace
-    python tests/simulation/replay.py --seeds 10000
+python tests/simulation/replay.py 1234 --trace
+python tests/simulation/replay.py --seeds 10000
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def many(seeds: range, jobs: int) -> int:
     started = time.monotonic()
     faults: Counter[str] = Counter()
     endings: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     rounds = answers = 0
     virtual = 0.0
     failed: list[Outcome] = []
@@ -49,7 +50,12 @@ def many(seeds: range, jobs: int) -> int:
         for done, outcome in enumerate(pool.imap_unordered(one, seeds, chunksize=20), 1):
             faults += outcome.faults
             endings += outcome.endings
-            rounds, answers, virtual = rounds + outcome.rounds, answers + outcome.answers, virtual + outcome.virtual_seconds
+            remarks += outcome.remarks
+            rounds, answers, virtual = (
+                rounds + outcome.rounds,
+                answers + outcome.answers,
+                virtual + outcome.virtual_seconds,
+            )
             if outcome.violation:
                 failed.append(outcome)
                 print(f"seed {outcome.seed}: {outcome.violation}")
@@ -57,7 +63,8 @@ def many(seeds: range, jobs: int) -> int:
             if time.monotonic() - told >= 5:
                 told = time.monotonic()
                 print(f"{done} of {len(seeds)} seeds, {len(failed)} failed", flush=True)
-    for title, counts in (("faults injected", faults), ("how processes of workers ended", endings)):
+    titles = {"faults injected": faults, "how processes of workers ended": endings, "remarkable": remarks}
+    for title, counts in titles.items():
         print(f"{title}:")
         for what, count in counts.most_common():
             print(f"  {count:>9,}  {what}")

@@ -77,7 +77,7 @@ class Worker:
         self.line = ""
         self.overlapped = False
         self.rivals_admitted = 0
-        self.last_session = 0
+        self.told_superseded = False
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
         self._paused_before = 0.0
@@ -189,7 +189,9 @@ class Worker:
             protocol_version=PROTOCOL_VERSION,
             student=self.student,
             experiment=self.cluster.identity,
-            data=pb.DataFingerprint(digest="d", train_samples=model.BATCH * model.ROUNDS_PER_EPOCH, classes=model.CLASSES),
+            data=pb.DataFingerprint(
+                digest="d", train_samples=model.BATCH * model.ROUNDS_PER_EPOCH, classes=model.CLASSES
+            ),
             outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
             first_round=number,
             total_rounds=self.cluster.rounds,
@@ -258,6 +260,8 @@ class Worker:
                     yield sleep(kernel, step.seconds)
                 case core.Join():
                     self._check_stop()
+                    if self.told_superseded:
+                        raise Violation(f"{self.student} joins again although it was told that it is superseded")
                     self._request.first_round = step.first_round
                     request = pb.JoinRequest()
                     request.CopyFrom(self._request)
@@ -265,7 +269,6 @@ class Worker:
                     if isinstance(answer, Failure):
                         self.core.join_failed(answer, kernel.now)
                     else:
-                        self.last_session = answer.session
                         self._open_stream(answer.session)
                         self.core.joined(answer.session)
                 case core.Send():
@@ -321,6 +324,7 @@ class Worker:
             self.stream.worker_close()
             self.stream = None
         self.cluster.kernel.note(f"{self.student}: its stream broke: {failure.code} {failure.details[:60]}")
+        self.told_superseded |= failure.superseded
         self.core.broke(failure, self.cluster.kernel.now)
 
     def _hang_up(self) -> Failure:
