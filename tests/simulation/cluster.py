@@ -118,6 +118,7 @@ class Cluster:
         self.journal = plant.journal(self, self.identity)
         self.server = Server(self)
         self._calm = False
+        self._started = 0
 
     def run(self) -> Outcome:
         """Runs everything to its end.
@@ -155,6 +156,8 @@ class Cluster:
         for rival in rivals:
             rival.overlapped = True
         self.workers.append(worker)
+        self._started += 1
+        worker.order = self._started
         self.kernel.note(f"{student}: a process starts" + (f", beside {len(rivals)}" if rivals else ""))
         return worker
 
@@ -199,6 +202,11 @@ class Cluster:
             for worker in alive:
                 worker.rivals_admitted += 1
 
+    def _took_over(self, worker: Worker) -> None:
+        if any(each.joined and each.order > worker.order for each in self._alive(worker.student)):
+            self.outcome.remarks["an older process took its student back from a newer one"] += 1
+        worker.joined = True
+
     def _alive(self, student: str) -> list[Worker]:
         return [each for each in self.workers if each.student == student and each.alive]
 
@@ -232,6 +240,8 @@ class Cluster:
 
             def answer(value: Any) -> None:
                 self.kernel.note(f"{kind} {_brief(request)} -> {_brief(value)}")
+                if kind == "join" and not isinstance(value, Failure):
+                    self._took_over(worker)
                 if link.happens(self.weather.lose_reply, "reply lost"):
                     value = lost
                 link.carry(link.arrival(), lambda: resume(value))

@@ -36,7 +36,7 @@ BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH = 2, 3, 2, 3
 _INT64 = "<i8"
 
 
-class Violation(AssertionError):
+class Violation(AssertionError):  # noqa: N818 - it is what the simulation looks for
     """An invariant does not hold."""
 
 

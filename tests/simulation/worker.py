@@ -76,6 +76,8 @@ class Worker:
         self.code: ExitCode | None = None
         self.line = ""
         self.overlapped = False
+        self.order = 0
+        self.joined = False
         self.rivals_admitted = 0
         self.told_superseded = False
         self.stop = False
