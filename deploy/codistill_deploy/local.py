@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +19,7 @@ import grpc
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
@@ -55,12 +56,16 @@ class LocalOptions:
         metrics: the metrics' "HOST:PORT".
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
+        security: TLS and token.
+        insecure: listen beyond this machine although nothing protects the port.
     """
 
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
     announce: bool = False
     search_path: Path | None = None
+    security: Security = field(default_factory=Security)
+    insecure: bool = False
 
 
 class _Child:
@@ -149,7 +154,10 @@ class _LocalRun:
             if address is not None:
                 view = self._view
                 watcher = threading.Thread(
-                    target=watch, args=(address, view.update, over), name="codistill-watch", daemon=True
+                    target=watch,
+                    args=(address, view.update, over, self._options.security),
+                    name="codistill-watch",
+                    daemon=True,
                 )
                 watcher.start()
             return self._supervise(server, workers, stop)
@@ -164,12 +172,13 @@ class _LocalRun:
 
     def _start(self, pipe: int) -> tuple[_Child, list[_Child]]:
         folder, options = self._folder, self._options
-        environment = dict(os.environ)
+        environment = {**os.environ, **options.security.environment}
         if options.search_path is not None:
             paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         run = ["--run-dir", str(folder.path)]
         serve = ["serve", str(folder.experiment_file), *run, "--listen", options.listen, "--metrics", options.metrics]
+        serve += ["--insecure"] if options.insecure else []
         server = _Child("the server", serve, folder.server_log, environment, pipe)
         self._children.append(server)
         workers: list[_Child] = []
@@ -241,16 +250,23 @@ class _LocalRun:
         )
 
 
-def watch(address: str, show: Callable[[pb.Run], None], over: threading.Event, interval: float = 0.5) -> None:
+def watch(
+    address: str,
+    show: Callable[[pb.Run], None],
+    over: threading.Event,
+    security: Security | None = None,
+    interval: float = 0.5,
+) -> None:
     """Shows where a run stands again and again, until it is over or the server is gone.
 
     Args:
         address: the server's "HOST:PORT".
         show: called with each state, from this thread.
         over: set to stop.
+        security: TLS and token.
         interval: seconds between two states.
     """
-    with grpc.insecure_channel(address) as channel:
+    with (security or Security()).channel(address) as channel:
         stub = DistillationStub(channel)
         while not over.is_set():
             try:

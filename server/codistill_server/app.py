@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,10 @@ from grpc_reflection.v1alpha import reflection
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
+from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.guard import TokenGuard
 from codistill_server.journal import Journal, JournalError
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
@@ -66,6 +68,7 @@ class ServeOptions:
         insecure: listen beyond this machine although nothing protects the port.
         reflect: serve gRPC reflection, so that generic clients can list the service.
         stay: go on serving after the run is complete, until stopped.
+        security: TLS and token.
     """
 
     listen: str
@@ -74,6 +77,7 @@ class ServeOptions:
     insecure: bool = False
     reflect: bool = False
     stay: bool = False
+    security: Security = field(default_factory=Security)
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -93,6 +97,7 @@ def serve(experiment: Experiment, options: ServeOptions, stop: threading.Event |
 
     Raises:
         ServerError: an address cannot be listened on, or the run folder belongs to another run.
+        SecurityError: a certificate or key cannot be used.
     """
     torch.set_num_threads(1)
     with asyncio.Runner() as runner:
@@ -113,11 +118,8 @@ class _Server:
     async def _serve(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
         host, port = parse_address(options.listen, "listen")
-        if not _is_loopback(host) and not options.insecure:
-            raise ServerError(
-                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, "
-                "or give --insecure where the network is trusted"
-            )
+        credentials = options.security.server_credentials()
+        _check_exposure(host, options)
         recorder, journal = self._open_files()
         observations = Observations(self._experiment, recorder.write)
         submit = EventLoopSubmit(self._fail)
@@ -129,7 +131,9 @@ class _Server:
             raise ServerError(str(error)) from error
         service = DistillationService(coordinator, self._fail)
         limit = receive_limit(self._experiment)
-        server = grpc.aio.server(options=server_options(limit))
+        token = options.security.token
+        guards = [] if token is None else [TokenGuard(token)]
+        server = grpc.aio.server(interceptors=guards, options=server_options(limit))
         server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -140,14 +144,16 @@ class _Server:
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
         try:
-            bound = _listen(server, host, port)
+            bound = _listen(server, host, port, credentials)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
             await server.start()
             for name in ("", _SERVICE):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
             self._watch_for_the_end(stop)
-            address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+            # A server on every address is reached here by the loopback's; a certificate holds that one, if any.
+            reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+            address = f"[{reached}]:{bound}" if ":" in reached else f"{reached}:{bound}"
             self._announce(address, metrics_address, limit)
             if coordinator.complete:
                 self._complete()
@@ -221,10 +227,11 @@ class _Server:
         part.write_text(written, encoding="utf-8")
         part.replace(run / ADDRESS_FILE)
         _log.info(
-            "run %s (%s) on %s, messages up to %.1f MiB%s",
+            "run %s (%s) on %s (%s), messages up to %.1f MiB%s",
             self._experiment.name,
             self._experiment.distillation.title,
             address,
+            _protection(self._options.security),
             limit / 2**20,
             f"; metrics on http://{metrics}/metrics" if metrics else "",
         )
@@ -279,7 +286,24 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
         yield
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _check_exposure(host: str, options: ServeOptions) -> None:
+    """Refuses to be reached from other machines without protection; warns of half of one."""
+    security = options.security
+    if _is_loopback(host):
+        return
+    if not security.serves_tls and security.token is None:
+        if not options.insecure:
+            raise ServerError(
+                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, give "
+                f"{TLS_CERT} and {TLS_KEY}, or {TOKEN_FILE}; or give --insecure where the network is trusted"
+            )
+    elif not security.serves_tls:
+        _log.warning("without TLS the token and all data can be read on the way; give %s and %s", TLS_CERT, TLS_KEY)
+    elif security.ca is None and security.token is None:
+        _log.warning("TLS alone keeps nobody out; give %s for mutual TLS, or %s", TLS_CA, TOKEN_FILE)
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     """Binds the port; gRPC's own refusal would not say why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -287,12 +311,17 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        return server.add_insecure_port(text)
+        return server.add_insecure_port(text) if credentials is None else server.add_secure_port(text, credentials)
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or "it is in use, or not this machine's"
         raise ServerError(
             f"listen: {text} cannot be listened on: {why}; choose another address with --listen"
         ) from error
+
+
+def _protection(security: Security) -> str:
+    tls = "plain text" if not security.serves_tls else "TLS" if security.ca is None else "mutual TLS"
+    return f"{tls}, {'no token' if security.token is None else 'token'}"
 
 
 def _is_loopback(host: str) -> bool:
