@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
@@ -274,23 +274,22 @@ def _reason(error: Exception) -> str:
     return str(reason).lower().replace("_", " ") if reason else str(error)
 
 
-class _Details(NamedTuple):
-    method: str
-    timeout: float | None
-    metadata: Sequence[tuple[str, str | bytes]] | None
-    credentials: grpc.CallCredentials | None
-    wait_for_ready: bool | None
-    compression: grpc.Compression | None
+class _CallDetails(grpc.ClientCallDetails):
+    """A call's details with other metadata."""
 
-
-class _CallDetails(_Details, grpc.ClientCallDetails):
-    """A call's details; gRPC's own class has no constructor."""
+    def __init__(self, details: grpc.ClientCallDetails, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        self.method = details.method
+        self.timeout = details.timeout
+        self.metadata = metadata
+        self.credentials = details.credentials
+        self.wait_for_ready = details.wait_for_ready
+        self.compression = details.compression
 
 
 class _Bearer(
-    grpc.UnaryUnaryClientInterceptor[Any, Any],
-    grpc.UnaryStreamClientInterceptor[Any, Any],
-    grpc.StreamStreamClientInterceptor[Any, Any],
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
 ):
     """Adds the token to every call. gRPC's own call credentials would refuse a channel without TLS."""
 
@@ -298,9 +297,7 @@ class _Bearer(
         self._token = token
 
     def _with_token(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        metadata = [*(details.metadata or ()), self._token.metadata]
-        more = (details.credentials, details.wait_for_ready, details.compression)
-        return continuation(_CallDetails(details.method, details.timeout, metadata, *more), request)
+        return continuation(_CallDetails(details, [*(details.metadata or ()), self._token.metadata]), request)
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return self._with_token(continuation, client_call_details, request)
