@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from codistill.security import Security, Token
 TOKEN = "correct-horse-battery-staple-4711"
 WRONG_TOKEN = "wrong-horse-battery-staple-4711"
 HOST = "127.0.0.1"
-_PAST = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+_PAST = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 
 
 @dataclass(frozen=True)
