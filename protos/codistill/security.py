@@ -277,7 +277,7 @@ def _reason(error: Exception) -> str:
 class _CallDetails(grpc.ClientCallDetails):
     """A call's details with other metadata."""
 
-    def __init__(self, details: grpc.ClientCallDetails, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+    def __init__(self, details: grpc.ClientCallDetails, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
         self.method = details.method
         self.timeout = details.timeout
         self.metadata = metadata
@@ -297,7 +297,7 @@ class _Bearer(
         self._token = token
 
     def _with_token(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        return continuation(_CallDetails(details, [*(details.metadata or ()), self._token.metadata]), request)
+        return continuation(_CallDetails(details, (*(details.metadata or ()), self._token.metadata)), request)
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return self._with_token(continuation, client_call_details, request)

@@ -112,14 +112,17 @@ class _Server:
         self._done = asyncio.Event()
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
-        with _only_server_in(self._options.run_dir):
-            return await self._serve(stop)
-
-    async def _serve(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
         host, port = parse_address(options.listen, "listen")
         credentials = options.security.server_credentials()
         _check_exposure(host, options)
+        with _only_server_in(options.run_dir):
+            return await self._serve(host, port, credentials, stop)
+
+    async def _serve(
+        self, host: str, port: int, credentials: grpc.ServerCredentials | None, stop: threading.Event | None
+    ) -> ExitCode:
+        options = self._options
         recorder, journal = self._open_files()
         observations = Observations(self._experiment, recorder.write)
         submit = EventLoopSubmit(self._fail)
