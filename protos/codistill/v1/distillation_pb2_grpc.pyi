@@ -16,7 +16,11 @@ Status codes, for every rpc below:
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
-  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need; or, if the trailing metadata hold the
+                       key grpc-retry-pushback-ms, the peer asks for more than its share: try again after so many
+                       milliseconds.
+  UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
+                       Nothing of the message was read; do not retry.
 """
 
 import abc
