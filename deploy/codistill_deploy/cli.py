@@ -112,7 +112,7 @@ def run(
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = _stop_on_signals()
-    security = _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    security = Security() if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
     code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire)
     from codistill_deploy import report as reports
@@ -144,7 +144,7 @@ def compare(
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     stop = _stop_on_signals()
-    wire = _Wire(_read_security_for_both())
+    wire = _Wire(Security() if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
         return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)

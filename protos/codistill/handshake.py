@@ -17,22 +17,33 @@ __all__ = ["explain"]
 # The opening of HTTP/2 and an empty SETTINGS frame; every gRPC server answers with its own.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 _TYPE_AT, _SETTINGS = 3, b"\x04"  # where a frame's type stands, and which it is
+_BETWEEN_SECONDS = 0.2
 _EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_IP = 10, 9, 62, 64  # X509_V_ERR_…
 
 
 def explain(address: str, security: Security, seconds: float = 2.0) -> str | None:
     """Returns what is wrong between a server and these settings, and what to give; None if nothing can be told.
 
+    It looks twice: a server that dies while it is looked at closes the connection as one does that turns somebody away.
+
     Args:
         address: the server's "HOST:PORT".
         security: what the failed call was made with.
-        seconds: how long to look, at most about twice as long where the server is silent.
+        seconds: how long one look may take.
     """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isdigit():
         return None
-    look = _Look(host, int(port), time.monotonic() + seconds)
+    first = _look(host, int(port), security, seconds)
+    if first is None:
+        return None
+    time.sleep(_BETWEEN_SECONDS)
+    return first if _look(host, int(port), security, seconds) == first else None
+
+
+def _look(host: str, port: int, security: Security, seconds: float) -> str | None:
+    look = _Look(host, port, time.monotonic() + seconds)
     try:
         return look.with_tls(security) if security.ca is not None else look.in_plain_text()
     except OSError:  # ssl.SSLError is one: nobody is there, or it says nothing that could be told apart

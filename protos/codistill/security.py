@@ -155,7 +155,7 @@ class Security:
         pair = self._pair()
         if pair is None:
             if self.ca is not None:
-                raise SecurityError(f"{TLS_CA}: a server needs {TLS_CERT} and {TLS_KEY} too")
+                raise SecurityError(f"{TLS_CA}: a server needs {TLS_CERT} and {TLS_KEY} too, or none of them")
             return None
         trusted = None if self.ca is None else _read_ca(self.ca)
         return grpc.ssl_server_credentials([pair], trusted, trusted is not None)

@@ -31,6 +31,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.guard import TokenGuard
 from codistill_server.journal import Journal, JournalError
+from codistill_server.limits import Limits
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
@@ -69,6 +70,7 @@ class ServeOptions:
         reflect: serve gRPC reflection, so that generic clients can list the service.
         stay: go on serving after the run is complete, until stopped.
         security: TLS and token.
+        limits: how much one peer may ask for.
     """
 
     listen: str
@@ -78,6 +80,7 @@ class ServeOptions:
     reflect: bool = False
     stay: bool = False
     security: Security = field(default_factory=Security)
+    limits: Limits = field(default_factory=Limits)
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -132,7 +135,7 @@ class _Server:
             journal.close()
             recorder.close()
             raise ServerError(str(error)) from error
-        service = DistillationService(coordinator, self._fail)
+        service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
         token = options.security.token
         guards = [] if token is None else [TokenGuard(token)]
@@ -154,10 +157,7 @@ class _Server:
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
             self._watch_for_the_end(stop)
-            # A server on every address is reached here by the loopback's; a certificate holds that one, if any.
-            reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-            address = f"[{reached}]:{bound}" if ":" in reached else f"{reached}:{bound}"
-            self._announce(address, metrics_address, limit)
+            self._announce(host, bound, metrics_address, limit)
             if coordinator.complete:
                 self._complete()
             await self._done.wait()
@@ -223,9 +223,11 @@ class _Server:
 
         return end, f"{host}:{server.server_port}"
 
-    def _announce(self, address: str, metrics: str, limit: int) -> None:
+    def _announce(self, host: str, port: int, metrics: str, limit: int) -> None:
         run = self._options.run_dir
-        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
+        # A server on every address is reached from here by the loopback's; a certificate can hold that one.
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        written = json.dumps({"address": _address(reached, port), "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")
         part.replace(run / ADDRESS_FILE)
@@ -233,7 +235,7 @@ class _Server:
             "run %s (%s) on %s (%s), messages up to %.1f MiB%s",
             self._experiment.name,
             self._experiment.distillation.title,
-            address,
+            _address(host, port),
             _protection(self._options.security),
             limit / 2**20,
             f"; metrics on http://{metrics}/metrics" if metrics else "",
@@ -309,7 +311,7 @@ def _check_exposure(host: str, options: ServeOptions) -> None:
 def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     """Binds the port; gRPC's own refusal would not say why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    text = _address(host, port)
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -320,6 +322,10 @@ def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Ser
         raise ServerError(
             f"listen: {text} cannot be listened on: {why}; choose another address with --listen"
         ) from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _protection(security: Security) -> str:

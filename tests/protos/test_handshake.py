@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from codistill import handshake
 from codistill.handshake import explain
 from codistill.security import Security
 from support_certificates import Certificates
@@ -87,6 +88,19 @@ def test_a_server_that_says_nothing_is_left_in_time(tls: bool, certificates: Cer
     with answering(None) as address:
         assert explain(address, certificates.of(None, "ca") if tls else Security(), 0.3) is None
     assert time.monotonic() - started < 5
+
+
+def test_a_server_that_dies_while_it_is_looked_at_is_not_judged(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs up after the handshake, as one does that wants a certificate; but then it is gone."""
+    wanting = certificates.of("server", "ca")
+    with serving(wanting) as address:
+        assert explain(address, certificates.of(None, "ca")) is not None
+    stack = contextlib.ExitStack()
+    address = stack.enter_context(serving(wanting))
+    monkeypatch.setattr(handshake.time, "sleep", lambda _: stack.close())
+    assert explain(address, certificates.of(None, "ca")) is None
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:1", "unix:/tmp/x", "x", ""])

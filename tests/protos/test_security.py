@@ -142,7 +142,8 @@ class TestCertificates:
     def test_a_ca_is_not_enough_for_a_server(self, certificates: Certificates) -> None:
         told = refused(certificates.of(None, "ca").server_credentials)
         assert told == (
-            "--tls-ca (CODISTILL_TLS_CA): a server needs --tls-cert (CODISTILL_TLS_CERT) and --tls-key (CODISTILL_TLS_KEY) too"
+            "--tls-ca (CODISTILL_TLS_CA): a server needs --tls-cert (CODISTILL_TLS_CERT) and --tls-key (CODISTILL_TLS_KEY) too, "
+            "or none of them"
         )
 
     def test_a_certificate_is_not_enough_for_a_client(self, certificates: Certificates) -> None:

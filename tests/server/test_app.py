@@ -31,6 +31,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.limits import Limits, Rate
 from codistill_server.rounds import Samples
 from server.support_server import contribution, join_request, make_experiment
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
@@ -383,6 +384,16 @@ class TestToken:
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(f"/{SERVICE}/Join")(b"\xff" * 2**20, timeout=PATIENCE)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_limits_are_those_given(tmp_path: Path) -> None:
+    limits = Limits(calls=Rate(1, 0.1))
+    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
+        stub = DistillationStub(channel)
+        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class TestMetrics:

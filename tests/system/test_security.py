@@ -138,6 +138,7 @@ def test_a_training_over_mutual_tls_with_a_token_goes_on_beside_those_who_are_re
         for process in running:
             process.kill()
             process.communicate()
+    assert "on 0.0.0.0:" in outputs[-4]
     assert "(mutual TLS, token)" in outputs[-4]
     no_secret_in(*outputs)
     no_secret_in_files_of(folder)
