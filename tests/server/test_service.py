@@ -554,6 +554,36 @@ class TestLimits:
 
         drive(test)
 
+    @pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["nothing", "half a greeting"])
+    def test_a_connection_that_does_not_speak_is_closed(self, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_HANDSHAKE_MS", 300)
+
+        async def test() -> None:
+            async with serving() as served, asyncio.timeout(PATIENCE):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(sent)
+                while await reader.read(1000):
+                    pass
+                writer.close()
+
+        drive(test)
+
+    def test_a_connection_without_a_call_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_IDLE_MS", 1000)
+
+        async def test() -> None:
+            async with serving() as served, asyncio.timeout(PATIENCE):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+                while await reader.read(1000):
+                    pass
+                writer.close()
+                ant, bee = await served.students()
+                await asyncio.gather(ant.send(0), bee.send(0))
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
 
 class TestStreams:
     def test_a_broken_connection_makes_the_student_absent(self) -> None:
