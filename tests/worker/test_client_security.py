@@ -192,6 +192,28 @@ def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
     exchange.close()
 
 
+def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
+    tiny: Tiny, certificates: Certificates, serving: Any
+) -> None:
+    experiment = tiny()
+    server = serving(experiment, certificates.of("server"))
+    exchange = GrpcExchange(
+        server.address,
+        connect_timeout=CONNECT_TIMEOUT,
+        give_up_after=1,
+        stop=threading.Event(),
+        security=certificates.of(None, "ca"),
+    )
+    exchange.join(request(experiment, "mlp"))
+    server.stop()
+    server.security = certificates.of("expired")
+    server.start()
+    with pytest.raises(WorkerError, match=r"did not come back within 1 s: its certificate.* has expired") as caught:
+        exchange.receive(0)
+    exchange.close()
+    assert caught.value.code is ExitCode.UNREACHABLE
+
+
 def test_too_many_joins_are_waited_out(tiny: Tiny, serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit is no verdict: the server says after how long to come back, and the worker does."""
     experiment = tiny()

@@ -284,11 +284,9 @@ class GrpcExchange:
         self._stop.wait(min(seconds, _LONGEST_BACKOFF) * random.uniform(0.5, 1.5))  # noqa: S311
 
     def _unreachable(self, failure: str, seconds: float, error: grpc.RpcError) -> WorkerError:
-        return WorkerError(
-            f"server {self._address} {failure} within {seconds:g} s: {_details(error)}; check that `codistill serve` runs "
-            "there",
-            ExitCode.UNREACHABLE,
-        )
+        wrong = handshake.explain(self._address, self._security)
+        why = wrong or f"{_details(error)}; check that `codistill serve` runs there"
+        return WorkerError(f"server {self._address} {failure} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
 
     def _refused(self, error: grpc.RpcError) -> WorkerError:
         code = _code(error)
