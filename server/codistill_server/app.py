@@ -107,17 +107,17 @@ class _Server:
         self._done = asyncio.Event()
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
-        with _only_server_in(self._options.run_dir):
-            return await self._serve(stop)
-
-    async def _serve(self, stop: threading.Event | None) -> ExitCode:
-        options = self._options
-        host, port = parse_address(options.listen, "listen")
-        if not _is_loopback(host) and not options.insecure:
+        host, port = parse_address(self._options.listen, "listen")
+        if not _is_loopback(host) and not self._options.insecure:
             raise ServerError(
                 f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, "
                 "or give --insecure where the network is trusted"
             )
+        with _only_server_in(self._options.run_dir):
+            return await self._serve(host, port, stop)
+
+    async def _serve(self, host: str, port: int, stop: threading.Event | None) -> ExitCode:
+        options = self._options
         recorder, journal = self._open_files()
         observations = Observations(self._experiment, recorder.write)
         submit = EventLoopSubmit(self._fail)

@@ -92,7 +92,7 @@ class TestDefaults:
         digits = load(EXAMPLE)
         assert digits.names == ("mlp", "cnn", "vit")
         assert digits.training.optimizer.lr == 4e-3
-        assert digits.distillation == Kdcl()
+        assert digits.distillation == Kdcl(ensemble="naive")
         assert load(str(EXAMPLE)) == digits
 
     def test_every_field_says_what_it_is(self) -> None:
