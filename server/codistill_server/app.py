@@ -129,7 +129,7 @@ class _Server:
             raise ServerError(str(error)) from error
         service = DistillationService(coordinator, self._fail)
         limit = receive_limit(self._experiment)
-        server = grpc.aio.server(options=server_options(limit))
+        server = grpc.aio.server(options=server_options(limit, self._experiment.exchange.keepalive))
         server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -174,7 +174,10 @@ class _Server:
         exchange = self._experiment.exchange
         try:
             journal = Journal(
-                self._options.run_dir / JOURNAL_FILE, identity(self._experiment), exchange.journal.durability
+                self._options.run_dir / JOURNAL_FILE,
+                identity(self._experiment),
+                exchange.journal.durability,
+                may_grow=exchange.journal.keep == "all",
             )
         except JournalError as error:
             raise ServerError(str(error)) from error
