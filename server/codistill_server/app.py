@@ -139,7 +139,9 @@ class _Server:
         limit = receive_limit(self._experiment)
         token = options.security.token
         guards = [] if token is None else [TokenGuard(token)]
-        server = grpc.aio.server(interceptors=guards, options=server_options(limit))
+        server = grpc.aio.server(
+            interceptors=guards, options=server_options(limit, self._experiment.exchange.keepalive)
+        )
         server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -183,7 +185,10 @@ class _Server:
         exchange = self._experiment.exchange
         try:
             journal = Journal(
-                self._options.run_dir / JOURNAL_FILE, identity(self._experiment), exchange.journal.durability
+                self._options.run_dir / JOURNAL_FILE,
+                identity(self._experiment),
+                exchange.journal.durability,
+                may_grow=exchange.journal.keep == "all",
             )
         except JournalError as error:
             raise ServerError(str(error)) from error

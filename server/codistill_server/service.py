@@ -19,6 +19,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import JournalError
@@ -48,21 +49,22 @@ _CODES = {
 }
 
 
-def server_options(receive_limit: int) -> list[tuple[str, int]]:
+def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[str, int]]:
     """Returns the server's channel options.
 
-    Pings find a peer that vanished without a word within 40 s, and keep links alive that clouds cut when idle for
-    four minutes; the workers' own pings, every 20 s, are welcome. A connection that is not a client's after 10 s, or makes
-    no call for five minutes, is closed.
+    Pings find a peer that vanished without a word, and keep links alive that clouds cut when idle for four minutes; the
+    workers' own pings are welcome. A connection that is not a client's after 10 s, or makes no call for five minutes, is
+    closed.
 
     Args:
         receive_limit: the largest message taken, in bytes.
+        keepalive: seconds between two pings.
     """
     return [
         ("grpc.max_receive_message_length", receive_limit),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", int(1000 * keepalive)),
+        ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),

@@ -11,8 +11,9 @@ is not closed.
 
 Status codes, for every rpc below:
   UNAVAILABLE          the server cannot be reached or is going down: try the same call again.
-  ABORTED              this session is over: call Join again; unless the trailing metadata hold the key
-                       codistill-superseded: then a newer worker has taken the student over, and this one must end.
+  ABORTED              this session is over (a silent worker's, while rounds went on, among them): call Join again;
+                       unless the trailing metadata hold the key codistill-superseded: then a newer worker has taken
+                       the student over, and this one must end.
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
