@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +19,10 @@ from rich.console import Console
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
+from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
+from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
 
 __all__ = ["app", "main"]
@@ -38,6 +41,7 @@ _console = Console(highlight=False)
 _log = logging.getLogger("codistill")
 
 _DEBUG_VARIABLE = "CODISTILL_DEBUG"
+_EXIT_SECONDS = 60.0
 DEFAULT_SERVER = "127.0.0.1:50551"
 
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
@@ -81,6 +85,9 @@ def run(
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
     metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    restarts: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="How often each process that dies is started again.")
+    ] = DEFAULT_RESTARTS,
 ) -> None:
     """Run an experiment on this machine.
 
@@ -90,7 +97,7 @@ def run(
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = _stop_on_signals()
     addresses = (listen, metrics)
-    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, addresses)
+    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, addresses, restarts)
     from codistill_deploy import report as reports
 
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -198,10 +205,12 @@ def status(
 ) -> None:
     """Show who is at which round, and who is waited for."""
     from codistill_deploy.discovery import find_server
-    from codistill_deploy.status import ask, show
+    from codistill_deploy.status import add_supervision, ask, show
 
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
     state = ask(address)
+    if run_dir is not None:
+        add_supervision(state, run_dir)
     if as_json:
         from google.protobuf.json_format import MessageToDict
 
@@ -261,6 +270,9 @@ def main() -> None:
         if debug:
             logging.getLogger().exception("the command failed")
         code = _explain(error)
+    watchdog = Watchdog()
+    watchdog.begin("the end of this process", _EXIT_SECONDS)
+    watchdog.start()
     sys.stdout.flush()
     sys.exit(int(code) if isinstance(code, int) else code)
 
@@ -290,6 +302,7 @@ def _run_one(
     resume: bool,
     in_process: bool,
     addresses: tuple[str, str] | None = None,
+    restarts: int = DEFAULT_RESTARTS,
 ) -> ExitCode:
     """Runs one experiment in one folder, shown on the console; with addresses for server and metrics it names them."""
     from codistill_deploy.local import LocalOptions, run_local
@@ -298,20 +311,23 @@ def _run_one(
 
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
     check(experiment)
-    folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
-    view = make_view(_console)
-    view.start(title)
-    try:
-        if in_process:
-            from codistill_deploy.in_process import run_in_process
+    folder.check(experiment, resume=resume)
+    with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
+        folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
+        view = make_view(_console)
+        view.start(title)
+        try:
+            if in_process:
+                from codistill_deploy.in_process import run_in_process
 
-            return run_in_process(experiment, folder, view, stop)
-        options = LocalOptions(search_path=search_path)
-        if addresses is not None:
-            options = LocalOptions(*addresses, announce=True, search_path=search_path)
-        return run_local(experiment, folder, view, stop, options)
-    finally:
-        view.finish()
+                return run_in_process(experiment, folder, view, stop)
+            options = LocalOptions(search_path=search_path, restarts=restarts, keep=(lock,))
+            if addresses is not None:
+                listen, metrics = addresses
+                options = replace(options, listen=listen, metrics=metrics, announce=True)
+            return run_local(experiment, folder, view, stop, options)
+        finally:
+            view.finish()
 
 
 def _stop_on_signals() -> threading.Event:

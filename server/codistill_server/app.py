@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.journal import Journal, JournalError
 from codistill_server.metrics import registry
@@ -45,6 +46,7 @@ JOURNAL_FILE = "journal.sqlite"
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
 _SCRAPE_SECONDS = 5.0
+_BEAT_SECONDS = 0.25
 
 
 class ServerError(RuntimeError):
@@ -105,9 +107,11 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
+        self._watchdog = Watchdog()
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
-        with _only_server_in(self._options.run_dir):
+        with _only_server_in(self._options.run_dir), Watchdog() as self._watchdog:
+            self._begin("starting")
             return await self._serve(stop)
 
     async def _serve(self, stop: threading.Event | None) -> ExitCode:
@@ -139,6 +143,7 @@ class _Server:
         coordinator.on_complete = self._complete
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
+        beating: asyncio.Task[None] | None = None
         try:
             bound = _listen(server, host, port)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
@@ -146,6 +151,7 @@ class _Server:
             for name in ("", _SERVICE):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
+            beating = asyncio.create_task(self._beat(coordinator))
             self._watch_for_the_end(stop)
             address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
             self._announce(address, metrics_address, limit)
@@ -156,8 +162,10 @@ class _Server:
             service.end()
             await server.stop(_DRAIN_SECONDS)
         finally:
-            if ticking is not None:
-                ticking.cancel()
+            for task in (ticking, beating):
+                if task is not None:
+                    task.cancel()
+            self._begin("going down")
             await server.stop(0)
             if metrics is not None:
                 metrics()
@@ -169,6 +177,15 @@ class _Server:
         if self._failure is not None:
             raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
         return ExitCode.OK
+
+    async def _beat(self, coordinator: Coordinator) -> None:
+        """Shows the watchdog that the event loop turns, until cancelled."""
+        while True:
+            self._begin(f"one turn of its event loop, round {coordinator.frontier}")
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def _begin(self, what: str) -> None:
+        self._watchdog.begin(f"the server at {what}", self._experiment.training.hang_after)
 
     def _open_files(self) -> tuple[Recorder, Journal]:
         exchange = self._experiment.exchange
@@ -276,6 +293,8 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
             raise ServerError(
                 f"run folder {run_dir}: another server runs in it; stop that one, or choose another"
             ) from None
+        with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
+            (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         yield
 
 
