@@ -34,7 +34,7 @@ from system.support import (
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
-ROUNDS = 300
+ROUNDS = 250
 STUDENTS = ("mlp", "cnn", "vit")
 # A checkpoint every few rounds: some faults strike while one is written, and some rounds are repeated after each.
 CHANGES = {"training__epochs": ROUNDS // 5, "training__checkpoint_every": 0.2}
@@ -112,11 +112,10 @@ def assert_as_undisturbed(run: Disturbed, undisturbed: dict[str, dict[str, torch
     return output
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 def test_killed_workers_and_servers_are_started_again_and_the_bits_are_the_same(
-    seed: int, folder: Path, undisturbed: dict[str, dict[str, torch.Tensor]]
+    folder: Path, undisturbed: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    draw = random.Random(seed)
+    draw = random.Random(1)
     run = Disturbed(folder)
     faults = [[draw.choice(STUDENTS)], ["server"], [draw.choice(STUDENTS), "server"], [*STUDENTS]]
     draw.shuffle(faults)
@@ -136,35 +135,39 @@ def test_killed_workers_and_servers_are_started_again_and_the_bits_are_the_same(
     assert len({line.split(" on ")[1].split(",")[0] for line in server}) == 1, "it came back to its address"
 
 
-def test_a_run_whose_every_process_is_killed_is_resumed(
+def test_a_run_whose_every_process_is_gone_is_resumed(
     folder: Path, undisturbed: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     draw = random.Random(3)
     run = Disturbed(folder)
     wait_for(lambda: "mlp" in processes_of(folder), "the processes are started")
     run.kill_everything()  # before the first round
-    for least in (30, 130):
-        run.resume()
-        run.reach(least)
-        time.sleep(draw.uniform(0, 0.03))
-        run.kill_everything()
+
+    run.resume()
+    run.reach(30)
+    time.sleep(draw.uniform(0, 0.03))
+    run.kill_everything()
     # What a power cut can leave on top of that.
     for name in ("metrics.jsonl", "events.jsonl", "supervisor.jsonl"):
         with (folder / name).open("ab") as file:
             file.write(b'{"kind": "event", "time": 17\0\0')
     (folder / "server.json").write_text('{"address": "127.0.0.1:1", "metrics": "127.0')
     (folder / "experiment.yaml.part").write_text("name: sm")
+
     run.resume()
-    assert_as_undisturbed(run, undisturbed)
-
-
-def test_only_the_command_is_killed_and_the_next_one_waits_for_its_processes(
-    folder: Path, undisturbed: dict[str, dict[str, torch.Tensor]]
-) -> None:
-    run = Disturbed(folder)
-    run.reach(40)
-    run.process.kill()
+    run.reach(80)
+    run.process.kill()  # only the command; the next one waits for its processes to end
     run.process.communicate()
+
+    run.resume()
+    run.reach(130)
+    run.strike(signal.SIGKILL, "server")
+    run.await_restarts(1)
+    run.process.send_signal(signal.SIGINT)  # while the server is away
+    output = run.end()
+    assert run.process.returncode == ExitCode.INTERRUPTED, output
+    assert processes_of(folder) == {}
+
     run.resume()
     assert_as_undisturbed(run, undisturbed)
 
@@ -257,15 +260,3 @@ def test_a_worker_that_is_stopped_for_good_ends_the_run_of_those_who_wait(folder
     assert run.process.returncode == ExitCode.GAVE_UP, output
     assert "still waits for cnn" in output
     assert processes_of(folder) == {}, "a stopped process can be killed"
-
-
-def test_the_command_needs_no_restarts_to_be_stopped_while_its_server_is_away(folder: Path) -> None:
-    run = Disturbed(folder, training__epochs=100_000)
-    run.reach(10)
-    run.strike(signal.SIGKILL, "server")
-    run.await_restarts(1)
-    run.process.send_signal(signal.SIGINT)
-    output = run.end()
-    assert run.process.returncode == ExitCode.INTERRUPTED, output
-    assert set(weights(folder)) == set(STUDENTS)
-    assert processes_of(folder) == {}
