@@ -150,6 +150,7 @@ class RunFolder:
         try:
             for name in experiment.names:
                 self.student(name).mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.path / "students")
             write_atomically(self.path / "run.json", json.dumps(_about(mode), indent=2) + "\n")
             # Last, as it makes the folder a run's.
             write_atomically(self.experiment_file, experiment.to_yaml())

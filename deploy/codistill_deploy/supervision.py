@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from codistill_server.app import ServerError, parse_address
 
 __all__ = ["Launch", "Member", "Port"]
 
+_log = logging.getLogger(__name__)
 _KILL_SECONDS = 5.0
+_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Member:
             return None
         if self._due is not None:
             if now >= self._due:
-                self.start(now)
+                self._start_again(now)
             return None
         ending = self.examine(now)
         decision = decide(ending, self._history, self._launch.restarts)
@@ -125,6 +128,13 @@ class Member:
         else:
             self.given_up = decision.reason
         return decision
+
+    def _start_again(self, now: float) -> None:
+        try:
+            self.start(now)
+        except OSError as error:  # no memory or no disk space for now; those who wait for this process bound it
+            self._due = now + _RETRY_SECONDS
+            _log.error("%s cannot be started again: %s; trying again in %g s", self.title, error, _RETRY_SECONDS)
 
     def examine(self, now: float) -> Ending:
         """Returns how the process, which has ended, did so."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +71,28 @@ def test_a_killed_process_is_started_again_after_its_pause(make: Callable[..., M
     member.tell(signal.SIGKILL)
     end_of(member)
     assert member.attend(102.3 + RAN_WELL) == Restart(0.1, 1, 10), "it had run well"
+
+
+def test_a_machine_that_cannot_start_it_now_is_asked_again(
+    make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    member = make("import sys; sys.exit(1)")
+    member.start(0)
+    end_of(member)
+    member.attend(1)
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refuse)
+        assert member.attend(2) is None
+    assert "student 'a' cannot be started again: [Errno 11] Resource temporarily unavailable" in caplog.text
+    assert member.attend(3) is None
+    assert not member.running
+    assert member.attend(8) is None
+    end_of(member)
+    assert member.attend(9) is not None, "it has lived once more"
 
 
 def test_what_has_done_its_part_is_left_alone(make: Callable[..., Member]) -> None:
