@@ -14,14 +14,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill import SESSION_KEY, SUPERSEDED_KEY, handshake
+from codistill.exit_codes import ExitCode
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill_worker.errors import Interrupted
+from codistill_worker.errors import Interrupted, WorkerError
 from codistill_worker.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
 
 __all__ = ["GrpcExchange"]
@@ -30,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _SLICE_SECONDS = 0.2
 _TELL_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),  # the server is trusted to send targets of any size
@@ -54,6 +59,10 @@ class GrpcExchange:
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds to wait for one round's targets, or for a server that went away.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
+        security: TLS and token.
+
+    Raises:
+        SecurityError: a certificate or key cannot be used.
     """
 
     def __init__(
@@ -63,10 +72,12 @@ class GrpcExchange:
         connect_timeout: float,
         give_up_after: float,
         stop: threading.Event,
+        security: Security | None = None,
     ) -> None:
+        self._security = security or Security()
         self._address = address
         self._stop = stop
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = self._security.channel(address, _OPTIONS)
         self._stub = DistillationStub(self._channel)
         self._session = Session(address, connect_timeout, give_up_after)
         self._request = pb.JoinRequest()
@@ -195,11 +206,27 @@ class GrpcExchange:
             if time.monotonic() - self._told >= _TELL_SECONDS:
                 self._told = time.monotonic()
                 _log.info("waiting for server %s, %.0f s left", self._address, max(step.left, 0))
-            self._session.join_failed(_failure(error), time.monotonic())
+            self._session.join_failed(self._look(_failure(error), step), time.monotonic())
         else:
             self._session.joined(self._response.session)
             if again:
                 _log.info("connected to %s again", self._address)
+
+    def _look(self, failure: Failure, step: Join) -> Failure:
+        """Looks at the port where a failure is not plain, and returns it with what was found.
+
+        Raises:
+            WorkerError: certificates keep a worker out that was never in; later they may be renewed in time.
+        """
+        never_in = not self._session.number
+        if not failure.temporary or not (never_in or self._session.overdue(time.monotonic())):
+            return failure
+        wrong = handshake.explain(self._address, self._security, min(max(step.left, 0.1), _LOOK_SECONDS))
+        if wrong is None:
+            return failure
+        if never_in:
+            raise WorkerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
+        return replace(failure, details=wrong, advice="")
 
     def _listen(self, seconds: float) -> pb.Targets | None:
         """Hands the session one message, or the silence, and returns the targets that it waits for."""
@@ -380,5 +407,6 @@ def _failure(error: grpc.RpcError) -> Failure:
     said = cast("Any", error)
     code = said.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
     details = said.details() if callable(getattr(error, "details", None)) else str(error)
-    superseded = code is grpc.StatusCode.ABORTED and SUPERSEDED_KEY in dict(said.trailing_metadata() or ())
-    return Failure(code.name, " ".join(str(details).split()), superseded)
+    trailing = dict(getattr(error, "trailing_metadata", tuple)() or ())
+    superseded = code is grpc.StatusCode.ABORTED and SUPERSEDED_KEY in trailing
+    return Failure(code.name, " ".join(str(details).split()), superseded, _PUSHBACK_KEY in trailing)

@@ -26,8 +26,7 @@ _SHORTEST_CALL = 0.1
 _SHORTEST_LISTEN = 0.2
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-_TRY_AGAIN = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-_JOIN_AGAIN = ("ABORTED", "CANCELLED", *_TRY_AGAIN)
+_TEMPORARY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NAMELESS = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL")
 
 
@@ -39,11 +38,20 @@ class Failure:
         code: the name of its gRPC status code.
         details: its text, on one line.
         superseded: whether it says that a newer worker has taken the student over.
+        pushback: whether it says after how long to come back.
+        advice: what a person is to do about a server that stays away.
     """
 
     code: str
     details: str
     superseded: bool = False
+    pushback: bool = False
+    advice: str = "check that `codistill serve` runs there"
+
+    @property
+    def temporary(self) -> bool:
+        """Whether to try the same again."""
+        return self.code in _TEMPORARY or self.pushback
 
 
 # Steps
@@ -193,6 +201,10 @@ class Session:
         """Takes in that the rounds before this one are trained; a join asks for none of them any more."""
         self._next_round = max(self._next_round, number)
 
+    def overdue(self, now: float) -> bool:
+        """Returns whether the time for what is wanted is over, so that one more failure is the last."""
+        return now >= self._until
+
     # What to do
 
     def step(self, now: float, jitter: float) -> Step:
@@ -240,7 +252,7 @@ class Session:
         Raises:
             WorkerError: the server refused, or was away for too long.
         """
-        if failure.code not in _TRY_AGAIN:
+        if not failure.temporary:
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
@@ -293,7 +305,7 @@ class Session:
         self._away_since = now
         if failure.superseded:
             raise WorkerError(failure.details, ExitCode.SUPERSEDED)
-        if failure.code not in _JOIN_AGAIN:
+        if failure.code not in ("ABORTED", "CANCELLED") and not failure.temporary:
             raise self._refused(failure)
         if self._goal is _Goal.RECEIVE:
             self.silence(now)
@@ -314,7 +326,7 @@ class Session:
         if not self._finished:
             self._goal = _Goal.NOTHING
             return
-        if failure.code not in (*_TRY_AGAIN, "ABORTED"):
+        if failure.code != "ABORTED" and not failure.temporary:
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
@@ -333,11 +345,8 @@ class Session:
     def _unreachable(self, failure: Failure) -> WorkerError:
         what = "went away and did not come back" if self.number else "cannot be reached"
         seconds = round(self._until - self._away_since, 1)
-        return WorkerError(
-            f"server {self._address} {what} within {seconds:g} s: {failure.details}; check that `codistill serve` runs "
-            "there",
-            ExitCode.UNREACHABLE,
-        )
+        why = "; ".join(filter(None, (failure.details, failure.advice)))
+        return WorkerError(f"server {self._address} {what} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
 
     def _refused(self, failure: Failure) -> WorkerError:
         if failure.code in _NAMELESS:
