@@ -13,9 +13,10 @@ import yaml
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity, parse
 from codistill_server.coordinator import Coordinator
+from codistill_server.rounds import Decide
 from codistill_worker.session import Failure, Session
 from simulation.kernel import Arm, Kernel
-from simulation.model import BATCH, CLASSES, HELD_OUT, Ledger, Reference, Violation
+from simulation.model import BATCH, CLASSES, HELD_OUT, GoingOn, Ledger, Reference, Violation
 from simulation.network import CLIENT_KEEPALIVE, SERVER_KEEPALIVE, Link, Stream, Weather
 from simulation.server import DiskJournal, Server
 from simulation.worker import Disk, Store, Worker
@@ -41,7 +42,8 @@ class Plant:
     session: Callable[[str, float, float], Session] = Session
     journal: Callable[[Any, str], DiskJournal] = DiskJournal
     store: Callable[[Disk], Store] = Store
-    ledger: Callable[[Reference], Ledger] = Ledger
+    ledger: Callable[[Reference], Ledger] | None = None
+    proceed: bool | None = None
 
 
 @dataclass
@@ -61,8 +63,10 @@ class Outcome:
 _REFERENCES: dict[tuple[str, int], tuple[Experiment, str, Reference]] = {}
 
 
-def _experiment(method: int, count: int, keep_all: bool, rounds: int) -> tuple[Experiment, str, Reference]:
-    key = f"{method} {count} {keep_all}", rounds
+def _experiment(
+    method: int, count: int, keep_all: bool, proceed: bool, rounds: int
+) -> tuple[Experiment, str, Reference]:
+    key = f"{method} {count} {keep_all} {proceed}", rounds
     if key not in _REFERENCES:
         document = {
             "name": "simulated",
@@ -72,6 +76,8 @@ def _experiment(method: int, count: int, keep_all: bool, rounds: int) -> tuple[E
             "exchange": {"waiting_notice": 5, "journal": {"keep": "all" if keep_all else "needed"}},
             "students": [{"name": name, "model": "mlp"} for name in _NAMES[:count]],
         }
+        if proceed:
+            document["exchange"] |= {"on_absence": "proceed", "quorum": 2, "round_deadline": 3.0, "evict_after": 15.0}
         if _METHODS[method].get("ensemble") == "general":
             document["data"]["held_out"] = HELD_OUT
         experiment = parse(yaml.safe_dump(document))
@@ -91,10 +97,10 @@ class Cluster:
         self.faults = self.outcome.faults
         count = draw.choice((2, 2, 3, 3, 4))
         self.rounds = draw.choice((4, 8, 12))
-        self.experiment, self.identity, reference = _experiment(
-            draw.randrange(len(_METHODS)), count, draw.random() < 0.2, self.rounds
-        )
-        self.ledger = plant.ledger(reference)
+        method, keep_all, proceed = draw.randrange(len(_METHODS)), draw.random() < 0.2, draw.random() < 0.3
+        proceed = proceed if plant.proceed is None else plant.proceed
+        self.experiment, self.identity, reference = _experiment(method, count, keep_all, proceed, self.rounds)
+        self.ledger = (plant.ledger or (GoingOn if proceed else Ledger))(reference)
         self.connect_timeout, self.give_up_after = 60.0, draw.choice((60.0, 120.0))
         self.step_seconds = draw.choice((0.2, 1.0, 5.0))
         self.load_seconds = draw.choice((0.1, 5.0))
@@ -201,6 +207,12 @@ class Cluster:
         if len(alive) > 1 or always:
             for worker in alive:
                 worker.rivals_admitted += 1
+
+    def decided(self, action: Decide) -> None:
+        if len(action.contributions) < len(self.experiment.names):
+            self.outcome.remarks[
+                "a round closed without somebody" if action.targets else "a round closed below the quorum"
+            ] += 1
 
     def _took_over(self, worker: Worker) -> None:
         if any(each.joined and each.order > worker.order for each in self._alive(worker.student)):

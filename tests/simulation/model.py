@@ -69,11 +69,14 @@ def _samples(first: int, rows: int, state: bytes) -> pb.Samples:
     )
 
 
+State = Mapping[str, torch.Tensor]
+
+
 class Reference:
     """The method's targets as a function of contributions, and the run in which nothing goes wrong.
 
     Attributes:
-        replies: of each round, what each student is answered; under "" where all get the same.
+        replies: of each round, what each student is answered; under "" for every student that has none of its own.
         states: each student's state after all rounds.
     """
 
@@ -83,38 +86,39 @@ class Reference:
         half = methods.create(experiment.distillation)
         assert half is not None
         self._half = half
-        self._method_state: dict[int, Mapping[str, object]] = {0: {}}
         self.replies: list[Mapping[str, bytes]] = []
         held_out = experiment.data.held_out > 0
         states = {name: first_state(experiment.seed, name) for name in experiment.names}
+        method_state: State = {}
         for number in range(rounds):
             sent = {name: contribution(number, states[name], held_out=held_out) for name in experiment.names}
-            replies = self.close(number, sent)
+            replies, method_state = self.close(number, sent, method_state)
             self.replies.append(replies)
             for name in experiment.names:
-                states[name] = learn(
-                    states[name], pb.ExchangeReply.FromString(replies.get("", b"") or replies[name]).targets
-                )
+                states[name] = learn(states[name], pb.ExchangeReply.FromString(reply_to(replies, name)).targets)
         self.states = states
 
-    def close(self, number: int, sent: Mapping[str, pb.Contribution]) -> Mapping[str, bytes]:
-        """Returns what a round closed with these contributions, in the experiment's order, is answered with."""
-        ordered = {name: sent[name] for name in self.experiment.names if name in sent}
-        each = list(ordered.values())
+    def close(
+        self, number: int, sent: Mapping[str, pb.Contribution], state: State, *, targets: bool = True
+    ) -> tuple[Mapping[str, bytes], State]:
+        """Returns what a round closed with these contributions is answered with, and the method's state after it."""
+        each = [sent[name] for name in self.experiment.names if name in sent]
         gathered = methods.Gathered(
-            students=tuple(ordered),
+            students=tuple(name for name in self.experiment.names if name in sent),
             outputs={"logits": torch.stack([decode(one.batch.outputs["logits"]) for one in each])},
             labels=decode(each[0].batch.labels),
             held_out={"logits": torch.stack([decode(one.held_out.outputs["logits"]) for one in each])}
             if each[0].HasField("held_out")
             else {},
             held_out_labels=decode(each[0].held_out.labels) if each[0].HasField("held_out") else None,
-            state=self._method_state[number],  # pyright: ignore[reportArgumentType]
+            state=state,
+            outsiders=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
         )
-        made = self._half.targets(gathered)
-        self._method_state[number + 1] = made.state
-        arrays = {"": made.shared} if made.shared is not None else dict(made.each or {})
-        return {
+        made = self._half.targets(gathered) if targets else methods.Targets(shared={}, state=state)
+        arrays = dict(made.each or {})
+        if made.shared is not None:
+            arrays[""] = made.shared
+        replies = {
             name: pb.ExchangeReply(
                 targets=pb.Targets(
                     round=number, targets={key: encode(value, "float32") for key, value in values.items()}
@@ -122,6 +126,11 @@ class Reference:
             ).SerializeToString(deterministic=True)
             for name, values in arrays.items()
         }
+        return replies, made.state
+
+
+def reply_to(replies: Mapping[str, bytes], student: str) -> bytes:
+    return replies[student] if student in replies else replies[""]
 
 
 @dataclass
@@ -193,7 +202,7 @@ class Ledger:
         replies = self.closed.get(number)
         if replies is None:
             raise Violation(f"{student} {what} targets of round {number}, which is not journalled")
-        if reply != (replies[""] if "" in replies else replies[student]):
+        if reply != reply_to(replies, student):
             raise Violation(f"{student} {what} other targets of round {number} than were decided")
 
 
@@ -201,20 +210,19 @@ class Ledger:
 class GoingOn(Ledger):
     """What must hold with `on_absence: proceed`: a round is a function of those it was closed with, whoever they were."""
 
-    quorum: int = 2
+    method_state: State = field(default_factory=dict)
 
     def check_closed(self, number: int, replies: Mapping[str, bytes]) -> None:
         students = self.contributors[number]
-        if len(students) < self.quorum:
-            raise Violation(f"round {number} is closed with {len(students)} students; the quorum is {self.quorum}")
-        if replies != self.reference.close(number, {name: self.published[name, number] for name in students}):
+        sent = {name: self.published[name, number] for name in students}
+        enough = len(students) >= self.reference.experiment.exchange.quorum
+        expected, self.method_state = self.reference.close(number, sent, self.method_state, targets=enough)
+        if replies != expected:
             raise Violation(f"round {number}: its targets are not those of the contributions of {', '.join(students)}")
 
     def check_final(self, student: str, state: bytes) -> None:
         expected = first_state(self.reference.experiment.seed, student)
         for number in range(self.reference.rounds):
-            replies = self.closed[number]
-            reply = replies[""] if "" in replies else replies[student]
-            expected = learn(expected, pb.ExchangeReply.FromString(reply).targets)
+            expected = learn(expected, pb.ExchangeReply.FromString(reply_to(self.closed[number], student)).targets)
         if state != expected:
             raise Violation(f"student {student} ends with another state than the journalled targets lead to")

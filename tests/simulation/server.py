@@ -130,6 +130,7 @@ class Server:
 
         def watched(action: Decide) -> None:
             cluster.ledger.decided(action.round, tuple(action.contributions))
+            cluster.decided(action)
             decide(action)
 
         coordinator._decide = watched
