@@ -136,9 +136,9 @@ class DoesNotWait(Coordinator):
 
 
 class KeepsBothSessions(Rounds):
-    def _join(self, event: Join) -> list[Action]:
+    def _join(self, event: Join, now: float) -> list[Action]:
         self._current.pop(event.student, None)
-        return super()._join(event)
+        return super()._join(event, now)
 
     def _drop(self, session: int, presence: Any) -> None:
         student = self._sessions.get(session)
@@ -150,8 +150,8 @@ class KeepsBothSessions(Rounds):
 class SupersedesNobody(Rounds):
     """The older session's stream is left open."""
 
-    def _join(self, event: Join) -> list[Action]:
-        return [action for action in super()._join(event) if not isinstance(action, End)]
+    def _join(self, event: Join, now: float) -> list[Action]:
+        return [action for action in super()._join(event, now) if not isinstance(action, End)]
 
 
 def with_rounds(rounds: type[Rounds]) -> Any:
