@@ -205,7 +205,7 @@ class Coordinator:
         """
         try:
             self._check_join(request)
-            admitted = self._apply(Join(request.student, request.first_round))
+            admitted = self._apply(Join(request.student, request.first_round, request.worker, request.session))
         except Refused as refused:
             who = request.student if request.student in self._rounds.presence else ""
             self.observations.event("refused", who, str(refused))

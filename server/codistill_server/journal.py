@@ -24,7 +24,8 @@ _LOOK = "check that it is a run's journal, whole and not locked, or choose anoth
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS students (
-    student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL
+    student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
+    worker TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL
@@ -127,12 +128,13 @@ class Journal:
         """Returns what the rounds' state machine starts from."""
         ((oldest, newest),) = self._query("SELECT min(round), max(round) FROM rounds")
         frontier = newest + 1 if newest is not None else 0
-        students = self._query("SELECT student, session, durable_round, finished FROM students")
+        students = self._query("SELECT student, session, durable_round, finished, worker FROM students")
         return Restored(
             oldest=frontier if oldest is None else oldest,
             frontier=frontier,
             students=tuple(
-                StudentRecord(name, session, durable, bool(done)) for name, session, durable, done in students
+                StudentRecord(name, session, durable, bool(done), int(worker))
+                for name, session, durable, done, worker in students
             ),
         )
 
@@ -183,8 +185,9 @@ class Journal:
         """Writes what must be remembered of a student."""
         with self._transaction():
             self._write(
-                "INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?)",
-                (record.student, record.session, record.durable_round, int(record.finished)),
+                "INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?)",
+                # 64 bits without a sign are more than an INTEGER holds.
+                (record.student, record.session, record.durable_round, int(record.finished), str(record.worker)),
             )
 
     def forget(self, before: int) -> None:

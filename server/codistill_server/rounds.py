@@ -149,10 +149,19 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Join:
-    """A worker wants a session for `student`; it will ask for rounds from `first_round` on."""
+    """A worker wants a session for `student`; it will ask for rounds from `first_round` on.
+
+    Attributes:
+        student: the student.
+        first_round: the first round that the worker needs.
+        worker: what tells this worker from another one of the student; 0 where nothing does.
+        session: the session that this worker had last; 0 for none.
+    """
 
     student: str
     first_round: int
+    worker: int = 0
+    session: int = 0
 
 
 @dataclass(frozen=True)
@@ -305,6 +314,7 @@ class StudentRecord:
     session: int
     durable_round: int
     finished: bool
+    worker: int = 0
 
 
 @dataclass(frozen=True)
@@ -373,6 +383,7 @@ class Rounds:
         self._current: dict[str, int] = {}
         self._last_session = max((record.session for record in restored.students), default=0)
         self._last_sessions = {name: known[name].session if name in known else 0 for name in rules.students}
+        self._workers = {name: known[name].worker if name in known else 0 for name in rules.students}
         self._durable = {name: known[name].durable_round if name in known else 0 for name in rules.students}
         self._presence = {
             name: Presence.FINISHED if name in known and known[name].finished else Presence.EXPECTED
@@ -474,12 +485,20 @@ class Rounds:
                     f"{self._oldest} on: resume it from its newest checkpoint, or run with exchange.journal.keep: all",
                 )
             ]
+        holder = self._workers[student]
+        taken_over = f"a newer worker of student {student!r} has joined; this one must not go on"
+        if event.session and 0 != holder != event.worker:
+            return [Refuse(Status.SUPERSEDED, taken_over)]
         actions: list[Action] = []
         older = self._current.get(student)
         if older is not None:
             self._drop(older, Presence.ABSENT)
-            message = f"a newer worker of student {student!r} has joined; this one must not go on"
-            actions.append(End(older, student, Status.SUPERSEDED, message))
+            if holder and holder == event.worker:  # its own: an answer was lost, or a call of before came late
+                again = f"the worker of student {student!r} has joined again; join again"
+                actions.append(End(older, student, Status.ABORTED, again))
+            else:
+                actions.append(End(older, student, Status.SUPERSEDED, taken_over))
+        self._workers[student] = event.worker
         self._last_session += 1
         session = self._last_session
         self._sessions[session] = student
@@ -705,4 +724,6 @@ class Rounds:
 
     def _record(self, student: str) -> StudentRecord:
         finished = self._presence[student] is Presence.FINISHED
-        return StudentRecord(student, self._last_sessions[student], self._durable[student], finished)
+        return StudentRecord(
+            student, self._last_sessions[student], self._durable[student], finished, self._workers[student]
+        )

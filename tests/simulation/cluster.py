@@ -125,6 +125,7 @@ class Cluster:
         self.server = Server(self)
         self._calm = False
         self._started = 0
+        self._turns: Counter[str] = Counter()
 
     def run(self) -> Outcome:
         """Runs everything to its end.
@@ -175,7 +176,7 @@ class Cluster:
         allowed = {ExitCode.OK, ExitCode.UNREACHABLE, ExitCode.GAVE_UP}
         if worker.stop:
             allowed.add(ExitCode.INTERRUPTED)
-        if worker.rivals_admitted:
+        if worker.rivals:
             allowed.add(ExitCode.SUPERSEDED)
         if worker.overlapped:  # another process of it went on from a later checkpoint than this one had loaded
             allowed.add(ExitCode.REFUSED)
@@ -202,11 +203,12 @@ class Cluster:
             slow = not self._calm and self.draw.random() < 0.05
             self.kernel.after(self.draw.uniform(0.1, 1.5 * self.give_up_after if slow else 4.0), self.server.start)
 
-    def admitted(self, student: str, *, always: bool = False) -> None:
+    def _asked_to_join(self, student: str, *, late: bool) -> None:
+        """Whoever is there may be superseded now, whether or not the answer arrives."""
         alive = self._alive(student)
-        if len(alive) > 1 or always:
+        if len(alive) > 1 or late:
             for worker in alive:
-                worker.rivals_admitted += 1
+                worker.rivals += 1
 
     def decided(self, action: Decide) -> None:
         if len(action.contributions) < len(self.experiment.names):
@@ -215,9 +217,12 @@ class Cluster:
             ] += 1
 
     def _took_over(self, worker: Worker) -> None:
-        if any(each.joined and each.order > worker.order for each in self._alive(worker.student)):
-            self.outcome.remarks["an older process took its student back from a newer one"] += 1
-        worker.joined = True
+        """A worker was let in: a new one takes its turn after the others, and none that had a session gets another turn."""
+        if not worker.turn or not worker.core.number:
+            self._turns[worker.student] += 1
+            worker.turn = self._turns[worker.student]
+        elif worker.turn != self._turns[worker.student]:
+            raise Violation(f"{worker.student}: an older process took the student back from a newer one")
 
     def _alive(self, student: str) -> list[Worker]:
         return [each for each in self.workers if each.student == student and each.alive]
@@ -265,7 +270,8 @@ class Cluster:
                     return
                 if late and kind == "join":
                     self._count("join of a process that is gone")
-                    self.admitted(request.student, always=True)
+                if kind == "join":
+                    self._asked_to_join(request.student, late=late)
                 self.server.call(kind, request, answer)
 
             link.carry(link.arrival(), lambda: self.server.take(execute))

@@ -248,7 +248,6 @@ class Server:
                 case "join":
                     response = coordinator.join(request)
                     self.cluster.ledger.admitted(response.session, request.student)
-                    self.cluster.admitted(request.student)
                     self.cluster.kernel.after(_STREAM_GRACE, lambda: self._expect(response.session))
                     answer(response)
                 case "report":

@@ -77,8 +77,8 @@ class Worker:
         self.line = ""
         self.overlapped = False
         self.order = 0
-        self.joined = False
-        self.rivals_admitted = 0
+        self.turn = 0
+        self.rivals = 0
         self.told_superseded = False
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
@@ -197,6 +197,7 @@ class Worker:
             outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
             first_round=number,
             total_rounds=self.cluster.rounds,
+            worker=self.order,
         )
         self.core.join(number, self.cluster.kernel.now)
         yield from self._bounded("join", self.cluster.connect_timeout + _SLACK)
@@ -265,6 +266,7 @@ class Worker:
                     if self.told_superseded:
                         raise Violation(f"{self.student} joins again although it was told that it is superseded")
                     self._request.first_round = step.first_round
+                    self._request.session = step.session
                     request = pb.JoinRequest()
                     request.CopyFrom(self._request)
                     answer = yield self.cluster.call(self, "join", request, step.timeout)

@@ -73,9 +73,9 @@ def steps(session: Session, now: float, until: type[Step], fail: Failure = GONE)
 def test_a_call_has_a_limit_of_its_own_within_what_is_left() -> None:
     session = Session("host:1", 30, GIVE_UP)
     session.join(5, 1000)
-    assert session.step(1000, 0) == Join(first_round=5, timeout=20, left=30)
-    assert session.step(1025, 0) == Join(first_round=5, timeout=5, left=5)
-    assert session.step(1031, 0) == Join(first_round=5, timeout=0.1, left=-1), "one last time, and briefly"
+    assert session.step(1000, 0) == Join(first_round=5, session=0, timeout=20, left=30)
+    assert session.step(1025, 0) == Join(first_round=5, session=0, timeout=5, left=5)
+    assert session.step(1031, 0) == Join(first_round=5, session=0, timeout=0.1, left=-1), "one last time, and briefly"
 
 
 def test_pauses_between_joins_double_up_to_a_limit_and_are_jittered() -> None:
@@ -118,6 +118,7 @@ def test_a_server_never_reached_is_given_up_after_connect_timeout() -> None:
     [
         (REFUSED, ExitCode.REFUSED, "server host:1 refused: seed: 3, not 4"),
         (OVER, ExitCode.REFUSED, "refused: evicted"),
+        (SUPERSEDED, ExitCode.SUPERSEDED, "a newer worker has joined"),
         (Failure("UNIMPLEMENTED", "no such method"), ExitCode.REFUSED, "does not answer as an aggregation server"),
         (
             Failure("INVALID_ARGUMENT", "the student has diverged"),
@@ -147,7 +148,7 @@ def test_what_is_open_goes_out_again_and_the_join_names_the_round_that_is_needed
     session = receiving(7)
     session.broke(GONE, 1)
     assert not session.standing
-    assert session.step(1, 0) == Join(7, 20, GIVE_UP - 1), "at once"
+    assert session.step(1, 0) == Join(7, 1, 20, GIVE_UP - 1), "at once"
     session.joined(2)
     assert (session.number, session.standing) == (2, True)
     assert session.step(1, 0) == Send(7)
@@ -155,7 +156,7 @@ def test_what_is_open_goes_out_again_and_the_join_names_the_round_that_is_needed
     assert session.targets(7, 1)
     session.receive(8, 2)
     session.broke(GONE, 2)
-    assert session.step(2, 0) == Join(8, 20, GIVE_UP)
+    assert session.step(2, 0) == Join(8, 2, 20, GIVE_UP)
     session.joined(3)
     assert session.step(2, 0) == Listen(GIVE_UP), "nothing is open"
 
@@ -253,7 +254,7 @@ def test_mending_asks_how_the_stream_ended_before_it_joins_again() -> None:
     session.reached(4)
     session.mend(0)
     session.broke(GONE, 0)
-    assert session.step(0, 0) == Join(4, 20, GIVE_UP)
+    assert session.step(0, 0) == Join(4, 1, 20, GIVE_UP)
     session.joined(2)
     assert session.step(0, 0) == Done()
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import queue
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,7 @@ class GrpcExchange:
         self._channel = self._security.channel(address, _OPTIONS)
         self._stub = DistillationStub(self._channel)
         self._session = Session(address, connect_timeout, give_up_after)
+        self._worker = secrets.randbits(64)
         self._request = pb.JoinRequest()
         self._response = pb.JoinResponse()
         self._stream: _Stream | None = None
@@ -198,6 +200,7 @@ class GrpcExchange:
 
     def _join(self, step: Join) -> None:
         self._request.first_round = step.first_round
+        self._request.worker, self._request.session = self._worker, step.session
         again = self._session.number
         try:
             self._response = self._stub.Join(self._request, timeout=step.timeout)

@@ -63,11 +63,13 @@ class Join:
 
     Attributes:
         first_round: the first round that the worker needs now.
+        session: the session that it had last; 0 for none.
         timeout: seconds that the call may take.
         left: seconds until the server is given up.
     """
 
     first_round: int
+    session: int
     timeout: float
     left: float
 
@@ -225,7 +227,7 @@ class Session:
             if not self._asked:
                 raise RuntimeError("send and receive come after join")
             left = self._until - now
-            return Join(self._next_round, max(min(left, CALL_SECONDS), _SHORTEST_CALL), left)
+            return Join(self._next_round, self.number, max(min(left, CALL_SECONDS), _SHORTEST_CALL), left)
         if self._unsent and self._open is not None:
             self._unsent = False
             return Send(self._open)
@@ -250,8 +252,10 @@ class Session:
         """Takes in that Join failed.
 
         Raises:
-            WorkerError: the server refused, or was away for too long.
+            WorkerError: the server refused, has a newer worker, or was away for too long.
         """
+        if failure.superseded:
+            raise WorkerError(failure.details, ExitCode.SUPERSEDED)
         if not failure.temporary:
             raise self._refused(failure)
         if now >= self._until:

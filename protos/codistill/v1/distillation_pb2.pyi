@@ -243,6 +243,8 @@ class JoinRequest(google.protobuf.message.Message):
     TOTAL_ROUNDS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks; it must equal the server's."""
     student: builtins.str
@@ -259,6 +261,15 @@ class JoinRequest(google.protobuf.message.Message):
     """parameters is the number of trainable parameters, for reports."""
     device: builtins.str
     """device names the device that the student is trained on, for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    worker: builtins.int
+    """worker is a number that the worker's process drew when it started; 0 if it has none. It tells a worker that joins
+    again from another one of the same student.
+    """
+    session: builtins.int
+    """session is the session that this worker had last, 0 if none. A worker that had one, and whose student another worker
+    has taken over since, is refused with ABORTED and the trailing metadata codistill-superseded: however long it was
+    cut off, it does not take the student back.
+    """
     @property
     def data(self) -> global___DataFingerprint:
         """data describes the data set that the worker loaded."""
@@ -279,9 +290,11 @@ class JoinRequest(google.protobuf.message.Message):
         total_rounds: builtins.int = ...,
         parameters: builtins.int = ...,
         device: builtins.str = ...,
+        worker: builtins.int = ...,
+        session: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["data", b"data"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "student", b"student", "total_rounds", b"total_rounds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "worker", b"worker"]) -> None: ...
 
 global___JoinRequest = JoinRequest
 

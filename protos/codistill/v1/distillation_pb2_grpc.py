@@ -75,7 +75,7 @@ class DistillationServicer(object):
         """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
         experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
         the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-        earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+        earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,7 @@ class DistillationStub:
     """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
     experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
     the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-    earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+    earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
     """
 
     Exchange: grpc.StreamStreamMultiCallable[
@@ -104,7 +104,7 @@ class DistillationAsyncStub:
     """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
     experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
     the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-    earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+    earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
     """
 
     Exchange: grpc.aio.StreamStreamMultiCallable[
@@ -161,7 +161,7 @@ class DistillationServicer(metaclass=abc.ABCMeta):
         """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
         experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
         the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-        earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+        earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
         """
 
     @abc.abstractmethod
