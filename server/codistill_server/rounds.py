@@ -469,6 +469,10 @@ class Rounds:
                     f"student {student!r} is not one of this run's; allowed: {', '.join(self.rules.students)}",
                 )
             ]
+        holder = self._workers[student]
+        taken_over = f"a newer worker of student {student!r} has joined; this one must not go on"
+        if event.session and 0 != holder != event.worker:
+            return [Refuse(Status.SUPERSEDED, taken_over)]
         if self.rules.exchanges and event.first_round > self._frontier:
             return [
                 Refuse(
@@ -485,10 +489,6 @@ class Rounds:
                     f"{self._oldest} on: resume it from its newest checkpoint, or run with exchange.journal.keep: all",
                 )
             ]
-        holder = self._workers[student]
-        taken_over = f"a newer worker of student {student!r} has joined; this one must not go on"
-        if event.session and 0 != holder != event.worker:
-            return [Refuse(Status.SUPERSEDED, taken_over)]
         actions: list[Action] = []
         older = self._current.get(student)
         if older is not None:

@@ -177,13 +177,13 @@ class TestRun:
         for record in (
             StudentRecord("ant", 1, 0, finished=False),
             StudentRecord("bee", 2, 7, finished=True),
-            StudentRecord("ant", 3, 5, finished=False),
+            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
         ):
             journal.remember(record)
         journal.close()
         again = reopened(path)
         assert again.restore().students == (
-            StudentRecord("ant", 3, 5, finished=False),
+            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
             StudentRecord("bee", 2, 7, finished=True),
         )
         again.close()

@@ -288,6 +288,29 @@ def test_a_worker_that_was_superseded_unnoticed_does_not_take_the_student_back(
     assert newer._connected
 
 
+def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
+    tiny: Tiny, serving: Any, connect: Connect
+) -> None:
+    """Nobody could tell it: the server that did so was gone before it could be heard."""
+    experiment = tiny()
+    server = serving(experiment)
+    older, newer = connect(server.address), connect(server.address)
+    older.join(request(experiment))
+    newer.join(request(experiment))
+    server.stop()
+    server.start()
+    wait_for(lambda: not older._connected and not newer._connected, "both lose the server")
+    assert older._stream is not None
+    older._stream.cancel()
+    older._stream = None  # what the old server said last is lost
+    older._session.standing = False
+    with pytest.raises(WorkerError, match="a newer worker of student 'cnn' has joined") as ended:
+        older.report(report(0))
+    assert ended.value.code is ExitCode.SUPERSEDED
+    newer.report(report(0))
+    assert newer._connected
+
+
 def test_giving_up_names_who_was_waited_for(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
