@@ -19,8 +19,10 @@ from rich.console import Console
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
+from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
+from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ _console = Console(highlight=False)
 _log = logging.getLogger("codistill")
 
 _DEBUG_VARIABLE = "CODISTILL_DEBUG"
+_EXIT_SECONDS = 60.0
 DEFAULT_SERVER = "127.0.0.1:50551"
 
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
@@ -105,6 +108,9 @@ def run(
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
     token_file: TokenFileOption = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="How often each process that dies is started again.")
+    ] = DEFAULT_RESTARTS,
 ) -> None:
     """Run an experiment on this machine.
 
@@ -115,7 +121,7 @@ def run(
     stop = _stop_on_signals()
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
-    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire)
+    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
     from codistill_deploy import report as reports
 
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -239,10 +245,12 @@ def status(
     """Show who is at which round, and who is waited for."""
     from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_deploy.status import ask, show
+    from codistill_deploy.status import add_supervision, ask, show
 
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
     state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
+    if run_dir is not None:
+        add_supervision(state, run_dir)
     if as_json:
         from google.protobuf.json_format import MessageToDict
 
@@ -306,6 +314,9 @@ def main() -> None:
         if debug:
             logging.getLogger().exception("the command failed")
         code = _explain(error)
+    watchdog = Watchdog()
+    watchdog.begin("the end of this process", _EXIT_SECONDS)
+    watchdog.start()
     sys.stdout.flush()
     sys.exit(int(code) if isinstance(code, int) else code)
 
@@ -361,6 +372,7 @@ def _run_one(
     resume: bool,
     in_process: bool,
     wire: _Wire,
+    restarts: int = DEFAULT_RESTARTS,
 ) -> ExitCode:
     """Runs one experiment in one folder, shown on the console."""
     from codistill.security import Security
@@ -370,25 +382,29 @@ def _run_one(
 
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
     check(experiment)
-    folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
-    view = make_view(_console)
-    view.start(title)
-    try:
-        if in_process:
-            from codistill_deploy.in_process import run_in_process
+    folder.check(experiment, resume=resume)
+    with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
+        folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
+        view = make_view(_console)
+        view.start(title)
+        try:
+            if in_process:
+                from codistill_deploy.in_process import run_in_process
 
-            return run_in_process(experiment, folder, view, stop)
-        options = LocalOptions(
-            wire.listen,
-            wire.metrics,
-            announce=wire.announce,
-            search_path=search_path,
-            security=wire.security or Security(),
-            insecure=wire.insecure,
-        )
-        return run_local(experiment, folder, view, stop, options)
-    finally:
-        view.finish()
+                return run_in_process(experiment, folder, view, stop)
+            options = LocalOptions(
+                wire.listen,
+                wire.metrics,
+                announce=wire.announce,
+                search_path=search_path,
+                restarts=restarts,
+                keep=(lock,),
+                security=wire.security or Security(),
+                insecure=wire.insecure,
+            )
+            return run_local(experiment, folder, view, stop, options)
+        finally:
+            view.finish()
 
 
 def _stop_on_signals() -> threading.Event:

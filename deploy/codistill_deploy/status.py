@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import cast
 
 import grpc
 from rich.console import Console
 from rich.text import Text
 
-from codistill import handshake
+from codistill import handshake, records
 from codistill.exit_codes import ExitCode
+from codistill.records import Happened
 from codistill.security import REFUSALS, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
+from codistill_deploy.history import SUPERVISOR_FILE
 from codistill_deploy.views import status_table
 
-__all__ = ["ask", "show"]
+__all__ = ["add_supervision", "ask", "show"]
 
 _SECONDS = 5.0
 _EVENTS = 5
@@ -51,6 +54,19 @@ def ask(address: str, security: Security | None = None) -> pb.Run:
         "folder with --run-dir",
         ExitCode.UNREACHABLE,
     )
+
+
+def add_supervision(run: pb.Run, folder: Path) -> None:
+    """Adds what `codistill run` wrote down of its processes to the events of a run, in order of time."""
+    try:
+        for record in records.read(folder / SUPERVISOR_FILE):
+            if isinstance(record, Happened):
+                run.events.add(
+                    unix_seconds=record.time, kind=record.what, student=record.student, message=record.message
+                )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder / SUPERVISOR_FILE} cannot be read: {error}") from error
+    run.events.sort(key=lambda event: event.unix_seconds)
 
 
 def show(run: pb.Run, console: Console) -> None:

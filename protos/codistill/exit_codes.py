@@ -33,5 +33,7 @@ class ExitCode(IntEnum):
     """A process that the run needs ended; its own code and its last line are shown."""
     OUT_OF_MEMORY = 10
     """The device ran out of memory."""
+    HUNG = 11
+    """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; every student was saved first."""

@@ -294,6 +294,12 @@ class Training(_Section):
         description="Seconds between two checkpoints; 0 for one after every round. The last round is always saved.",
         json_schema_extra=_OPERATIONAL,
     )
+    hang_after: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop.",
+        json_schema_extra=_OPERATIONAL,
+    )
 
 
 class Independent(_Section):

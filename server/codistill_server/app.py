@@ -28,6 +28,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.guard import TokenGuard
 from codistill_server.journal import Journal, JournalError
@@ -48,6 +49,7 @@ JOURNAL_FILE = "journal.sqlite"
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
 _SCRAPE_SECONDS = 5.0
+_BEAT_SECONDS = 0.25
 
 
 class ServerError(RuntimeError):
@@ -113,13 +115,15 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
+        self._watchdog = Watchdog()
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
         host, port = parse_address(options.listen, "listen")
         credentials = options.security.server_credentials()
         _check_exposure(host, options)
-        with _only_server_in(options.run_dir):
+        with _only_server_in(options.run_dir), Watchdog() as self._watchdog:
+            self._begin("starting")
             return await self._serve(host, port, credentials, stop)
 
     async def _serve(
@@ -151,6 +155,7 @@ class _Server:
         coordinator.on_complete = self._complete
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
+        beating: asyncio.Task[None] | None = None
         try:
             bound = _listen(server, host, port, credentials)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
@@ -158,6 +163,7 @@ class _Server:
             for name in ("", _SERVICE):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
+            beating = asyncio.create_task(self._beat(coordinator))
             self._watch_for_the_end(stop)
             self._announce(host, bound, metrics_address, limit)
             if coordinator.complete:
@@ -167,8 +173,10 @@ class _Server:
             service.end()
             await server.stop(_DRAIN_SECONDS)
         finally:
-            if ticking is not None:
-                ticking.cancel()
+            for task in (ticking, beating):
+                if task is not None:
+                    task.cancel()
+            self._begin("going down")
             await server.stop(0)
             if metrics is not None:
                 metrics()
@@ -180,6 +188,15 @@ class _Server:
         if self._failure is not None:
             raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
         return ExitCode.OK
+
+    async def _beat(self, coordinator: Coordinator) -> None:
+        """Shows the watchdog that the event loop turns, until cancelled."""
+        while True:
+            self._begin(f"one turn of its event loop, round {coordinator.frontier}")
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def _begin(self, what: str) -> None:
+        self._watchdog.begin(f"the server at {what}", self._experiment.training.hang_after)
 
     def _open_files(self) -> tuple[Recorder, Journal]:
         exchange = self._experiment.exchange
@@ -293,6 +310,8 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
             raise ServerError(
                 f"run folder {run_dir}: another server runs in it; stop that one, or choose another"
             ) from None
+        with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
+            (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         yield
 
 

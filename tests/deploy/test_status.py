@@ -1,23 +1,28 @@
-"""What `codistill status` and the live view ask of a server that is protected."""
+"""What `codistill status` and the live view ask of a server, protected or not, and what is added to its answer."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from rich.console import Console
 
 from codistill.exit_codes import ExitCode
+from codistill.records import Happened
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill_deploy.errors import CommandError
+from codistill_deploy.history import SUPERVISOR_FILE
 from codistill_deploy.local import watch
-from codistill_deploy.status import ask
+from codistill_deploy.status import add_supervision, ask, show
 from support_certificates import TOKEN, Certificates
 
 
@@ -96,3 +101,32 @@ def test_a_live_view_that_is_refused_shows_nothing_and_ends_when_told(certificat
         watching.join(30)
         assert not watching.is_alive()
     assert seen == []
+
+
+def state() -> pb.Run:
+    events = [pb.Event(unix_seconds=time, kind="joined", student="cnn", message="joined") for time in (1, 3)]
+    return pb.Run(name="digits", method="kdcl", frontier=3, events=events)
+
+
+def test_restarts_stand_among_the_servers_events(tmp_path: Path) -> None:
+    happened = Happened(time=2, what="restarted", student="cnn", message="was killed by SIGKILL; started again")
+    (tmp_path / SUPERVISOR_FILE).write_text(happened.model_dump_json() + "\n")
+    run = state()
+    add_supervision(run, tmp_path)
+    assert [event.kind for event in run.events] == ["joined", "restarted", "joined"]
+    console = Console(file=io.StringIO(), width=160)
+    show(run, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "cnn: was killed by SIGKILL; started again" in console.file.getvalue()
+
+
+def test_a_run_without_a_supervisor_has_the_servers_events_alone(tmp_path: Path) -> None:
+    run = state()
+    add_supervision(run, tmp_path)
+    assert run == state()
+
+
+def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / SUPERVISOR_FILE).write_text("nonsense\n")
+    with pytest.raises(CommandError, match=rf"{SUPERVISOR_FILE}.*line 1"):
+        add_supervision(state(), tmp_path)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -486,3 +487,33 @@ def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ServerError, match="another server runs in it; stop that one, or choose another"):
             serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))
+
+
+def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
+    address = tmp_path / "run" / ADDRESS_FILE
+    address.parent.mkdir()
+    address.write_text('{"address": "127.0.0.1:1", "metrics": "", "pid": 1}')
+    refused(tmp_path, listen="nonsense")
+    assert not address.exists()
+
+
+def test_an_event_loop_that_does_not_turn_ends_the_server(tmp_path: Path) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from codistill.experiment import load
+        from codistill_server import app
+        app.Coordinator.tick = lambda self: time.sleep(1000)
+        app.serve(load(Path(sys.argv[1])), app.ServeOptions("127.0.0.1:0", Path(sys.argv[2])))
+    """
+    path = tmp_path / "experiment.yaml"
+    path.write_text(make_experiment(training={"epochs": 1, "hang_after": 2}).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(path), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == ExitCode.HUNG, done.stderr
+    assert "error: hung for 2 s: the server at one turn of its event loop, round 0; " in done.stderr

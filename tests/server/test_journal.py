@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -40,6 +41,12 @@ def closed(number: int, **changes: object) -> ClosedRound:
 
 def reopened(path: Path) -> Journal:
     return Journal(path, IDENTITY)
+
+
+def can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-e", "trace=none", "true"], capture_output=True, check=False).returncode == 0
 
 
 class TestRounds:
@@ -106,6 +113,28 @@ class TestRounds:
             made = Journal(path, IDENTITY, durability)  # type: ignore[arg-type]
             assert made._database.execute("PRAGMA synchronous").fetchone() == (level,)
             made.close()
+
+    @pytest.mark.skipif(not can_trace(), reason="needs strace, and the right to trace")
+    @pytest.mark.parametrize("durability", ["power", "process"])
+    def test_the_disk_is_asked_for_each_round_or_for_none(self, durability: str, path: Path) -> None:
+        script = """
+            import sys
+            from pathlib import Path
+            from codistill_server.journal import ClosedRound, Journal
+            from codistill_server.rounds import Samples
+            made = Journal(Path(sys.argv[1]), "{}", sys.argv[2])
+            print("open", file=sys.stderr, flush=True)
+            for number in range(5):
+                made.append(ClosedRound(number, Samples(b"", b""), {"": b"reply"}))
+                print("closed", file=sys.stderr, flush=True)
+            import os
+            os._exit(0)
+        """
+        traced = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync", sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run([*traced, str(path), durability], capture_output=True, text=True, timeout=60, check=True)
+        rounds = done.stderr.partition("open\n")[2].split("closed\n")[:5]
+        synced = [part.count("journal.sqlite-wal>") for part in rounds]
+        assert synced == [1] * 5 if durability == "power" else [0] * 5, done.stderr
 
 
 class TestForget:

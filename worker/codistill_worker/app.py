@@ -14,6 +14,7 @@ import torch
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.security import Security
+from codistill.watchdog import Watchdog
 from codistill_worker import data
 from codistill_worker.checkpoints import CheckpointStore
 from codistill_worker.client import GrpcExchange
@@ -24,6 +25,7 @@ __all__ = ["WorkOptions", "choose_device", "student_folder", "use_deterministic_
 
 _log = logging.getLogger(__name__)
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
+_LOADING = 12  # times training.hang_after: a download, or an index of millions of files
 _STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
 
 
@@ -107,10 +109,14 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         security=options.security,
     )
     try:
-        dataset = data.load(plan.data, device)
-        store = CheckpointStore(student_folder(options.run_dir, options.student))
-        learner = Learner(experiment, plan, dataset, device, exchange, store)
-        return _train(learner, stop)
+        with Watchdog() as watchdog:
+            watchdog.begin(
+                f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
+            )
+            dataset = data.load(plan.data, device)
+            store = CheckpointStore(student_folder(options.run_dir, options.student))
+            learner = Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog)
+            return _train(learner, stop)
     except torch.OutOfMemoryError as error:
         line = str(error).splitlines()[0]
         raise WorkerError(

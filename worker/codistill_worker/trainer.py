@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,8 +229,12 @@ class Trainer:
                 getattr(module, name).copy_(before)
         self._begun = None
 
-    def evaluate(self, split: Split) -> Score:
+    def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
         """Measures the student on a split, without augmentation.
+
+        Args:
+            split: the samples.
+            on_batch: called before each batch.
 
         Raises:
             WorkerError: the loss is not finite any more.
@@ -241,10 +245,12 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = torch.arange(len(split)).split(self._plan.training.evaluation_batch_size)
         with torch.inference_mode():
+            on_batch()
             for ids, images in zip(batches, split.stream(iter(batches)), strict=True):
                 labels = split.labels[ids].to(self.device, non_blocking=True)
                 logits = self._forward(self._normalised(images))
                 correct += (logits.argmax(-1) == labels).sum()
+                on_batch()
                 loss += functional.cross_entropy(logits, labels, reduction="sum").double()
         score = Score(int(correct) / len(split), float(loss) / len(split))
         if not math.isfinite(score.loss):
