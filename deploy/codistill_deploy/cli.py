@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,8 @@ from rich.console import Console
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
+from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE, Security
+from codistill.security import read as read_security
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
@@ -49,6 +51,21 @@ RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 InProcessOption = Annotated[
     bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
+]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(TLS_CERT.option, help=f"This side's certificate, PEM; else {TLS_CERT.variable}.")
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option(TLS_KEY.option, help=f"The certificate's private key, PEM; else {TLS_KEY.variable}.")
+]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(TLS_CA.option, help=f"The CA that signed the other side's certificate, PEM; else {TLS_CA.variable}."),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(TOKEN_FILE.option, help=f"The file with the token; else {TOKEN_FILE.variable} or {TOKEN_VARIABLE}."),
 ]
 
 
@@ -85,6 +102,11 @@ def run(
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
     metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    insecure: InsecureOption = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
     restarts: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="How often each process that dies is started again.")
     ] = DEFAULT_RESTARTS,
@@ -96,8 +118,9 @@ def run(
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = _stop_on_signals()
-    addresses = (listen, metrics)
-    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, addresses, restarts)
+    security = Security() if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
+    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
     from codistill_deploy import report as reports
 
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -127,9 +150,10 @@ def compare(
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     stop = _stop_on_signals()
+    wire = _Wire(Security() if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
-        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process)
+        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
@@ -153,11 +177,13 @@ def serve(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
     run_dir: RunDirOption = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")
-    ] = False,
+    insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
@@ -167,7 +193,8 @@ def serve(
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
-    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay)
+    security = read_security(tls_cert, tls_key, tls_ca, token_file)
+    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
 
 
@@ -179,6 +206,10 @@ def work(
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
     run_dir: RunDirOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
@@ -191,10 +222,11 @@ def work(
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    security = read_security(tls_cert, tls_key, tls_ca, token_file)
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
-    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path), stop))
+    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path, security), stop))
 
 
 @app.command()
@@ -202,13 +234,17 @@ def status(
     server: Annotated[str | None, typer.Option(help=f"The server's HOST:PORT; {DEFAULT_SERVER} by default.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The folder of a run on this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Show who is at which round, and who is waited for."""
     from codistill_deploy.discovery import find_server
     from codistill_deploy.status import add_supervision, ask, show
 
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
-    state = ask(address)
+    state = ask(address, read_security(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
         add_supervision(state, run_dir)
     if as_json:
@@ -260,6 +296,9 @@ def main() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    if not debug:
+        # gRPC writes a line of its own for every handshake that fails; what matters of it, an error of ours says.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = app(args=arguments, prog_name="codistill", standalone_mode=True)
     except SystemExit as ended:
@@ -293,6 +332,30 @@ def _explain(error: Exception) -> ExitCode:
     return code
 
 
+@dataclass(frozen=True)
+class _Wire:
+    """How the processes of a local run reach one another."""
+
+    security: Security
+    listen: str = "127.0.0.1:0"
+    metrics: str = "127.0.0.1:0"
+    announce: bool = False
+    insecure: bool = False
+
+
+def _read_security_for_both(
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_ca: Path | None = None,
+    token_file: Path | None = None,
+) -> Security:
+    """Reads what protects a run whose server and workers are all started here, and checks it before they are."""
+    security = read_security(tls_cert, tls_key, tls_ca, token_file)
+    security.server_credentials()
+    security.channel("127.0.0.1:1").close()
+    return security
+
+
 def _run_one(
     experiment: Experiment,
     folder: RunFolder,
@@ -301,10 +364,10 @@ def _run_one(
     stop: threading.Event,
     resume: bool,
     in_process: bool,
-    addresses: tuple[str, str] | None = None,
+    wire: _Wire,
     restarts: int = DEFAULT_RESTARTS,
 ) -> ExitCode:
-    """Runs one experiment in one folder, shown on the console; with addresses for server and metrics it names them."""
+    """Runs one experiment in one folder, shown on the console."""
     from codistill_deploy.local import LocalOptions, run_local
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
@@ -321,10 +384,16 @@ def _run_one(
                 from codistill_deploy.in_process import run_in_process
 
                 return run_in_process(experiment, folder, view, stop)
-            options = LocalOptions(search_path=search_path, restarts=restarts, keep=(lock,))
-            if addresses is not None:
-                listen, metrics = addresses
-                options = replace(options, listen=listen, metrics=metrics, announce=True)
+            options = LocalOptions(
+                wire.listen,
+                wire.metrics,
+                announce=wire.announce,
+                search_path=search_path,
+                restarts=restarts,
+                keep=(lock,),
+                security=wire.security,
+                insecure=wire.insecure,
+            )
             return run_local(experiment, folder, view, stop, options)
         finally:
             view.finish()

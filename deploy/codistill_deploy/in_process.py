@@ -107,9 +107,11 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
         WorkerError: a student cannot be trained.
     """
     use_deterministic_kernels()
-    durability = experiment.exchange.journal.durability
+    settings = experiment.exchange.journal
     try:
-        journal = Journal(folder.path / JOURNAL_FILE, identity(experiment), durability)
+        journal = Journal(
+            folder.path / JOURNAL_FILE, identity(experiment), settings.durability, may_grow=settings.keep == "all"
+        )
     except JournalError as error:
         raise WorkerError(str(error), ExitCode.CONFIGURATION) from error
     recorder = Recorder(folder.path)

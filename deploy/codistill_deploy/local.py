@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -16,6 +16,7 @@ import grpc
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.records import Happened
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
@@ -58,6 +59,8 @@ class LocalOptions:
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
         restarts: how often each process is started again; see :mod:`codistill_deploy.restarts`.
         keep: descriptors that every process inherits: the lock on the run's folder.
+        security: TLS and token.
+        insecure: listen beyond this machine although nothing protects the port.
     """
 
     listen: str = "127.0.0.1:0"
@@ -66,6 +69,8 @@ class LocalOptions:
     search_path: Path | None = None
     restarts: int = DEFAULT_RESTARTS
     keep: tuple[int, ...] = ()
+    security: Security = field(default_factory=Security)
+    insecure: bool = False
 
 
 def run_local(
@@ -106,7 +111,10 @@ class _LocalRun:
         reading, writing = os.pipe()
         over = threading.Event()
         watcher = threading.Thread(
-            target=watch, args=(self._listen.address, self._view.update, over), name="codistill-watch", daemon=True
+            target=watch,
+            args=(self._listen.address, self._view.update, over, self._options.security),
+            name="codistill-watch",
+            daemon=True,
         )
         try:
             self._recorder = _open_recorder(self._folder.path)
@@ -130,7 +138,7 @@ class _LocalRun:
 
     def _prepare(self, pipe: int) -> tuple[Member, list[Member]]:
         folder, options = self._folder, self._options
-        environment = dict(os.environ)
+        environment = {**os.environ, **options.security.environment}
         if options.search_path is not None:
             paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -139,6 +147,7 @@ class _LocalRun:
         run = [str(folder.experiment_file), "--run-dir", str(folder.path)]
         # It stays after the run is complete: a worker whose goodbye got no answer says it again, to its successor too.
         serve = ["serve", *run, "--listen", self._listen.address, "--metrics", self._metrics.address, "--stay"]
+        serve += ["--insecure"] if options.insecure else []
         server = Member("the server", "", [*command, *serve], folder.server_log, launch, ends=False)
         workers = [
             Member(
@@ -230,16 +239,23 @@ def _open_recorder(folder: Path) -> Recorder:
         raise CommandError(f"run folder {folder} cannot be written: {error.strerror}") from error
 
 
-def watch(address: str, show: Callable[[pb.Run], None], over: threading.Event, interval: float = 0.5) -> None:
+def watch(
+    address: str,
+    show: Callable[[pb.Run], None],
+    over: threading.Event,
+    security: Security | None = None,
+    interval: float = 0.5,
+) -> None:
     """Shows where a run stands again and again, until it is over; while the server is away, it waits for it.
 
     Args:
         address: the server's "HOST:PORT".
         show: called with each state, from this thread.
         over: set to stop.
+        security: TLS and token.
         interval: seconds between two states.
     """
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+    with (security or Security()).channel(address, _OPTIONS) as channel:
         stub = DistillationStub(channel)
         while not over.is_set():
             try:

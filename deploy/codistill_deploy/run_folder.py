@@ -28,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from codistill import __version__
-from codistill.experiment import Experiment, difference, identity, load
+from codistill.experiment import Experiment, difference, extends, identity, load
 from codistill_deploy.errors import CommandError
 
 __all__ = ["RunFolder", "write_atomically"]
@@ -128,8 +128,15 @@ class RunFolder:
                 raise CommandError(
                     f"run folder {self.path} already holds a run; give --resume to go on with it, or another --run-dir"
                 )
-            differs = difference(identity(self.experiment()), identity(experiment))
-            if differs is not None:
+            had, has = identity(self.experiment()), identity(experiment)
+            differs = difference(had, has)
+            if differs is not None and extends(had, has):
+                if experiment.exchange.journal.keep != "all":
+                    raise CommandError(
+                        f"run folder {self.path}: students were added to its experiment, which needs a journal of every "
+                        "round; set exchange.journal.keep: all from the run's start, or give another --run-dir"
+                    )
+            elif differs is not None:
                 raise CommandError(
                     f"run folder {self.path} belongs to another experiment: "
                     f"{differs.replace('this worker', 'this experiment')}; give another --run-dir"

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 __all__ = [
     "DATASETS",
+    "KEEPALIVE_ANSWER",
     "Augment",
     "Data",
     "Distillation",
@@ -39,10 +41,14 @@ __all__ = [
     "StudentPlan",
     "Training",
     "difference",
+    "extends",
     "identity",
     "load",
     "parse",
 ]
+
+KEEPALIVE_ANSWER = 10.0
+"""Seconds that a peer has to answer a keepalive ping before its link is cut."""
 
 _OPERATIONAL: dict[str, Any] = {"operational": True}
 _REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
@@ -362,7 +368,7 @@ class Journal(_Section):
     )
     keep: Literal["needed", "all"] = Field(
         default="needed",
-        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round.",
+        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round, so that students added at the end of `students` later learn the whole run from the journal.",
     )
 
 
@@ -385,6 +391,35 @@ class Exchange(_Section):
         description="Seconds that a worker waits for one round's targets, or for a server that went away, before it ends.",
         json_schema_extra=_OPERATIONAL,
     )
+    on_absence: Literal["wait", "proceed"] = Field(
+        default="wait",
+        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits; `proceed`: it closes at its deadline without those that are away, and they catch up from the journal.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    quorum: int = Field(
+        default=2,
+        ge=2,
+        description="With `proceed`: contributions that a round needs to be given targets; below it the students learn from the labels alone for that round.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    round_deadline: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto",
+        description="With `proceed`: seconds from a round's first contribution until it goes on without the absent; `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    evict_after: float = Field(
+        default=30.0,
+        gt=0,
+        description="With `proceed`: seconds of silence after which an absent student's session is ended, and for which a student that has not joined yet is waited for.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    keepalive: float = Field(
+        default=30.0,
+        ge=5,
+        le=240,
+        description="Seconds between the pings that find a peer which vanished without a word; it has 10 s to answer.",
+        json_schema_extra=_OPERATIONAL,
+    )
     waiting_notice: float = Field(
         default=5.0,
         gt=0,
@@ -397,10 +432,18 @@ class Exchange(_Section):
 
     @model_validator(mode="after")
     def _nested(self) -> Exchange:
-        if self.waiting_notice >= self.give_up_after:
-            raise ValueError(
-                f"waiting_notice: {self.waiting_notice} s must be shorter than give_up_after: {self.give_up_after} s"
-            )
+        """Checks that the shorter waits end before the longer ones, so that each can do its part."""
+        waits = [("waiting_notice", self.waiting_notice), ("give_up_after", self.give_up_after)]
+        if self.on_absence == "proceed":
+            waits = [
+                *([("round_deadline", self.round_deadline)] if self.round_deadline != "auto" else []),
+                ("evict_after", self.evict_after),
+                (f"keepalive + {KEEPALIVE_ANSWER:g}", self.keepalive + KEEPALIVE_ANSWER),
+                ("give_up_after", self.give_up_after),
+            ]
+        for (name, shorter), (longer_name, longer) in pairwise(waits):
+            if shorter >= longer:
+                raise ValueError(f"{name}: {shorter} s must be shorter than {longer_name}: {longer} s")
         return self
 
 
@@ -511,6 +554,12 @@ class Experiment(_Section):
                 f"distillation.method: {self.distillation.method!r} needs at least 2 students, there is {len(self.students)}; "
                 "add one, or choose `independent`"
             )
+        if (
+            self.exchange.on_absence == "proceed"
+            and self.distillation.exchanges
+            and self.exchange.quorum > len(self.students)
+        ):
+            yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {len(self.students)} students"
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
         if self.data.train_size is not None:
@@ -629,6 +678,21 @@ def difference(ours: str, theirs: str) -> str | None:
             shown = _cut(path if path.isprintable() else ascii(path))
             return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
     return "experiment: written differently"
+
+
+def extends(older: str, newer: str) -> bool:
+    """Returns whether an identity is another one's with students added after the others, and nothing else changed.
+
+    Args:
+        older: the identity without them.
+        newer: the identity that may have more students.
+    """
+    try:
+        before, after = json.loads(older), json.loads(newer)
+        had, has = before.pop("students"), after.pop("students")
+        return bool(before == after and len(has) > len(had) and has[: len(had)] == had)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 _MISSING = "nothing"

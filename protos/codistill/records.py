@@ -87,6 +87,10 @@ class RoundsClosed(_Record):
     ensemble_accuracy: float | None = None
     disagreement: dict[str, float] = Field(default_factory=dict)
     """Share of samples on which two students differ, by ``first|second``."""
+    missed: dict[str, int] = Field(default_factory=dict)
+    """How many of the rounds closed without a student, by its name."""
+    without_targets: int = 0
+    """How many of the rounds closed below the quorum, without targets."""
 
 
 class Happened(_Record):

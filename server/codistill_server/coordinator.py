@@ -23,9 +23,11 @@ from codistill.experiment import Experiment, difference, identity
 from codistill.tensors import TensorError, check, decode, encode, encoded_size
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
+from codistill_server.absence import Absence
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
 from codistill_server.rounds import (
+    Absent,
     Admit,
     Answer,
     Complete,
@@ -45,6 +47,7 @@ from codistill_server.rounds import (
     Progress,
     Refuse,
     Remember,
+    Returned,
     Rounds,
     Rules,
     Samples,
@@ -166,7 +169,9 @@ class Coordinator:
             exchanges=experiment.distillation.exchanges,
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
+            absence=_absence(experiment),
         )
+        self._keep_all = rules.keep_all
         self._rounds = Rounds(rules, restored)
         for record in restored.students:
             if record.student in observations.students:
@@ -260,7 +265,8 @@ class Coordinator:
         except Refused as refused:
             self.observations.reject(refused.status)
             self.observations.event("rejected", student if student != "?" else "", str(refused))
-            self.disconnect(session, quiet=True)
+            self._outboxes.pop(session, None)
+            self._apply(Disconnect(session, lost=True))
             raise
 
     def report(self, request: pb.ReportRequest) -> None:
@@ -321,18 +327,17 @@ class Coordinator:
         self._outboxes.pop(request.session, None)
         self._apply(Leave(request.session, reason))
 
-    def disconnect(self, session: int, *, quiet: bool = False) -> None:
+    def disconnect(self, session: int) -> None:
         """Takes in that a session's stream is gone."""
         self._outboxes.pop(session, None)
         student = self._rounds.student_of(session)
         if student is None:
             return
         self._apply(Disconnect(session))
-        if not quiet:
-            self.observations.event("disconnected", student, "its connection broke")
+        self.observations.event("disconnected", student, "its connection broke")
 
     def tick(self) -> None:
-        """Lets time go by: notices to those who wait."""
+        """Lets time go by: notices to those who wait, and rounds that close at their deadline."""
         self._apply(Tick())
 
     def snapshot(self) -> pb.Run:
@@ -370,6 +375,10 @@ class Coordinator:
                         seconds=action.waiting.seconds,
                     )
                     self._send(action.session, pb.ExchangeReply(waiting=waiting).SerializeToString())
+                case Absent():
+                    self.observations.absent(action.student, action.round, action.reason)
+                case Returned():
+                    self.observations.returned(action.student, action.round)
                 case Remember():
                     self._journal.remember(action.record)
                 case Forget():
@@ -387,7 +396,8 @@ class Coordinator:
         outbox = self._outboxes.pop(action.session, None)
         if asked:  # the answer to the very call that is being handled
             raise Refused(action.status, action.message)
-        self.observations.event("superseded", action.student, action.message)
+        what = "superseded" if action.status is Status.SUPERSEDED else "evicted"
+        self.observations.event(what, action.student, action.message)
         if outbox is not None:
             outbox.end(action.status, action.message)
 
@@ -397,14 +407,18 @@ class Coordinator:
         state = self._state
         first = next(iter(decide.contributions.values()))
 
+        contributors = tuple(decide.contributions)
+        missing = tuple(name for name in self.experiment.names if name not in decide.contributions)
+
         def work() -> tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]:
-            gathered = _gather(decide, state)
-            targets = half.targets(gathered)
+            gathered = _gather(decide, state, outsiders=self._keep_all or bool(missing))
+            targets = half.targets(gathered) if decide.targets else methods.Targets(shared={}, state=state)
             closed = ClosedRound(
                 decide.round,
                 first.samples,
                 _replies(decide.round, targets, self._dtype),
                 _dump_state(decide.round, targets.state),
+                contributors,
             )
             return closed, targets.state, gathered
 
@@ -414,7 +428,7 @@ class Coordinator:
             self._recent[closed.round] = closed
             if len(self._recent) > _RECENT_ROUNDS:
                 self._recent.popitem(last=False)
-            self.observations.round_closed(closed.round, decide.arrived)
+            self.observations.round_closed(closed.round, decide.arrived, missing, targets=decide.targets)
             self._apply(Decided(closed.round))
             self.observations.agreement(gathered.students, gathered.outputs["logits"], gathered.labels)
 
@@ -431,7 +445,14 @@ class Coordinator:
                 f"round {asked.round}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
                 "was closed: seed, data and batch size must be the same as then",
             )
-        self._send(answer.session, closed.reply_to(answer.student))
+        reply = closed.reply_to(answer.student)
+        if reply is None:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"round {asked.round} was closed by {', '.join(closed.contributors)} with targets for nobody else; a student "
+                "that joins later needs exchange.journal.keep: all from the run's start",
+            )
+        self._send(answer.session, reply)
 
     def _send(self, session: int, reply: bytes) -> None:
         outbox = self._outboxes.get(session)
@@ -538,7 +559,16 @@ def _course(request: pb.JoinRequest) -> dict[str, int | str]:
     }
 
 
-def _gather(decide: Decide, state: Mapping[str, torch.Tensor]) -> methods.Gathered:
+def _absence(experiment: Experiment) -> Absence | None:
+    """Returns how an experiment goes on without a student; None where it waits for every one."""
+    exchange = experiment.exchange
+    if exchange.on_absence == "wait":
+        return None
+    deadline = None if exchange.round_deadline == "auto" else exchange.round_deadline
+    return Absence(exchange.quorum, deadline, exchange.evict_after)
+
+
+def _gather(decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
     payloads = [cast("_Payload", contribution.payload) for contribution in decide.contributions.values()]
     first = payloads[0]
     return methods.Gathered(
@@ -548,11 +578,14 @@ def _gather(decide: Decide, state: Mapping[str, torch.Tensor]) -> methods.Gather
         held_out={name: torch.stack([each.held_out[name] for each in payloads]).float() for name in first.held_out},
         held_out_labels=first.held_out_labels,
         state=state,
+        outsiders=outsiders,
     )
 
 
 def _replies(number: int, targets: methods.Targets, dtype: str) -> Mapping[str, bytes]:
-    by_student = {"": targets.shared} if targets.shared is not None else (targets.each or {})
+    by_student = dict(targets.each or {})
+    if targets.shared is not None:
+        by_student[""] = targets.shared
     return {
         student: pb.ExchangeReply(
             targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})

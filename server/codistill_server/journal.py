@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from codistill.experiment import difference
+from codistill.experiment import difference, extends
 from codistill_server.rounds import Restored, Samples, StudentRecord
 
 __all__ = ["ClosedRound", "Journal", "JournalError"]
@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS students (
     student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL
+    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS targets (
     round INTEGER NOT NULL, student TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, student)
@@ -46,18 +46,20 @@ class ClosedRound:
     Attributes:
         round: the round.
         samples: the samples that it was about.
-        replies: the serialised ``ExchangeReply`` by student; under "" where all students get the same.
+        replies: the serialised ``ExchangeReply`` by student; under "" for every student that has none of its own.
         state: the method's serialised state after the round.
+        contributors: the students that the targets were made of, in the experiment's order.
     """
 
     round: int
     samples: Samples
     replies: Mapping[str, bytes] = field(repr=False)
     state: bytes = field(default=b"", repr=False)
+    contributors: tuple[str, ...] = ()
 
-    def reply_to(self, student: str) -> bytes:
-        """Returns what a student is answered."""
-        return self.replies[""] if "" in self.replies else self.replies[student]
+    def reply_to(self, student: str) -> bytes | None:
+        """Returns what a student is answered; None if nothing was made for one that did not contribute."""
+        return self.replies.get(student, self.replies.get(""))
 
 
 class Journal:
@@ -68,6 +70,8 @@ class Journal:
         path: Path | None,
         identity: str,
         durability: Literal["process", "power"] = "process",
+        *,
+        may_grow: bool = False,
     ) -> None:
         """Opens a journal, or starts it.
 
@@ -75,6 +79,7 @@ class Journal:
             path: the file; None keeps the journal in memory, for runs in one process.
             identity: the experiment's :func:`codistill.experiment.identity`; a journal of another experiment is refused.
             durability: whether a closed round survives the processes' death only, or the machine's.
+            may_grow: take over the journal of an experiment to which students were added since.
 
         Raises:
             JournalError: the file cannot be used, or belongs to another experiment.
@@ -87,12 +92,12 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             raise JournalError(f"journal {self._where} cannot be opened: {error}; {_LOOK}") from error
         try:
-            self._prepare(identity, durability)
+            self._prepare(identity, durability, may_grow)
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, identity: str, durability: Literal["process", "power"]) -> None:
+    def _prepare(self, identity: str, durability: Literal["process", "power"], may_grow: bool) -> None:
         try:
             self._database.execute("PRAGMA journal_mode=WAL")
             # Without a sync the pages are the kernel's once written: they survive this process, not a power cut.
@@ -108,6 +113,9 @@ class Journal:
             raise JournalError(
                 f"journal {self._where} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
             )
+        elif may_grow and extends(stored.get("identity", ""), identity):
+            with self._transaction():
+                self._write("UPDATE run SET value = ? WHERE key = 'identity'", (identity,))
         elif stored.get("identity") != identity:
             reason = difference(stored.get("identity", ""), identity) or "identity"
             raise JournalError(
@@ -155,20 +163,21 @@ class Journal:
         """
         with self._transaction():
             self._write(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
-                (closed.round, closed.samples.ids, closed.samples.labels, closed.state),
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
+                (closed.round, closed.samples.ids, closed.samples.labels, closed.state, ",".join(closed.contributors)),
             )
             for student, reply in closed.replies.items():
                 self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, student, reply))
 
     def read(self, number: int) -> ClosedRound | None:
         """Returns a closed round, or None if it is not kept."""
-        rows = self._query("SELECT ids, labels, state FROM rounds WHERE round = ?", (number,))
+        rows = self._query("SELECT ids, labels, state, contributors FROM rounds WHERE round = ?", (number,))
         if not rows:
             return None
-        ((ids, labels, state),) = rows
+        ((ids, labels, state, contributors),) = rows
         replies = dict(self._query("SELECT student, reply FROM targets WHERE round = ?", (number,)))
-        return ClosedRound(number, Samples(ids, labels), replies, state)
+        names = tuple(contributors.split(",")) if contributors else ()
+        return ClosedRound(number, Samples(ids, labels), replies, state, names)
 
     def remember(self, record: StudentRecord) -> None:
         """Writes what must be remembered of a student."""

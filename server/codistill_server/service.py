@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -18,9 +19,11 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import JournalError
+from codistill_server.limits import Gate, Limits, TooMany
 from codistill_server.rounds import Status
 
 __all__ = ["DistillationService", "EventLoopSubmit", "server_options"]
@@ -33,6 +36,10 @@ _OUTBOX_REPLIES = 64
 _STREAM_GRACE = 30.0
 _STATUS_SECONDS = 5.0
 _TICK = 0.25
+_STREAMS_PER_CONNECTION = 128
+_HANDSHAKE_MS = 10_000
+_IDLE_MS = 300_000
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it
 _GOING_DOWN = "the server is going down; try again until it is back"
 _CODES = {
     Status.ABORTED: grpc.StatusCode.ABORTED,
@@ -42,24 +49,29 @@ _CODES = {
 }
 
 
-def server_options(receive_limit: int) -> list[tuple[str, int]]:
+def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[str, int]]:
     """Returns the server's channel options.
 
-    Pings find a peer that vanished without a word within 40 s, and keep links alive that clouds cut when idle for
-    four minutes; the workers' own pings, every 20 s, are welcome.
+    Pings find a peer that vanished without a word, and keep links alive that clouds cut when idle for four minutes; the
+    workers' own pings are welcome. A connection that is not a client's after 10 s, or makes no call for five minutes, is
+    closed.
 
     Args:
         receive_limit: the largest message taken, in bytes.
+        keepalive: seconds between two pings.
     """
     return [
         ("grpc.max_receive_message_length", receive_limit),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", int(1000 * keepalive)),
+        ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
     ]
 
 
@@ -68,7 +80,7 @@ class _Stream:
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
-        self.ended: asyncio.Future[Refused] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[Refused | TooMany] = asyncio.get_running_loop().create_future()
 
     def reply(self, reply: bytes) -> None:
         try:
@@ -77,8 +89,11 @@ class _Stream:
             self.end(Status.ABORTED, f"{_OUTBOX_REPLIES} replies lie unread; read them, or join again")
 
     def end(self, status: Status, message: str) -> None:
+        self.refuse(Refused(status, message))
+
+    def refuse(self, refused: Refused | TooMany) -> None:
         if not self.ended.done():
-            self.ended.set_result(Refused(status, message))
+            self.ended.set_result(refused)
 
 
 class DistillationService:
@@ -87,11 +102,15 @@ class DistillationService:
     Args:
         coordinator: the run.
         on_failure: called with the error, when the run cannot go on.
+        limits: how much one peer may ask for.
     """
 
-    def __init__(self, coordinator: Coordinator, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, coordinator: Coordinator, on_failure: Callable[[Exception], None], limits: Limits | None = None
+    ) -> None:
         self._coordinator = coordinator
         self._on_failure = on_failure
+        self._gate = Gate(limits or Limits())
         self._ending = asyncio.Event()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -139,8 +158,9 @@ class DistillationService:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(raw: bytes, context: _Context) -> bytes:
             try:
+                self._gate.call(_host_of(context), len(raw), time.monotonic())
                 return call(_parse(request_type, raw)).SerializeToString()
-            except Refused as refused:
+            except (Refused, TooMany) as refused:
                 await _abort(context, refused)
             except JournalError as error:
                 await self._fail(context, error)
@@ -148,6 +168,7 @@ class DistillationService:
         return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
     def _join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        self._gate.join(request.student if request.student in self._coordinator.presence else "", time.monotonic())
         response = self._coordinator.join(request)
         # A worker that dies between Join and Exchange has no stream whose end would tell.
         loop = asyncio.get_running_loop()
@@ -160,15 +181,19 @@ class DistillationService:
             if not 0.1 <= interval <= 60:
                 message = f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60, or 0 for 1"
                 raise Refused(Status.INVALID_ARGUMENT, message)
-        except Refused as refused:
+            self._gate.watch()
+        except (Refused, TooMany) as refused:
             await _abort(context, refused)
-        while True:
-            run = self._coordinator.snapshot()
-            yield run
-            if run.complete or self._ending.is_set():
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), interval)
+        try:
+            while True:
+                run = self._coordinator.snapshot()
+                yield run
+                if run.complete or self._ending.is_set():
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ending.wait(), interval)
+        finally:
+            self._gate.watching -= 1
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         stream = _Stream()
@@ -198,11 +223,14 @@ class DistillationService:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
 
     async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+        repeats = self._gate.session(time.monotonic())
         async for raw in requests:
             try:
-                self._coordinator.contribute(session, _parse(pb.Contribution, raw), len(raw))
-            except Refused as refused:
-                stream.end(refused.status, str(refused))
+                contribution = _parse(pb.Contribution, raw)
+                repeats.contribute(contribution.round, time.monotonic())
+                self._coordinator.contribute(session, contribution, len(raw))
+            except (Refused, TooMany) as refused:
+                stream.refuse(refused)
                 return
             except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
                 self._on_failure(error)
@@ -259,6 +287,11 @@ def _session_of(context: _Context) -> int:
     return int(value)
 
 
+def _host_of(context: _Context) -> str:
+    """Returns the peer without its port, which is another one with each connection."""
+    return context.peer().rpartition(":")[0]
+
+
 async def _write(stream: _Stream, context: _Context) -> None:
     # Headers go out at once: they tell the worker that its session's stream stands.
     await context.send_initial_metadata(())
@@ -266,6 +299,9 @@ async def _write(stream: _Stream, context: _Context) -> None:
         await context.write(await stream.queue.get())
 
 
-async def _abort(context: _Context, refused: Refused) -> NoReturn:
+async def _abort(context: _Context, refused: Refused | TooMany) -> NoReturn:
+    if isinstance(refused, TooMany):
+        pushback = ((_PUSHBACK_KEY, str(max(round(1000 * refused.seconds), 1))),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(refused), pushback)
     trailing = ((SUPERSEDED_KEY, "1"),) if refused.status is Status.SUPERSEDED else ()
     await context.abort(_CODES[refused.status], str(refused), trailing)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Exchange, Experiment, Journal, Student, identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 
@@ -64,6 +64,21 @@ def test_a_folder_that_cannot_be_written_says_so(experiment: Experiment, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(CommandError, match=r"run folder .*file/run cannot be written: Not a directory"):
         RunFolder(tmp_path / "file" / "run").start(experiment, mode="grpc", resume=False)
+
+
+def test_students_may_be_added_later_where_every_round_is_kept(experiment: Experiment, tmp_path: Path) -> None:
+    more = (*experiment.students, Student(name="c", model="vit"))
+    folder = RunFolder(tmp_path / "needed")
+    folder.start(experiment, mode="grpc", resume=False)
+    with pytest.raises(CommandError, match=r"students were added .* exchange\.journal\.keep: all"):
+        folder.start(experiment.replace(students=more), mode="grpc", resume=True)
+
+    keeping = experiment.replace(exchange=Exchange(journal=Journal(keep="all")))
+    folder = RunFolder(tmp_path / "all")
+    folder.start(keeping, mode="grpc", resume=False)
+    folder.start(keeping.replace(students=more), mode="grpc", resume=True)
+    assert folder.experiment().names == ("a", "b", "c")
+    assert folder.student("c").is_dir()
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:

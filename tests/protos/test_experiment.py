@@ -19,6 +19,7 @@ from codistill.experiment import (
     Kdcl,
     Student,
     difference,
+    extends,
     identity,
     load,
     parse,
@@ -92,7 +93,7 @@ class TestDefaults:
         digits = load(EXAMPLE)
         assert digits.names == ("mlp", "cnn", "vit")
         assert digits.training.optimizer.lr == 4e-3
-        assert digits.distillation == Kdcl()
+        assert digits.distillation == Kdcl(ensemble="naive")
         assert load(str(EXAMPLE)) == digits
 
     def test_every_field_says_what_it_is(self) -> None:
@@ -698,3 +699,67 @@ class TestIdentity:
         assert line.isprintable()
         assert line.startswith("experiment")
         assert len(line) < 400
+
+
+class TestAbsence:
+    def exchange(self, **changes: Any) -> Experiment:
+        return experiment(exchange={"on_absence": "proceed", **changes})
+
+    def problem(self, **changes: Any) -> str:
+        with pytest.raises(ExperimentError) as refused:
+            parse(yaml.safe_dump({**document(), "exchange": {"on_absence": "proceed", **changes}}))
+        return str(refused.value)
+
+    def test_defaults(self) -> None:
+        exchange = experiment().exchange
+        assert (exchange.on_absence, exchange.quorum, exchange.round_deadline) == ("wait", 2, "auto")
+
+    def test_shorter_waits_end_before_longer_ones(self) -> None:
+        self.exchange(round_deadline=5, evict_after=20, keepalive=15, give_up_after=30)
+        for changes, parts in (
+            ({"round_deadline": 30}, ["round_deadline: 30.0 s", "shorter than evict_after: 30.0 s"]),
+            ({"evict_after": 40}, ["evict_after: 40.0 s", "keepalive + 10: 40.0 s"]),
+            ({"keepalive": 100, "give_up_after": 110}, ["keepalive + 10: 110.0 s", "give_up_after: 110.0 s"]),
+        ):
+            for part in parts:
+                assert part in self.problem(**changes)
+
+    def test_where_every_student_is_waited_for_only_the_notice_counts(self) -> None:
+        experiment(exchange={"give_up_after": 6, "evict_after": 100})
+
+    @pytest.mark.parametrize("quorum", [1, 3])
+    def test_a_quorum_is_two_or_more_and_no_more_than_there_are(self, quorum: int) -> None:
+        assert f"exchange.quorum: {quorum} is not allowed" in self.problem(quorum=quorum)
+
+    @pytest.mark.parametrize("deadline", [0, -1, "soon"])
+    def test_a_deadline_is_seconds_or_auto(self, deadline: object) -> None:
+        assert "exchange.round_deadline" in self.problem(round_deadline=deadline)
+
+    def test_how_a_run_goes_on_is_not_part_of_what_it_is(self) -> None:
+        assert identity(self.exchange(quorum=2, round_deadline=3)) == identity(experiment())
+
+
+class TestExtends:
+    def of(self, *names: str, **changes: Any) -> str:
+        students = [{"name": name, "model": "mlp"} for name in names]
+        return identity(experiment(students=students, **changes))
+
+    def test_students_added_at_the_end(self) -> None:
+        assert extends(self.of("a", "b"), self.of("a", "b", "c"))
+        assert extends(self.of("a", "b"), self.of("a", "b", "c", "d"))
+
+    def test_anything_else_is_another_experiment(self) -> None:
+        ours = self.of("a", "b")
+        for theirs in (
+            ours,
+            self.of("b", "a"),
+            self.of("c", "a", "b"),
+            self.of("a", "c", "b"),
+            self.of("a", "b", "c", seed=3),
+        ):
+            assert not extends(ours, theirs)
+
+    @pytest.mark.parametrize("text", ["", "3", "[]", "{}", '{"students": 3}', "nothing"])
+    def test_texts_that_are_no_identities(self, text: str) -> None:
+        assert not extends(text, self.of("a", "b"))
+        assert not extends(self.of("a", "b"), text)

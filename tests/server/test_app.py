@@ -27,12 +27,15 @@ from codistill import SESSION_KEY
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.records import Happened, read
+from codistill.security import Security, SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.limits import Limits, Rate
 from codistill_server.rounds import Samples
 from server.support_server import contribution, join_request, make_experiment
+from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 PATIENCE = 60.0
 SERVICE = "codistill.v1.Distillation"
@@ -158,6 +161,44 @@ class TestRefused:
         error = refused(tmp_path, listen=f"{host}:0")
         assert "can be reached from other machines" in str(error)
         assert "--insecure" in str(error)
+        assert not (tmp_path / "run").exists(), "nothing is begun"
+
+    @pytest.mark.parametrize(
+        ("certificate", "ca", "token", "warned"),
+        [
+            ("server", None, TOKEN, None),
+            ("server", "ca", None, None),
+            ("server", "ca", TOKEN, None),
+            (None, None, TOKEN, "without TLS the token and all data can be read on the way; give --tls-cert"),
+            ("server", None, None, "TLS alone keeps nobody out; give --tls-ca"),
+        ],
+    )
+    def test_beyond_this_machine_with_protection(
+        self,
+        certificate: str | None,
+        ca: str | None,
+        token: str | None,
+        warned: str | None,
+        tmp_path: Path,
+        certificates: Certificates,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        security = certificates.of(certificate, ca, token)
+        with caplog.at_level("INFO"), serving(tmp_path, listen="0.0.0.0:0", security=security) as served:
+            assert served.address.startswith("127.0.0.1:"), (
+                "how it is reached from here, by a name to make a certificate for"
+            )
+            ours = certificates.of(ca and "worker", certificate and "ca", token)
+            with ours.channel(served.address) as channel:
+                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [warned is not None and text.startswith(warned) for text in warnings] == [True] * (warned is not None)
+        assert TOKEN not in caplog.text
+
+    def test_certificates_that_cannot_be_used(self, tmp_path: Path, certificates: Certificates) -> None:
+        options = ServeOptions("127.0.0.1:0", tmp_path / "run", security=certificates.of(None, "ca"))
+        with pytest.raises(SecurityError, match=r"--tls-ca .* a server needs --tls-cert"):
+            serve(make_experiment(), options)
         assert not (tmp_path / "run").exists(), "nothing is begun"
 
     def test_the_journal_of_another_run(self, tmp_path: Path) -> None:
@@ -306,6 +347,56 @@ class TestHealth:
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+class TestToken:
+    """What is behind the token, and what is not."""
+
+    def test_health_is_open_and_nothing_else(self, tmp_path: Path, certificates: Certificates) -> None:
+        security = certificates.of(None, None, TOKEN)
+        with serving(tmp_path, reflect=True, security=security) as served:
+            for ours, refused in (
+                (Security(), True),
+                (certificates.of(None, None, WRONG_TOKEN), True),
+                (security, False),
+            ):
+                with ours.channel(served.address) as channel:
+                    health = cast("Any", health_pb2_grpc.HealthStub(channel))
+                    answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
+                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                    calls = [
+                        *(
+                            channel.unary_unary(f"/{SERVICE}/{name}")
+                            for name in ("Join", "Report", "Leave", "GetRun", "No")
+                        ),
+                        channel.unary_stream(f"/{SERVICE}/WatchRun"),
+                        channel.unary_stream("/grpc.health.v1.Health/Watch"),
+                        channel.stream_stream(f"/{SERVICE}/Exchange"),
+                        channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
+                    ]
+                    codes = {_code(call) for call in calls}
+                    unauthenticated = {grpc.StatusCode.UNAUTHENTICATED}
+                    assert codes == unauthenticated if refused else not codes & unauthenticated
+        assert not (served.run_dir / "events.jsonl").read_bytes()
+
+    def test_a_message_without_a_token_is_not_read(self, tmp_path: Path, certificates: Certificates) -> None:
+        """Its size is no matter then: the largest is refused for the token, not for the size."""
+        security = certificates.of(None, None, TOKEN)
+        with serving(tmp_path, security=security) as served, grpc.insecure_channel(served.address) as channel:
+            for _ in range(20):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(f"/{SERVICE}/Join")(b"\xff" * 2**20, timeout=PATIENCE)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_limits_are_those_given(tmp_path: Path) -> None:
+    limits = Limits(calls=Rate(1, 0.1))
+    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
+        stub = DistillationStub(channel)
+        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 class TestMetrics:
     def test_over_http(self, tmp_path: Path) -> None:
         with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
@@ -356,6 +447,21 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
     assert server.returncode == 0, output
     assert "Traceback" not in output
     assert not address.exists()
+
+
+def _code(call: Any) -> grpc.StatusCode:
+    """Makes a call with a message that is none, and returns how it ends; a stream that stands is enough."""
+    try:
+        if isinstance(call, grpc.UnaryUnaryMultiCallable):
+            call(b"\xff", timeout=PATIENCE)
+        else:
+            request = iter([b"\xff"]) if isinstance(call, grpc.StreamStreamMultiCallable) else b"\xff"
+            stream = call(request, timeout=PATIENCE)
+            next(stream, None)
+            stream.cancel()
+    except grpc.RpcError as error:
+        return cast("Any", error).code()
+    return grpc.StatusCode.OK
 
 
 def _get(url: str) -> str:

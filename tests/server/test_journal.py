@@ -386,3 +386,26 @@ def _python(script: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_journal_grows_with_its_experiment_only_if_it_may(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    older, newer = '{"seed":0,"students":["a","b"]}', '{"seed":0,"students":["a","b","c"]}'
+    Journal(path, older).close()
+    with pytest.raises(JournalError, match="students"):
+        Journal(path, newer)
+    Journal(path, newer, may_grow=True).close()
+    Journal(path, newer).close()
+    with pytest.raises(JournalError, match="students"):
+        Journal(path, older, may_grow=True)
+
+
+def test_who_contributed_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite", "run")
+    for number, names in enumerate([("ant", "bee"), ("bee",), ()]):
+        journal.append(ClosedRound(number, Samples(b"", b""), {"": b"x"}, contributors=names))
+        read = journal.read(number)
+        assert read is not None
+        assert read.contributors == names
+        assert (read.reply_to("bee"), read.reply_to("cow")) == (b"x", b"x")
+    journal.close()

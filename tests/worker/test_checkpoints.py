@@ -406,3 +406,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         CheckpointStore(tmp_path / "file" / "cnn").save(checkpoint())
+
+
+def test_students_added_to_the_experiment_later_are_nothing_to_a_checkpoint(tmp_path: Path) -> None:
+    older, newer = '{"seed":0,"students":["a","b"]}', '{"seed":0,"students":["a","b","c"]}'
+    CheckpointStore(tmp_path).save(checkpoint(3, student="a", identity=older))
+    found = CheckpointStore(tmp_path).load("a", newer)
+    assert found is not None
+    assert found.round == 3

@@ -383,6 +383,7 @@ def test_measurements_made_while_the_server_is_away_arrive_later_each_once(
     for number in range(1, 4):
         tell(number)
     server.stop()
+    wait_for(lambda: not exchange._connected, "the connection breaks")
     # The first of these finds the connection broken and waits for the server, in a thread for this test's sake.
     thread, _ = in_background(lambda: [tell(number) for number in range(4, 8)])
     wait_for(lambda: exchange._stream is None, "it noticed")

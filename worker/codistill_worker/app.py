@@ -6,13 +6,14 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
+from codistill.security import Security
 from codistill.watchdog import Watchdog
 from codistill_worker import data
 from codistill_worker.checkpoints import CheckpointStore
@@ -36,11 +37,13 @@ class WorkOptions:
         student: the student to train.
         server: the aggregation server's "HOST:PORT".
         run_dir: where the student's checkpoints go, in a folder of its own.
+        security: TLS and token.
     """
 
     student: str
     server: str
     run_dir: Path
+    security: Security = field(default_factory=Security)
 
 
 def student_folder(run_dir: Path, student: str) -> Path:
@@ -86,6 +89,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
 
     Raises:
         WorkerError: it cannot go on; the text is one line, its code the exit code.
+        SecurityError: a certificate or key cannot be used.
     """
     stop = stop or threading.Event()
     _stop_on_signals(stop)
@@ -102,6 +106,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
         stop=stop,
+        security=options.security,
     )
     try:
         with Watchdog() as watchdog:

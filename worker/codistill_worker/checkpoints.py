@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from codistill.experiment import difference
+from codistill.experiment import difference, extends
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "CheckpointStore"]
@@ -118,7 +118,8 @@ class CheckpointStore:
         name, newest = next(iter(found.items()))
         for problem in problems.values():
             _log.warning("%s; going on from %s, at round %d", problem, name, newest.round)
-        if newest.student != student or newest.identity != identity:
+        same = newest.identity == identity or extends(newest.identity, identity)
+        if newest.student != student or not same:
             why = (
                 f"student {newest.student!r}, not {student!r}"
                 if newest.student != student

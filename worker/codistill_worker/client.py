@@ -17,8 +17,9 @@ from typing import Any, cast
 
 import grpc
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill import SESSION_KEY, SUPERSEDED_KEY, handshake
 from codistill.exit_codes import ExitCode
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_worker.errors import Interrupted, WorkerError
@@ -32,6 +33,7 @@ _SLICE_SECONDS = 0.2
 _FIRST_BACKOFF = 0.1
 _LONGEST_BACKOFF = 5.0
 _WENT_AWAY = "went away and did not come back"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _NAMELESS = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
@@ -58,6 +60,10 @@ class GrpcExchange:
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds to wait for one round's targets, or for a server that went away.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
+        security: TLS and token.
+
+    Raises:
+        SecurityError: a certificate or key cannot be used.
     """
 
     def __init__(
@@ -67,12 +73,14 @@ class GrpcExchange:
         connect_timeout: float,
         give_up_after: float,
         stop: threading.Event,
+        security: Security | None = None,
     ) -> None:
+        self._security = security or Security()
         self._address = address
         self._connect_timeout = connect_timeout
         self._give_up_after = give_up_after
         self._stop = stop
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = self._security.channel(address, _OPTIONS)
         self._stub = DistillationStub(self._channel)
         self._request: pb.JoinRequest | None = None
         self._session = 0
@@ -175,7 +183,7 @@ class GrpcExchange:
                 if not finished:
                     _log.warning("the server was not told that this worker leaves: %s", _details(error))
                     return
-                if _code(error) not in (*_RETRIED, grpc.StatusCode.ABORTED):
+                if _code(error) is not grpc.StatusCode.ABORTED and not _may_be_retried(error):
                     raise self._refused(error) from None
                 if time.monotonic() >= deadline:
                     raise self._unreachable(_WENT_AWAY, self._give_up_after, error) from None
@@ -238,8 +246,9 @@ class GrpcExchange:
                 self._session = response.session
                 self._stream = _Stream(self._stub, response.session)
             except grpc.RpcError as error:
-                if _code(error) not in _RETRIED:
+                if not _may_be_retried(error):
                     raise self._refused(error) from None
+                self._check_handshake(deadline - time.monotonic())
                 if time.monotonic() >= deadline:
                     raise self._unreachable(failure, seconds, error) from None
                 if time.monotonic() - told >= 5:
@@ -260,20 +269,24 @@ class GrpcExchange:
             trailing = dict(cast("Any", error).trailing_metadata() or ())
             if SUPERSEDED_KEY in trailing:
                 raise WorkerError(_details(error), ExitCode.SUPERSEDED)
-        elif code is not grpc.StatusCode.CANCELLED and code not in _RETRIED:
+        elif code is not grpc.StatusCode.CANCELLED and not _may_be_retried(error):
             raise self._refused(error)
         _log.warning("the connection to %s broke: %s; reconnecting", self._address, _details(error))
+
+    def _check_handshake(self, seconds: float) -> None:
+        """Raises if certificates keep a worker out that was never in; later they may be renewed in time."""
+        wrong = None if self._session else handshake.explain(self._address, self._security, min(max(seconds, 0.1), 2))
+        if wrong is not None:
+            raise WorkerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
 
     def _pause(self, seconds: float) -> None:
         """Waits about so long, and no longer than is useful; others that lost the same server come back at other times."""
         self._stop.wait(min(seconds, _LONGEST_BACKOFF) * random.uniform(0.5, 1.5))  # noqa: S311
 
     def _unreachable(self, failure: str, seconds: float, error: grpc.RpcError) -> WorkerError:
-        return WorkerError(
-            f"server {self._address} {failure} within {seconds:g} s: {_details(error)}; check that `codistill serve` runs "
-            "there",
-            ExitCode.UNREACHABLE,
-        )
+        wrong = handshake.explain(self._address, self._security)
+        why = wrong or f"{_details(error)}; check that `codistill serve` runs there"
+        return WorkerError(f"server {self._address} {failure} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
 
     def _refused(self, error: grpc.RpcError) -> WorkerError:
         code = _code(error)
@@ -410,6 +423,12 @@ class _Reports:
             if newer is not None:
                 self.add(newer)
         self._call = self._sent = None
+
+
+def _may_be_retried(error: grpc.RpcError) -> bool:
+    """Whether to try again: the server was not there, or it said after how long to come back."""
+    trailing = dict(getattr(error, "trailing_metadata", tuple)() or ())
+    return _code(error) in _RETRIED or _PUSHBACK_KEY in trailing
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode:

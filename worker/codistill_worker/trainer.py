@@ -122,6 +122,7 @@ class Trainer:
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
         self._half = objectives.create(plan.distillation)
+        self._without_targets = objectives.labels_alone() if self._half.exchanges else self._half
         model = models.build(
             plan.student.model,
             classes=dataset.classes,
@@ -197,14 +198,16 @@ class Trainer:
         """Runs the backward pass of the round that was begun and moves the weights.
 
         Args:
-            targets: the method's named arrays, on the CPU; empty where nothing is exchanged.
+            targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that
+                closed without targets.
         """
         begun = self._begun
         if begun is None:
             raise RuntimeError("no round is begun")
         self._set_threads()
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
-        loss = self._half.loss(begun.logits, begun.labels, on_device)
+        half = self._half if on_device else self._without_targets
+        loss = half.loss(begun.logits, begun.labels, on_device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad(set_to_none=True)

@@ -11,12 +11,17 @@ is not closed.
 
 Status codes, for every rpc below:
   UNAVAILABLE          the server cannot be reached or is going down: try the same call again.
-  ABORTED              this session is over: call Join again; unless the trailing metadata hold the key
-                       codistill-superseded: then a newer worker has taken the student over, and this one must end.
+  ABORTED              this session is over (a silent worker's, while rounds went on, among them): call Join again;
+                       unless the trailing metadata hold the key codistill-superseded: then a newer worker has taken
+                       the student over, and this one must end.
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
-  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need; or, if the trailing metadata hold the
+                       key grpc-retry-pushback-ms, the peer asks for more than its share: try again after so many
+                       milliseconds.
+  UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
+                       Nothing of the message was read; do not retry.
 """
 
 import builtins
@@ -472,7 +477,9 @@ class Targets(google.protobuf.message.Message):
     """round is the round these targets belong to."""
     @property
     def targets(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Tensor]:
-        """targets holds the method's named arrays; the first dimension of each is that of the contribution's batch."""
+        """targets holds the method's named arrays; the first dimension of each is that of the contribution's batch. It is
+        empty for a round that closed below the quorum: the student learns from the labels alone.
+        """
 
     def __init__(
         self,
@@ -499,7 +506,7 @@ class Waiting(google.protobuf.message.Message):
     """seconds is how long the round has been open."""
     @property
     def students(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """students names the students that have not contributed to it yet."""
+        """students names the students that it waits for: those that have not contributed to it yet, less the absent."""
 
     def __init__(
         self,
@@ -717,7 +724,9 @@ class Run(google.protobuf.message.Message):
 
     @property
     def waiting_for(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """waiting_for names the students that the open round waits for; empty while no student waits."""
+        """waiting_for names the students that the open round waits for; empty while no student waits. With on_absence: proceed
+        the absent are not among them.
+        """
 
     @property
     def disagreements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Disagreement]:
@@ -767,6 +776,8 @@ class StudentStatus(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    MISSED_ROUNDS_FIELD_NUMBER: builtins.int
+    JOINS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the student's name."""
     model: builtins.str
@@ -787,6 +798,10 @@ class StudentStatus(google.protobuf.message.Message):
     """step_seconds is its median step time, as last reported."""
     wait_seconds: builtins.float
     """wait_seconds is its median wait for targets, as last reported."""
+    missed_rounds: builtins.int
+    """missed_rounds is the number of rounds that closed without it since the server started."""
+    joins: builtins.int
+    """joins is the number of sessions that its workers opened since the server started."""
     @property
     def measurements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Measurement]:
         """measurements holds the latest measurement of each split."""
@@ -805,8 +820,10 @@ class StudentStatus(google.protobuf.message.Message):
         device: builtins.str = ...,
         step_seconds: builtins.float = ...,
         wait_seconds: builtins.float = ...,
+        missed_rounds: builtins.int = ...,
+        joins: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "joins", b"joins", "measurements", b"measurements", "missed_rounds", b"missed_rounds", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 global___StudentStatus = StudentStatus
 
@@ -849,7 +866,9 @@ class Event(google.protobuf.message.Message):
     unix_seconds: builtins.float
     """unix_seconds is when, in seconds since 1970-01-01 UTC."""
     kind: builtins.str
-    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, refused, rejected, resumed."""
+    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, evicted, absent,
+    returned, below quorum, refused, rejected, resumed.
+    """
     student: builtins.str
     """student is whom it concerns; empty where it concerns the run."""
     message: builtins.str

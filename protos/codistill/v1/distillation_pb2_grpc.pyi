@@ -11,12 +11,17 @@ is not closed.
 
 Status codes, for every rpc below:
   UNAVAILABLE          the server cannot be reached or is going down: try the same call again.
-  ABORTED              this session is over: call Join again; unless the trailing metadata hold the key
-                       codistill-superseded: then a newer worker has taken the student over, and this one must end.
+  ABORTED              this session is over (a silent worker's, while rounds went on, among them): call Join again;
+                       unless the trailing metadata hold the key codistill-superseded: then a newer worker has taken
+                       the student over, and this one must end.
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
-  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need; or, if the trailing metadata hold the
+                       key grpc-retry-pushback-ms, the peer asks for more than its share: try again after so many
+                       milliseconds.
+  UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
+                       Nothing of the message was read; do not retry.
 """
 
 import abc
