@@ -493,8 +493,10 @@ def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(
     address = tmp_path / "run" / ADDRESS_FILE
     address.parent.mkdir()
     address.write_text('{"address": "127.0.0.1:1", "metrics": "", "pid": 1}')
-    (address.parent / JOURNAL_FILE).write_text("my notes")
-    refused(tmp_path)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        refused(tmp_path, listen=f"127.0.0.1:{busy.getsockname()[1]}")
     assert not address.exists()
 
 
