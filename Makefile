@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 SOURCES := protos server worker deploy tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format types imports protos protos-check docs docs-check bench check clean
+.PHONY: help install demo test test-fast simulate lint format types imports protos protos-check docs docs-check bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(STAMP) ## all tests
 
 test-fast: $(STAMP) ## the tests that start no processes and no browser
 	@$(BIN)/python -m pytest -m 'not system and not browser'
+
+simulate: $(STAMP) ## 10,000 seeds of the simulated cluster: every fault, over a virtual clock
+	@$(BIN)/python tests/simulation/replay.py --seeds 10000
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check .

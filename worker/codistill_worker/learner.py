@@ -204,8 +204,7 @@ class Learner:
 
     @property
     def _longest_exchange(self) -> float:
-        # A wait for targets, then one for a server that went away at its very end.
-        return 2 * self._experiment.exchange.give_up_after + _CALLS_SECONDS
+        return self._experiment.exchange.give_up_after + _CALLS_SECONDS
 
     def _begin(self, what: str, legal: float = 0.0) -> None:
         """Tells the watchdog what begins, and for how long that may wait for others."""
