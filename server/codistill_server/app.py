@@ -32,7 +32,7 @@ from codistill_server.journal import Journal, JournalError
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
-from codistill_server.service import DistillationService, EventLoopSubmit, server_options
+from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 
 __all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "parse_address", "serve"]
 
@@ -129,7 +129,7 @@ class _Server:
             raise ServerError(str(error)) from error
         service = DistillationService(coordinator, self._fail)
         limit = receive_limit(self._experiment)
-        server = grpc.aio.server(options=server_options(limit))
+        server = grpc.aio.server(interceptors=(ReadableRequests(),), options=server_options(limit))
         server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
