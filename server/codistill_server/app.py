@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ JOURNAL_FILE = "journal.sqlite"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
+_LISTENING_SECONDS = 0.25
+_RETIRING = 64
 _SCRAPE_SECONDS = 5.0
 
 
@@ -129,16 +132,22 @@ class _Server:
             raise ServerError(str(error)) from error
         service = DistillationService(coordinator, self._fail)
         limit = receive_limit(self._experiment)
-        server = grpc.aio.server(interceptors=(ReadableRequests(),), options=server_options(limit))
-        server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        if options.reflect:
-            names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+
+        def listener() -> grpc.aio.Server:
+            made = grpc.aio.server(interceptors=(ReadableRequests(),), options=server_options(limit))
+            made.add_generic_rpc_handlers((service.handler(),))
+            health_pb2_grpc.add_HealthServicer_to_server(healthy, made)
+            if options.reflect:
+                names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+                reflection.enable_server_reflection(names, made)
+            return made
+
+        server = listener()
         coordinator.on_complete = self._complete
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
+        retiring: deque[asyncio.Task[None]] = deque(maxlen=_RETIRING)
         try:
             bound = _listen(server, host, port)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
@@ -151,7 +160,11 @@ class _Server:
             self._announce(address, metrics_address, limit)
             if coordinator.complete:
                 self._complete()
-            await self._done.wait()
+            while not await self._over(server):
+                fallen, server = server, listener()
+                _listen(server, host, bound)
+                await server.start()
+                retiring.append(asyncio.create_task(fallen.stop(_DRAIN_SECONDS)))
             await healthy.enter_graceful_shutdown()
             service.end()
             await server.stop(_DRAIN_SECONDS)
@@ -159,6 +172,7 @@ class _Server:
             if ticking is not None:
                 ticking.cancel()
             await server.stop(0)
+            await asyncio.gather(*retiring)
             if metrics is not None:
                 metrics()
             submit.close()
@@ -169,6 +183,27 @@ class _Server:
         if self._failure is not None:
             raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
         return ExitCode.OK
+
+    async def _over(self, server: grpc.aio.Server) -> bool:
+        """Waits for the end; returns False if gRPC stops listening before.
+
+        A call whose path is not UTF-8, which anybody can send who reaches the port, ends grpc.aio's own loop. The streams
+        that are open go on; who finds the connection closing joins again, and comes to the next listener.
+        """
+        done = asyncio.ensure_future(self._done.wait())
+        try:
+            while True:
+                look = asyncio.ensure_future(server.wait_for_termination(_LISTENING_SECONDS))
+                await asyncio.wait((done, look), return_when=asyncio.FIRST_COMPLETED)
+                if done.done():
+                    look.cancel()
+                    await asyncio.gather(look, return_exceptions=True)
+                    return True
+                if (error := look.exception()) is not None or not look.result():
+                    _log.warning("gRPC stopped listening: %s; listening again", error)
+                    return False
+        finally:
+            done.cancel()
 
     def _open_files(self) -> tuple[Recorder, Journal]:
         exchange = self._experiment.exchange

