@@ -182,13 +182,12 @@ class Campaign:
             students = len(self._experiments[name].names)
             if usage.sessions[name] > students or usage.outboxes[name] > students:
                 problems.append(f"{name} has {usage.sessions[name]} sessions, {usage.outboxes[name]} outboxes")
-        # The first ones are of a server that has not yet seen every kind of input.
-        warm = self.report.usage[min(3, len(self.report.usage) - 1)]
+        first = self.report.usage[0]
         for what, have, most in (
-            ("rss", usage.rss, warm.rss + MORE_RSS),
-            ("fds", usage.fds, warm.fds + MORE_FDS),
-            ("threads", usage.threads, warm.threads + MORE_THREADS),
-            ("tasks", usage.tasks, warm.tasks + MORE_TASKS),
+            ("rss", usage.rss, first.rss + MORE_RSS),
+            ("fds", usage.fds, first.fds + MORE_FDS),
+            ("threads", usage.threads, first.threads + MORE_THREADS),
+            ("tasks", usage.tasks, first.tasks + MORE_TASKS),
         ):
             if have > most:
                 problems.append(f"{what} has grown to {have}; allowed: {most}")
