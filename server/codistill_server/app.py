@@ -162,7 +162,7 @@ class _Server:
                 self._complete()
             while not await self._over(server):
                 fallen, server = server, listener()
-                _listen(server, host, bound)
+                await _listen_again(server, host, bound)
                 await server.start()
                 retiring.append(asyncio.create_task(fallen.stop(_DRAIN_SECONDS)))
             await healthy.enter_graceful_shutdown()
@@ -328,6 +328,21 @@ def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
         raise ServerError(
             f"listen: {text} cannot be listened on: {why}; choose another address with --listen"
         ) from error
+
+
+async def _listen_again(server: grpc.aio.Server, host: str, port: int) -> None:
+    """Binds the port that a listener which fell is just letting go of."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _DRAIN_SECONDS
+    while True:
+        try:
+            _listen(server, host, port)
+        except ServerError:
+            if loop.time() >= deadline:
+                raise
+            await asyncio.sleep(_LISTENING_SECONDS)
+        else:
+            return
 
 
 def _is_loopback(host: str) -> bool:
