@@ -8,6 +8,7 @@ asks for one line of JSON on its standard output; the end of its input ends it, 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import json
 import logging
@@ -125,13 +126,14 @@ class Serving:
             new = log.read()
         self._read += len(new)
         text = new.decode(errors="replace")
-        bad = ("Traceback (most", "ERROR", "CRITICAL", "Exception", "Unexpected", "Warning", "assert")
+        bad = ("Traceback (most", "Fatal Python error", "ERROR", "CRITICAL", "Exception", "Unexpected", "Warning", "assert")
         return text if any(word in text for word in bad) else ""
 
 
 def main() -> None:
     """Serves until the standard input ends."""
     config = json.loads(sys.argv[1])
+    faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_not_the_known_fall)
