@@ -60,6 +60,8 @@ def server_options(receive_limit: int) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
+        # A worker needs one stream and a few calls beside it.
+        ("grpc.max_concurrent_streams", 100),
         # A connection that says nothing would be held for two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
     ]

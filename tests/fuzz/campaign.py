@@ -1,6 +1,6 @@
 """A fuzzing campaign against a real aggregation server.
 
-One process (:mod:`fuzz.serving`) serves three runs on one event loop.
+One process (:mod:`fuzz.serving`) serves the runs on one event loop.
 
 * ``healthy`` has honest students who exchange without a pause and compare every target with the pure function, bit for
   bit. What the fuzzer does there is what somebody without a session can do: anything at all below gRPC, and every call
@@ -10,8 +10,9 @@ One process (:mod:`fuzz.serving`) serves three runs on one event loop.
   are numbered from far away on, by a journal that remembers such a session.
 * ``chaos`` has no honest students: all its sessions are the fuzzer's, told one story at a time, and a model says what
   must be answered at each step, targets included. What goes on there must not reach the other run either.
-* ``battered`` has nobody. Its port gets what makes grpc.aio itself fall over (see :class:`fuzz.tcp.Port`); it must listen
-  again each time, and the others must not notice.
+* ``battered``, on demand (``--batter``), has nobody. Its port gets what makes grpc.aio itself fall over (see
+  :class:`fuzz.tcp.Port`); it must listen again each time, and the others must not notice. After such a fall a flood of
+  streams that are opened and reset sometimes ends the process (SIGSEGV inside gRPC 1.85), so this is not the rule.
 
 An input is one attack on a port, one call, or one story. It is drawn from (seed, kind, index) alone, so one command tells
 it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
@@ -51,7 +52,7 @@ KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.86, "story": 0.04}
 FAR_AWAY = 2**52
 TOGETHER = {"tcp": 4, "call": 12, "story": 1}
 LOOK_EVERY = 1000
-MORE_RSS = 64 * 2**20
+MORE_RSS = 160 * 2**20  # a flood of streams, opened and reset, fills gRPC's own pools once
 MORE_FDS, MORE_THREADS, MORE_TASKS = 150, 8, 100
 SLOWEST_ROUND = 10.0
 
@@ -243,7 +244,7 @@ class Campaign:
                 port = self._ports[rng.choice(list(doors))]
                 name = None
                 while name is None:
-                    with contextlib.suppress(ConnectionRefusedError):  # between two listeners
+                    with contextlib.suppress(ConnectionError):  # between two listeners
                         name = await port.attack(rng)
                     await asyncio.sleep(0)
                 self.report.seen[f"tcp: {name}", "still serving"] += 1
@@ -289,13 +290,14 @@ class Campaign:
 
 
 @contextlib.asynccontextmanager
-async def campaign(folder: Path, seed: int, plant: str = "") -> AsyncGenerator[Campaign]:
-    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find."""
+async def campaign(folder: Path, seed: int, plant: str = "", *, batter: bool = False) -> AsyncGenerator[Campaign]:
+    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find, `batter` adds that run."""
     experiments = {
         HEALTHY: make_experiment(name=HEALTHY, exchange={"give_up_after": 60}),
         CHAOS: make_experiment(name=CHAOS, seed=1, exchange={"give_up_after": 60}),
-        BATTERED: make_experiment(name=BATTERED, seed=2, exchange={"give_up_after": 60}),
     }
+    if batter:
+        experiments[BATTERED] = make_experiment(name=BATTERED, seed=2, exchange={"give_up_after": 60})
     documents = {name: yaml.safe_dump(each.model_dump(mode="json")) for name, each in experiments.items()}
     with Serving(folder, documents, {HEALTHY: FAR_AWAY}, plant) as serving:
         async with Campaign(seed, serving, experiments).ready() as ready:
@@ -313,6 +315,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="KIND/INDEX", help="one input, as a failure prints it")
     parser.add_argument("--plant", default="", help="a bug of fuzz.plants to look for")
+    parser.add_argument("--batter", action="store_true", help="also send what makes grpc.aio itself fall over")
     options = parser.parse_args()
     if options.only:
         kind, _, index = options.only.partition("/")
@@ -322,7 +325,7 @@ def main() -> int:
 
     async def go() -> Report:
         with tempfile.TemporaryDirectory() as folder:
-            async with campaign(Path(folder), options.seed, options.plant) as ready:
+            async with campaign(Path(folder), options.seed, options.plant, batter=options.batter) as ready:
                 return await ready.run(indices)
 
     try:

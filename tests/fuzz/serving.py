@@ -126,7 +126,16 @@ class Serving:
             new = log.read()
         self._read += len(new)
         text = new.decode(errors="replace")
-        bad = ("Traceback (most", "Fatal Python error", "ERROR", "CRITICAL", "Exception", "Unexpected", "Warning", "assert")
+        bad = (
+            "Traceback (most",
+            "Fatal Python error",
+            "ERROR",
+            "CRITICAL",
+            "Exception",
+            "Unexpected",
+            "Warning",
+            "assert",
+        )
         return text if any(word in text for word in bad) else ""
 
 

@@ -69,18 +69,22 @@ class Port:
         """Sends one thing that is no call of a client, and returns its name."""
         name, parts, pause = _draw(rng, self._unpackable)
         reader, writer = await asyncio.open_connection("127.0.0.1", self._door.port)
-        with contextlib.suppress(OSError):
-            for part in parts:
-                writer.write(part)
-                await writer.drain()
-                if pause:
-                    await asyncio.sleep(pause)
-            if rng.random() < 0.3:
-                writer.write_eof()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rng.choice((0.0, 0.01, 0.05))):
-                    while await reader.read(65536):
-                        pass
+        try:
+            with contextlib.suppress(OSError):
+                for part in parts:
+                    writer.write(part)
+                    await writer.drain()
+                    if pause:
+                        await asyncio.sleep(pause)
+                if rng.random() < 0.3:
+                    writer.write_eof()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(rng.choice((0.0, 0.01, 0.05))):
+                        while await reader.read(65536):
+                            pass
+        except BaseException:
+            writer.transport.abort()
+            raise
         if rng.random() < 0.1:
             self._left.append(writer)
             if len(self._left) > self._most:
