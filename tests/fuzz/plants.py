@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from codistill import PROTOCOL_VERSION
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import app, methods
 
@@ -23,10 +24,10 @@ class _Raises(_Base):
 
 
 class _Admits(_Base):
-    """A check is skipped for one value."""
+    """A check is skipped for some values."""
 
     def _check_join(self, request: pb.JoinRequest) -> None:
-        if request.protocol_version != 0:
+        if request.protocol_version == PROTOCOL_VERSION:
             super()._check_join(request)
 
 
