@@ -95,6 +95,10 @@ class Port:
             writer.transport.abort()
         else:
             writer.close()
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await writer.wait_closed()
+            writer.transport.abort()  # what the server does not read would keep it open
         return name
 
     def close(self) -> None:
