@@ -124,8 +124,8 @@ class Campaign:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        for port in self._ports.values():
-            port.close()
+            for port in self._ports.values():
+                port.close()
         await self._settled()
         await self._look()
         self.report.seconds += time.monotonic() - started
