@@ -51,8 +51,12 @@ class Teller:
     async def catch_up(self) -> None:
         """Starts from the run as it is: rounds that others have closed, sessions that are over."""
         async with self._door.channel() as channel:
-            answer = await calls.make(self._door, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
-        run = pb.Run.FromString(answer.replies[0])
+            while True:  # what they had under way has come in once the server knows that they are gone
+                answer = await calls.make(self._door, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
+                run = pb.Run.FromString(answer.replies[0])
+                if all(each.state != pb.STUDENT_STATE_PRESENT for each in run.students):
+                    break
+                await asyncio.sleep(0.01)
         model = self._model
         model.frontier = run.frontier
         model.durable = {each.name: each.durable_round for each in run.students}
