@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,18 +19,19 @@ from rich.console import Console
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
-from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE, Security
-from codistill.security import read as read_security
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from codistill.security import Security
+
 __all__ = ["app", "main"]
 
 # The command's modules import torch, which takes seconds; each command imports what it needs, so that help, usage
-# errors and a wrong experiment file are answered at once.
+# errors and a wrong experiment file are answered at once. gRPC too: `main` has something to tell it before.
 
 app = typer.Typer(
     help="Online distillation between students of different architectures.",
@@ -54,18 +55,18 @@ InProcessOption = Annotated[
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
 TlsCertOption = Annotated[
-    Path | None, typer.Option(TLS_CERT.option, help=f"This side's certificate, PEM; else {TLS_CERT.variable}.")
+    Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
 ]
 TlsKeyOption = Annotated[
-    Path | None, typer.Option(TLS_KEY.option, help=f"The certificate's private key, PEM; else {TLS_KEY.variable}.")
+    Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
 ]
 TlsCaOption = Annotated[
     Path | None,
-    typer.Option(TLS_CA.option, help=f"The CA that signed the other side's certificate, PEM; else {TLS_CA.variable}."),
+    typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
 ]
 TokenFileOption = Annotated[
     Path | None,
-    typer.Option(TOKEN_FILE.option, help=f"The file with the token; else {TOKEN_FILE.variable} or {TOKEN_VARIABLE}."),
+    typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
 ]
 
 
@@ -118,7 +119,7 @@ def run(
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = _stop_on_signals()
-    security = Security() if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
     code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
     from codistill_deploy import report as reports
@@ -150,7 +151,7 @@ def compare(
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     stop = _stop_on_signals()
-    wire = _Wire(Security() if in_process else _read_security_for_both())
+    wire = _Wire(None if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
         return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)
@@ -187,13 +188,14 @@ def serve(
 ) -> None:
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
+    from codistill.security import read
     from codistill_server.app import ServeOptions
     from codistill_server.app import serve as run_server
 
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
-    security = read_security(tls_cert, tls_key, tls_ca, token_file)
+    security = read(tls_cert, tls_key, tls_ca, token_file)
     options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
 
@@ -213,6 +215,7 @@ def work(
 ) -> None:
     """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
+    from codistill.security import read
     from codistill_deploy.discovery import find_server
     from codistill_worker.app import WorkOptions
     from codistill_worker.app import work as run_worker
@@ -222,7 +225,7 @@ def work(
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
-    security = read_security(tls_cert, tls_key, tls_ca, token_file)
+    security = read(tls_cert, tls_key, tls_ca, token_file)
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
@@ -240,11 +243,12 @@ def status(
     token_file: TokenFileOption = None,
 ) -> None:
     """Show who is at which round, and who is waited for."""
+    from codistill.security import read
     from codistill_deploy.discovery import find_server
     from codistill_deploy.status import add_supervision, ask, show
 
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
-    state = ask(address, read_security(tls_cert, tls_key, tls_ca, token_file))
+    state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
         add_supervision(state, run_dir)
     if as_json:
@@ -297,7 +301,8 @@ def main() -> None:
         stream=sys.stderr,
     )
     if not debug:
-        # gRPC writes a line of its own for every handshake that fails; what matters of it, an error of ours says.
+        # gRPC writes a line for every handshake that fails, so that whoever knocks could fill a server's disk; what
+        # matters of it, the client's error says. It is read when gRPC is imported.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = app(args=arguments, prog_name="codistill", standalone_mode=True)
@@ -336,7 +341,7 @@ def _explain(error: Exception) -> ExitCode:
 class _Wire:
     """How the processes of a local run reach one another."""
 
-    security: Security
+    security: Security | None = None
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
     announce: bool = False
@@ -350,7 +355,9 @@ def _read_security_for_both(
     token_file: Path | None = None,
 ) -> Security:
     """Reads what protects a run whose server and workers are all started here, and checks it before they are."""
-    security = read_security(tls_cert, tls_key, tls_ca, token_file)
+    from codistill.security import read
+
+    security = read(tls_cert, tls_key, tls_ca, token_file)
     security.server_credentials()
     security.channel("127.0.0.1:1").close()
     return security
@@ -368,6 +375,7 @@ def _run_one(
     restarts: int = DEFAULT_RESTARTS,
 ) -> ExitCode:
     """Runs one experiment in one folder, shown on the console."""
+    from codistill.security import Security
     from codistill_deploy.local import LocalOptions, run_local
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
@@ -391,7 +399,7 @@ def _run_one(
                 search_path=search_path,
                 restarts=restarts,
                 keep=(lock,),
-                security=wire.security,
+                security=wire.security or Security(),
                 insecure=wire.insecure,
             )
             return run_local(experiment, folder, view, stop, options)

@@ -213,9 +213,8 @@ class _LocalRun:
         while time.monotonic() < deadline and any(member.running for member in self._members):
             time.sleep(_POLL_SECONDS / 2)
         for member in self._members:
-            if member.code not in (None, 0):
-                member.examine(time.monotonic())
-        failed = [member for member in self._members if member.given_up or member.code not in (None, 0)]
+            member.attend(time.monotonic(), start=False)
+        failed = [member for member in self._members if member.given_up is not None]
         return _error(min(failed, key=lambda member: member.code in _FOLLOWERS), self._folder)
 
 

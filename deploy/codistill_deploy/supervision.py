@@ -108,8 +108,12 @@ class Member:
             start_new_session=True,
         )
 
-    def attend(self, now: float) -> Restart | GiveUp | None:
+    def attend(self, now: float, *, start: bool = True) -> Restart | GiveUp | None:
         """Takes in that the process ended, or starts it again when it is time.
+
+        Args:
+            now: seconds of a clock that never goes back.
+            start: False once the run is over, so that nothing is started any more.
 
         Returns:
             What was decided, once for each ending; `ending` says how it ended. None if nothing is new.
@@ -117,7 +121,7 @@ class Member:
         if self.given_up is not None or self.running or self.done:
             return None
         if self._due is not None:
-            if now >= self._due:
+            if start and now >= self._due:
                 self._start_again(now)
             return None
         ending = self.examine(now)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -669,14 +669,14 @@ def difference(ours: str, theirs: str) -> str | None:
     """
     if ours == theirs:
         return None
-    left, right = _fields_in(ours), _fields_in(theirs)
+    left, right = _document_in(ours), _document_in(theirs)
     if left is None or right is None:
         return "experiment: what was sent is not the JSON of an experiment"
-    for path in sorted({*left, *right}):
-        have, has = left.get(path, _MISSING), right.get(path, _MISSING)
-        if have != has:
-            shown = _cut(path if path.isprintable() else ascii(path))
-            return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
+    differs = _first_difference(left, right)
+    if differs is not None:
+        path, have, has = differs
+        shown = _cut(path if path.isprintable() else ascii(path))
+        return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
     return "experiment: written differently"
 
 
@@ -695,7 +695,9 @@ def extends(older: str, newer: str) -> bool:
         return False
 
 
-_MISSING = "nothing"
+_MISSING = object()
+_NOTHING = "nothing"
+_Path: TypeAlias = "tuple[_Path, str] | None"
 _T = TypeVar("_T")
 
 
@@ -757,22 +759,49 @@ def _identity_of(value: Any) -> Any:
     return value
 
 
-def _fields_in(text: str) -> dict[str, str] | None:
+def _document_in(text: str) -> dict[str, Any] | None:
     try:
         document = json.loads(text)
-        return _flat(document) if isinstance(document, dict) and document else None
     except (ValueError, RecursionError):
         return None
+    return document if isinstance(document, dict) and document else None
 
 
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        pairs = [(str(key), item) for key, item in cast("dict[Any, Any]", value).items()]
-    elif isinstance(value, list) and value:
-        pairs = [(str(index), item) for index, item in enumerate(cast("list[Any]", value))]
-    else:
-        return {path: json.dumps(value)}
-    return {key: text for name, item in pairs for key, text in _flat(item, f"{path}.{name}" if path else name).items()}
+def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
+    """Returns the path of the first field that differs and both values as JSON, or None.
+
+    Only the path that is returned is ever written out: of a document from outside with long keys, all paths together
+    would take the square of its size. Nor does it recurse, as such a document may be nested as deep as JSON is read.
+    """
+    pending: list[tuple[_Path, Any, Any]] = [(None, ours, theirs)]
+    while pending:
+        path, left, right = pending.pop()
+        inner, other = _items(left), _items(right)
+        if (inner or left is _MISSING) and (other or right is _MISSING):
+            keys = sorted({*inner, *other}, reverse=True)
+            pending += [((path, key), inner.get(key, _MISSING), other.get(key, _MISSING)) for key in keys]
+            continue
+        have = _NOTHING if inner or left is _MISSING else json.dumps(left)
+        has = _NOTHING if other or right is _MISSING else json.dumps(right)
+        if have != has:
+            return _written(path), have, has
+    return None
+
+
+def _items(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
+    if isinstance(value, list):
+        return {str(index): item for index, item in enumerate(cast("list[Any]", value))}
+    return {}
+
+
+def _written(path: _Path) -> str:
+    keys: list[str] = []
+    while path is not None:
+        path, key = path
+        keys.append(key)
+    return ".".join(reversed(keys))
 
 
 def _validated(document: dict[Any, Any], source: str) -> Experiment:

@@ -36,7 +36,7 @@ from codistill_server.limits import Limits
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
-from codistill_server.service import DistillationService, EventLoopSubmit, server_options
+from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 
 __all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "parse_address", "serve"]
 
@@ -142,7 +142,7 @@ class _Server:
         service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
         token = options.security.token
-        guards = [] if token is None else [TokenGuard(token)]
+        guards = [*([] if token is None else [TokenGuard(token)]), ReadableRequests()]
         server = grpc.aio.server(
             interceptors=guards, options=server_options(limit, self._experiment.exchange.keepalive)
         )
@@ -156,6 +156,7 @@ class _Server:
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
         beating: asyncio.Task[None] | None = None
+        listening: asyncio.Task[None] | None = None
         try:
             bound = _listen(server, host, port, credentials)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
@@ -164,6 +165,7 @@ class _Server:
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
             beating = asyncio.create_task(self._beat(coordinator))
+            listening = asyncio.create_task(self._listens(server))
             self._watch_for_the_end(stop)
             self._announce(host, bound, metrics_address, limit)
             if coordinator.complete:
@@ -171,13 +173,13 @@ class _Server:
             await self._done.wait()
             await healthy.enter_graceful_shutdown()
             service.end()
-            await server.stop(_DRAIN_SECONDS)
+            await self._stop(server, _DRAIN_SECONDS)
         finally:
-            for task in (ticking, beating):
+            for task in (ticking, beating, listening):
                 if task is not None:
                     task.cancel()
             self._begin("going down")
-            await server.stop(0)
+            await self._stop(server, 0)
             if metrics is not None:
                 metrics()
             submit.close()
@@ -197,6 +199,27 @@ class _Server:
 
     def _begin(self, what: str) -> None:
         self._watchdog.begin(f"the server at {what}", self._experiment.training.hang_after)
+
+    async def _stop(self, server: grpc.aio.Server, grace: float) -> None:
+        try:
+            await server.stop(grace)
+        except Exception:
+            if self._failure is None:  # else it is what felled the listener, told once more
+                raise
+
+    async def _listens(self, server: grpc.aio.Server) -> None:
+        """Ends the process if gRPC stops listening by itself, so that whoever supervises it starts it again.
+
+        A call whose path is not UTF-8, which anybody can send who reaches the port, ends grpc.aio's own loop; nothing
+        would answer any more, and a second listener in the same process is not safe.
+        """
+        why = "it gave no reason"
+        try:
+            await server.wait_for_termination()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody listens any more
+            why = f"{type(error).__name__}: {error}"
+        if not self._done.is_set():
+            self._fail(ServerError(f"gRPC stopped listening ({why}); start the server again: the journal is whole"))
 
     def _open_files(self) -> tuple[Recorder, Journal]:
         exchange = self._experiment.exchange

@@ -60,6 +60,8 @@ __all__ = ["Coordinator", "Outbox", "Refused", "Submit", "receive_limit", "run_i
 _log = logging.getLogger(__name__)
 _RECENT_ROUNDS = 4
 _LARGEST_LOGIT = 1e30  # what the ensembles compute with; sums and differences stay finite in float32
+_LARGEST_ROUND = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
+_LONGEST_DEVICE = 200  # it is in the run's events, which GetRun sends all together
 _LONGEST_REFUSAL = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
 _T = TypeVar("_T")
 
@@ -212,6 +214,7 @@ class Coordinator:
             raise
         assert admitted is not None  # noqa: S101 - a join is either refused or admitted
         self._settle(request)
+        request.device = _printable(request.device[:_LONGEST_DEVICE])
         self.observations.joined(request)
         where = f" on {request.device}" if request.device else ""
         again = f", from round {request.first_round}" if request.first_round else ""
@@ -323,7 +326,7 @@ class Coordinator:
         student = self._rounds.student_of(request.session)
         what = "left" if reason is LeaveReason.STOPPED else reason.value
         if student is not None:  # before the event that may complete the run
-            self.observations.event(what, student, request.message[:500])
+            self.observations.event(what, student, _printable(request.message[:500]))
         self._outboxes.pop(request.session, None)
         self._apply(Leave(request.session, reason))
 
@@ -471,6 +474,16 @@ class Coordinator:
             )
         if request.student not in self._rounds.presence:
             return  # the state machine names the students there are
+        if request.total_rounds > _LARGEST_ROUND:
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"total_rounds: {request.total_rounds} is not allowed; allowed are at most {_LARGEST_ROUND}",
+            )
+        if request.first_round > request.total_rounds:
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"first_round: {request.first_round} is not allowed; allowed: 0 to total_rounds, {request.total_rounds}",
+            )
         differs = difference(self._identity, request.experiment)
         if differs is not None:
             raise Refused(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
@@ -550,11 +563,16 @@ class Coordinator:
         return Samples(message.ids.data, message.labels.data), {"logits": values}, labels
 
 
+def _printable(text: str) -> str:
+    """Returns what a worker wrote as one line that does nothing to a terminal."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def _course(request: pb.JoinRequest) -> dict[str, int | str]:
     """Returns what every worker must say alike of the run's data and length, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
-        "data.digest": request.data.digest[:128],
+        "data.digest": _printable(request.data.digest[:128]),
         "total_rounds": request.total_rounds,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -26,7 +26,7 @@ from codistill_server.journal import JournalError
 from codistill_server.limits import Gate, Limits, TooMany
 from codistill_server.rounds import Status
 
-__all__ = ["DistillationService", "EventLoopSubmit", "server_options"]
+__all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -268,6 +268,45 @@ class EventLoopSubmit:
             done(await asyncio.get_running_loop().run_in_executor(self._pool, work))
         except Exception as error:  # noqa: BLE001 - nobody awaits this task; whatever it is ends the run
             self._on_failure(error)
+
+
+class ReadableRequests(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message also where gRPC's own services, health and reflection, would read them.
+
+    They let the error out: that is UNKNOWN, and a traceback in the log for everyone who sends such bytes.
+    """
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Returns the call's handler, reading its requests itself if gRPC would."""
+        handler = await continuation(handler_call_details)
+        read = getattr(handler, "request_deserializer", None)
+        if read is None:  # no such method, or one of ours
+            return handler
+        request_type: type[Message] = read.__self__
+
+        async def readable(raw: bytes, context: _Context) -> Message:
+            try:
+                return _parse(request_type, raw)
+            except Refused as refused:
+                await _abort(context, refused)
+
+        async def unary(raw: bytes, context: _Context) -> Any:
+            call = handler.unary_stream if handler.response_streaming else handler.unary_unary
+            return await call(await readable(raw, context), context)
+
+        async def stream(raws: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+            async def requests() -> AsyncIterator[Message]:
+                async for raw in raws:
+                    yield await readable(raw, context)
+
+            async for reply in handler.stream_stream(requests(), context):
+                yield reply
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(unary, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
 
 def _parse(request_type: type[_Request], raw: bytes) -> _Request:

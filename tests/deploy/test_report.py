@@ -583,7 +583,7 @@ class TestBrowser:
 
     def test_a_page_says_who_was_started_again(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", epochs=5)
-        assert "Started again" not in loaded(report.write(folder), tmp_path / "profile")
+        assert "<dt>Started again</dt>" not in loaded(report.write(folder), tmp_path / "profile")
         killed = "was killed by SIGKILL; started again in 0.1 s, restart 1 of 10"
         (folder / history.SUPERVISOR_FILE).write_text(
             "".join(
@@ -592,7 +592,7 @@ class TestBrowser:
             )
         )
         dom = loaded(report.write(folder), tmp_path / "profile")
-        assert "Started again</dt><dd>the server 1 time and cnn 2 times</dd>" in dom
+        assert "<dt>Started again</dt><dd>the server once and cnn 2 times</dd>" in dom
         assert dom.count(killed) >= 3
 
     def test_a_comparisons_page_draws_its_charts_and_its_numbers_are_the_datas(self, tmp_path: Path) -> None:

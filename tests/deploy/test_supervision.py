@@ -95,6 +95,15 @@ def test_a_machine_that_cannot_start_it_now_is_asked_again(
     assert member.attend(9) is not None, "it has lived once more"
 
 
+def test_once_the_run_is_over_nothing_is_started_again(make: Callable[..., Member]) -> None:
+    member = make("import sys; sys.exit(1)")
+    member.start(0)
+    end_of(member)
+    assert member.attend(1, start=False) is not None, "how it ended still counts"
+    assert member.attend(100, start=False) is None
+    assert not member.running
+
+
 def test_what_has_done_its_part_is_left_alone(make: Callable[..., Member]) -> None:
     member = make("")
     member.start(0)

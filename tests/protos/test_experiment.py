@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -685,6 +686,31 @@ class TestIdentity:
         text = identity(experiment())
         assert difference(text, garbage) == "experiment: what was sent is not the JSON of an experiment"
         assert difference(garbage, text) == "experiment: what was sent is not the JSON of an experiment"
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "expected"),
+        [
+            ('{"a": {"b": 1}}', '{"a": 1}', "a: the run has nothing, this worker has 1"),
+            ('{"a": {"b": 1}}', '{"c": 1}', "a.b: the run has 1, this worker has nothing"),
+            ('{"a": 1}', '{"a": true}', "a: the run has 1, this worker has true"),
+            ('{"a": []}', '{"a": [1]}', "a: the run has [], this worker has nothing"),
+            ('{"a": [1, 2]}', '{"a": [1]}', "a.1: the run has 2, this worker has nothing"),
+        ],
+    )
+    def test_sections_and_values_are_told_apart(self, ours: str, theirs: str, expected: str) -> None:
+        assert difference(ours, theirs) == f"experiment field {expected}"
+
+    def test_a_hostile_document_costs_memory_like_its_size(self) -> None:
+        """Writing out the path of each value would take a long key times the number of values under it."""
+        sent = json.dumps({"k" * 30_000: [0] * 15_000})
+        tracemalloc.start()
+        try:
+            line = difference(identity(experiment()), sent)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert line is not None
+        assert peak < 20e6
 
     @given(
         st.recursive(

@@ -346,6 +346,78 @@ class TestHealth:
                     list(call)
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/grpc.health.v1.Health/Check",
+            "/grpc.health.v1.Health/Watch",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        ],
+    )
+    def test_bytes_that_are_no_message_to_grpcs_own_services(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+    ) -> None:
+        with serving(tmp_path, reflect=True) as served, grpc.insecure_channel(served.address) as channel:
+            call = cast("Any", channel.unary_stream(path))(b"\xff\xff\xff", timeout=PATIENCE)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details().startswith("3 bytes are not a grpc.")
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+class TestListening:
+    def test_a_path_that_is_not_utf8_ends_the_process_with_a_line_and_loses_no_round(self, tmp_path: Path) -> None:
+        """It ends grpc.aio's own loop, whoever sends it: a server that nobody reaches must not stay."""
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served:
+            _call_path(served.address, b"/\xa4")
+            ended = served.end()
+        assert isinstance(ended, ServerError)
+        assert ended.code is ExitCode.ERROR
+        assert str(ended).startswith("gRPC stopped listening (UnicodeDecodeError")
+        assert str(ended).endswith("start the server again: the journal is whole")
+        with serving(tmp_path, experiment) as again:
+            assert _answers(again.address)
+
+
+def _call_path(address: str, path: bytes) -> None:
+    """Calls a path as no client would, and waits until the server has let go of the connection."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": path,
+        b":authority": b"x",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+    }
+    block = b"".join(b"\0" + bytes([len(key)]) + key + bytes([len(value)]) + value for key, value in fields.items())
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as raw:
+        raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block))
+        with contextlib.suppress(ConnectionError):
+            until(lambda: _goes_away(raw), "the server says that it goes away")
+
+
+def _goes_away(raw: socket.socket) -> bool:
+    """Whether the next frame is GOAWAY, or there is none."""
+    head = raw.recv(9, socket.MSG_WAITALL)
+    if len(head) == 9:
+        raw.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
+    return len(head) < 9 or head[3] == 7
+
+
+def _answers(address: str) -> bool:
+    with grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        try:
+            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+        except grpc.RpcError:
+            return False
+
 
 class TestToken:
     """What is behind the token, and what is not."""
@@ -493,7 +565,10 @@ def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(
     address = tmp_path / "run" / ADDRESS_FILE
     address.parent.mkdir()
     address.write_text('{"address": "127.0.0.1:1", "metrics": "", "pid": 1}')
-    refused(tmp_path, listen="nonsense")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        refused(tmp_path, listen=f"127.0.0.1:{busy.getsockname()[1]}")
     assert not address.exists()
 
 

@@ -127,6 +127,37 @@ class TestJoin:
         run.join("bee")
         run.coordinator.close()
 
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"total_rounds": 2**53 + 1}, f"total_rounds: {2**53 + 1} is not allowed; allowed are at most {2**53}"),
+            (
+                {"first_round": TOTAL_ROUNDS + 1},
+                f"first_round: {TOTAL_ROUNDS + 1} is not allowed; allowed: 0 to total_rounds, {TOTAL_ROUNDS}",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("exchanging", [True, False])
+    def test_rounds_that_no_journal_can_hold_are_refused(
+        self, changes: dict[str, int], text: str, exchanging: bool
+    ) -> None:
+        run = Run(make_experiment() if exchanging else _independent())
+        error = refused(lambda: run.join("ant", **changes))
+        assert (error.status, str(error)) == (Status.INVALID_ARGUMENT, text)
+
+    def test_what_workers_write_is_short_and_does_nothing_to_a_terminal(self) -> None:
+        """GetRun sends the last 200 events together, which a client must be able to receive."""
+        run = Run()
+        run.join("ant", device="cuda\x1b[2J\n" + "x" * 60_000)
+        error = refused(lambda: run.join("bee", data__digest="\x1b[2J\n" + "d" * 60))
+        run.leave("ant", pb.LEAVE_REASON_FAILED, "out of\nmemory\x07")
+        assert str(error).isprintable()
+        snapshot = run.coordinator.snapshot()
+        assert snapshot.ByteSize() < 3000
+        assert snapshot.students[0].device.startswith("cuda\\x1b[2J\\nxxx")
+        assert all(event.message.isprintable() for event in snapshot.events)
+        assert snapshot.events[-1].message == "out of\\nmemory\\x07"
+
     def test_a_worker_that_is_refused_settles_nothing(self) -> None:
         """One that comes with the checkpoint of another run must not lock out this run's workers."""
         run = Run()

@@ -706,6 +706,27 @@ class TestStreams:
         drive(test)
 
 
+class TestConnections:
+    def test_one_that_says_nothing_is_closed(self) -> None:
+        """gRPC alone would hold it for two minutes; the limit is made short here."""
+        options = dict(server_options(1000))
+        assert options["grpc.server_handshake_timeout_ms"] <= 10_000
+        options["grpc.server_handshake_timeout_ms"] = 200
+
+        async def test() -> None:
+            server = grpc.aio.server(options=list(options.items()))
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            async with asyncio.timeout(PATIENCE):
+                while await reader.read(1000):
+                    pass
+            writer.close()
+            await server.stop(0)
+
+        drive(test)
+
+
 class TestWatchRun:
     @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
     def test_an_interval_that_is_not_allowed(self, interval: float) -> None:

@@ -138,6 +138,7 @@ def test_a_training_over_mutual_tls_with_a_token_goes_on_beside_those_who_are_re
         for process in running:
             process.kill()
             process.communicate()
+    assert not any("Handshake failed" in output for output in outputs), "whoever knocks must not fill the server's log"
     assert "on 0.0.0.0:" in outputs[-4]
     assert "(mutual TLS, token)" in outputs[-4]
     no_secret_in(*outputs)

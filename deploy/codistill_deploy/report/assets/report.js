@@ -298,7 +298,7 @@ const codistill = (() => {
 
   function restarts(students, about) {
     const times = [["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])].filter(([, number]) => number);
-    return times.length ? list(times.map(([name, number]) => `${name} ${plural(number, "time")}`)) : null;
+    return times.length ? list(times.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
   }
 
   function runTiles({ run: about, students, complete }) {
