@@ -273,6 +273,46 @@ class TestHeavyWork:
 
 
 class TestStatus:
+    def test_headers_that_are_under_way_do_not_lose_the_status(self) -> None:
+        """gRPC sends none then: the worker would be told UNKNOWN, and not what is wrong with what it sent."""
+
+        class Context:
+            headers = "not sent"
+            told: grpc.StatusCode | None = None
+
+            def __init__(self, session: int) -> None:
+                self.session = session
+
+            def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+                return ((SESSION_KEY, str(self.session)),)
+
+            async def send_initial_metadata(self, _: object) -> None:
+                self.headers = "under way"
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                self.headers = "sent"
+
+            async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+                assert self.headers == "sent"
+                self.told = code
+                raise asyncio.CancelledError  # as gRPC's ends the call
+
+        async def test() -> None:
+            experiment = make_experiment()
+            journal = Journal(None, identity(experiment))
+            coordinator = Coordinator(experiment, journal, Observations(experiment, lambda _: None))
+            context = Context(coordinator.join(join_request(experiment, "ant")).session)
+
+            async def requests() -> AsyncGenerator[bytes]:
+                yield b"no message"
+
+            with contextlib.suppress(asyncio.CancelledError):
+                await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))
+            assert context.told is grpc.StatusCode.INVALID_ARGUMENT
+            coordinator.close()
+
+        drive(test)
+
     def test_a_join_that_differs(self) -> None:
         async def test() -> None:
             async with serving() as served:
