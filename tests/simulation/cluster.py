@@ -101,12 +101,12 @@ class Cluster:
         proceed = proceed if plant.proceed is None else plant.proceed
         self.experiment, self.identity, reference = _experiment(method, count, keep_all, proceed, self.rounds)
         self.ledger = (plant.ledger or (GoingOn if proceed else Ledger))(reference)
-        self.connect_timeout, self.give_up_after = 60.0, draw.choice((60.0, 120.0))
+        self.connect_timeout, self.give_up_after = 40.0, draw.choice((45.0, 45.0, 120.0))
         self.step_seconds = draw.choice((0.2, 1.0, 5.0))
         self.load_seconds = draw.choice((0.1, 5.0))
         self.save_chance = draw.choice((0.1, 0.3, 1.0))
         self.slow_targets = draw.random() < 0.4
-        self.faults_end = draw.uniform(10.0, 30.0 + self.rounds * self.step_seconds * 2)
+        self.faults_end = draw.uniform(10.0, 60.0 + self.rounds * self.step_seconds * 2)
         self.every = draw.choice((2.0, 6.0, 15.0))
         self.weather = Weather(
             delay=draw.choice((0.001, 0.05, 0.5)),
@@ -196,12 +196,16 @@ class Cluster:
             if not self._alive(student) and not self.server.complete:
                 self.start_worker(student)
 
-        self.kernel.after(self.draw.uniform(0.2, 4.0), start)
+        self.kernel.after(self._until_restart(0.2), start)
+
+    def _until_restart(self, least: float) -> float:
+        """Returns how long what died stays away: some seconds, or for longer than the others wait."""
+        slow = not self._calm and self.draw.random() < 0.1
+        return self.draw.uniform(least, 1.5 * self.give_up_after if slow else 4.0)
 
     def server_died(self) -> None:
         if not self.server.complete:
-            slow = not self._calm and self.draw.random() < 0.05
-            self.kernel.after(self.draw.uniform(0.1, 1.5 * self.give_up_after if slow else 4.0), self.server.start)
+            self.kernel.after(self._until_restart(0.1), self.server.start)
 
     def _asked_to_join(self, student: str, *, late: bool) -> None:
         """Whoever is there may be superseded now, whether or not the answer arrives."""
@@ -461,6 +465,9 @@ class Cluster:
             self.server.start()
         for worker in self.workers:
             worker.process.go_on()
+        for name in self.experiment.names:
+            if not self._alive(name) and name not in self.done:
+                self.start_worker(name)
 
     def _check_progress(self, bound: float) -> None:
         for worker in self.workers:

@@ -132,6 +132,7 @@ class Stream:
         if self.worker_open:
             self.worker_open = False
             self._arrive(Failure("UNAVAILABLE", details))
+            self.link.carry(self.link.arrival(), self.server_lost)  # its reset, if it comes through
 
     # The server's end
 
@@ -153,6 +154,7 @@ class Stream:
     def server_lost(self) -> None:
         if self.server_open:
             self.server_open = False
+            self.link.carry(self.link.arrival(), self.worker_lost)
             self.on_closed()
 
     # Faults

@@ -124,7 +124,7 @@ class ReducesInOrderOfArrival(Coordinator):
     def _decide(self, decide: Decide) -> None:
         order = sorted(decide.contributions, key=lambda name: decide.arrived[name])
         contributions = {name: decide.contributions[name] for name in order}
-        super()._decide(Decide(decide.round, contributions, decide.arrived))
+        super()._decide(replace(decide, contributions=contributions))
 
 
 class DoesNotWait(Coordinator):
@@ -132,7 +132,21 @@ class DoesNotWait(Coordinator):
 
     def _decide(self, decide: Decide) -> None:
         kept = list(decide.contributions)[:-1]
-        super()._decide(Decide(decide.round, {name: decide.contributions[name] for name in kept}, decide.arrived))
+        super()._decide(replace(decide, contributions={name: decide.contributions[name] for name in kept}))
+
+
+class GivesTargetsBelowTheQuorum(Coordinator):
+    def _decide(self, decide: Decide) -> None:
+        super()._decide(replace(decide, targets=True))
+
+
+class CountsTheAbsentIn(Coordinator):
+    """Closes a round as if the last who is there were absent."""
+
+    def _decide(self, decide: Decide) -> None:
+        names = list(decide.contributions)
+        kept = names[:-1] if len(names) > 2 else names
+        super()._decide(replace(decide, contributions={name: decide.contributions[name] for name in kept}))
 
 
 class KeepsBothSessions(Rounds):
@@ -223,6 +237,11 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
     "a journal that loses the method's state": (Plant(journal=LosesTheMethodsState), "not those of the expected"),
     "reduces in order of arrival": (Plant(coordinator=ReducesInOrderOfArrival), "not those of the expected"),
     "does not wait for all": (Plant(coordinator=DoesNotWait), "not those of the expected"),
+    "gives targets below the quorum": (
+        Plant(coordinator=GivesTargetsBelowTheQuorum, proceed=True),
+        "not those of the con",
+    ),
+    "leaves somebody out": (Plant(coordinator=CountsTheAbsentIn, proceed=True), "not those of the contributions"),
     "two sessions of one student": (Plant(coordinator=with_rounds(KeepsBothSessions)), "the server holds"),
     "an older stream is left open": (Plant(coordinator=with_rounds(SupersedesNobody)), "the server holds"),
     "takes the targets of any round": (Plant(session=TakesAnyRound), "other targets|not journalled"),
@@ -240,10 +259,10 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
 @pytest.mark.parametrize("name", PLANTS)
 def test_it_finds_a_planted_bug(name: str) -> None:
     plant, expected = PLANTS[name]
-    plant = replace(plant, proceed=False)
-    for seed in range(200):
+    plant = replace(plant, proceed=bool(plant.proceed))  # where everybody is waited for, more is forbidden
+    for seed in range(400):
         violation = simulate(seed, plant).violation
         if violation is not None:
             assert re.search(expected, violation), f"seed {seed}: {violation}"
             return
-    pytest.fail("not found in 200 seeds")
+    pytest.fail("not found in 400 seeds")
