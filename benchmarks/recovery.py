@@ -1,6 +1,6 @@
 """How long a run stands still when one of its processes dies.
 
-Faults strike one `codistill run`, one after the other, in turns. Recovery is the time from a signal to the closing of the
+Faults strike a `codistill run`, one after the other. Recovery is the time from a signal to the closing of the
 second round after it: the round under way may close without the victim, the one after it cannot. It is given in seconds
 and as a multiple of the median round before the fault. Most of it is the start of a Python process that imports torch.
 
@@ -143,7 +143,7 @@ def _stop_for_a_while(run: _Run, name: str) -> None:
 _FAULTS: Mapping[str, Callable[[_Run], None]] = {
     "SIGKILL of a worker": lambda run: run.strike(signal.SIGKILL, "cnn"),
     "SIGKILL of the server": lambda run: run.strike(signal.SIGKILL, "server"),
-    "SIGKILL of both": lambda run: run.strike(signal.SIGKILL, "cnn", "server"),
+    "SIGKILL of both": lambda run: run.strike(signal.SIGKILL, "mlp", "server"),
     "SIGKILL of every worker": lambda run: run.strike(signal.SIGKILL, *_STUDENTS),
     "SIGTERM of the server": lambda run: run.strike(signal.SIGTERM, "server"),
     f"worker stopped for {_STOPPED_SECONDS:g} s": lambda run: _stop_for_a_while(run, "cnn"),
@@ -159,11 +159,12 @@ def measure(repeats: int, checkpoint_every: float, seed: int) -> list[Recovery]:
     """
     draw = random.Random(seed)
     found: list[Recovery] = []
-    with tempfile.TemporaryDirectory(prefix="codistill-recovery-") as folder:
-        run = _Run(Path(folder), checkpoint_every)
-        try:
-            run.await_closed(50)
-            for _ in range(repeats):
+    for _ in range(repeats):
+        # Pauses before restarts grow with their number, so each repetition has a run of its own.
+        with tempfile.TemporaryDirectory(prefix="codistill-recovery-") as folder:
+            run = _Run(Path(folder), checkpoint_every)
+            try:
+                run.await_closed(50)
                 for fault, inject in _FAULTS.items():
                     round_seconds = run.round_seconds()
                     time.sleep(draw.uniform(0, checkpoint_every))  # anywhere between two checkpoints
@@ -171,8 +172,8 @@ def measure(repeats: int, checkpoint_every: float, seed: int) -> list[Recovery]:
                     inject(run)
                     run.await_closed(closed + 2)
                     found.append(Recovery(fault, round_seconds, time.monotonic() - struck))
-        finally:
-            run.end()
+            finally:
+                run.end()
     return found
 
 
@@ -197,7 +198,7 @@ def table(found: Sequence[Recovery]) -> Table:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="How often each fault strikes.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each fault strikes.")] = 3,
     checkpoint_every: Annotated[float, typer.Option(min=0.0, help="Seconds between two checkpoints.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Of the moments at which the faults strike.")] = 0,
     to: Annotated[Path | None, typer.Option("--json", help="Write every recovery to this file.")] = None,

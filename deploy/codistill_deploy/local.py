@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -104,31 +105,25 @@ class _LocalRun:
         self._metrics = Port(options.metrics, "metrics")
         self._recorder: Recorder | None = None
         self._members: list[Member] = []
+        self._watcher: threading.Thread | None = None
 
     def run(self, stop: threading.Event) -> ExitCode:
         address_file = self._folder.path / ADDRESS_FILE
         address_file.unlink(missing_ok=True)
         reading, writing = os.pipe()
         over = threading.Event()
-        watcher = threading.Thread(
-            target=watch,
-            args=(self._listen.address, self._view.update, over, self._options.security),
-            name="codistill-watch",
-            daemon=True,
-        )
         try:
             self._recorder = _open_recorder(self._folder.path)
             server, workers = self._prepare(reading)
             for member in self._members:
                 member.start(time.monotonic())
-            watcher.start()
-            return self._supervise(server, workers, stop)
+            return self._supervise(server, workers, stop, over)
         finally:
             for member in self._members:
                 member.close()
             over.set()
-            if watcher.ident is not None:
-                watcher.join(_KILL_SECONDS)
+            if self._watcher is not None:
+                self._watcher.join(_KILL_SECONDS)
             os.close(writing)
             os.close(reading)
             self._listen.close()
@@ -158,8 +153,9 @@ class _LocalRun:
         self._members = [server, *workers]
         return server, workers
 
-    def _supervise(self, server: Member, workers: list[Member], stop: threading.Event) -> ExitCode:
-        announced = not self._options.announce
+    def _supervise(
+        self, server: Member, workers: list[Member], stop: threading.Event, over: threading.Event
+    ) -> ExitCode:
         while not stop.wait(_POLL_SECONDS):
             if all(worker.done for worker in workers):
                 return self._end(server)
@@ -169,9 +165,8 @@ class _LocalRun:
                     self._tell(member, decision)
             if any(member.given_up is not None for member in self._members):
                 raise self._failure()
-            if not announced and (self._folder.path / ADDRESS_FILE).exists():
-                announced = True
-                self._view.note(f"server {self._listen.address}, metrics on http://{self._metrics.address}/metrics")
+            if self._watcher is None:
+                self._watch(over)
         self._view.note("stopping: saving every student (Ctrl-C again to stop at once)")
         for worker in workers:
             worker.tell(signal.SIGTERM)
@@ -179,6 +174,18 @@ class _LocalRun:
         server.tell(signal.SIGTERM)
         self._await([server], _END_SECONDS)
         return ExitCode.INTERRUPTED
+
+    def _watch(self, over: threading.Event) -> None:
+        """Begins to show the run once its server is up; its successors have the same address."""
+        try:
+            server = json.loads((self._folder.path / ADDRESS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if self._options.announce:
+            self._view.note(f"server {server['address']}, metrics on http://{server['metrics']}/metrics")
+        arguments = (server["address"], self._view.update, over, self._options.security)
+        self._watcher = threading.Thread(target=watch, args=arguments, name="codistill-watch", daemon=True)
+        self._watcher.start()
 
     def _end(self, server: Member) -> ExitCode:
         """Ends the server of a run in which every student has finished."""

@@ -132,7 +132,7 @@ def test_killed_workers_and_servers_are_started_again_and_the_bits_are_the_same(
     assert output.count("was killed by SIGKILL; started again in ") == len(expected)
     report = (folder / "report.html").read_text()
     assert "the server was killed by SIGKILL; started again in 0.1 s, restart 1 of 10" in report
-    addresses = re.findall(r"on (127\.0\.0\.1:\d+), .*metrics on (\S+)", (folder / "server.log").read_text())
+    addresses = re.findall(r"on (127\.0\.0\.1:\d+)\b.*metrics on (\S+)", (folder / "server.log").read_text())
     assert len(addresses) == 3, "it lived three times"
     assert len(set(addresses)) == 1, "and came back to its addresses"
 
