@@ -31,6 +31,7 @@ _NEVER = {
     ExitCode.DIVERGED: "a repeated step is the same step, so it would diverge again",
     ExitCode.SUPERSEDED: "another worker trains this student",
 }
+_NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -56,8 +57,8 @@ class Ending:
         return f"ended with exit code {self.code}: {self.line}"
 
     def same_error(self, other: Ending) -> bool:
-        """Whether both are errors of their own, neither a signal nor a request to end, and the same one."""
-        if self.code != other.code or self.code <= 0 or self.code == ExitCode.INTERRUPTED:
+        """Whether both are errors of their own, neither a signal, a request to end nor a lack of memory, and the same one."""
+        if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN:
             return False
         return _without_addresses(self.line) == _without_addresses(other.line)
 
