@@ -48,6 +48,7 @@ def parsed(kind: type[Message], raw: bytes) -> Message | None:
 
 
 NO_MESSAGE = refusal(Code.INVALID_ARGUMENT, "are not a ")
+UNAUTHENTICATED = refusal(Code.UNAUTHENTICATED, "this server asks for a token", "is not this server's")
 
 
 @dataclass(frozen=True)
