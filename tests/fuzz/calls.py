@@ -284,5 +284,5 @@ class Outsider:
 
 
 def _altered(rng: random.Random, text: str) -> str:
-    at = rng.randrange(len(text))
+    at = rng.randrange(len(text) + 1)
     return text[:at] + rng.choice(("", "0", '"', "[" * 50, '{"a":1},', "é")) + text[at + rng.randrange(3) :]

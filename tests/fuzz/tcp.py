@@ -61,7 +61,7 @@ class Port:
         leave_open: how many connections at most stay open when an attack leaves one.
     """
 
-    def __init__(self, door: Door, leave_open: int = 60) -> None:
+    def __init__(self, door: Door, leave_open: int = 40) -> None:
         self._door = door
         self._left: deque[asyncio.StreamWriter] = deque()
         self._most = leave_open
@@ -89,7 +89,7 @@ class Port:
         if rng.random() < 0.1:
             self._left.append(writer)
             if len(self._left) > self._most:
-                self._left.popleft().transport.abort()
+                self._close_oldest()
         elif rng.random() < 0.5:
             with contextlib.suppress(OSError):  # the server may have closed it first
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -104,7 +104,11 @@ class Port:
 
     def close(self) -> None:
         while self._left:
-            self._left.popleft().transport.abort()
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        writer = self._left.popleft()  # by a name: dropped before it is closed, it would warn of that
+        writer.transport.abort()
 
 
 def _draw(rng: random.Random, metadata: Sequence[tuple[str, str]]) -> tuple[str, Sequence[bytes], float]:
