@@ -12,7 +12,7 @@ from codistill.v1 import distillation_pb2 as pb
 from fuzz import values
 from fuzz.campaign import TOKEN, FoundError, Report, campaign, share
 
-INPUTS = 2500
+INPUTS = 2000
 
 
 def run(folder: Path, inputs: int, seed: int, plant: str = "", token: str = "") -> Report:
@@ -53,7 +53,7 @@ class TestCampaign:
         ("plant", "part"),
         [
             ("raises", "answered UNKNOWN"),
-            ("admits", "answered OK"),
+            ("admits", "answered OK|names none of"),
             ("keeps", "rss has grown"),
             ("turned", "not the pure function's"),
             ("matches", "allowed: UNAUTHENTICATED"),
