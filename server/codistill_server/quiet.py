@@ -1,21 +1,29 @@
-"""Keeps strangers from filling the log: gRPC writes a traceback for each header that is not UTF-8, before any token counts."""
+"""Keeps callers from filling the log.
+
+gRPC writes a traceback for each header that is not UTF-8, before any token counts, and for each caller that is gone before
+its answer was sent.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 
 __all__ = ["Seldom", "quiet"]
 
 _LOGGER = "grpc._cython.cygrpc"
-_STRANGERS = "Invalid encoding on"
+_STRANGERS = {
+    "Invalid encoding on": "a call has a header that is not UTF-8",
+    "ExecuteBatchError raised in core": "a caller was gone before its answer was sent",
+}
 _SECONDS = 10.0
 
 
 class Seldom(logging.Filter):
-    """Lets one of the records that strangers cause through in 10 s, without its traceback, and every other record.
+    """Lets one of each kind of records that strangers cause through in 10 s, without its traceback, and every other record.
 
     Args:
         clock: seconds that never go back.
@@ -24,25 +32,23 @@ class Seldom(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._told_at: float | None = None
-        self._untold = 0
+        self._told_at: dict[str, float] = {}
+        self._untold: Counter[str] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is written."""
-        if not str(record.msg).startswith(_STRANGERS):
+        said = record.getMessage()
+        what = next((what for beginning, what in _STRANGERS.items() if said.startswith(beginning)), None)
+        if what is None:
             return True
         now = self._clock()
-        if self._told_at is not None and now - self._told_at < _SECONDS:
-            self._untold += 1
+        if now - self._told_at.get(what, -_SECONDS) < _SECONDS:
+            self._untold[what] += 1
             return False
-        header = repr(record.args[0] if isinstance(record.args, tuple) and record.args else record.msg)
-        record.msg, record.args = (
-            f"a call has a header that is not UTF-8: {header:.80}; {self._untold} more before it",
-            (),
-        )
+        record.msg, record.args = f"{what} ({said:.100}); {self._untold.pop(what, 0)} more before it", ()
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.exc_info = record.exc_text = None
-        self._told_at, self._untold = now, 0
+        self._told_at[what] = now
         return True
 
 

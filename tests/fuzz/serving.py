@@ -86,7 +86,8 @@ class Serving:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fuzz.serving", json.dumps(config)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                # gRPC as quiet as the command has it: else it writes a line for each GOAWAY that it gets
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "ERROR"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -388,7 +388,9 @@ class TestListening:
                 _call_raw(served.address, {b"x-anything": b"\xff\xfe"}, _HEADERS)
             assert _answers(served.address)
         (record,) = (each for each in caplog.records if each.levelname != "INFO")
-        assert record.getMessage() == r"a call has a header that is not UTF-8: b'\xff\xfe'; 0 more before it"
+        assert record.getMessage() == (
+            r"a call has a header that is not UTF-8 (Invalid encoding on b'\xff\xfe'); 0 more before it"
+        )
 
 
 _HEADERS, _GOAWAY = 1, 7

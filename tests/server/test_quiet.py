@@ -22,9 +22,18 @@ class TestSeldom:
                 assert (told.levelname, told.exc_info) == ("WARNING", None)
                 written.append(told.getMessage())
             clock.now += 0.1
-        assert written[0] == r"a call has a header that is not UTF-8: b'\xff'; 0 more before it"
+        assert written[0] == r"a call has a header that is not UTF-8 (Invalid encoding on b'\xff'); 0 more before it"
         assert [text.rpartition("; ")[2] for text in written] == ["0 more before it", *["99 more before it"] * 2]
-        assert len(written[2]) < 160
+        assert len(written[2]) < 180
+
+    def test_each_kind_has_its_own(self) -> None:
+        seldom = Seldom(Clock())
+        gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
+        told = record(gone)
+        assert seldom.filter(record("Invalid encoding on %s", b"\xff"))
+        assert seldom.filter(told)
+        assert not seldom.filter(record(gone))
+        assert told.getMessage().startswith("a caller was gone before its answer was sent (ExecuteBatchError ")
 
     def test_everything_else_is_written_as_it_is(self) -> None:
         seldom = Seldom(Clock())
