@@ -17,7 +17,7 @@ __all__ = ["Seldom", "quiet"]
 _LOGGER = "grpc._cython.cygrpc"
 _STRANGERS = {
     "Invalid encoding on": "a call has a header that is not UTF-8",
-    "ExecuteBatchError raised in core": "a caller was gone before its answer was sent",
+    'Failed "execute_batch"': "a caller was gone before its answer was sent",
 }
 _SECONDS = 10.0
 
@@ -38,7 +38,8 @@ class Seldom(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is written."""
         said = record.getMessage()
-        what = next((what for beginning, what in _STRANGERS.items() if said.startswith(beginning)), None)
+        why = f"{said} {record.exc_info[1]}" if record.exc_info else said
+        what = next((what for part, what in _STRANGERS.items() if part in why), None)
         if what is None:
             return True
         now = self._clock()

@@ -202,19 +202,24 @@ class DistillationService:
             self._coordinator.open_stream(session, stream)
         except Refused as refused:
             await _abort(context, refused)
-        parts = [
-            asyncio.ensure_future(self._read(session, requests, stream)),
-            asyncio.ensure_future(_write(stream, context)),
-            asyncio.ensure_future(self._ending.wait()),
-        ]
+        parts: list[asyncio.Future[Any]] = []
         try:
+            # Headers go out at once: they tell the worker that its session's stream stands. Here, and not in a part that
+            # may be cancelled meanwhile: gRPC would then send no status either, and the caller wait for it for ever.
+            await context.send_initial_metadata(())
+            parts += [
+                asyncio.ensure_future(self._read(session, requests, stream)),
+                asyncio.ensure_future(_write(stream, context)),
+                asyncio.ensure_future(self._ending.wait()),
+            ]
             await asyncio.wait([*parts, stream.ended], return_when=asyncio.FIRST_COMPLETED)
         finally:
             # Before the status is sent: a worker that does not read holds that up, and the others need not wait for it.
             self._coordinator.close_stream(session, stream)
             for part in parts:
                 part.cancel()
-            await asyncio.wait(parts)
+            if parts:
+                await asyncio.wait(parts)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STATUS_SECONDS):
                 if stream.ended.done():
@@ -332,8 +337,6 @@ def _host_of(context: _Context) -> str:
 
 
 async def _write(stream: _Stream, context: _Context) -> None:
-    # Headers go out at once: they tell the worker that its session's stream stands.
-    await context.send_initial_metadata(())
     while True:
         await context.write(await stream.queue.get())
 

@@ -29,10 +29,15 @@ class TestSeldom:
     def test_each_kind_has_its_own(self) -> None:
         seldom = Seldom(Clock())
         gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
-        told = record(gone)
+        error = RuntimeError('Failed "execute_batch": (SendMessageOperation,)')
+        told, again, other = record(gone), record(gone), record(gone)
+        told.exc_info = again.exc_info = (RuntimeError, error, None)
+        other.exc_info = (RuntimeError, RuntimeError("Failed grpc_call_start_batch: 8"), None)
         assert seldom.filter(record("Invalid encoding on %s", b"\xff"))
         assert seldom.filter(told)
-        assert not seldom.filter(record(gone))
+        assert not seldom.filter(again)
+        assert seldom.filter(other)
+        assert other.levelname == "ERROR", "that one is ours"
         assert told.getMessage().startswith("a caller was gone before its answer was sent (ExecuteBatchError ")
 
     def test_everything_else_is_written_as_it_is(self) -> None:
