@@ -79,20 +79,22 @@ class GiveUp:
     reason: str
 
 
-def decide(ending: Ending, history: Sequence[Ending], limit: int) -> Restart | GiveUp:
+def decide(ending: Ending, history: Sequence[Ending], limit: int, *, deterministic: bool = True) -> Restart | GiveUp:
     """Decides about a process that ended although the run needs it.
 
     Args:
         ending: how it ended.
         history: how its predecessors ended, oldest first; each was started again.
         limit: how often it may be started again before it has run well.
+        deterministic: whether the same error comes back for ever. A worker repeats its steps; what a server meets is up to
+            its callers and its disk.
     """
     if limit == 0:
         return GiveUp(RESTARTS_OFF)
     if ending.code in _NEVER:
         return GiveUp(_NEVER[ExitCode(ending.code)])
     recent = _since_it_ran_well([*history, ending])
-    if len(recent) > 1 and ending.same_error(recent[-2]):
+    if deterministic and len(recent) > 1 and ending.same_error(recent[-2]):
         return GiveUp("the same error came twice in a row, so it would come again")
     if len(recent) > limit:
         return GiveUp(f"{limit} restart{'s are' if limit > 1 else ' is'} used up")

@@ -204,8 +204,8 @@ class DistillationService:
             await _abort(context, refused)
         parts: list[asyncio.Future[Any]] = []
         try:
-            # Headers go out at once: they tell the worker that its session's stream stands. And they are waited for, as
-            # gRPC sends no status while they are under way: a worker refused at that moment would not be told why.
+            # Headers go out at once: they tell the worker that its session's stream stands. Here, and not in a part that
+            # may be cancelled meanwhile: gRPC would then send no status either, and the caller wait for it for ever.
             await context.send_initial_metadata(())
             parts += [
                 asyncio.ensure_future(self._read(session, requests, stream)),
