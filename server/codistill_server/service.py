@@ -18,6 +18,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import has_checksum, is_whole, seal
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import JournalError
@@ -33,6 +34,7 @@ _OUTBOX_REPLIES = 64
 _STREAM_GRACE = 30.0
 _STATUS_SECONDS = 5.0
 _TICK = 0.25
+_DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _GOING_DOWN = "the server is going down; try again until it is back"
 _CODES = {
     Status.ABORTED: grpc.StatusCode.ABORTED,
@@ -61,6 +63,10 @@ def server_options(receive_limit: int) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
     ]
+
+
+class _Damaged(Exception):  # noqa: N818 - the network's fault, and mended by sending again
+    """A message is not what was sent."""
 
 
 class _Stream:
@@ -139,9 +145,12 @@ class DistillationService:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(raw: bytes, context: _Context) -> bytes:
             try:
-                return call(_parse(request_type, raw)).SerializeToString()
+                response = call(_parse_whole(request_type, raw))
+                return seal(response) if _has_checksum_field(type(response)) else response.SerializeToString()
             except Refused as refused:
                 await _abort(context, refused)
+            except _Damaged as damaged:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
             except JournalError as error:
                 await self._fail(context, error)
 
@@ -199,6 +208,11 @@ class DistillationService:
 
     async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         async for raw in requests:
+            if not is_whole(raw, str(session)):
+                message = f"a contribution of {len(raw)} bytes {_DAMAGED}; join again"
+                self._coordinator.damaged(session, message)
+                stream.end(Status.ABORTED, message)
+                return
             try:
                 self._coordinator.contribute(session, _parse(pb.Contribution, raw), len(raw))
             except Refused as refused:
@@ -248,6 +262,29 @@ def _parse(request_type: type[_Request], raw: bytes) -> _Request:
     except DecodeError as error:
         message = f"{len(raw)} bytes are not a {request_type.DESCRIPTOR.full_name}: {error}"
         raise Refused(Status.INVALID_ARGUMENT, message) from error
+
+
+def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
+    """Returns a message whose checksum, if it has one, is right.
+
+    Raises:
+        Refused: the bytes are no such message.
+        _Damaged: they are not those that were sealed.
+    """
+    damaged = _Damaged(f"a {request_type.DESCRIPTOR.full_name} of {len(raw)} bytes {_DAMAGED}")
+    try:
+        message = _parse(request_type, raw)
+    except Refused:
+        if has_checksum(raw) and not is_whole(raw):
+            raise damaged from None
+        raise
+    if _has_checksum_field(request_type) and message.HasField("checksum") and not is_whole(raw):
+        raise damaged
+    return message
+
+
+def _has_checksum_field(message_type: type[Message]) -> bool:
+    return "checksum" in message_type.DESCRIPTOR.fields_by_name
 
 
 def _session_of(context: _Context) -> int:

@@ -31,7 +31,7 @@ from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.rounds import Samples
-from server.support_server import contribution, join_request, make_experiment
+from server.support_server import contribution, join_request, make_experiment, sealed
 
 PATIENCE = 60.0
 SERVICE = "codistill.v1.Distillation"
@@ -250,7 +250,7 @@ class TestServing:
             streams = []
             for name in experiment.names:
                 session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
-                messages = iter([contribution(experiment, name, 0)])
+                messages = iter([sealed(contribution(experiment, name, 0), session)])
                 hold = threading.Event()
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal
 from codistill.experiment import Distillation, Experiment, identity
 from codistill.records import Record
 from codistill.tensors import encode
@@ -92,7 +94,10 @@ class Student:
         await self.call.initial_metadata()
 
     async def send(self, number: int, **options: Any) -> None:
-        await self.write(contribution(self.served.experiment, self.name, number, **options).SerializeToString())
+        await self.contribute(contribution(self.served.experiment, self.name, number, **options))
+
+    async def contribute(self, message: pb.Contribution) -> None:
+        await self.write(seal(message, str(self.session)))
 
     async def write(self, raw: bytes) -> None:
         await self.call.write(raw)
@@ -297,7 +302,7 @@ class TestStatus:
                 ):
                     ant = Student(served, "ant")
                     await ant.start()
-                    await ant.write(message.SerializeToString())
+                    await ant.contribute(message)
                     error = await ant.ending()
                     assert error.code() is code
                     assert part in (error.details() or "")
@@ -384,10 +389,71 @@ class TestStatus:
                 watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
                 assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
                 ant, _ = await served.students()
-                await ant.write(raw)
+                whole = raw + b"\x7d" + zlib.crc32(str(ant.session).encode() + raw).to_bytes(4, "little")
+                await ant.write(whole)
                 assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert served.presence == {"ant": "absent", "bee": "present"}
                 assert served.failures == []
+
+        drive(test)
+
+    @pytest.mark.parametrize("damage", ["a bit", "the tail", "no checksum", "another session"])
+    def test_a_damaged_contribution_is_sent_again_and_never_counted(self, damage: str) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                message = contribution(served.experiment, "ant", 0)
+                raw = seal(message, str(ant.session))
+                raw = {
+                    "a bit": raw[:-40] + bytes([raw[-40] ^ 4]) + raw[-39:],
+                    "the tail": raw[:-1],
+                    "no checksum": message.SerializeToString(),
+                    "another session": seal(message, str(bee.session)),
+                }[damage]
+                await bee.send(0)
+                await ant.write(raw)
+                error = await ant.ending()
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert "damaged on the way" in (error.details() or "")
+                assert SUPERSEDED_KEY not in trailing(error), "it joins again"
+                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.coordinator.frontier == 0
+                assert served.coordinator.observations.rejected[Status.ABORTED] == 1
+                events = served.coordinator.snapshot().events
+                assert [event.student for event in events if event.kind == "damaged"] == ["ant"]
+                ant = Student(served, "ant")
+                await ant.start()
+                await ant.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    @pytest.mark.parametrize("name", UNARY)
+    def test_other_damaged_calls_are_to_be_tried_again(self, name: str) -> None:
+        """Wherever the bit is, and whether the bytes still parse or not; nothing is done of what they say."""
+
+        async def test() -> None:
+            async with serving() as served:
+                ant, _ = await served.students()
+                request: Any = {
+                    "Join": join_request(served.experiment, "ant"),
+                    "Report": pb.ReportRequest(session=ant.session, round=3, durable_round=2),
+                    "Leave": pb.LeaveRequest(session=ant.session, reason=pb.LEAVE_REASON_FINISHED, message="done"),
+                }[name]
+                raw = seal(request)
+                call = served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")
+                for position in range(0, len(raw) - 5, max(1, len(raw) // 30)):
+                    damaged = bytearray(raw)
+                    damaged[position] ^= 2
+                    error = await error_of(call(bytes(damaged)))
+                    assert error.code() is grpc.StatusCode.UNAVAILABLE, (position, error.details())
+                    assert "damaged on the way" in (error.details() or "")
+                assert served.presence == {"ant": "present", "bee": "present"}
+                assert served.coordinator.observations.students["ant"].durable_round == 0
+                await call(request.SerializeToString())  # without a checksum, as other programs may
+                answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
+                if name == "Join":
+                    assert is_whole(answer), "the response is sealed too"
 
         drive(test)
 
@@ -500,7 +566,7 @@ class TestStreams:
                 await asyncio.wait([asking])
 
         async def _ask(student: Student) -> None:
-            raw = contribution(experiment, student.name, 0).SerializeToString()
+            raw = seal(contribution(experiment, student.name, 0), str(student.session))
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while True:
                     await student.write(raw)

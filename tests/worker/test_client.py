@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from codistill import PROTOCOL_VERSION, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.tensors import decode, encode
@@ -447,11 +448,13 @@ class Script(DistillationServicer):
     def __init__(self) -> None:
         self.joins: list[pb.JoinRequest] = []
         self.sent: list[tuple[int, int]] = []
+        self.contributions: list[pb.Contribution] = []
         self.reports: list[pb.ReportRequest] = []
         self.left: list[pb.LeaveRequest] = []
         self.answer: Callable[[int, int, Any], Iterator[pb.ExchangeReply]] = lambda _session, number, _context: iter(
             [reply(number)]
         )
+        self.on_join: Callable[[int], pb.JoinResponse] = lambda number: pb.JoinResponse(session=number, run="script")
         self.on_report: Callable[[int, Any], None] = lambda _number, _context: None
         self.on_leave: Callable[[int, Any], None] = lambda _number, _context: None
 
@@ -460,13 +463,14 @@ class Script(DistillationServicer):
         taken = pb.JoinRequest()
         taken.CopyFrom(request)
         self.joins.append(taken)
-        return pb.JoinResponse(session=len(self.joins), run="script")
+        return self.on_join(len(self.joins))
 
     def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeReply]:  # noqa: N802
         session = int(dict(context.invocation_metadata())["codistill-session"])
         context.send_initial_metadata(())
         for each in request_iterator:
             self.sent.append((session, each.round))
+            self.contributions.append(each)
             yield from self.answer(session, each.round, context)
 
     def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:  # noqa: N802
@@ -482,7 +486,11 @@ class Script(DistillationServicer):
 
 def reply(number: int) -> pb.ExchangeReply:
     values = {"logits": encode(torch.full((1, 1), float(number)), "float32")}
-    return pb.ExchangeReply(targets=pb.Targets(round=number, targets=values))
+    return sealed(pb.ExchangeReply(targets=pb.Targets(round=number, targets=values)))
+
+
+def sealed(message: pb.ExchangeReply) -> pb.ExchangeReply:
+    return pb.ExchangeReply.FromString(seal(message))
 
 
 @pytest.fixture
@@ -525,7 +533,7 @@ def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str],
     def stutter(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
         if number:
             yield reply(number - 1)
-        yield pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1))
+        yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
         yield reply(number)
         yield reply(number)
 
@@ -557,6 +565,49 @@ def test_a_stream_that_ends_without_being_superseded_is_opened_again(
     exchange.send(contribution(0, 0))
     assert value(exchange.receive(0)) == 0
     assert len(server.joins) == 2
+
+
+def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        answer = reply(number)
+        if session == 1:
+            answer.targets.targets["logits"].CopyFrom(encode(torch.full((1, 1), 99.0), "float32"))
+        elif session == 2:
+            answer.ClearField("checksum")
+        yield answer
+
+    server.answer = damage
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    assert value(exchange.receive(3)) == 3.0
+    assert server.sent == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    sent = contribution(3, 0)
+    exchange.send(sent)
+    exchange.receive(3)
+    exchange.report(report(4, 4))
+    exchange.leave(pb.LEAVE_REASON_FINISHED, "done")
+    assert [each.checksum for each in server.contributions] == [
+        pb.Contribution.FromString(seal(sent, "1")).checksum,
+    ]
+    for each in (*server.joins, *server.reports, *server.left):
+        assert is_whole(each.SerializeToString())
+
+
+def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str], connect: Connect) -> None:
+    """Another's session in it would have this student take the other's place."""
+    server, address = script
+    server.on_join = lambda number: pb.JoinResponse(session=number, run="script", checksum=1 if number == 1 else None)
+    exchange = connect(address)
+    assert exchange.join(pb.JoinRequest(student="cnn")).session == 2
 
 
 def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:

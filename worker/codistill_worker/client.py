@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal
 from codistill.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_worker.errors import Interrupted, WorkerError
 
 __all__ = ["GrpcExchange"]
@@ -31,6 +32,7 @@ _CALL_SECONDS = 20.0
 _SLICE_SECONDS = 0.2
 _FIRST_BACKOFF = 0.1
 _LONGEST_BACKOFF = 5.0
+_DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _WENT_AWAY = "went away and did not come back"
 _RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _NAMELESS = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
@@ -73,7 +75,7 @@ class GrpcExchange:
         self._give_up_after = give_up_after
         self._stop = stop
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._stub = DistillationStub(self._channel)
+        self._stub = _Stub(self._channel)
         self._request: pb.JoinRequest | None = None
         self._session = 0
         self._stream: _Stream | None = None
@@ -150,7 +152,7 @@ class GrpcExchange:
             if self._stop.is_set():
                 return
             self._mend()
-        self._reports.send(self._session, lambda request: self._stub.Report.future(request, timeout=_CALL_SECONDS))
+        self._reports.send(self._session, lambda request: self._stub.report.future(request, timeout=_CALL_SECONDS))
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         """Delivers what is left to report and ends the session.
@@ -196,9 +198,9 @@ class GrpcExchange:
         self._channel.close()
 
     def _say_goodbye(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        self._reports.flush(self._session, lambda request: self._stub.Report(request, timeout=_CALL_SECONDS))
+        self._reports.flush(self._session, lambda request: self._stub.report(request, timeout=_CALL_SECONDS))
         goodbye = pb.LeaveRequest(session=self._session, reason=reason, message=message)
-        self._stub.Leave(goodbye, timeout=_CALL_SECONDS)
+        self._stub.leave(goodbye, timeout=_CALL_SECONDS)
 
     # Connecting
 
@@ -234,7 +236,7 @@ class GrpcExchange:
             self._check_stop()
             left = deadline - time.monotonic()
             try:
-                response = self._stub.Join(request, timeout=max(min(left, _CALL_SECONDS), 0.1))
+                response = _join_response(self._stub.join(request, timeout=max(min(left, _CALL_SECONDS), 0.1)))
                 self._session = response.session
                 self._stream = _Stream(self._stub, response.session)
             except grpc.RpcError as error:
@@ -301,14 +303,30 @@ class GrpcExchange:
             raise Interrupted
 
 
+class _Stub:
+    """The server's calls: what is sent is sealed, what comes is taken as it came, as damage must not look like a refusal."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        service = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+
+        def unary(name: str) -> Any:
+            return channel.unary_unary(f"/{service}/{name}", request_serializer=seal, response_deserializer=None)
+
+        self.join = unary("Join")
+        self.report = unary("Report")
+        self.leave = unary("Leave")
+        self.exchange: Any = channel.stream_stream(f"/{service}/Exchange", None, None)
+
+
 class _Stream:
     """One Exchange call, read by a thread that ends with it."""
 
-    def __init__(self, stub: DistillationStub, session: int) -> None:
+    def __init__(self, stub: _Stub, session: int) -> None:
         self._outgoing: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.ExchangeReply | grpc.RpcError] = queue.SimpleQueue()
-        requests: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
-        self._call: Any = stub.Exchange(requests, metadata=((SESSION_KEY, str(session)),))
+        contributions: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
+        requests = (seal(contribution, str(session)) for contribution in contributions)
+        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, str(session)),))
         self._thread = threading.Thread(target=self._read, name="codistill-replies", daemon=True)
         self._thread.start()
 
@@ -340,22 +358,46 @@ class _Stream:
 
     def _read(self) -> None:
         try:
-            for reply in self._call:
-                self._incoming.put(reply)
+            for raw in self._call:
+                if not is_whole(raw):
+                    self._incoming.put(_Broken(f"a reply of {len(raw)} bytes {_DAMAGED}"))
+                    self._call.cancel()
+                    return
+                self._incoming.put(pb.ExchangeReply.FromString(raw))
         except grpc.RpcError as error:
             self._incoming.put(error)
         else:
-            self._incoming.put(_StreamEnded())
+            self._incoming.put(_Broken("the server ended the stream"))
 
 
-class _StreamEnded(grpc.RpcError):
-    """The server ended the stream without a status that says why."""
+class _Broken(grpc.RpcError):
+    """The connection cannot be used any more, and no status of the server's says why."""
+
+    def __init__(self, details: str) -> None:
+        self._details = details
+        super().__init__(details)
 
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
-        return "the server ended the stream"
+        return self._details
+
+
+def _join_response(raw: bytes) -> pb.JoinResponse:
+    """Returns a response from its bytes.
+
+    Raises:
+        _Broken: they are not what the server sent.
+    """
+    damaged = _Broken(f"a JoinResponse of {len(raw)} bytes {_DAMAGED}")
+    try:
+        response = pb.JoinResponse.FromString(raw)
+    except DecodeError:
+        raise damaged from None
+    if response.HasField("checksum") and not is_whole(raw):
+        raise damaged
+    return response
 
 
 class _Reports:

@@ -17,6 +17,12 @@ Status codes, for every rpc below:
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
   RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+
+Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
+messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
+CRC-32 (as zlib and Ethernet have it) of all the message's bytes before it. A damaged message is never believed: it is
+refused with ABORTED on the stream and with UNAVAILABLE elsewhere, so that it is sent again. On the stream a message
+without a checksum is a damaged one; elsewhere the checksum may be left out.
 """
 
 import builtins
@@ -238,6 +244,7 @@ class JoinRequest(google.protobuf.message.Message):
     TOTAL_ROUNDS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks; it must equal the server's."""
     student: builtins.str
@@ -254,6 +261,8 @@ class JoinRequest(google.protobuf.message.Message):
     """parameters is the number of trainable parameters, for reports."""
     device: builtins.str
     """device names the device that the student is trained on, for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def data(self) -> global___DataFingerprint:
         """data describes the data set that the worker loaded."""
@@ -274,9 +283,11 @@ class JoinRequest(google.protobuf.message.Message):
         total_rounds: builtins.int = ...,
         parameters: builtins.int = ...,
         device: builtins.str = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["data", b"data"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "student", b"student", "total_rounds", b"total_rounds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "student", b"student", "total_rounds", b"total_rounds"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinRequest = JoinRequest
 
@@ -315,20 +326,26 @@ class JoinResponse(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     FRONTIER_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session identifies the session in every later call. A later session of the same student has a larger number."""
     frontier: builtins.int
     """frontier is the first round that is not closed."""
     run: builtins.str
     """run is the run's name."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     def __init__(
         self,
         *,
         session: builtins.int = ...,
         frontier: builtins.int = ...,
         run: builtins.str = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["frontier", b"frontier", "run", b"run", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "frontier", b"frontier", "run", b"run", "session", b"session"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinResponse = JoinResponse
 
@@ -392,8 +409,13 @@ class Contribution(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     BATCH_FIELD_NUMBER: builtins.int
     HELD_OUT_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     round: builtins.int
     """round is the round contributed to."""
+    checksum: builtins.int
+    """checksum covers the value of the call's codistill-session and then the message's bytes before it, so that a
+    contribution is never taken for another student's; see Damage above.
+    """
     @property
     def batch(self) -> global___Samples:
         """batch holds the samples of this training step; every student's ids and labels must be the same."""
@@ -408,9 +430,11 @@ class Contribution(google.protobuf.message.Message):
         round: builtins.int = ...,
         batch: global___Samples | None = ...,
         held_out: global___Samples | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["batch", b"batch", "held_out", b"held_out"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch", b"batch", "held_out", b"held_out", "round", b"round"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "batch", b"batch", "checksum", b"checksum", "held_out", b"held_out"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "batch", b"batch", "checksum", b"checksum", "held_out", b"held_out", "round", b"round"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___Contribution = Contribution
 
@@ -422,6 +446,9 @@ class ExchangeReply(google.protobuf.message.Message):
 
     TARGETS_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def targets(self) -> global___Targets:
         """targets answers a contribution."""
@@ -435,9 +462,13 @@ class ExchangeReply(google.protobuf.message.Message):
         *,
         targets: global___Targets | None = ...,
         waiting: global___Waiting | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["targets", "waiting"] | None: ...
 
 global___ExchangeReply = ExchangeReply
@@ -561,6 +592,7 @@ class ReportRequest(google.protobuf.message.Message):
     MEASUREMENTS_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session is the session that Join opened."""
     round: builtins.int
@@ -573,6 +605,8 @@ class ReportRequest(google.protobuf.message.Message):
     """step_seconds is the median time of a training step since the last report, waiting included; 0 where unknown."""
     wait_seconds: builtins.float
     """wait_seconds is the median time a step waited for its targets since the last report; 0 where unknown."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def measurements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Measurement]:
         """measurements holds what was measured since the last report."""
@@ -587,8 +621,11 @@ class ReportRequest(google.protobuf.message.Message):
         measurements: collections.abc.Iterable[global___Measurement] | None = ...,
         step_seconds: builtins.float = ...,
         wait_seconds: builtins.float = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "round", b"round", "session", b"session", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "round", b"round", "session", b"session", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___ReportRequest = ReportRequest
 
@@ -613,20 +650,26 @@ class LeaveRequest(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session is the session that Join opened."""
     reason: global___LeaveReason.ValueType
     """reason is why the worker leaves."""
     message: builtins.str
     """message is one line for the run's events; the error where reason is FAILED."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     def __init__(
         self,
         *,
         session: builtins.int = ...,
         reason: global___LeaveReason.ValueType = ...,
         message: builtins.str = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "message", b"message", "reason", b"reason", "session", b"session"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___LeaveRequest = LeaveRequest
 
@@ -849,7 +892,9 @@ class Event(google.protobuf.message.Message):
     unix_seconds: builtins.float
     """unix_seconds is when, in seconds since 1970-01-01 UTC."""
     kind: builtins.str
-    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, refused, rejected, resumed."""
+    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, refused, rejected,
+    damaged, resumed.
+    """
     student: builtins.str
     """student is whom it concerns; empty where it concerns the run."""
     message: builtins.str

@@ -17,6 +17,12 @@ Status codes, for every rpc below:
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
   RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+
+Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
+messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
+CRC-32 (as zlib and Ethernet have it) of all the message's bytes before it. A damaged message is never believed: it is
+refused with ABORTED on the stream and with UNAVAILABLE elsewhere, so that it is sent again. On the stream a message
+without a checksum is a damaged one; elsewhere the checksum may be left out.
 """
 
 import abc
