@@ -75,6 +75,8 @@ class _Stream:
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
         self.ended: asyncio.Future[Refused] = asyncio.get_running_loop().create_future()
+        # gRPC refuses a status while a write is under way, cancelled or not, and the worker would never hear of its end.
+        self.operation = asyncio.Lock()
 
     def reply(self, reply: bytes) -> None:
         try:
@@ -186,25 +188,29 @@ class DistillationService:
             self._coordinator.open_stream(session, stream)
         except Refused as refused:
             await _abort(context, refused)
-        parts = [
+        writing = asyncio.ensure_future(_write(stream, context))
+        others = [
             asyncio.ensure_future(self._read(session, requests, stream)),
-            asyncio.ensure_future(_write(stream, context)),
             asyncio.ensure_future(self._ending.wait()),
         ]
         try:
-            await asyncio.wait([*parts, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait([writing, *others, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # Before the status is sent: a worker that does not read holds that up, and the others need not wait.
+                self._coordinator.close_stream(session, stream)
+                for part in others:
+                    part.cancel()
+                await asyncio.wait(others)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_SECONDS), stream.operation:
+                    if stream.ended.done():
+                        await _abort(context, stream.ended.result())
+                    if self._ending.is_set():
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
         finally:
-            # Before the status is sent: a worker that does not read holds that up, and the others need not wait for it.
-            self._coordinator.close_stream(session, stream)
-            for part in parts:
-                part.cancel()
-            await asyncio.wait(parts)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STATUS_SECONDS):
-                if stream.ended.done():
-                    await _abort(context, stream.ended.result())
-                if self._ending.is_set():
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
+            writing.cancel()
+            await asyncio.wait([writing])
 
     async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         async for raw in requests:
@@ -298,9 +304,12 @@ def _session_of(context: _Context) -> int:
 
 async def _write(stream: _Stream, context: _Context) -> None:
     # Headers go out at once: they tell the worker that its session's stream stands.
-    await context.send_initial_metadata(())
+    async with stream.operation:
+        await context.send_initial_metadata(())
     while True:
-        await context.write(await stream.queue.get())
+        reply = await stream.queue.get()
+        async with stream.operation:
+            await context.write(reply)
 
 
 async def _abort(context: _Context, refused: Refused) -> NoReturn:

@@ -37,11 +37,19 @@ def connect() -> Iterator[Connect]:
     made: list[GrpcExchange] = []
 
     def make(
-        address: str, stop: threading.Event | None = None, connect_timeout: float = 20, give_up_after: float = 20
+        address: str,
+        stop: threading.Event | None = None,
+        connect_timeout: float = 20,
+        give_up_after: float = 20,
+        silence_after: float = 20,
     ) -> GrpcExchange:
         made.append(
             GrpcExchange(
-                address, connect_timeout=connect_timeout, give_up_after=give_up_after, stop=stop or threading.Event()
+                address,
+                connect_timeout=connect_timeout,
+                give_up_after=give_up_after,
+                silence_after=silence_after,
+                stop=stop or threading.Event(),
             )
         )
         return made[-1]
@@ -584,6 +592,68 @@ def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script,
     exchange.send(contribution(3, 0))
     assert value(exchange.receive(3)) == 3.0
     assert server.sent == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_stream_that_stands_but_lost_the_contribution_is_left(script: tuple[Script, str], connect: Connect) -> None:
+    """A damaged header can have the other side drop a message; no status tells, and pings are answered."""
+    server, address = script
+    server.answer = lambda session, number, _: iter([reply(number)] if session == 3 else [])
+    exchange = connect(address, silence_after=0.5)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    started = time.monotonic()
+    assert value(exchange.receive(3)) == 3.0
+    assert 1.0 <= time.monotonic() - started < BOUND
+    assert server.sent == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+
+    def notices(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        for _ in range(10):
+            time.sleep(0.1)
+            yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+        yield reply(number)
+
+    server.answer = notices
+    exchange = connect(address, silence_after=0.6)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    assert value(exchange.receive(3)) == 3.0
+    assert server.sent == [(1, 3)]
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED]
+)
+def test_what_grpc_makes_of_damaged_bytes_passes(
+    code: grpc.StatusCode, script: tuple[Script, str], connect: Connect
+) -> None:
+    server, address = script
+    strange = {1, 2, 4, 5}
+
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        if session in strange:
+            context.abort(code, "frame of unknown type")
+        yield reply(number)
+
+    server.answer = damage
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    for number in (3, 4):
+        exchange.send(contribution(number, 0))
+        assert value(exchange.receive(number)) == number
+        if exchange._stream is not None:
+            exchange._stream.cancel()
+    exchange.close()
+    strange |= set(range(100))
+    again = connect(address)
+    again.join(pb.JoinRequest(student="cnn"))
+    again.send(contribution(5, 0))
+    with pytest.raises(WorkerError, match="frame of unknown type") as ended:
+        again.receive(5)
+    assert ended.value.code is ExitCode.REFUSED, "but not for ever"
 
 
 def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) -> None:

@@ -99,6 +99,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
+        silence_after=3 * experiment.exchange.waiting_notice + 2,
         stop=stop,
     )
     try:

@@ -35,6 +35,14 @@ _LONGEST_BACKOFF = 5.0
 _DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _WENT_AWAY = "went away and did not come back"
 _RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# What gRPC itself makes of bytes that it cannot understand: a server of another kind, or damage on the way.
+_STRANGE = (
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+_STRANGE_ENDINGS = 5
 _NAMELESS = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 _OPTIONS: list[tuple[str, Any]] = [
@@ -59,6 +67,8 @@ class GrpcExchange:
         address: the server's "HOST:PORT".
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds to wait for one round's targets, or for a server that went away.
+        silence_after: seconds without targets or a notice after which a stream is taken to have lost what was sent on it,
+            although it stands; longer than the time between the server's notices.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
     """
 
@@ -68,11 +78,13 @@ class GrpcExchange:
         *,
         connect_timeout: float,
         give_up_after: float,
+        silence_after: float = 20.0,
         stop: threading.Event,
     ) -> None:
         self._address = address
         self._connect_timeout = connect_timeout
         self._give_up_after = give_up_after
+        self._silence_after = silence_after
         self._stop = stop
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = _Stub(self._channel)
@@ -81,6 +93,7 @@ class GrpcExchange:
         self._stream: _Stream | None = None
         self._open: pb.Contribution | None = None
         self._next_round = 0
+        self._strange = 0
         self._reports = _Reports()
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
@@ -106,7 +119,7 @@ class GrpcExchange:
             WorkerError: the wait outlasted `give_up_after`, the server stayed away, or it refused.
             Interrupted: the worker was asked to stop.
         """
-        started = time.monotonic()
+        started = heard = time.monotonic()
         waiting: pb.Waiting | None = None
         backoff = 0.0
         while True:
@@ -114,8 +127,13 @@ class GrpcExchange:
             try:
                 if stream is None:
                     self._reconnect()
+                    heard = time.monotonic()
                     continue
                 reply = stream.receive(_SLICE_SECONDS)
+                if reply is not None:
+                    heard, self._strange = time.monotonic(), 0
+                elif time.monotonic() - heard >= self._silence_after:
+                    raise _Broken(f"nothing was heard of round {number} for {self._silence_after:g} s")
             except grpc.RpcError as error:
                 self._check_stop()
                 self._broken(error)
@@ -177,7 +195,7 @@ class GrpcExchange:
                 if not finished:
                     _log.warning("the server was not told that this worker leaves: %s", _details(error))
                     return
-                if _code(error) not in (*_RETRIED, grpc.StatusCode.ABORTED):
+                if _code(error) is not grpc.StatusCode.ABORTED and not self._may_pass(error):
                     raise self._refused(error) from None
                 if time.monotonic() >= deadline:
                     raise self._unreachable(_WENT_AWAY, self._give_up_after, error) from None
@@ -240,7 +258,7 @@ class GrpcExchange:
                 self._session = response.session
                 self._stream = _Stream(self._stub, response.session)
             except grpc.RpcError as error:
-                if _code(error) not in _RETRIED:
+                if not self._may_pass(error):
                     raise self._refused(error) from None
                 if time.monotonic() >= deadline:
                     raise self._unreachable(failure, seconds, error) from None
@@ -262,9 +280,21 @@ class GrpcExchange:
             trailing = dict(cast("Any", error).trailing_metadata() or ())
             if SUPERSEDED_KEY in trailing:
                 raise WorkerError(_details(error), ExitCode.SUPERSEDED)
-        elif code is not grpc.StatusCode.CANCELLED and code not in _RETRIED:
+        elif code is not grpc.StatusCode.CANCELLED and not self._may_pass(error):
             raise self._refused(error)
         _log.warning("the connection to %s broke: %s; reconnecting", self._address, _details(error))
+
+    def _may_pass(self, error: grpc.RpcError) -> bool:
+        """Returns whether the same call may succeed later.
+
+        A server that let this worker join is one of ours: a status that says otherwise comes from damage on the way, if it
+        does not come again and again.
+        """
+        code = _code(error)
+        if self._session and code in _STRANGE:
+            self._strange += 1
+            return self._strange < _STRANGE_ENDINGS
+        return code in _RETRIED
 
     def _pause(self, seconds: float) -> None:
         """Waits about so long, and no longer than is useful; others that lost the same server come back at other times."""
