@@ -30,6 +30,7 @@ Cut: TypeAlias = Literal["reset", "end"]
 _CHUNK = 16 * 1024
 _SEGMENT = 1448
 _WAITING_CHUNKS = 512
+_POLL_SECONDS = 0.01
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Link:
         rate: bytes per second, of each connection; None for no limit.
         loss: the share of segments that stall the connection.
         stall_seconds: how long such a stall is.
-        swallow: take bytes and never hand them on.
+        hold: keep bytes back until this is over, as a network that is cut in two and mended before anybody gives up.
+        swallow: take bytes and never hand them on, as a machine that vanished; the connection is of no use after it.
         corrupt_every: flip one bit in about every so many bytes; None for none.
         cut_after: cut a connection once it has carried about so many bytes in this direction; None for never.
         carried: the bytes handed on so far.
@@ -53,6 +55,7 @@ class Link:
     rate: float | None = None
     loss: float = 0.0
     stall_seconds: float = 0.2
+    hold: bool = False
     swallow: bool = False
     corrupt_every: float | None = None
     cut_after: float | None = None
@@ -214,6 +217,8 @@ class Proxy:
                     return
                 stall = self._stall(link, len(chunk))
                 await asyncio.sleep(max(due - loop.time(), 0) + stall)
+                while link.hold and not link.swallow:  # noqa: ASYNC110 - it is set from another thread
+                    await asyncio.sleep(_POLL_SECONDS)
                 if link.swallow:
                     continue
                 if link.corrupt_every is None:

@@ -149,6 +149,20 @@ def test_a_silent_direction_takes_everything_and_hands_on_nothing(proxy: Proxy, 
         assert echoed(connection, b"back") == b"back", "what was swallowed is gone; the connection is not"
 
 
+def test_what_is_held_back_comes_later_and_whole(proxy: Proxy, echo: Echo) -> None:
+    with connect(proxy) as connection:
+        assert echoed(connection, b"before") == b"before"
+        proxy.up.hold = True
+        connection.sendall(b"now")
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        assert echo.received == len(b"before")
+        proxy.up.hold = False
+        connection.settimeout(10)
+        assert connection.recv(3, socket.MSG_WAITALL) == b"now"
+
+
 @pytest.mark.parametrize(("how", "seen"), [("reset", "reset"), ("end", "end")])
 def test_a_cut_ends_both_sides(how: str, seen: str, proxy: Proxy, echo: Echo) -> None:
     with connect(proxy) as connection:
