@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from codistill.exit_codes import ExitCode
+from codistill.experiment import load
+from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.in_process import run_in_process
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.views import PlainView
 from codistill_worker.checkpoints import read
-from system.parts import ALL_WELL, ROUNDS, running, undisturbed
-from system.support import assert_bit_equal, rounds_trained, weights
+from codistill_worker.errors import WorkerError
+from system.parts import ALL_WELL, CHANGES, ROUNDS, running, undisturbed
+from system.support import assert_bit_equal, experiment_file, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -115,3 +124,44 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         run.workers["mlp"].communicate(timeout=90)
         assert run.ended() == ALL_WELL
         assert_bit_equal(weights(folder), reference)
+
+
+class _StopAfter(PlainView):
+    """Stops a run after so many more rounds."""
+
+    def __init__(self, rounds: int, stop: threading.Event) -> None:
+        super().__init__(Console(quiet=True))
+        self._left = rounds
+        self._stop = stop
+
+    def offer(self, snapshot: Callable[[], pb.Run]) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._stop.set()
+
+
+def test_a_journal_that_lost_its_end_refuses_who_is_ahead_and_says_the_way_out(tmp_path: Path, reference: Any) -> None:
+    """As after a power cut, with the default durability: followed to the letter, the way out gives the same bits."""
+    experiment = load(experiment_file(tmp_path, **CHANGES))
+    folder = RunFolder(tmp_path / "run")
+
+    def train(rounds: int) -> None:
+        folder.start(experiment, mode="in-process", resume=(folder.path / "students").exists())
+        stop = threading.Event()
+        run_in_process(experiment, folder, _StopAfter(rounds, stop), stop)
+
+    journal, copy = folder.path / "journal.sqlite", tmp_path / "journal.sqlite"
+    train(50)
+    shutil.copy(journal, copy)
+    train(70)
+    assert rounds_trained(folder.path) == 120
+    shutil.copy(copy, journal)
+    with pytest.raises(WorkerError) as refused:
+        train(ROUNDS)
+    assert refused.value.code is ExitCode.REFUSED
+    assert "student 'mlp' resumes at round 120, but this server's journal ends at round 50" in str(refused.value)
+    assert "remove the student's checkpoint.safetensors" in str(refused.value)
+    for student in experiment.names:
+        (folder.path / "students" / student / "checkpoint.safetensors").unlink()
+    train(ROUNDS + 1)
+    assert_bit_equal(weights(folder.path), reference)
