@@ -86,7 +86,7 @@ class GrpcExchange:
         self._give_up_after = give_up_after
         self._silence_after = silence_after
         self._stop = stop
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = self._open_channel()
         self._stub = _Stub(self._channel)
         self._request: pb.JoinRequest | None = None
         self._session = 0
@@ -226,6 +226,15 @@ class GrpcExchange:
     def _connected(self) -> bool:
         return self._stream is not None and self._stream.active
 
+    def _open_channel(self) -> grpc.Channel:
+        return grpc.insecure_channel(self._address, options=_OPTIONS)
+
+    def _renew_channel(self) -> None:
+        """Leaves a connection on which bytes were damaged or lost: whatever is sent on it next may be lost too."""
+        self._channel.close()
+        self._channel = self._open_channel()
+        self._stub = _Stub(self._channel)
+
     def _reconnect(self) -> None:
         self._connect(self._give_up_after, _WENT_AWAY)
         _log.info("connected to %s again", self._address)
@@ -262,6 +271,8 @@ class GrpcExchange:
                     raise self._refused(error) from None
                 if time.monotonic() >= deadline:
                     raise self._unreachable(failure, seconds, error) from None
+                if _code(error) is not grpc.StatusCode.UNAVAILABLE or isinstance(error, _Broken):
+                    self._renew_channel()
                 if time.monotonic() - told >= 5:
                     told = time.monotonic()
                     _log.info("waiting for server %s, %.0f s left", self._address, deadline - told)
@@ -282,6 +293,8 @@ class GrpcExchange:
                 raise WorkerError(_details(error), ExitCode.SUPERSEDED)
         elif code is not grpc.StatusCode.CANCELLED and not self._may_pass(error):
             raise self._refused(error)
+        if code in _STRANGE or isinstance(error, _Broken):
+            self._renew_channel()
         _log.warning("the connection to %s broke: %s; reconnecting", self._address, _details(error))
 
     def _may_pass(self, error: grpc.RpcError) -> bool:
