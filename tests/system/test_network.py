@@ -104,9 +104,11 @@ def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, 
         for name in STUDENTS:
             run.work(name)
         run.progress(10)
+        run.links(delay=0.15)  # the run must not be over before the newer one is there
         older = run.workers["cnn"]
         run.work("cnn", elsewhere)
         output, _ = older.communicate(timeout=60)
+        run.links(delay=PACE)
         assert older.returncode == ExitCode.SUPERSEDED, output
         assert "a newer worker of student 'cnn' has joined" in output
         assert run.ended() == ALL_WELL
