@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+INPUTS ?= 100000
+SEED ?= 1
 SOURCES := protos server worker deploy tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format types imports protos protos-check docs docs-check bench check clean
+.PHONY: help install demo test test-fast simulate fuzz lint format types imports protos protos-check docs docs-check bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,12 @@ test: $(STAMP) ## all tests
 
 test-fast: $(STAMP) ## the tests that start no processes and no browser
 	@$(BIN)/python -m pytest -m 'not system and not browser'
+
+simulate: $(STAMP) ## 10,000 seeds of the simulated cluster: every fault, over a virtual clock
+	@$(BIN)/python tests/simulation/replay.py --seeds 10000
+
+fuzz: $(STAMP) ## INPUTS=100000 inputs from SEED=1 to a real server with a healthy run beside them
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.campaign --inputs $(INPUTS) --seed $(SEED)
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -89,8 +89,9 @@ def exit_codes_page() -> str:
         "| code | name | when |\n|---|---|---|",
         *(f"| {code.value} | `{code.name}` | {texts[code.name]} |" for code in exit_codes.ExitCode),
         "",
-        "`codistill run` passes on the codes 3, 4, 5, 6, 7 and 10 of the process that failed first; any other death of a",
-        "process is 9. A second Ctrl-C ends at once, also with 130.",
+        "`codistill run` starts a process again that was killed or ended with 1, 5, 6, 9, 10, 11 or 130, up to `--restarts`",
+        "times, unless the same error comes back at once. Where it gives up, it passes on the codes 3, 4, 5, 6, 7, 10 and 11 of",
+        "the process that failed first; any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
         "",
     ]
     return "\n".join(lines)

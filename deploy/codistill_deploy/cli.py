@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,14 +19,19 @@ from rich.console import Console
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
+from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
+from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from codistill.security import Security
 
 __all__ = ["app", "main"]
 
 # The command's modules import torch, which takes seconds; each command imports what it needs, so that help, usage
-# errors and a wrong experiment file are answered at once.
+# errors and a wrong experiment file are answered at once. gRPC too: `main` has something to tell it before.
 
 app = typer.Typer(
     help="Online distillation between students of different architectures.",
@@ -38,6 +44,7 @@ _console = Console(highlight=False)
 _log = logging.getLogger("codistill")
 
 _DEBUG_VARIABLE = "CODISTILL_DEBUG"
+_EXIT_SECONDS = 60.0
 DEFAULT_SERVER = "127.0.0.1:50551"
 
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
@@ -45,6 +52,21 @@ RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 InProcessOption = Annotated[
     bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
+]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
+TlsCertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
+]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
 ]
 
 
@@ -81,6 +103,14 @@ def run(
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
     metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    insecure: InsecureOption = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="How often each process that dies is started again.")
+    ] = DEFAULT_RESTARTS,
 ) -> None:
     """Run an experiment on this machine.
 
@@ -89,8 +119,9 @@ def run(
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = _stop_on_signals()
-    addresses = (listen, metrics)
-    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, addresses)
+    security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
+    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
     from codistill_deploy import report as reports
 
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -120,9 +151,10 @@ def compare(
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     stop = _stop_on_signals()
+    wire = _Wire(None if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
-        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process)
+        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
@@ -146,21 +178,25 @@ def serve(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
     run_dir: RunDirOption = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")
-    ] = False,
+    insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
+    from codistill.security import read
     from codistill_server.app import ServeOptions
     from codistill_server.app import serve as run_server
 
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
-    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay)
+    security = read(tls_cert, tls_key, tls_ca, token_file)
+    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
 
 
@@ -172,9 +208,14 @@ def work(
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
     run_dir: RunDirOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
+    from codistill.security import read
     from codistill_deploy.discovery import find_server
     from codistill_worker.app import WorkOptions
     from codistill_worker.app import work as run_worker
@@ -184,10 +225,11 @@ def work(
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    security = read(tls_cert, tls_key, tls_ca, token_file)
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
-    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path), stop))
+    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path, security), stop))
 
 
 @app.command()
@@ -195,13 +237,20 @@ def status(
     server: Annotated[str | None, typer.Option(help=f"The server's HOST:PORT; {DEFAULT_SERVER} by default.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The folder of a run on this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Show who is at which round, and who is waited for."""
+    from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_deploy.status import ask, show
+    from codistill_deploy.status import add_supervision, ask, show
 
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
-    state = ask(address)
+    state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
+    if run_dir is not None:
+        add_supervision(state, run_dir)
     if as_json:
         from google.protobuf.json_format import MessageToDict
 
@@ -251,6 +300,10 @@ def main() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    if not debug:
+        # gRPC writes a line for every handshake that fails, so that whoever knocks could fill a server's disk; what
+        # matters of it, the client's error says. It is read when gRPC is imported.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = app(args=arguments, prog_name="codistill", standalone_mode=True)
     except SystemExit as ended:
@@ -261,6 +314,9 @@ def main() -> None:
         if debug:
             logging.getLogger().exception("the command failed")
         code = _explain(error)
+    watchdog = Watchdog()
+    watchdog.begin("the end of this process", _EXIT_SECONDS)
+    watchdog.start()
     sys.stdout.flush()
     sys.exit(int(code) if isinstance(code, int) else code)
 
@@ -281,6 +337,32 @@ def _explain(error: Exception) -> ExitCode:
     return code
 
 
+@dataclass(frozen=True)
+class _Wire:
+    """How the processes of a local run reach one another."""
+
+    security: Security | None = None
+    listen: str = "127.0.0.1:0"
+    metrics: str = "127.0.0.1:0"
+    announce: bool = False
+    insecure: bool = False
+
+
+def _read_security_for_both(
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_ca: Path | None = None,
+    token_file: Path | None = None,
+) -> Security:
+    """Reads what protects a run whose server and workers are all started here, and checks it before they are."""
+    from codistill.security import read
+
+    security = read(tls_cert, tls_key, tls_ca, token_file)
+    security.server_credentials()
+    security.channel("127.0.0.1:1").close()
+    return security
+
+
 def _run_one(
     experiment: Experiment,
     folder: RunFolder,
@@ -289,29 +371,40 @@ def _run_one(
     stop: threading.Event,
     resume: bool,
     in_process: bool,
-    addresses: tuple[str, str] | None = None,
+    wire: _Wire,
+    restarts: int = DEFAULT_RESTARTS,
 ) -> ExitCode:
-    """Runs one experiment in one folder, shown on the console; with addresses for server and metrics it names them."""
+    """Runs one experiment in one folder, shown on the console."""
+    from codistill.security import Security
     from codistill_deploy.local import LocalOptions, run_local
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
 
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
     check(experiment)
-    folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
-    view = make_view(_console)
-    view.start(title)
-    try:
-        if in_process:
-            from codistill_deploy.in_process import run_in_process
+    folder.check(experiment, resume=resume)
+    with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
+        folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
+        view = make_view(_console)
+        view.start(title)
+        try:
+            if in_process:
+                from codistill_deploy.in_process import run_in_process
 
-            return run_in_process(experiment, folder, view, stop)
-        options = LocalOptions(search_path=search_path)
-        if addresses is not None:
-            options = LocalOptions(*addresses, announce=True, search_path=search_path)
-        return run_local(experiment, folder, view, stop, options)
-    finally:
-        view.finish()
+                return run_in_process(experiment, folder, view, stop)
+            options = LocalOptions(
+                wire.listen,
+                wire.metrics,
+                announce=wire.announce,
+                search_path=search_path,
+                restarts=restarts,
+                keep=(lock,),
+                security=wire.security or Security(),
+                insecure=wire.insecure,
+            )
+            return run_local(experiment, folder, view, stop, options)
+        finally:
+            view.finish()
 
 
 def _stop_on_signals() -> threading.Event:

@@ -19,6 +19,7 @@ from codistill.experiment import ExperimentError
 from codistill.records import Measured
 from codistill_deploy import history
 from codistill_deploy.history import History
+from codistill_deploy.run_folder import write_atomically
 
 __all__ = [
     "BASELINE",
@@ -95,7 +96,7 @@ class ComparisonIndex(BaseModel):
         """Writes the index into a comparison folder, which it makes if need be, and returns the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = self.path(folder)
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
         return path
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from codistill.experiment import identity
 from codistill_deploy.errors import CommandError
-from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_worker import data, models
 from codistill_worker.app import student_folder
 from codistill_worker.checkpoints import CheckpointStore
@@ -117,9 +117,14 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
             _FromPixels(model, dataset.mean, dataset.std).eval(), (images,), dynamic_shapes={"images": {0: batch}}
         )
         target.mkdir(parents=True, exist_ok=True)
-        exported.weights.write_bytes(save({name: value.clone() for name, value in model.state_dict().items()}))
-        exported.about.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        torch.export.save(program, exported.program)
+        weights_part, program_part = (
+            each.with_stem(f"{each.stem}.part") for each in (exported.weights, exported.program)
+        )
+        weights_part.write_bytes(save({name: value.clone() for name, value in model.state_dict().items()}))
+        torch.export.save(program, program_part)
+        weights_part.replace(exported.weights)
+        program_part.replace(exported.program)
+        write_atomically(exported.about, json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error
     return exported

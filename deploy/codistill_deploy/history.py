@@ -22,9 +22,25 @@ from codistill import records
 from codistill.experiment import Experiment
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 
-__all__ = ["History", "RunInfo", "StudentHistory", "collect", "longest_wait", "median_wait", "read", "waited_for"]
+__all__ = [
+    "RESTARTED",
+    "SUPERVISOR_FILE",
+    "History",
+    "RunInfo",
+    "StudentHistory",
+    "collect",
+    "longest_wait",
+    "median_wait",
+    "read",
+    "waited_for",
+]
 
 _T = TypeVar("_T")
+
+SUPERVISOR_FILE = "supervisor.jsonl"
+"""Where `codistill run` writes what became of the processes that it started."""
+RESTARTED = "restarted"
+"""The event of a process that ended and is started again."""
 
 
 class RunInfo(BaseModel):
@@ -71,6 +87,8 @@ class StudentHistory:
     pace: tuple[Paced, ...]
     final: Measured | None
     """The test measurement of the last epoch, not of the best; None if training did not get there."""
+    restarts: int = 0
+    """How often its worker was started again."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -139,7 +157,7 @@ def collect(
     Args:
         experiment: what was run; its students come first, in its order, whether there are records of them or not.
         metrics: the records of ``metrics.jsonl``, in the file's order.
-        events: the records of ``events.jsonl``, in the file's order.
+        events: the records of ``events.jsonl`` and ``supervisor.jsonl``, each in the file's order.
         info: the content of ``run.json``.
     """
     joined: dict[str, Joined] = {}
@@ -182,6 +200,7 @@ def collect(
                 test=test,
                 pace=_by_round(paced.get(name, {})),
                 final=test[-1] if done else None,
+                restarts=sum(event.what == RESTARTED and event.student == name for event in happened),
             )
         )
     return History(
@@ -207,7 +226,7 @@ def read(folder: Path) -> History:
     return collect(
         experiments.load(folder / "experiment.yaml"),
         records.read(folder / "metrics.jsonl"),
-        records.read(folder / "events.jsonl"),
+        (*records.read(folder / "events.jsonl"), *records.read(folder / SUPERVISOR_FILE)),
         RunInfo.read(folder),
     )
 

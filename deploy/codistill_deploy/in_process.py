@@ -14,6 +14,7 @@ import torch
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Augment, Experiment, identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import View
 from codistill_server.app import JOURNAL_FILE
@@ -106,19 +107,22 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
         WorkerError: a student cannot be trained.
     """
     use_deterministic_kernels()
-    durability = experiment.exchange.journal.durability
+    settings = experiment.exchange.journal
     try:
-        journal = Journal(folder.path / JOURNAL_FILE, identity(experiment), durability)
+        journal = Journal(
+            folder.path / JOURNAL_FILE, identity(experiment), settings.durability, may_grow=settings.keep == "all"
+        )
     except JournalError as error:
         raise WorkerError(str(error), ExitCode.CONFIGURATION) from error
     recorder = Recorder(folder.path)
     observations = Observations(experiment, recorder.write)
     coordinator = Coordinator(experiment, journal, observations, _submit)
     try:
-        learners = _learners(experiment, folder, coordinator)
-        for learner in learners:
-            learner.join()
-        return _train(learners, coordinator, view, stop)
+        with Watchdog() as watchdog:
+            learners = _learners(experiment, folder, coordinator, watchdog)
+            for learner in learners:
+                learner.join()
+            return _train(learners, coordinator, view, stop)
     except JournalError as error:
         raise WorkerError(str(error)) from error
     finally:
@@ -133,7 +137,7 @@ def _submit(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) 
     done(work())
 
 
-def _learners(experiment: Experiment, folder: RunFolder, coordinator: Coordinator) -> list[Learner]:
+def _learners(experiment: Experiment, folder: RunFolder, coordinator: Coordinator, watchdog: Watchdog) -> list[Learner]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
     learners: list[Learner] = []
     for position, name in enumerate(experiment.names):
@@ -144,7 +148,8 @@ def _learners(experiment: Experiment, folder: RunFolder, coordinator: Coordinato
         if key not in datasets:
             datasets[key] = data.load(plan.data, device)
         store = CheckpointStore(student_folder(folder.path, name))
-        learners.append(Learner(experiment, plan, datasets[key], device, LocalExchange(coordinator), store))
+        exchange = LocalExchange(coordinator)
+        learners.append(Learner(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
     return learners
 
 

@@ -1,39 +1,41 @@
-"""A run on this machine: the server and one worker process per student, started, watched and ended together."""
+"""A run on this machine: the server and one worker process per student, kept alive and ended together."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
+from codistill.records import Happened
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
-from codistill_deploy.parent import PARENT_VARIABLE
+from codistill_deploy.history import RESTARTED, SUPERVISOR_FILE
+from codistill_deploy.restarts import DEFAULT_RESTARTS, RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.supervision import Launch, Member, Port
 from codistill_deploy.views import View
 from codistill_server.app import ADDRESS_FILE
+from codistill_server.recorder import Recorder
 
 __all__ = ["LocalOptions", "run_local", "watch"]
 
 _POLL_SECONDS = 0.1
-_START_SECONDS = 120.0
 _END_SECONDS = 30.0
 _KILL_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
+_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2_000)]
 # A worker that fails makes others fail; the codes of the followers, which say least, come last.
 _FOLLOWERS = (ExitCode.INTERRUPTED, ExitCode.UNREACHABLE, ExitCode.GAVE_UP, ExitCode.ERROR)
 _PASSED_ON = (
@@ -43,6 +45,7 @@ _PASSED_ON = (
     ExitCode.GAVE_UP,
     ExitCode.DIVERGED,
     ExitCode.OUT_OF_MEMORY,
+    ExitCode.HUNG,
 )
 
 
@@ -55,57 +58,20 @@ class LocalOptions:
         metrics: the metrics' "HOST:PORT".
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
+        restarts: how often each process is started again; see :mod:`codistill_deploy.restarts`.
+        keep: descriptors that every process inherits: the lock on the run's folder.
+        security: TLS and token.
+        insecure: listen beyond this machine although nothing protects the port.
     """
 
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
     announce: bool = False
     search_path: Path | None = None
-
-
-class _Child:
-    """A process of ours and its log."""
-
-    def __init__(self, name: str, command: list[str], log: Path, environment: dict[str, str], pipe: int) -> None:
-        self.name = name
-        self.log = log
-        self._file: BinaryIO = log.open("ab")
-        self._start = log.stat().st_size
-        # A session of its own keeps the terminal's Ctrl-C from it: what it is told, the parent tells it.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "codistill_deploy", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            env={**environment, PARENT_VARIABLE: str(pipe)},
-            pass_fds=(pipe,),
-            start_new_session=True,
-        )
-
-    @property
-    def code(self) -> int | None:
-        """The exit code, or None while it runs."""
-        return self.process.poll()
-
-    def tell(self, number: signal.Signals) -> None:
-        """Sends a signal if it still runs."""
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(number)
-
-    def last_error(self) -> str:
-        """Returns the last error line that it printed, or its last line."""
-        with self.log.open("rb") as file:
-            file.seek(self._start)
-            lines = file.read().decode(errors="replace").splitlines()
-        errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
-        return errors[-1] if errors else (lines[-1].strip() if lines else "it printed nothing")
-
-    def close(self) -> None:
-        """Kills it if it still runs, and closes its log."""
-        self.tell(signal.SIGKILL)
-        self.process.wait()
-        self._file.close()
+    restarts: int = DEFAULT_RESTARTS
+    keep: tuple[int, ...] = ()
+    security: Security = field(default_factory=Security)
+    insecure: bool = False
 
 
 def run_local(
@@ -135,79 +101,72 @@ class _LocalRun:
         self._folder = folder
         self._view = view
         self._options = options
-        self._children: list[_Child] = []
+        self._listen = Port(options.listen, "listen")
+        self._metrics = Port(options.metrics, "metrics")
+        self._recorder: Recorder | None = None
+        self._members: list[Member] = []
+        self._watcher: threading.Thread | None = None
 
     def run(self, stop: threading.Event) -> ExitCode:
         address_file = self._folder.path / ADDRESS_FILE
         address_file.unlink(missing_ok=True)
         reading, writing = os.pipe()
-        watcher: threading.Thread | None = None
         over = threading.Event()
         try:
-            server, workers = self._start(reading)
-            address = self._address(address_file, stop)
-            if address is not None:
-                view = self._view
-                watcher = threading.Thread(
-                    target=watch, args=(address, view.update, over), name="codistill-watch", daemon=True
-                )
-                watcher.start()
-            return self._supervise(server, workers, stop)
+            self._recorder = _open_recorder(self._folder.path)
+            server, workers = self._prepare(reading)
+            for member in self._members:
+                member.start(time.monotonic())
+            return self._supervise(server, workers, stop, over)
         finally:
-            for child in self._children:
-                child.close()
+            for member in self._members:
+                member.close()
             over.set()
-            if watcher is not None:
-                watcher.join(_KILL_SECONDS)
+            if self._watcher is not None:
+                self._watcher.join(_KILL_SECONDS)
             os.close(writing)
             os.close(reading)
+            self._listen.close()
+            self._metrics.close()
+            if self._recorder is not None:
+                self._recorder.close()
 
-    def _start(self, pipe: int) -> tuple[_Child, list[_Child]]:
+    def _prepare(self, pipe: int) -> tuple[Member, list[Member]]:
         folder, options = self._folder, self._options
-        environment = dict(os.environ)
+        environment = {**os.environ, **options.security.environment}
         if options.search_path is not None:
             paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        run = ["--run-dir", str(folder.path)]
-        serve = ["serve", str(folder.experiment_file), *run, "--listen", options.listen, "--metrics", options.metrics]
-        server = _Child("the server", serve, folder.server_log, environment, pipe)
-        self._children.append(server)
-        workers: list[_Child] = []
-        for name in self._experiment.names:
-            command = ["work", str(folder.experiment_file), "--student", name, *run]
-            child = _Child(f"student {name!r}", command, folder.student_log(name), environment, pipe)
-            self._children.append(child)
-            workers.append(child)
+        launch = Launch(environment, pipe, options.keep, options.restarts)
+        command = [sys.executable, "-m", "codistill_deploy"]
+        run = [str(folder.experiment_file), "--run-dir", str(folder.path)]
+        # It stays after the run is complete: a worker whose goodbye got no answer says it again, to its successor too.
+        serve = ["serve", *run, "--listen", self._listen.address, "--metrics", self._metrics.address, "--stay"]
+        serve += ["--insecure"] if options.insecure else []
+        server = Member("the server", "", [*command, *serve], folder.server_log, launch, ends=False)
+        workers = [
+            Member(
+                f"student {name!r}", name, [*command, "work", *run, "--student", name], folder.student_log(name), launch
+            )
+            for name in self._experiment.names
+        ]
+        self._members = [server, *workers]
         return server, workers
 
-    def _address(self, path: Path, stop: threading.Event) -> str | None:
-        """Returns the server's address once it listens; None if something ends before."""
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline and not stop.is_set():
-            if path.exists():
-                server = json.loads(path.read_text(encoding="utf-8"))
-                if self._options.announce:
-                    self._view.note(f"server {server['address']}, metrics on http://{server['metrics']}/metrics")
-                return str(server["address"])
-            if any(child.code is not None for child in self._children):
-                return None
-            time.sleep(_POLL_SECONDS / 2)
-        return None
-
-    def _supervise(self, server: _Child, workers: list[_Child], stop: threading.Event) -> ExitCode:
+    def _supervise(
+        self, server: Member, workers: list[Member], stop: threading.Event, over: threading.Event
+    ) -> ExitCode:
         while not stop.wait(_POLL_SECONDS):
-            if any(worker.code not in (None, 0) for worker in workers):
-                raise self._failure(workers)
-            if all(worker.code == 0 for worker in workers):
-                self._await([server], _END_SECONDS)
-                if server.code != 0:
-                    raise self._failure([server])
-                return ExitCode.OK
-            if server.code is not None and any(worker.code is None for worker in workers):
-                # The last worker to leave completes the run; it may end a moment after the server.
-                self._await(workers, _KILL_SECONDS if server.code == 0 else 0)
-                if not all(worker.code == 0 for worker in workers):
-                    raise self._failure([server] if server.code else workers)
+            if all(worker.done for worker in workers):
+                return self._end(server)
+            for member in self._members:
+                decision = member.attend(time.monotonic())
+                if decision is not None:
+                    self._tell(member, decision)
+            if any(member.given_up is not None for member in self._members):
+                raise self._failure()
+            if self._watcher is None:
+                self._watch(over)
         self._view.note("stopping: saving every student (Ctrl-C again to stop at once)")
         for worker in workers:
             worker.tell(signal.SIGTERM)
@@ -216,41 +175,93 @@ class _LocalRun:
         self._await([server], _END_SECONDS)
         return ExitCode.INTERRUPTED
 
-    def _await(self, children: list[_Child], seconds: float) -> None:
+    def _watch(self, over: threading.Event) -> None:
+        """Begins to show the run once its server is up; its successors have the same address."""
+        try:
+            server = json.loads((self._folder.path / ADDRESS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if self._options.announce:
+            self._view.note(f"server {server['address']}, metrics on http://{server['metrics']}/metrics")
+        arguments = (server["address"], self._view.update, over, self._options.security)
+        self._watcher = threading.Thread(target=watch, args=arguments, name="codistill-watch", daemon=True)
+        self._watcher.start()
+
+    def _end(self, server: Member) -> ExitCode:
+        """Ends the server of a run in which every student has finished."""
+        server.tell(signal.SIGTERM)
+        self._await([server], _END_SECONDS)
+        if (server.code or 0) > 0:
+            server.examine(time.monotonic())
+            raise _error(server, self._folder)
+        return ExitCode.OK  # where it was killed at the last moment, nobody needed it any more
+
+    def _tell(self, member: Member, decision: Restart | GiveUp) -> None:
+        """Writes down, and shows, what became of a process."""
+        how = str(member.ending)
+        if isinstance(decision, Restart):
+            what = RESTARTED
+            message = f"{how}; started again in {decision.after:g} s, restart {decision.number} of {decision.limit}"
+            self._view.note(f"{member.title} {message}")
+        else:
+            what, message = "gave_up", f"{how}; not started again: {decision.reason}"
+        if self._recorder is not None:
+            who = message if member.student else f"{member.title} {message}"
+            self._recorder.write(Happened(time=time.time(), what=what, student=member.student, message=who))
+
+    def _await(self, members: list[Member], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and any(child.code is None for child in children):
+        while time.monotonic() < deadline and any(member.running for member in members):
             time.sleep(_POLL_SECONDS / 2)
 
-    def _failure(self, children: list[_Child]) -> CommandError:
+    def _failure(self) -> CommandError:
         """Returns the error of the process that failed first, as far as can be told."""
-        self._await(children, _SETTLE_SECONDS)
-        failed = [child for child in children if child.code not in (None, 0)] or children
-        first = min(failed, key=lambda child: child.code in _FOLLOWERS)
-        code = first.code
-        if code is None:
-            return CommandError(f"{first.name} did not end; its log: {first.log}", ExitCode.WORKER_FAILED)
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            return CommandError(
-                f"{first.name} {how}; its log: {first.log}; `codistill run … --run-dir {self._folder.path} --resume` goes on",
-                ExitCode.WORKER_FAILED,
-            )
-        passed = ExitCode(code) if code in _PASSED_ON else ExitCode.WORKER_FAILED
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while time.monotonic() < deadline and any(member.running for member in self._members):
+            time.sleep(_POLL_SECONDS / 2)
+        for member in self._members:
+            member.attend(time.monotonic(), start=False)
+        failed = [member for member in self._members if member.given_up is not None]
+        return _error(min(failed, key=lambda member: member.code in _FOLLOWERS), self._folder)
+
+
+def _error(member: Member, folder: RunFolder) -> CommandError:
+    ending = member.ending
+    assert ending is not None  # noqa: S101 - only what has ended can have failed
+    why = f"; not started again: {member.given_up}" if member.given_up and member.given_up != RESTARTS_OFF else ""
+    if ending.code <= 0:
         return CommandError(
-            f"{first.name} ended with exit code {code}: {first.last_error()} (log: {first.log})", passed
+            f"{member.title} {ending}{why}; its log: {member.log}; `codistill run … --run-dir {folder.path} --resume` goes on",
+            ExitCode.WORKER_FAILED,
         )
+    code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED
+    return CommandError(f"{member.title} {ending}{why} (log: {member.log})", code)
 
 
-def watch(address: str, show: Callable[[pb.Run], None], over: threading.Event, interval: float = 0.5) -> None:
-    """Shows where a run stands again and again, until it is over or the server is gone.
+def _open_recorder(folder: Path) -> Recorder:
+    try:
+        return Recorder(folder, events=SUPERVISOR_FILE, metrics=None)
+    except OSError as error:
+        raise CommandError(f"run folder {folder} cannot be written: {error.strerror}") from error
+
+
+def watch(
+    address: str,
+    show: Callable[[pb.Run], None],
+    over: threading.Event,
+    security: Security | None = None,
+    interval: float = 0.5,
+) -> None:
+    """Shows where a run stands again and again, until it is over; while the server is away, it waits for it.
 
     Args:
         address: the server's "HOST:PORT".
         show: called with each state, from this thread.
         over: set to stop.
+        security: TLS and token.
         interval: seconds between two states.
     """
-    with grpc.insecure_channel(address) as channel:
+    with (security or Security()).channel(address, _OPTIONS) as channel:
         stub = DistillationStub(channel)
         while not over.is_set():
             try:

@@ -3,41 +3,70 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import cast
 
 import grpc
 from rich.console import Console
 from rich.text import Text
 
+from codistill import handshake, records
 from codistill.exit_codes import ExitCode
+from codistill.records import Happened
+from codistill.security import REFUSALS, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
+from codistill_deploy.history import SUPERVISOR_FILE
 from codistill_deploy.views import status_table
 
-__all__ = ["ask", "show"]
+__all__ = ["add_supervision", "ask", "show"]
 
 _SECONDS = 5.0
 _EVENTS = 5
 
 
-def ask(address: str) -> pb.Run:
+def ask(address: str, security: Security | None = None) -> pb.Run:
     """Returns where the run of a server stands.
 
+    Args:
+        address: the server's "HOST:PORT".
+        security: TLS and token.
+
     Raises:
-        CommandError: there is no server of ours at the address.
+        CommandError: there is no server of ours at the address, or it lets us not in.
+        SecurityError: a certificate or key cannot be used.
     """
-    with grpc.insecure_channel(address) as channel:
+    security = security or Security()
+    with security.channel(address) as channel:
         try:
             return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=_SECONDS)
         except grpc.RpcError as error:
             call = cast("grpc.Call", error)  # what a failed call raises is the call itself
-            why = f"{call.code().name}: {call.details()}"
-            raise CommandError(
-                f"server {address} does not answer: {' '.join(why.split())}; check the address with --server, or name the "
-                "run's folder with --run-dir",
-                ExitCode.UNREACHABLE,
-            ) from None
+            code, details = call.code(), " ".join(str(call.details()).split())
+    if code in REFUSALS:
+        raise CommandError(f"server {address} refused: {details}", ExitCode.REFUSED)
+    wrong = handshake.explain(address, security) if code is grpc.StatusCode.UNAVAILABLE else None
+    if wrong is not None:
+        raise CommandError(f"server {address}: {wrong}", ExitCode.REFUSED)
+    raise CommandError(
+        f"server {address} does not answer: {code.name}: {details}; check the address with --server, or name the run's "
+        "folder with --run-dir",
+        ExitCode.UNREACHABLE,
+    )
+
+
+def add_supervision(run: pb.Run, folder: Path) -> None:
+    """Adds what `codistill run` wrote down of its processes to the events of a run, in order of time."""
+    try:
+        for record in records.read(folder / SUPERVISOR_FILE):
+            if isinstance(record, Happened):
+                run.events.add(
+                    unix_seconds=record.time, kind=record.what, student=record.student, message=record.message
+                )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder / SUPERVISOR_FILE} cannot be read: {error}") from error
+    run.events.sort(key=lambda event: event.unix_seconds)
 
 
 def show(run: pb.Run, console: Console) -> None:

@@ -7,6 +7,7 @@ Both sides import this package; it imports neither.
 * :mod:`codistill.checksums` tells a message that was damaged on the way.
 * :mod:`codistill.experiment` is the experiment file.
 * :mod:`codistill.records` is what a run writes down about itself.
+* :mod:`codistill.security` is what protects the wire; :mod:`codistill.handshake` says why it kept somebody out.
 * :mod:`codistill.exit_codes` is how a process of codistill ends.
 """
 

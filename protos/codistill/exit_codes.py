@@ -19,7 +19,8 @@ class ExitCode(IntEnum):
     CONFIGURATION = 3
     """The experiment, a model, a data set or a checkpoint cannot be used as it is."""
     REFUSED = 4
-    """The server refused the worker: another experiment, other data, other shapes, another protocol."""
+    """Server and worker do not go together: another experiment, other data, other shapes, another protocol, no token or the
+    wrong one, a certificate that one of them does not take."""
     UNREACHABLE = 5
     """The server could not be reached, or went away and did not come back within the time allowed."""
     GAVE_UP = 6
@@ -32,5 +33,7 @@ class ExitCode(IntEnum):
     """A process that the run needs ended; its own code and its last line are shown."""
     OUT_OF_MEMORY = 10
     """The device ran out of memory."""
+    HUNG = 11
+    """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; every student was saved first."""

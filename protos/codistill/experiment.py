@@ -13,15 +13,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 __all__ = [
     "DATASETS",
+    "KEEPALIVE_ANSWER",
     "Augment",
     "Data",
     "Distillation",
@@ -39,10 +41,14 @@ __all__ = [
     "StudentPlan",
     "Training",
     "difference",
+    "extends",
     "identity",
     "load",
     "parse",
 ]
+
+KEEPALIVE_ANSWER = 10.0
+"""Seconds that a peer has to answer a keepalive ping before its link is cut."""
 
 _OPERATIONAL: dict[str, Any] = {"operational": True}
 _REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
@@ -288,6 +294,12 @@ class Training(_Section):
         description="Seconds between two checkpoints; 0 for one after every round. The last round is always saved.",
         json_schema_extra=_OPERATIONAL,
     )
+    hang_after: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop.",
+        json_schema_extra=_OPERATIONAL,
+    )
 
 
 class Independent(_Section):
@@ -356,7 +368,7 @@ class Journal(_Section):
     )
     keep: Literal["needed", "all"] = Field(
         default="needed",
-        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round.",
+        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round, so that students added at the end of `students` later learn the whole run from the journal.",
     )
 
 
@@ -379,6 +391,35 @@ class Exchange(_Section):
         description="Seconds that a worker waits for one round's targets, or for a server that went away, before it ends.",
         json_schema_extra=_OPERATIONAL,
     )
+    on_absence: Literal["wait", "proceed"] = Field(
+        default="wait",
+        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits; `proceed`: it closes at its deadline without those that are away, and they catch up from the journal.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    quorum: int = Field(
+        default=2,
+        ge=2,
+        description="With `proceed`: contributions that a round needs to be given targets; below it the students learn from the labels alone for that round.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    round_deadline: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto",
+        description="With `proceed`: seconds from a round's first contribution until it goes on without the absent; `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    evict_after: float = Field(
+        default=30.0,
+        gt=0,
+        description="With `proceed`: seconds of silence after which an absent student's session is ended, and for which a student that has not joined yet is waited for.",
+        json_schema_extra=_OPERATIONAL,
+    )
+    keepalive: float = Field(
+        default=30.0,
+        ge=5,
+        le=240,
+        description="Seconds between the pings that find a peer which vanished without a word; it has 10 s to answer.",
+        json_schema_extra=_OPERATIONAL,
+    )
     waiting_notice: float = Field(
         default=5.0,
         gt=0,
@@ -391,10 +432,18 @@ class Exchange(_Section):
 
     @model_validator(mode="after")
     def _nested(self) -> Exchange:
-        if self.waiting_notice >= self.give_up_after:
-            raise ValueError(
-                f"waiting_notice: {self.waiting_notice} s must be shorter than give_up_after: {self.give_up_after} s"
-            )
+        """Checks that the shorter waits end before the longer ones, so that each can do its part."""
+        waits = [("waiting_notice", self.waiting_notice), ("give_up_after", self.give_up_after)]
+        if self.on_absence == "proceed":
+            waits = [
+                *([("round_deadline", self.round_deadline)] if self.round_deadline != "auto" else []),
+                ("evict_after", self.evict_after),
+                (f"keepalive + {KEEPALIVE_ANSWER:g}", self.keepalive + KEEPALIVE_ANSWER),
+                ("give_up_after", self.give_up_after),
+            ]
+        for (name, shorter), (longer_name, longer) in pairwise(waits):
+            if shorter >= longer:
+                raise ValueError(f"{name}: {shorter} s must be shorter than {longer_name}: {longer} s")
         return self
 
 
@@ -505,6 +554,12 @@ class Experiment(_Section):
                 f"distillation.method: {self.distillation.method!r} needs at least 2 students, there is {len(self.students)}; "
                 "add one, or choose `independent`"
             )
+        if (
+            self.exchange.on_absence == "proceed"
+            and self.distillation.exchanges
+            and self.exchange.quorum > len(self.students)
+        ):
+            yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {len(self.students)} students"
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
         if self.data.train_size is not None:
@@ -614,18 +669,35 @@ def difference(ours: str, theirs: str) -> str | None:
     """
     if ours == theirs:
         return None
-    left, right = _fields_in(ours), _fields_in(theirs)
+    left, right = _document_in(ours), _document_in(theirs)
     if left is None or right is None:
         return "experiment: what was sent is not the JSON of an experiment"
-    for path in sorted({*left, *right}):
-        have, has = left.get(path, _MISSING), right.get(path, _MISSING)
-        if have != has:
-            shown = _cut(path if path.isprintable() else ascii(path))
-            return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
+    differs = _first_difference(left, right)
+    if differs is not None:
+        path, have, has = differs
+        shown = _cut(path if path.isprintable() else ascii(path))
+        return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
     return "experiment: written differently"
 
 
-_MISSING = "nothing"
+def extends(older: str, newer: str) -> bool:
+    """Returns whether an identity is another one's with students added after the others, and nothing else changed.
+
+    Args:
+        older: the identity without them.
+        newer: the identity that may have more students.
+    """
+    try:
+        before, after = json.loads(older), json.loads(newer)
+        had, has = before.pop("students"), after.pop("students")
+        return bool(before == after and len(has) > len(had) and has[: len(had)] == had)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+_MISSING = object()
+_NOTHING = "nothing"
+_Path: TypeAlias = "tuple[_Path, str] | None"
 _T = TypeVar("_T")
 
 
@@ -687,22 +759,49 @@ def _identity_of(value: Any) -> Any:
     return value
 
 
-def _fields_in(text: str) -> dict[str, str] | None:
+def _document_in(text: str) -> dict[str, Any] | None:
     try:
         document = json.loads(text)
-        return _flat(document) if isinstance(document, dict) and document else None
     except (ValueError, RecursionError):
         return None
+    return document if isinstance(document, dict) and document else None
 
 
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        pairs = [(str(key), item) for key, item in cast("dict[Any, Any]", value).items()]
-    elif isinstance(value, list) and value:
-        pairs = [(str(index), item) for index, item in enumerate(cast("list[Any]", value))]
-    else:
-        return {path: json.dumps(value)}
-    return {key: text for name, item in pairs for key, text in _flat(item, f"{path}.{name}" if path else name).items()}
+def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
+    """Returns the path of the first field that differs and both values as JSON, or None.
+
+    Only the path that is returned is ever written out: of a document from outside with long keys, all paths together
+    would take the square of its size. Nor does it recurse, as such a document may be nested as deep as JSON is read.
+    """
+    pending: list[tuple[_Path, Any, Any]] = [(None, ours, theirs)]
+    while pending:
+        path, left, right = pending.pop()
+        inner, other = _items(left), _items(right)
+        if (inner or left is _MISSING) and (other or right is _MISSING):
+            keys = sorted({*inner, *other}, reverse=True)
+            pending += [((path, key), inner.get(key, _MISSING), other.get(key, _MISSING)) for key in keys]
+            continue
+        have = _NOTHING if inner or left is _MISSING else json.dumps(left)
+        has = _NOTHING if other or right is _MISSING else json.dumps(right)
+        if have != has:
+            return _written(path), have, has
+    return None
+
+
+def _items(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
+    if isinstance(value, list):
+        return {str(index): item for index, item in enumerate(cast("list[Any]", value))}
+    return {}
+
+
+def _written(path: _Path) -> str:
+    keys: list[str] = []
+    while path is not None:
+        path, key = path
+        keys.append(key)
+    return ".".join(reversed(keys))
 
 
 def _validated(document: dict[Any, Any], source: str) -> Experiment:

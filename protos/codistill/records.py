@@ -1,7 +1,9 @@
-"""What a run writes down about itself: JSON lines that the server appends to and reports are made from.
+"""What a run writes down about itself: JSON lines that reports are made from.
 
 A run folder holds ``metrics.jsonl``, whose lines are :class:`Joined`, :class:`Measured`, :class:`Paced` and
-:class:`RoundsClosed`, and ``events.jsonl``, whose lines are :class:`Happened`. A student that resumes repeats the
+:class:`RoundsClosed`, and ``events.jsonl``, whose lines are :class:`Happened`; the server appends to both.
+``supervisor.jsonl`` holds :class:`Happened` lines of the process that starts and restarts the others: what it saw goes on
+where the server was not. A student that resumes repeats the
 rounds after its checkpoint, so a later line about the same student, split and round stands for the earlier one.
 A last line without its end, as a killed process leaves it, is passed over.
 """
@@ -85,6 +87,10 @@ class RoundsClosed(_Record):
     ensemble_accuracy: float | None = None
     disagreement: dict[str, float] = Field(default_factory=dict)
     """Share of samples on which two students differ, by ``first|second``."""
+    missed: dict[str, int] = Field(default_factory=dict)
+    """How many of the rounds closed without a student, by its name."""
+    without_targets: int = 0
+    """How many of the rounds closed below the quorum, without targets."""
 
 
 class Happened(_Record):

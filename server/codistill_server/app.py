@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,17 @@ from grpc_reflection.v1alpha import reflection
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
+from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.guard import TokenGuard
 from codistill_server.journal import Journal, JournalError
+from codistill_server.limits import Limits
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
-from codistill_server.service import DistillationService, EventLoopSubmit, server_options
+from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 
 __all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "parse_address", "serve"]
 
@@ -45,6 +49,7 @@ JOURNAL_FILE = "journal.sqlite"
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
 _SCRAPE_SECONDS = 5.0
+_BEAT_SECONDS = 0.25
 
 
 class ServerError(RuntimeError):
@@ -66,6 +71,8 @@ class ServeOptions:
         insecure: listen beyond this machine although nothing protects the port.
         reflect: serve gRPC reflection, so that generic clients can list the service.
         stay: go on serving after the run is complete, until stopped.
+        security: TLS and token.
+        limits: how much one peer may ask for.
     """
 
     listen: str
@@ -74,6 +81,8 @@ class ServeOptions:
     insecure: bool = False
     reflect: bool = False
     stay: bool = False
+    security: Security = field(default_factory=Security)
+    limits: Limits = field(default_factory=Limits)
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -93,6 +102,7 @@ def serve(experiment: Experiment, options: ServeOptions, stop: threading.Event |
 
     Raises:
         ServerError: an address cannot be listened on, or the run folder belongs to another run.
+        SecurityError: a certificate or key cannot be used.
     """
     torch.set_num_threads(1)
     with asyncio.Runner() as runner:
@@ -105,19 +115,21 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
+        self._watchdog = Watchdog()
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
-        with _only_server_in(self._options.run_dir):
-            return await self._serve(stop)
-
-    async def _serve(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
         host, port = parse_address(options.listen, "listen")
-        if not _is_loopback(host) and not options.insecure:
-            raise ServerError(
-                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, "
-                "or give --insecure where the network is trusted"
-            )
+        credentials = options.security.server_credentials()
+        _check_exposure(host, options)
+        with _only_server_in(options.run_dir), Watchdog() as self._watchdog:
+            self._begin("starting")
+            return await self._serve(host, port, credentials, stop)
+
+    async def _serve(
+        self, host: str, port: int, credentials: grpc.ServerCredentials | None, stop: threading.Event | None
+    ) -> ExitCode:
+        options = self._options
         recorder, journal = self._open_files()
         observations = Observations(self._experiment, recorder.write)
         submit = EventLoopSubmit(self._fail)
@@ -127,9 +139,13 @@ class _Server:
             journal.close()
             recorder.close()
             raise ServerError(str(error)) from error
-        service = DistillationService(coordinator, self._fail)
+        service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
-        server = grpc.aio.server(options=server_options(limit))
+        token = options.security.token
+        guards = [*([] if token is None else [TokenGuard(token)]), ReadableRequests()]
+        server = grpc.aio.server(
+            interceptors=guards, options=server_options(limit, self._experiment.exchange.keepalive)
+        )
         server.add_generic_rpc_handlers((service.handler(),))
         healthy = cast("Any", health).aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -139,26 +155,31 @@ class _Server:
         coordinator.on_complete = self._complete
         metrics: Callable[[], None] | None = None
         ticking: asyncio.Task[None] | None = None
+        beating: asyncio.Task[None] | None = None
+        listening: asyncio.Task[None] | None = None
         try:
-            bound = _listen(server, host, port)
+            bound = _listen(server, host, port, credentials)
             metrics, metrics_address = self._serve_metrics(observations, coordinator)
             await server.start()
             for name in ("", _SERVICE):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
             ticking = asyncio.create_task(service.tick())
+            beating = asyncio.create_task(self._beat(coordinator))
+            listening = asyncio.create_task(self._listens(server))
             self._watch_for_the_end(stop)
-            address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
-            self._announce(address, metrics_address, limit)
+            self._announce(host, bound, metrics_address, limit)
             if coordinator.complete:
                 self._complete()
             await self._done.wait()
             await healthy.enter_graceful_shutdown()
             service.end()
-            await server.stop(_DRAIN_SECONDS)
+            await self._stop(server, _DRAIN_SECONDS)
         finally:
-            if ticking is not None:
-                ticking.cancel()
-            await server.stop(0)
+            for task in (ticking, beating, listening):
+                if task is not None:
+                    task.cancel()
+            self._begin("going down")
+            await self._stop(server, 0)
             if metrics is not None:
                 metrics()
             submit.close()
@@ -170,11 +191,44 @@ class _Server:
             raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
         return ExitCode.OK
 
+    async def _beat(self, coordinator: Coordinator) -> None:
+        """Shows the watchdog that the event loop turns, until cancelled."""
+        while True:
+            self._begin(f"one turn of its event loop, round {coordinator.frontier}")
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    def _begin(self, what: str) -> None:
+        self._watchdog.begin(f"the server at {what}", self._experiment.training.hang_after)
+
+    async def _stop(self, server: grpc.aio.Server, grace: float) -> None:
+        try:
+            await server.stop(grace)
+        except Exception:
+            if self._failure is None:  # else it is what felled the listener, told once more
+                raise
+
+    async def _listens(self, server: grpc.aio.Server) -> None:
+        """Ends the process if gRPC stops listening by itself, so that whoever supervises it starts it again.
+
+        A call whose path is not UTF-8, which anybody can send who reaches the port, ends grpc.aio's own loop; nothing
+        would answer any more, and a second listener in the same process is not safe.
+        """
+        why = "it gave no reason"
+        try:
+            await server.wait_for_termination()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody listens any more
+            why = f"{type(error).__name__}: {error}"
+        if not self._done.is_set():
+            self._fail(ServerError(f"gRPC stopped listening ({why}); start the server again: the journal is whole"))
+
     def _open_files(self) -> tuple[Recorder, Journal]:
         exchange = self._experiment.exchange
         try:
             journal = Journal(
-                self._options.run_dir / JOURNAL_FILE, identity(self._experiment), exchange.journal.durability
+                self._options.run_dir / JOURNAL_FILE,
+                identity(self._experiment),
+                exchange.journal.durability,
+                may_grow=exchange.journal.keep == "all",
             )
         except JournalError as error:
             raise ServerError(str(error)) from error
@@ -214,17 +268,20 @@ class _Server:
 
         return end, f"{host}:{server.server_port}"
 
-    def _announce(self, address: str, metrics: str, limit: int) -> None:
+    def _announce(self, host: str, port: int, metrics: str, limit: int) -> None:
         run = self._options.run_dir
-        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
+        # A server on every address is reached from here by the loopback's; a certificate can hold that one.
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        written = json.dumps({"address": _address(reached, port), "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")
         part.replace(run / ADDRESS_FILE)
         _log.info(
-            "run %s (%s) on %s, messages up to %.1f MiB%s",
+            "run %s (%s) on %s (%s), messages up to %.1f MiB%s",
             self._experiment.name,
             self._experiment.distillation.title,
-            address,
+            _address(host, port),
+            _protection(self._options.security),
             limit / 2**20,
             f"; metrics on http://{metrics}/metrics" if metrics else "",
         )
@@ -276,23 +333,51 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
             raise ServerError(
                 f"run folder {run_dir}: another server runs in it; stop that one, or choose another"
             ) from None
+        with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
+            (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         yield
 
 
-def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+def _check_exposure(host: str, options: ServeOptions) -> None:
+    """Refuses to be reached from other machines without protection; warns of half of one."""
+    security = options.security
+    if _is_loopback(host):
+        return
+    if not security.serves_tls and security.token is None:
+        if not options.insecure:
+            raise ServerError(
+                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, give "
+                f"{TLS_CERT} and {TLS_KEY}, or {TOKEN_FILE}; or give --insecure where the network is trusted"
+            )
+    elif not security.serves_tls:
+        _log.warning("without TLS the token and all data can be read on the way; give %s and %s", TLS_CERT, TLS_KEY)
+    elif security.ca is None and security.token is None:
+        _log.warning("TLS alone keeps nobody out; give %s for mutual TLS, or %s", TLS_CA, TOKEN_FILE)
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     """Binds the port; gRPC's own refusal would not say why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    text = _address(host, port)
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        return server.add_insecure_port(text)
+        return server.add_insecure_port(text) if credentials is None else server.add_secure_port(text, credentials)
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or "it is in use, or not this machine's"
         raise ServerError(
             f"listen: {text} cannot be listened on: {why}; choose another address with --listen"
         ) from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _protection(security: Security) -> str:
+    tls = "plain text" if not security.serves_tls else "TLS" if security.ca is None else "mutual TLS"
+    return f"{tls}, {'no token' if security.token is None else 'token'}"
 
 
 def _is_loopback(host: str) -> bool:

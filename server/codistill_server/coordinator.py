@@ -24,9 +24,11 @@ from codistill.experiment import Experiment, difference, identity
 from codistill.tensors import TensorError, check, decode, encode, encoded_size
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
+from codistill_server.absence import Absence
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
 from codistill_server.rounds import (
+    Absent,
     Admit,
     Answer,
     Complete,
@@ -46,6 +48,7 @@ from codistill_server.rounds import (
     Progress,
     Refuse,
     Remember,
+    Returned,
     Rounds,
     Rules,
     Samples,
@@ -58,6 +61,8 @@ __all__ = ["Coordinator", "Outbox", "Refused", "Submit", "receive_limit", "run_i
 _log = logging.getLogger(__name__)
 _RECENT_ROUNDS = 4
 _LARGEST_LOGIT = 1e30  # what the ensembles compute with; sums and differences stay finite in float32
+_LARGEST_ROUND = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
+_LONGEST_DEVICE = 200  # it is in the run's events, which GetRun sends all together
 _LONGEST_REFUSAL = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
 _T = TypeVar("_T")
 
@@ -167,7 +172,9 @@ class Coordinator:
             exchanges=experiment.distillation.exchanges,
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
+            absence=_absence(experiment),
         )
+        self._keep_all = rules.keep_all
         self._rounds = Rounds(rules, restored)
         for record in restored.students:
             if record.student in observations.students:
@@ -201,13 +208,14 @@ class Coordinator:
         """
         try:
             self._check_join(request)
-            admitted = self._apply(Join(request.student, request.first_round))
+            admitted = self._apply(Join(request.student, request.first_round, request.worker, request.session))
         except Refused as refused:
             who = request.student if request.student in self._rounds.presence else ""
             self.observations.event("refused", who, str(refused))
             raise
         assert admitted is not None  # noqa: S101 - a join is either refused or admitted
         self._settle(request)
+        request.device = _printable(request.device[:_LONGEST_DEVICE])
         self.observations.joined(request)
         where = f" on {request.device}" if request.device else ""
         again = f", from round {request.first_round}" if request.first_round else ""
@@ -261,14 +269,16 @@ class Coordinator:
         except Refused as refused:
             self.observations.reject(refused.status)
             self.observations.event("rejected", student if student != "?" else "", str(refused))
-            self.disconnect(session, quiet=True)
+            self._outboxes.pop(session, None)
+            self._apply(Disconnect(session, lost=True))
             raise
 
     def damaged(self, session: int, message: str) -> None:
         """Takes in that a contribution was damaged on its way; its session is over, and its worker joins again."""
         self.observations.reject(Status.ABORTED)
         self.observations.event("damaged", self._rounds.student_of(session) or "", message)
-        self.disconnect(session, quiet=True)
+        self._outboxes.pop(session, None)
+        self._apply(Disconnect(session))
 
     def report(self, request: pb.ReportRequest) -> None:
         """Takes in a student's report.
@@ -324,22 +334,21 @@ class Coordinator:
         student = self._rounds.student_of(request.session)
         what = "left" if reason is LeaveReason.STOPPED else reason.value
         if student is not None:  # before the event that may complete the run
-            self.observations.event(what, student, request.message[:500])
+            self.observations.event(what, student, _printable(request.message[:500]))
         self._outboxes.pop(request.session, None)
         self._apply(Leave(request.session, reason))
 
-    def disconnect(self, session: int, *, quiet: bool = False) -> None:
+    def disconnect(self, session: int) -> None:
         """Takes in that a session's stream is gone."""
         self._outboxes.pop(session, None)
         student = self._rounds.student_of(session)
         if student is None:
             return
         self._apply(Disconnect(session))
-        if not quiet:
-            self.observations.event("disconnected", student, "its connection broke")
+        self.observations.event("disconnected", student, "its connection broke")
 
     def tick(self) -> None:
-        """Lets time go by: notices to those who wait."""
+        """Lets time go by: notices to those who wait, and rounds that close at their deadline."""
         self._apply(Tick())
 
     def snapshot(self) -> pb.Run:
@@ -377,6 +386,10 @@ class Coordinator:
                         seconds=action.waiting.seconds,
                     )
                     self._send(action.session, seal(pb.ExchangeReply(waiting=waiting)))
+                case Absent():
+                    self.observations.absent(action.student, action.round, action.reason)
+                case Returned():
+                    self.observations.returned(action.student, action.round)
                 case Remember():
                     self._journal.remember(action.record)
                 case Forget():
@@ -394,7 +407,8 @@ class Coordinator:
         outbox = self._outboxes.pop(action.session, None)
         if asked:  # the answer to the very call that is being handled
             raise Refused(action.status, action.message)
-        self.observations.event("superseded", action.student, action.message)
+        what = "superseded" if action.status is Status.SUPERSEDED else "evicted"
+        self.observations.event(what, action.student, action.message)
         if outbox is not None:
             outbox.end(action.status, action.message)
 
@@ -404,14 +418,18 @@ class Coordinator:
         state = self._state
         first = next(iter(decide.contributions.values()))
 
+        contributors = tuple(decide.contributions)
+        missing = tuple(name for name in self.experiment.names if name not in decide.contributions)
+
         def work() -> tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]:
-            gathered = _gather(decide, state)
-            targets = half.targets(gathered)
+            gathered = _gather(decide, state, outsiders=self._keep_all or bool(missing))
+            targets = half.targets(gathered) if decide.targets else methods.Targets(shared={}, state=state)
             closed = ClosedRound(
                 decide.round,
                 first.samples,
                 _replies(decide.round, targets, self._dtype),
                 _dump_state(decide.round, targets.state),
+                contributors,
             )
             return closed, targets.state, gathered
 
@@ -421,7 +439,7 @@ class Coordinator:
             self._recent[closed.round] = closed
             if len(self._recent) > _RECENT_ROUNDS:
                 self._recent.popitem(last=False)
-            self.observations.round_closed(closed.round, decide.arrived)
+            self.observations.round_closed(closed.round, decide.arrived, missing, targets=decide.targets)
             self._apply(Decided(closed.round))
             self.observations.agreement(gathered.students, gathered.outputs["logits"], gathered.labels)
 
@@ -438,7 +456,14 @@ class Coordinator:
                 f"round {asked.round}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
                 "was closed: seed, data and batch size must be the same as then",
             )
-        self._send(answer.session, closed.reply_to(answer.student))
+        reply = closed.reply_to(answer.student)
+        if reply is None:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"round {asked.round} was closed by {', '.join(closed.contributors)} with targets for nobody else; a student "
+                "that joins later needs exchange.journal.keep: all from the run's start",
+            )
+        self._send(answer.session, reply)
 
     def _send(self, session: int, reply: bytes) -> None:
         outbox = self._outboxes.get(session)
@@ -457,6 +482,16 @@ class Coordinator:
             )
         if request.student not in self._rounds.presence:
             return  # the state machine names the students there are
+        if request.total_rounds > _LARGEST_ROUND:
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"total_rounds: {request.total_rounds} is not allowed; allowed are at most {_LARGEST_ROUND}",
+            )
+        if request.first_round > request.total_rounds:
+            raise Refused(
+                Status.INVALID_ARGUMENT,
+                f"first_round: {request.first_round} is not allowed; allowed: 0 to total_rounds, {request.total_rounds}",
+            )
         differs = difference(self._identity, request.experiment)
         if differs is not None:
             raise Refused(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
@@ -536,16 +571,30 @@ class Coordinator:
         return Samples(message.ids.data, message.labels.data), {"logits": values}, labels
 
 
+def _printable(text: str) -> str:
+    """Returns what a worker wrote as one line that does nothing to a terminal."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def _course(request: pb.JoinRequest) -> dict[str, int | str]:
     """Returns what every worker must say alike of the run's data and length, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
-        "data.digest": request.data.digest[:128],
+        "data.digest": _printable(request.data.digest[:128]),
         "total_rounds": request.total_rounds,
     }
 
 
-def _gather(decide: Decide, state: Mapping[str, torch.Tensor]) -> methods.Gathered:
+def _absence(experiment: Experiment) -> Absence | None:
+    """Returns how an experiment goes on without a student; None where it waits for every one."""
+    exchange = experiment.exchange
+    if exchange.on_absence == "wait":
+        return None
+    deadline = None if exchange.round_deadline == "auto" else exchange.round_deadline
+    return Absence(exchange.quorum, deadline, exchange.evict_after)
+
+
+def _gather(decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
     payloads = [cast("_Payload", contribution.payload) for contribution in decide.contributions.values()]
     first = payloads[0]
     return methods.Gathered(
@@ -555,11 +604,14 @@ def _gather(decide: Decide, state: Mapping[str, torch.Tensor]) -> methods.Gather
         held_out={name: torch.stack([each.held_out[name] for each in payloads]).float() for name in first.held_out},
         held_out_labels=first.held_out_labels,
         state=state,
+        outsiders=outsiders,
     )
 
 
 def _replies(number: int, targets: methods.Targets, dtype: str) -> Mapping[str, bytes]:
-    by_student = {"": targets.shared} if targets.shared is not None else (targets.each or {})
+    by_student = dict(targets.each or {})
+    if targets.shared is not None:
+        by_student[""] = targets.shared
     return {
         student: seal(
             pb.ExchangeReply(

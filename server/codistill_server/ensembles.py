@@ -39,6 +39,7 @@ __all__ = [
     "min_logit",
     "naive",
     "peer_probabilities",
+    "pooled_probabilities",
     "weighted_sum",
     "weights_from_covariance",
 ]
@@ -323,6 +324,24 @@ def peer_probabilities(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor
         means[:, block] = m
         constants[:, block] = (_entropy(m) - others).clamp_(min=0)
     return means, constants
+
+
+def pooled_probabilities(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns what :func:`peer_probabilities` would give to one more student: all K are its peers.
+
+    Args:
+        logits: [K, B, C].
+        temperature: T, positive and finite.
+
+    Returns:
+        m [B, C], the mean of the students' probabilities, and J [B], their Jensen-Shannon divergence in nats.
+
+    Raises:
+        ValueError: `temperature` is not positive and finite.
+    """
+    m = mean_probabilities(logits, temperature)
+    p = torch.softmax(_checked_logits(logits) / temperature, -1)
+    return m, (_entropy(m) - _entropy(p).mean(0)).clamp_(min=0)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

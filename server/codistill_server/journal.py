@@ -15,10 +15,11 @@ import sqlite3
 import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from codistill.experiment import difference
+from codistill.experiment import difference, extends
 from codistill_server.rounds import Restored, Samples, StudentRecord
 
 __all__ = ["ClosedRound", "Journal", "JournalError"]
@@ -27,14 +28,17 @@ _SCHEMA_VERSION = 2
 _LOOK = "check that it is a run's journal, whole and not locked, or choose another run folder"
 _FREE = "free disk space or check the folder's permissions, then resume the run"
 _REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
+# The second where what SQLite says of damage quotes it.
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS students (
     student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
-    checksum INTEGER NOT NULL
+    worker TEXT NOT NULL, checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, checksum INTEGER NOT NULL
+    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS targets (
     round INTEGER NOT NULL, student TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, student)
@@ -53,18 +57,20 @@ class ClosedRound:
     Attributes:
         round: the round.
         samples: the samples that it was about.
-        replies: the serialised ``ExchangeReply`` by student; under "" where all students get the same.
+        replies: the serialised ``ExchangeReply`` by student; under "" for every student that has none of its own.
         state: the method's serialised state after the round.
+        contributors: the students that the targets were made of, in the experiment's order.
     """
 
     round: int
     samples: Samples
     replies: Mapping[str, bytes] = field(repr=False)
     state: bytes = field(default=b"", repr=False)
+    contributors: tuple[str, ...] = ()
 
-    def reply_to(self, student: str) -> bytes:
-        """Returns what a student is answered."""
-        return self.replies[""] if "" in self.replies else self.replies[student]
+    def reply_to(self, student: str) -> bytes | None:
+        """Returns what a student is answered; None if nothing was made for one that did not contribute."""
+        return self.replies.get(student, self.replies.get(""))
 
 
 class Journal:
@@ -75,6 +81,8 @@ class Journal:
         path: Path | None,
         identity: str,
         durability: Literal["process", "power"] = "process",
+        *,
+        may_grow: bool = False,
     ) -> None:
         """Opens a journal, or starts it.
 
@@ -82,6 +90,7 @@ class Journal:
             path: the file; None keeps the journal in memory, for runs in one process.
             identity: the experiment's :func:`codistill.experiment.identity`; a journal of another experiment is refused.
             durability: whether a closed round survives the processes' death only, or the machine's.
+            may_grow: take over the journal of an experiment to which students were added since.
 
         Raises:
             JournalError: the file cannot be used, or belongs to another experiment.
@@ -94,18 +103,18 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             raise JournalError(f"journal {self._where} cannot be opened: {error}; {_LOOK}") from error
         try:
-            self._prepare(identity, durability)
+            self._prepare(identity, durability, may_grow)
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, identity: str, durability: Literal["process", "power"]) -> None:
+    def _prepare(self, identity: str, durability: Literal["process", "power"], may_grow: bool) -> None:
         try:
             self._database.execute("PRAGMA journal_mode=WAL")
             # Without a sync the pages are the kernel's once written: they survive this process, not a power cut.
             self._database.execute(f"PRAGMA synchronous={'FULL' if durability == 'power' else 'OFF'}")
             self._database.executescript(_SCHEMA)
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise JournalError(
                 f"journal {self._where} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
             ) from error
@@ -119,6 +128,10 @@ class Journal:
             with self._transaction():
                 self._settle("schema", str(_SCHEMA_VERSION))
                 self._settle("identity", identity)
+        elif may_grow and extends(stored.get("identity", ""), identity):
+            with self._transaction():
+                row = ("identity", identity)
+                self._write("INSERT OR REPLACE INTO run VALUES (?, ?, ?)", (*row, _checksum(*row)))
         elif stored.get("identity") != identity:
             reason = difference(stored.get("identity", ""), identity) or "identity"
             raise JournalError(
@@ -137,7 +150,9 @@ class Journal:
         for *row, checksum in self._query("SELECT key, value, checksum FROM run"):
             if checksum != _checksum(*row):
                 raise self._damaged("what it says of the run is not what was written")
-        for *row, checksum in self._query("SELECT student, session, durable_round, finished, checksum FROM students"):
+        for *row, checksum in self._query(
+            "SELECT student, session, durable_round, finished, worker, checksum FROM students"
+        ):
             if checksum != _checksum(*row):
                 raise self._damaged(f"what it says of student {row[0]!r} is not what was written")
 
@@ -145,12 +160,13 @@ class Journal:
         """Returns what the rounds' state machine starts from."""
         ((oldest, newest),) = self._query("SELECT min(round), max(round) FROM rounds")
         frontier = newest + 1 if newest is not None else 0
-        students = self._query("SELECT student, session, durable_round, finished FROM students")
+        students = self._query("SELECT student, session, durable_round, finished, worker FROM students")
         return Restored(
             oldest=frontier if oldest is None else oldest,
             frontier=frontier,
             students=tuple(
-                StudentRecord(name, session, durable, bool(done)) for name, session, durable, done in students
+                StudentRecord(name, session, durable, bool(done), int(worker))
+                for name, session, durable, done, worker in students
             ),
         )
 
@@ -181,12 +197,11 @@ class Journal:
             JournalError: it could not be written; nothing of it is there.
         """
         with self._transaction():
-            self._write(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
-                (closed.round, closed.samples.ids, closed.samples.labels, closed.state, _checksum_of(closed)),
-            )
-            for student, reply in closed.replies.items():
-                self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, student, reply))
+            samples, replies = closed.samples, sorted(closed.replies.items())
+            row = (closed.round, samples.ids, samples.labels, closed.state, ",".join(closed.contributors))
+            self._write("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row, *chain(*replies))))
+            for reply in replies:
+                self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, *reply))
 
     def read(self, number: int) -> ClosedRound | None:
         """Returns a closed round, or None if it is not kept.
@@ -194,21 +209,25 @@ class Journal:
         Raises:
             JournalError: it cannot be read, or is not what was written.
         """
-        rows = self._query("SELECT ids, labels, state, checksum FROM rounds WHERE round = ?", (number,))
+        rows = self._query(
+            "SELECT round, ids, labels, state, contributors, checksum FROM rounds WHERE round = ?", (number,)
+        )
         if not rows:
             return None
-        ((ids, labels, state, checksum),) = rows
-        replies = dict(self._query("SELECT student, reply FROM targets WHERE round = ?", (number,)))
-        closed = ClosedRound(number, Samples(ids, labels), replies, state)
-        if checksum != _checksum_of(closed):
+        ((*row, checksum),) = rows
+        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (number,))
+        if checksum != _checksum(*row, *chain(*replies)):
             raise self._damaged(f"round {number} is not what was written")
-        return closed
+        _, ids, labels, state, contributors = row
+        names = tuple(contributors.split(",")) if contributors else ()
+        return ClosedRound(number, Samples(ids, labels), dict(replies), state, names)
 
     def remember(self, record: StudentRecord) -> None:
         """Writes what must be remembered of a student."""
         with self._transaction():
-            row = (record.student, record.session, record.durable_round, int(record.finished))
-            self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?)", (*row, _checksum(*row)))
+            # 64 bits without a sign are more than an INTEGER holds.
+            row = (record.student, record.session, record.durable_round, int(record.finished), str(record.worker))
+            self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
 
     def forget(self, before: int) -> None:
         """Drops the rounds before one; the newest round always stays, as it holds the method's state."""
@@ -226,7 +245,7 @@ class Journal:
     def _query(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         try:
             return self._database.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise JournalError(
                 f"journal {self._where} cannot be read: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
             ) from error
@@ -251,19 +270,16 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
                     self._database.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise JournalError(
                 f"journal {self._where} cannot be written: {error}; {_REPLACE if _is_damage(error) else _FREE}"
             ) from error
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-
-
-def _checksum_of(closed: ClosedRound) -> int:
-    replies = (part for reply in sorted(closed.replies.items()) for part in reply)
-    return _checksum(closed.round, closed.samples.ids, closed.samples.labels, closed.state, *replies)
+def _is_damage(error: Exception) -> bool:
+    return (
+        isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+    )
 
 
 def _checksum(*values: object) -> int:

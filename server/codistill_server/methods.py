@@ -6,6 +6,9 @@ same round gives the same targets wherever and whenever it is computed. Halves a
 
 The arrays are named. KDCL publishes and answers ``logits`` [B, C]; DML publishes ``logits`` [B, C] and answers, to
 each student, ``probabilities`` [B, C] and ``divergence`` [B].
+
+A round may have been closed without some students. What is made then is made of those that are there, and whoever was
+not, learns from all of them.
 """
 
 from __future__ import annotations
@@ -33,12 +36,13 @@ class Gathered:
     """What the students published in a round, in the experiment's order.
 
     Attributes:
-        students: the K students' names.
+        students: the names of the K students that contributed.
         outputs: each named output of all students, [K, B, ...], float32.
         labels: the samples' classes, [B], int64.
         held_out: each named output for the held-out samples, [K, N, ...], float32; empty in most rounds.
         held_out_labels: their classes, [N], int64; None in most rounds.
         state: what the half returned with the round before; empty for the first.
+        outsiders: whether students that did not contribute will ask for the targets.
     """
 
     students: tuple[str, ...]
@@ -47,6 +51,7 @@ class Gathered:
     held_out: Arrays = field(default_factory=_no_arrays)
     held_out_labels: torch.Tensor | None = None
     state: Arrays = field(default_factory=_no_arrays)
+    outsiders: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Targets:
     """What a round's targets are.
 
     Attributes:
-        shared: named arrays that every student gets; or
         each: named arrays by student, where they differ.
+        shared: named arrays for every student that has none of its own.
         state: float32 arrays to be handed back with the next round; journalled with this one.
     """
 
@@ -90,20 +95,39 @@ class _Kdcl:
 
 
 class _KdclGeneral:
-    """KDCL-General: weights measured on held-out samples once an epoch, uniform before that."""
+    """KDCL-General: weights by errors measured on held-out samples once an epoch, uniform before that.
+
+    The state is the errors' covariance [M, M], float32, under a key that names the M students measured. Weights follow
+    from it for whichever students contribute; one that was not measured has weight 0, unless nobody there was.
+    """
 
     heavy = False
 
     def targets(self, gathered: Gathered) -> Targets:
-        logits = gathered.outputs["logits"]
+        state = gathered.state
         if gathered.held_out_labels is not None:
-            measured = ensembles.general_weights(gathered.held_out["logits"], gathered.held_out_labels)
-            weights = measured.to(torch.float32)  # the journal's precision, so that a restart changes no bit
-        elif "weights" in gathered.state:
-            weights = gathered.state["weights"]
-        else:
-            weights = torch.full((logits.shape[0],), 1 / logits.shape[0], dtype=torch.float32)
-        return Targets(shared={"logits": ensembles.weighted_sum(logits, weights)}, state={"weights": weights})
+            total = ensembles.error_covariance(gathered.held_out["logits"], gathered.held_out_labels)
+            mean = total / len(gathered.held_out_labels)
+            # In the journal's precision from the start, so that a restart changes no bit.
+            state = {_COVARIANCE + ",".join(gathered.students): mean.to(torch.float32)}
+        weights = _weights_of(gathered.students, state)
+        return Targets(shared={"logits": ensembles.weighted_sum(gathered.outputs["logits"], weights)}, state=state)
+
+
+_COVARIANCE = "covariance/"
+
+
+def _weights_of(students: tuple[str, ...], state: Arrays) -> torch.Tensor:
+    """Returns the weights of some students by the state of `general`, [K], float32."""
+    for key, covariance in state.items():
+        measured = key.removeprefix(_COVARIANCE).split(",")
+        known = [(position, measured.index(name)) for position, name in enumerate(students) if name in measured]
+        if known:
+            positions, rows = (list(each) for each in zip(*known, strict=True))
+            weights = torch.zeros(len(students), dtype=torch.float64)
+            weights[positions] = ensembles.weights_from_covariance(covariance.double()[rows][:, rows])
+            return weights.to(torch.float32)
+    return torch.full((len(students),), 1 / len(students), dtype=torch.float32)
 
 
 class _Dml:
@@ -119,13 +143,16 @@ class _Dml:
         self._temperature = temperature
 
     def targets(self, gathered: Gathered) -> Targets:
-        probabilities, divergence = ensembles.peer_probabilities(gathered.outputs["logits"], self._temperature)
-        return Targets(
-            each={
-                student: {"probabilities": probabilities[position], "divergence": divergence[position]}
-                for position, student in enumerate(gathered.students)
-            }
-        )
+        logits = gathered.outputs["logits"]
+        probabilities, divergence = ensembles.peer_probabilities(logits, self._temperature)
+        each = {
+            student: {"probabilities": probabilities[position], "divergence": divergence[position]}
+            for position, student in enumerate(gathered.students)
+        }
+        if not gathered.outsiders:
+            return Targets(each=each)
+        probabilities, divergence = ensembles.pooled_probabilities(logits, self._temperature)
+        return Targets(each=each, shared={"probabilities": probabilities, "divergence": divergence})
 
 
 def create(distillation: Distillation) -> ServerHalf | None:

@@ -2,7 +2,8 @@
 
 Gauges are read off the observations at the moment of a scrape, so a student that left without finishing takes its
 series along; one that finished keeps its final values until the server ends, as they are often scraped only then.
-Counters and histograms are the server's own and only ever grow.
+Counters and histograms are the server's own and only ever grow; those of a student stay while it is away, as they count
+its absences.
 """
 
 from __future__ import annotations
@@ -141,12 +142,23 @@ class _RunCollector(Collector):
         rounds = CounterMetricFamily("codistill_rounds", "Rounds closed by this server.", labels=["run"])
         rounds.add_metric([run], observations.closed_rounds)
         yield rounds
-        # Every round waits for all its students, so none is trained on labels for want of the others.
         alone = CounterMetricFamily(
             "codistill_rounds_without_target", "Rounds trained on labels alone for want of a quorum.", labels=["run"]
         )
-        alone.add_metric([run], 0)
+        alone.add_metric([run], observations.rounds_without_targets)
         yield alone
+        missed = CounterMetricFamily(
+            "codistill_student_missed_rounds", "Rounds closed without a student.", labels=["run", "student", "model"]
+        )
+        joins = CounterMetricFamily(
+            "codistill_student_joins",
+            "Sessions opened by a student's workers; every one after the first is a restart or a reconnection.",
+            labels=["run", "student", "model"],
+        )
+        for student in state.students:
+            missed.add_metric([run, student.name, student.model], student.missed_rounds)
+            joins.add_metric([run, student.name, student.model], student.joins)
+        yield from (missed, joins)
         rejected = CounterMetricFamily(
             "codistill_contributions_rejected", "Contributions turned away.", labels=["run", "reason"]
         )

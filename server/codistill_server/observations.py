@@ -6,8 +6,8 @@ The coordinator feeds :class:`Observations`; nothing in here has any effect on t
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,9 @@ class StudentView:
     step_seconds: float = 0.0
     wait_seconds: float = 0.0
     measured: dict[str, pb.Measurement] = field(default_factory=dict[str, pb.Measurement])
+    missed_rounds: int = 0
+    joins: int = 0
+    absent_since: int | None = None
 
 
 @dataclass
@@ -60,6 +63,8 @@ class _Span:
     waits: list[float] = field(default_factory=list[float])
     last_rounds: dict[str, int] = field(default_factory=dict[str, int])
     last_seconds: dict[str, float] = field(default_factory=dict[str, float])
+    missed: Counter[str] = field(default_factory=Counter[str])
+    without_targets: int = 0
 
 
 class Observations:
@@ -86,6 +91,7 @@ class Observations:
         self.total_rounds = 0
         self.rounds_per_epoch = 0
         self.closed_rounds = 0
+        self.rounds_without_targets = 0
         self.ensemble_accuracy: float | None = None
         self.disagreement: dict[tuple[str, str], float] = {}
         # From 0 on, so that the first of a kind shows as a rise.
@@ -100,6 +106,7 @@ class Observations:
         self._events: deque[Happened] = deque(maxlen=_EVENTS)
         self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         self._last_closing: float | None = None
+        self._last_without_targets = -2
         self._span: _Span | None = None
         self._agreement_at = -_AGREEMENT_INTERVAL
 
@@ -114,6 +121,7 @@ class Observations:
         view = self.students[request.student]
         view.parameters, view.device = request.parameters, request.device
         view.round = request.first_round
+        view.joins += 1
         self._record(
             Joined(
                 time=self._wall(),
@@ -162,8 +170,22 @@ class Observations:
         """Counts a contribution that was turned away."""
         self.rejected[status] = self.rejected.get(status, 0) + 1
 
-    def round_closed(self, number: int, arrived: Mapping[str, float]) -> None:
-        """Takes in that a round closed, and when each contribution to it came in."""
+    def absent(self, student: str, number: int, reason: str) -> None:
+        """Takes in that the frontier no longer waits for a student."""
+        self.students[student].absent_since = number
+        self.event("absent", student, f"absent from round {number} on: {reason}")
+
+    def returned(self, student: str, number: int) -> None:
+        """Takes in that the frontier waits for a student again."""
+        view = self.students[student]
+        since, view.absent_since = view.absent_since, None
+        missed = f"; it missed rounds from {since} on" if since is not None and since < number else ""
+        self.event("returned", student, f"back at round {number}{missed}, {view.missed_rounds} rounds missed in all")
+
+    def round_closed(
+        self, number: int, arrived: Mapping[str, float], missing: Sequence[str] = (), *, targets: bool = True
+    ) -> None:
+        """Takes in that a round closed, when each contribution to it came in, and who missed it."""
         now = self._clock()
         order = sorted(arrived, key=lambda name: arrived[name])
         wait = arrived[order[-1]] - arrived[order[0]]
@@ -176,6 +198,12 @@ class Observations:
             span.last_rounds[last] = span.last_rounds.get(last, 0) + 1
             alone = arrived[last] - arrived[order[-2]]
             span.last_seconds[last] = span.last_seconds.get(last, 0.0) + alone
+        for name in missing:
+            self.students[name].missed_rounds += 1
+            span.missed[name] += 1
+        if not targets:
+            self._closed_without_targets(number, len(arrived))
+            span.without_targets += 1
         if self._last_closing is not None:
             self.on_round(wait, now - self._last_closing)
         self._last_closing = now
@@ -185,6 +213,13 @@ class Observations:
         epoch_ends = self.rounds_per_epoch > 0 and (number + 1) % self.rounds_per_epoch == 0
         if epoch_ends or now - span.started >= _SPAN_SECONDS:
             self._write_span(number, now)
+
+    def _closed_without_targets(self, number: int, contributions: int) -> None:
+        if self._last_without_targets != number - 1:
+            message = f"round {number} closed with {contributions} contributions, below the quorum: no targets"
+            self.event("below quorum", message=message)
+        self._last_without_targets = number
+        self.rounds_without_targets += 1
 
     def agreement(self, students: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Measures on a round's logits [K, B, C] how good the ensemble is and how far the students agree.
@@ -242,6 +277,8 @@ class Observations:
                     device=view.device,
                     step_seconds=view.step_seconds,
                     wait_seconds=view.wait_seconds,
+                    missed_rounds=view.missed_rounds,
+                    joins=view.joins,
                 )
                 for view in views
             ],
@@ -281,6 +318,8 @@ class Observations:
                 },
                 ensemble_accuracy=self.ensemble_accuracy,
                 disagreement={f"{first}|{second}": ratio for (first, second), ratio in self.disagreement.items()},
+                missed=dict(span.missed),
+                without_targets=span.without_targets,
             )
         )
 

@@ -16,27 +16,39 @@ _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Appends records to ``metrics.jsonl`` and ``events.jsonl``; without a folder it drops them.
+    """Appends events to one file and what was measured to another; without a folder it drops them.
 
     A record that cannot be written (a full disk) is logged, once until writing works again: records describe the
     training, they must not end it.
+
+    Args:
+        folder: the run's folder.
+        events: the file of the events.
+        metrics: the file of all other records; None drops those.
+
+    Raises:
+        OSError: a file cannot be opened.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._files: dict[str, BinaryIO] = {}
+    def __init__(
+        self, folder: Path | None, events: str = "events.jsonl", metrics: str | None = "metrics.jsonl"
+    ) -> None:
+        self._events, self._metrics = events, metrics
+        self._files: dict[str | None, BinaryIO] = {}
         self._failing = False
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                for name in ("metrics.jsonl", "events.jsonl"):
-                    self._files[name] = _open(folder / name)
+                for name in (metrics, events):
+                    if name is not None:
+                        self._files[name] = _open(folder / name)
             except OSError:
                 self.close()
                 raise
 
     def write(self, record: Record) -> None:
         """Appends one record and hands it to the operating system."""
-        file = self._files.get("events.jsonl" if isinstance(record, Happened) else "metrics.jsonl")
+        file = self._files.get(self._events if isinstance(record, Happened) else self._metrics)
         if file is None:
             return
         try:

@@ -4,23 +4,30 @@ There are no threads, clock, sockets or disk in here; time is an argument and th
 for somebody else to carry out. So the same code is driven by the gRPC service, by the in-process loop, and by tests
 that crash, duplicate and reorder everything.
 
-The life of a round: every expected student's contribution comes in (:class:`Contribute`), the machine says
+The life of a round: every awaited student's contribution comes in (:class:`Contribute`), the machine says
 :class:`Decide`; whoever drives it makes the targets, **writes them to the journal**, and only then says
 :class:`Decided`; the machine answers everyone who waits (:class:`Answer`). From then on the round never changes: any
 contribution to it, however late or repeated, is answered again from the journal. So a duplicate, a retry and the
 replay of a student that came back from its checkpoint are one and the same thing.
+
+Who is awaited: every student; or, with :class:`codistill_server.absence.Absence` rules, every student but those that
+missed a round's deadline or said goodbye. An absent student learns the rounds that it missed from the journal, at its
+own speed, and is awaited again once it is at the frontier and quick enough to keep up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from codistill_server.absence import Absence, Arrivals, Verdict, judge
+
 __all__ = [
+    "Absent",
     "Action",
     "Admit",
     "Answer",
@@ -42,6 +49,7 @@ __all__ = [
     "Refuse",
     "Remember",
     "Restored",
+    "Returned",
     "Rounds",
     "Rules",
     "Samples",
@@ -92,12 +100,14 @@ class Rules:
         exchanges: whether the method exchanges anything; if not, there are no rounds to close here.
         waiting_notice: seconds between two notices to a student that waits.
         keep_all: never forget a closed round.
+        absence: when a round goes on without a student; None waits for every student.
     """
 
     students: tuple[str, ...]
     exchanges: bool = True
     waiting_notice: float = 5.0
     keep_all: bool = False
+    absence: Absence | None = None
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,19 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Join:
-    """A worker wants a session for `student`; it will ask for rounds from `first_round` on."""
+    """A worker wants a session for `student`; it will ask for rounds from `first_round` on.
+
+    Attributes:
+        student: the student.
+        first_round: the first round that the worker needs.
+        worker: what tells this worker from another one of the student; 0 where nothing does.
+        session: the session that this worker had last; 0 for none.
+    """
 
     student: str
     first_round: int
+    worker: int = 0
+    session: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,9 +197,15 @@ class Leave:
 
 @dataclass(frozen=True)
 class Disconnect:
-    """A session's stream broke."""
+    """A session's stream broke, or was ended because of what was sent on it.
+
+    Attributes:
+        session: the session.
+        lost: whether the student is not to be waited for: what it sends is of no use.
+    """
 
     session: int
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,13 +252,15 @@ class Decide:
 
     Attributes:
         round: the round.
-        contributions: by student, in the experiment's order.
+        contributions: by student, in the experiment's order; of all students, or of those that are not absent.
         arrived: when each contribution came in, in the caller's time.
+        targets: whether the round is given targets; below the quorum it is not.
     """
 
     round: int
     contributions: Mapping[str, Contribution]
     arrived: Mapping[str, float]
+    targets: bool = True
 
 
 @dataclass(frozen=True)
@@ -263,6 +290,23 @@ class Notify:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """The frontier no longer waits for a student."""
+
+    student: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The frontier waits for a student again."""
+
+    student: str
+    round: int
+
+
+@dataclass(frozen=True)
 class StudentRecord:
     """What must be remembered of a student over a restart of the server."""
 
@@ -270,6 +314,7 @@ class StudentRecord:
     session: int
     durable_round: int
     finished: bool
+    worker: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,7 +336,7 @@ class Complete:
     """Every student has finished."""
 
 
-Action = Admit | Refuse | End | Decide | Answer | Notify | Remember | Forget | Complete
+Action = Admit | Refuse | End | Decide | Answer | Notify | Absent | Returned | Remember | Forget | Complete
 
 
 @dataclass(frozen=True)
@@ -338,11 +383,16 @@ class Rounds:
         self._current: dict[str, int] = {}
         self._last_session = max((record.session for record in restored.students), default=0)
         self._last_sessions = {name: known[name].session if name in known else 0 for name in rules.students}
+        self._workers = {name: known[name].worker if name in known else 0 for name in rules.students}
         self._durable = {name: known[name].durable_round if name in known else 0 for name in rules.students}
         self._presence = {
             name: Presence.FINISHED if name in known and known[name].finished else Presence.EXPECTED
             for name in rules.students
         }
+        self._awaited = set(rules.students)
+        self._arrivals = Arrivals()
+        self._heard: dict[int, float] = {}
+        self._answered: dict[int, float] = {}
 
     @property
     def frontier(self) -> int:
@@ -365,6 +415,11 @@ class Rounds:
         return self._durable
 
     @property
+    def awaited(self) -> Collection[str]:
+        """The students that the frontier waits for."""
+        return self._awaited
+
+    @property
     def complete(self) -> bool:
         """Whether every student has finished."""
         return all(presence is Presence.FINISHED for presence in self._presence.values())
@@ -377,7 +432,9 @@ class Rounds:
         """Returns whom the open round waits for, or None while no contribution to it is in, or all are."""
         if self._open.opened is None or self._open.deciding:
             return None
-        missing = tuple(name for name in self.rules.students if name not in self._open.contributions)
+        missing = tuple(
+            name for name in self.rules.students if name in self._awaited and name not in self._open.contributions
+        )
         return Waiting(self._frontier, missing, max(0.0, now - self._open.opened))
 
     def apply(self, event: Event, now: float) -> list[Action]:
@@ -389,22 +446,21 @@ class Rounds:
         """
         match event:
             case Join():
-                return self._join(event)
+                return self._join(event, now)
             case Contribute():
                 return self._contribute(event, now)
             case Decided():
-                return self._decided(event)
+                return self._decided(event, now)
             case Progress():
                 return self._progress(event)
             case Leave():
-                return self._leave(event)
+                return self._leave(event, now)
             case Disconnect():
-                self._drop(event.session, Presence.ABSENT)
-                return []
+                return self._disconnect(event, now)
             case Tick():
-                return self._notices(now)
+                return [*self._evictions(now), *self._settle(now), *self._notices(now)]
 
-    def _join(self, event: Join) -> list[Action]:
+    def _join(self, event: Join, now: float) -> list[Action]:
         student = event.student
         if student not in self._presence:
             return [
@@ -413,6 +469,10 @@ class Rounds:
                     f"student {student!r} is not one of this run's; allowed: {', '.join(self.rules.students)}",
                 )
             ]
+        holder = self._workers[student]
+        taken_over = f"a newer worker of student {student!r} has joined; this one must not go on"
+        if event.session and 0 != holder != event.worker:
+            return [Refuse(Status.SUPERSEDED, taken_over)]
         if self.rules.exchanges and event.first_round > self._frontier:
             return [
                 Refuse(
@@ -435,8 +495,12 @@ class Rounds:
         older = self._current.get(student)
         if older is not None:
             self._drop(older, Presence.ABSENT)
-            message = f"a newer worker of student {student!r} has joined; this one must not go on"
-            actions.append(End(older, student, Status.SUPERSEDED, message))
+            if holder and holder == event.worker:  # its own: an answer was lost, or a call of before came late
+                again = f"the worker of student {student!r} has joined again; join again"
+                actions.append(End(older, student, Status.ABORTED, again))
+            else:
+                actions.append(End(older, student, Status.SUPERSEDED, taken_over))
+        self._workers[student] = event.worker
         self._last_session += 1
         session = self._last_session
         self._sessions[session] = student
@@ -445,6 +509,7 @@ class Rounds:
         # A worker whose newest checkpoint was torn resumes an older one than it had reported; it needs those rounds.
         self._durable[student] = min(self._durable[student], event.first_round)
         self._presence[student] = Presence.PRESENT
+        self._heard[session] = now
         return [*actions, Remember(self._record(student)), Admit(student, session, self._frontier)]
 
     def _contribute(self, event: Contribute, now: float) -> list[Action]:
@@ -465,8 +530,11 @@ class Rounds:
                 f"round {contribution.round} is not kept any more; the journal keeps rounds from {self._oldest} on"
             )
             return self._end(session, Status.FAILED_PRECONDITION, message)
+        back = self._comes_back(student, contribution.round, session, now)
+        self._heard[session] = now
         if contribution.round < self._frontier:
-            return [Answer(session, student, contribution)]
+            self._answered[session] = now
+            return [*back, Answer(session, student, contribution)]
         opened = self._open
         problem = self._mismatch(student, contribution)
         if problem is not None:
@@ -480,16 +548,54 @@ class Rounds:
         opened.waiters[session] = contribution
         opened.notified[session] = now
         if opened.deciding:
-            return []
+            return back
         # A student that died and came back sends again what it has now; it takes the place of what it had then.
         opened.contributions[student] = contribution
         opened.arrived[student] = now
         opened.opened = now if opened.opened is None else opened.opened
-        if len(opened.contributions) < len(self.rules.students):
+        return [*back, *self._settle(now)]
+
+    def _comes_back(self, student: str, number: int, session: int, now: float) -> list[Action]:
+        """Awaits an absent student again when it has caught up and its last step took no longer than a round waits.
+
+        A slower one may still contribute in time; were it awaited, every round would wait its whole deadline for it.
+        """
+        absence = self.rules.absence
+        if absence is None or student in self._awaited or number < self._frontier - 1:
             return []
+        took = now - self._answered.get(session, self._heard[session])
+        if took > self._arrivals.deadline(absence):
+            return []
+        self._awaited.add(student)
+        return [Returned(student, self._frontier)]
+
+    def _settle(self, now: float) -> list[Action]:
+        """Closes the open round if it waits for nobody any more."""
+        opened = self._open
+        if opened.opened is None or opened.deciding:
+            return []
+        verdict = self._judge(now, opened.opened)
+        self._awaited.difference_update(verdict.absent)
+        actions: list[Action] = [Absent(name, self._frontier, verdict.reason) for name in verdict.absent]
+        if not verdict.close:
+            return actions
         opened.deciding = True
-        ordered = {name: opened.contributions[name] for name in self.rules.students}
-        return [Decide(self._frontier, ordered, dict(opened.arrived))]
+        ordered = {name: opened.contributions[name] for name in self.rules.students if name in opened.contributions}
+        decide = Decide(self._frontier, ordered, dict(opened.arrived), verdict.targets)
+        return [*actions, decide]
+
+    def _judge(self, now: float, opened: float) -> Verdict:
+        contributed, absence = self._open.contributions, self.rules.absence
+        if absence is None:
+            return Verdict(len(contributed) == len(self.rules.students), True, (), "every student is in")
+        return judge(
+            absence,
+            waited=now - opened,
+            deadline=self._arrivals.deadline(absence),
+            awaited=[name for name in self.rules.students if name in self._awaited],
+            expected=[name for name, presence in self._presence.items() if presence is Presence.EXPECTED],
+            contributed=contributed,
+        )
 
     def _mismatch(self, student: str, contribution: Contribution) -> str | None:
         for peer, other in self._open.contributions.items():
@@ -519,10 +625,13 @@ class Rounds:
             return None
         return None
 
-    def _decided(self, event: Decided) -> list[Action]:
+    def _decided(self, event: Decided, now: float) -> list[Action]:
         if event.round != self._frontier or not self._open.deciding:
             raise ValueError(f"round {event.round} is decided, but round {self._frontier} is the open one")
-        waiters = self._open.waiters
+        waiters, arrived = self._open.waiters, self._open.arrived.values()
+        if len(arrived) > 1:
+            self._arrivals.add(max(arrived) - min(arrived))
+        self._answered |= dict.fromkeys(waiters, now)
         self._frontier += 1
         self._open = _Open()
         return [Answer(session, self._sessions[session], contribution) for session, contribution in waiters.items()]
@@ -537,7 +646,7 @@ class Rounds:
         self._durable[student] = durable
         return [Remember(self._record(student)), *self._forget()]
 
-    def _leave(self, event: Leave) -> list[Action]:
+    def _leave(self, event: Leave, now: float) -> list[Action]:
         student = self._sessions.get(event.session)
         if student is None:
             return [Refuse(Status.ABORTED, f"session {event.session} is over or unknown to this server; join again")]
@@ -548,10 +657,37 @@ class Rounds:
         }[event.reason]
         self._drop(event.session, presence)
         if presence is not Presence.FINISHED:
-            return []
+            return self._give_up_on(student, f"student {student!r} {event.reason.value}", now)
         self._durable[student] = max(self._durable[student], self._frontier)
         actions: list[Action] = [Remember(self._record(student)), *self._forget()]
         return [*actions, Complete()] if self.complete else actions
+
+    def _disconnect(self, event: Disconnect, now: float) -> list[Action]:
+        student = self._sessions.get(event.session)
+        self._drop(event.session, Presence.ABSENT)
+        if student is None or not event.lost:
+            return []
+        return self._give_up_on(student, f"what student {student!r} sends is of no use", now)
+
+    def _give_up_on(self, student: str, reason: str, now: float) -> list[Action]:
+        """Stops waiting for a student that will send nothing, where the rules allow to go on without one."""
+        if self.rules.absence is None or not self.rules.exchanges or student not in self._awaited:
+            return []
+        self._awaited.discard(student)
+        return [Absent(student, self._frontier, reason), *self._settle(now)]
+
+    def _evictions(self, now: float) -> list[Action]:
+        """Ends the sessions of absent students that have been silent for too long."""
+        absence = self.rules.absence
+        if absence is None or not self.rules.exchanges:
+            return []
+        actions: list[Action] = []
+        for student, session in list(self._current.items()):
+            silent = now - self._heard[session]
+            if student not in self._awaited and silent >= absence.evict_after and session not in self._open.waiters:
+                message = f"nothing came from student {student!r} for {silent:.0f} s and rounds went on without it; join again"
+                actions += self._end(session, Status.ABORTED, message)
+        return actions
 
     def _forget(self) -> list[Action]:
         if self.rules.keep_all or not self.rules.exchanges:
@@ -582,10 +718,14 @@ class Rounds:
         student = self._sessions.pop(session, None)
         self._open.waiters.pop(session, None)
         self._open.notified.pop(session, None)
+        self._heard.pop(session, None)
+        self._answered.pop(session, None)
         if student is not None:
             del self._current[student]
             self._presence[student] = presence
 
     def _record(self, student: str) -> StudentRecord:
         finished = self._presence[student] is Presence.FINISHED
-        return StudentRecord(student, self._last_sessions[student], self._durable[student], finished)
+        return StudentRecord(
+            student, self._last_sessions[student], self._durable[student], finished, self._workers[student]
+        )

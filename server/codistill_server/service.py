@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -18,13 +19,15 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.checksums import has_checksum, is_whole, seal
+from codistill.checksums import has_checksum, is_whole, seal, session_in
+from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import JournalError
+from codistill_server.limits import Gate, Limits, TooMany
 from codistill_server.rounds import Status
 
-__all__ = ["DistillationService", "EventLoopSubmit", "server_options"]
+__all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -34,6 +37,10 @@ _OUTBOX_REPLIES = 64
 _STREAM_GRACE = 30.0
 _STATUS_SECONDS = 5.0
 _TICK = 0.25
+_STREAMS_PER_CONNECTION = 128
+_HANDSHAKE_MS = 10_000
+_IDLE_MS = 300_000
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it
 _DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _GOING_DOWN = "the server is going down; try again until it is back"
 _CODES = {
@@ -44,24 +51,29 @@ _CODES = {
 }
 
 
-def server_options(receive_limit: int) -> list[tuple[str, int]]:
+def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[str, int]]:
     """Returns the server's channel options.
 
-    Pings find a peer that vanished without a word within 40 s, and keep links alive that clouds cut when idle for
-    four minutes; the workers' own pings, every 20 s, are welcome.
+    Pings find a peer that vanished without a word, and keep links alive that clouds cut when idle for four minutes; the
+    workers' own pings are welcome. A connection that is not a client's after 10 s, or makes no call for five minutes, is
+    closed.
 
     Args:
         receive_limit: the largest message taken, in bytes.
+        keepalive: seconds between two pings.
     """
     return [
         ("grpc.max_receive_message_length", receive_limit),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", int(1000 * keepalive)),
+        ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
     ]
 
 
@@ -74,8 +86,9 @@ class _Stream:
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
-        self.ended: asyncio.Future[Refused] = asyncio.get_running_loop().create_future()
-        # gRPC refuses a status while a write is under way, cancelled or not, and the worker would never hear of its end.
+        self.ended: asyncio.Future[Refused | TooMany] = asyncio.get_running_loop().create_future()
+        # gRPC takes no status while something is being written, headers too, cancelled or not: a worker that is refused at
+        # that moment would not be told why. So whoever writes, or ends the stream, holds this.
         self.operation = asyncio.Lock()
 
     def reply(self, reply: bytes) -> None:
@@ -85,8 +98,11 @@ class _Stream:
             self.end(Status.ABORTED, f"{_OUTBOX_REPLIES} replies lie unread; read them, or join again")
 
     def end(self, status: Status, message: str) -> None:
+        self.refuse(Refused(status, message))
+
+    def refuse(self, refused: Refused | TooMany) -> None:
         if not self.ended.done():
-            self.ended.set_result(Refused(status, message))
+            self.ended.set_result(refused)
 
 
 class DistillationService:
@@ -95,11 +111,15 @@ class DistillationService:
     Args:
         coordinator: the run.
         on_failure: called with the error, when the run cannot go on.
+        limits: how much one peer may ask for.
     """
 
-    def __init__(self, coordinator: Coordinator, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, coordinator: Coordinator, on_failure: Callable[[Exception], None], limits: Limits | None = None
+    ) -> None:
         self._coordinator = coordinator
         self._on_failure = on_failure
+        self._gate = Gate(limits or Limits())
         self._ending = asyncio.Event()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -147,9 +167,10 @@ class DistillationService:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(raw: bytes, context: _Context) -> bytes:
             try:
+                self._gate.call(_host_of(context), len(raw), time.monotonic())
                 response = call(_parse_whole(request_type, raw))
                 return seal(response) if _has_checksum_field(type(response)) else response.SerializeToString()
-            except Refused as refused:
+            except (Refused, TooMany) as refused:
                 await _abort(context, refused)
             except _Damaged as damaged:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
@@ -159,6 +180,7 @@ class DistillationService:
         return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
     def _join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        self._gate.join(request.student if request.student in self._coordinator.presence else "", time.monotonic())
         response = self._coordinator.join(request)
         # A worker that dies between Join and Exchange has no stream whose end would tell.
         loop = asyncio.get_running_loop()
@@ -171,15 +193,19 @@ class DistillationService:
             if not 0.1 <= interval <= 60:
                 message = f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60, or 0 for 1"
                 raise Refused(Status.INVALID_ARGUMENT, message)
-        except Refused as refused:
+            self._gate.watch()
+        except (Refused, TooMany) as refused:
             await _abort(context, refused)
-        while True:
-            run = self._coordinator.snapshot()
-            yield run
-            if run.complete or self._ending.is_set():
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), interval)
+        try:
+            while True:
+                run = self._coordinator.snapshot()
+                yield run
+                if run.complete or self._ending.is_set():
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ending.wait(), interval)
+        finally:
+            self._gate.watching -= 1
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         stream = _Stream()
@@ -213,16 +239,18 @@ class DistillationService:
             await asyncio.wait([writing])
 
     async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+        repeats = self._gate.session(time.monotonic())
         async for raw in requests:
-            if not is_whole(raw, str(session)):
-                message = f"a contribution of {len(raw)} bytes {_DAMAGED}; join again"
-                self._coordinator.damaged(session, message)
-                stream.end(Status.ABORTED, message)
-                return
             try:
-                self._coordinator.contribute(session, _parse(pb.Contribution, raw), len(raw))
-            except Refused as refused:
-                stream.end(refused.status, str(refused))
+                if not is_whole(raw, str(session)):
+                    message = f"a contribution of {len(raw)} bytes {_DAMAGED}; join again"
+                    self._coordinator.damaged(session, message)
+                    raise Refused(Status.ABORTED, message)
+                contribution = _parse(pb.Contribution, raw)
+                repeats.contribute(contribution.round, time.monotonic())
+                self._coordinator.contribute(session, contribution, len(raw))
+            except (Refused, TooMany) as refused:
+                stream.refuse(refused)
                 return
             except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
                 self._on_failure(error)
@@ -262,6 +290,45 @@ class EventLoopSubmit:
             self._on_failure(error)
 
 
+class ReadableRequests(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message also where gRPC's own services, health and reflection, would read them.
+
+    They let the error out: that is UNKNOWN, and a traceback in the log for everyone who sends such bytes.
+    """
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Returns the call's handler, reading its requests itself if gRPC would."""
+        handler = await continuation(handler_call_details)
+        read = getattr(handler, "request_deserializer", None)
+        if read is None:  # no such method, or one of ours
+            return handler
+        request_type: type[Message] = read.__self__
+
+        async def readable(raw: bytes, context: _Context) -> Message:
+            try:
+                return _parse(request_type, raw)
+            except Refused as refused:
+                await _abort(context, refused)
+
+        async def unary(raw: bytes, context: _Context) -> Any:
+            call = handler.unary_stream if handler.response_streaming else handler.unary_unary
+            return await call(await readable(raw, context), context)
+
+        async def stream(raws: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+            async def requests() -> AsyncIterator[Message]:
+                async for raw in raws:
+                    yield await readable(raw, context)
+
+            async for reply in handler.stream_stream(requests(), context):
+                yield reply
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(unary, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+
+
 def _parse(request_type: type[_Request], raw: bytes) -> _Request:
     try:
         return request_type.FromString(raw)
@@ -294,12 +361,20 @@ def _has_checksum_field(message_type: type[Message]) -> bool:
 
 
 def _session_of(context: _Context) -> int:
-    metadata = dict(context.invocation_metadata() or ())
-    value = metadata.get(SESSION_KEY, "")
-    if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20):
-        message = f"metadata {SESSION_KEY}: {str(value)[:80]!r} is not allowed; send the session that Join returned, in decimal"
-        raise Refused(Status.INVALID_ARGUMENT, message)
-    return int(value)
+    value = dict(context.invocation_metadata() or ()).get(SESSION_KEY, "")
+    session = session_in(str(value))
+    if session is None:
+        raise Refused(
+            Status.ABORTED,
+            f"metadata {SESSION_KEY}: {str(value)[:80]!r} is no session, or was damaged on the way; join again, and send the "
+            "session in decimal, a hyphen and the CRC-32 of the decimal in hexadecimal",
+        )
+    return session
+
+
+def _host_of(context: _Context) -> str:
+    """Returns the peer without its port, which is another one with each connection."""
+    return context.peer().rpartition(":")[0]
 
 
 async def _write(stream: _Stream, context: _Context) -> None:
@@ -312,6 +387,9 @@ async def _write(stream: _Stream, context: _Context) -> None:
             await context.write(reply)
 
 
-async def _abort(context: _Context, refused: Refused) -> NoReturn:
+async def _abort(context: _Context, refused: Refused | TooMany) -> NoReturn:
+    if isinstance(refused, TooMany):
+        pushback = ((_PUSHBACK_KEY, str(max(round(1000 * refused.seconds), 1))),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(refused), pushback)
     trailing = ((SUPERSEDED_KEY, "1"),) if refused.status is Status.SUPERSEDED else ()
     await context.abort(_CODES[refused.status], str(refused), trailing)

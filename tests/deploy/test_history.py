@@ -202,3 +202,26 @@ def test_a_run_json_of_another_form_names_the_field(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: Invalid JSON"):
         history.read(tmp_path)
+
+
+def test_what_the_supervisor_saw_stands_among_the_servers_events(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "events.jsonl").write_text(
+        "".join(Happened(time=time, what="joined", student="b").model_dump_json() + "\n" for time in (1.0, 3.0))
+    )
+    lines = [
+        Happened(time=2.0, what=history.RESTARTED, student="b", message="was killed by SIGKILL"),
+        Happened(time=4.0, what=history.RESTARTED, message="the server was killed by SIGKILL"),
+        Happened(time=5.0, what="gave_up", student="b"),
+    ]
+    path = tmp_path / history.SUPERVISOR_FILE
+    path.write_text("".join(line.model_dump_json() + "\n" for line in lines) + '{"kind": "ev')
+    run = history.read(tmp_path)
+    assert [(event.time, event.what) for event in run.events] == [
+        (1.0, "joined"),
+        (2.0, "restarted"),
+        (3.0, "joined"),
+        (4.0, "restarted"),
+        (5.0, "gave_up"),
+    ]
+    assert [student.restarts for student in run.students] == [0, 1]

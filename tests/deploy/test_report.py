@@ -581,6 +581,20 @@ class TestBrowser:
             assert number(row[4]) == run.waits[student.name].rounds
         assert [row[3] for row in read.tables["events"][1:]] == [NASTY]
 
+    def test_a_page_says_who_was_started_again(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "run", epochs=5)
+        assert "<dt>Started again</dt>" not in loaded(report.write(folder), tmp_path / "profile")
+        killed = "was killed by SIGKILL; started again in 0.1 s, restart 1 of 10"
+        (folder / history.SUPERVISOR_FILE).write_text(
+            "".join(
+                Happened(time=1e9, what=history.RESTARTED, student=who, message=killed).model_dump_json() + "\n"
+                for who in ("cnn", "", "cnn")
+            )
+        )
+        dom = loaded(report.write(folder), tmp_path / "profile")
+        assert "<dt>Started again</dt><dd>the server once and cnn 2 times</dd>" in dom
+        assert dom.count(killed) >= 3
+
     def test_a_comparisons_page_draws_its_charts_and_its_numbers_are_the_datas(self, tmp_path: Path) -> None:
         folder = write_comparison(tmp_path / "cmp", ("independent", "dml", "kdcl"), epochs=20)
         table = comparison.summarise(comparison.read_runs(folder, ComparisonIndex.read(folder)))

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Exchange, Experiment, Journal, Student, identity
 from codistill_deploy.errors import CommandError
-from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.run_folder import RunFolder, write_atomically
 
 
 @pytest.fixture
@@ -59,3 +64,121 @@ def test_a_folder_that_cannot_be_written_says_so(experiment: Experiment, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(CommandError, match=r"run folder .*file/run cannot be written: Not a directory"):
         RunFolder(tmp_path / "file" / "run").start(experiment, mode="grpc", resume=False)
+
+
+def test_students_may_be_added_later_where_every_round_is_kept(experiment: Experiment, tmp_path: Path) -> None:
+    more = (*experiment.students, Student(name="c", model="vit"))
+    folder = RunFolder(tmp_path / "needed")
+    folder.start(experiment, mode="grpc", resume=False)
+    with pytest.raises(CommandError, match=r"students were added .* exchange\.journal\.keep: all"):
+        folder.start(experiment.replace(students=more), mode="grpc", resume=True)
+
+    keeping = experiment.replace(exchange=Exchange(journal=Journal(keep="all")))
+    folder = RunFolder(tmp_path / "all")
+    folder.start(keeping, mode="grpc", resume=False)
+    folder.start(keeping.replace(students=more), mode="grpc", resume=True)
+    assert folder.experiment().names == ("a", "b", "c")
+    assert folder.student("c").is_dir()
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    told: list[str] = []
+    with (
+        RunFolder(tmp_path / "run").hold(),
+        pytest.raises(CommandError, match="is in use by another run, or by a process of one that was killed"),
+        RunFolder(tmp_path / "run").hold(0.2, lambda: told.append("waiting")),
+    ):
+        pytest.fail("held twice")
+    assert told == ["waiting"]
+    with RunFolder(tmp_path / "run").hold(0):
+        pass
+
+
+def test_a_process_that_inherits_the_hold_keeps_the_folder(tmp_path: Path) -> None:
+    """The command is killed; its worker lives on for a while. Nobody may train the same student meanwhile."""
+    script = """
+        import subprocess, sys
+        from pathlib import Path
+        from codistill_deploy.run_folder import RunFolder
+        with RunFolder(Path(sys.argv[1])).hold() as lock:
+            child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], pass_fds=[lock])
+            print(child.pid, flush=True)
+            child.wait()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    child = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        with pytest.raises(CommandError, match="in use"), RunFolder(tmp_path).hold(0.2):
+            pytest.fail("the child still holds it")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdin.close()
+        process.stdout.close()
+    with RunFolder(tmp_path).hold(30):
+        pass
+
+
+def test_a_start_that_was_killed_anywhere_can_be_resumed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of start in turn is the last one that is done."""
+
+    class KilledError(BaseException):
+        pass
+
+    steps = 0
+
+    def counted(name: str, real: object) -> None:
+        def step(*arguments: object, **named: object) -> object:
+            nonlocal steps
+            if steps == 0:
+                raise KilledError
+            steps -= 1
+            return real(*arguments, **named)  # pyright: ignore[reportCallIssue]
+
+        monkeypatch.setattr(name, step)
+
+    for last in range(100):
+        folder = RunFolder(tmp_path / str(last))
+        with monkeypatch.context():
+            steps = last
+            for name, real in (
+                ("pathlib.Path.mkdir", Path.mkdir),
+                ("pathlib.Path.open", Path.open),
+                ("pathlib.Path.replace", Path.replace),
+                ("os.fsync", os.fsync),
+            ):
+                counted(name, real)
+            try:
+                folder.start(experiment, mode="grpc", resume=False)
+            except KilledError:
+                done = False
+            else:
+                done = True
+            steps = 1_000_000
+            monkeypatch.undo()
+        folder.start(experiment, mode="grpc", resume=True)
+        assert identity(folder.experiment()) == identity(experiment)
+        if done:
+            assert last > 8
+            return
+    pytest.fail("start never ends")
+
+
+def test_what_is_written_is_there_wholly_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \udc80")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"

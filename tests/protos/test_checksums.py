@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill.checksums import CHECKSUM_FIELD, has_checksum, is_whole, seal
+from codistill.checksums import CHECKSUM_FIELD, has_checksum, is_whole, seal, seal_session, session_in
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 
@@ -59,6 +59,27 @@ def test_every_flipped_bit_and_every_truncation_is_noticed() -> None:
             damaged = bytearray(raw)
             damaged[position] ^= 1 << bit
             assert not is_whole(bytes(damaged))
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_a_sealed_session(session: int) -> None:
+    assert session_in(seal_session(session)) == session
+
+
+def test_a_damaged_session_is_none() -> None:
+    value = seal_session(1234)
+    for position in range(len(value)):
+        assert session_in(value[:position]) is None
+        assert session_in(value[:position] + value[position + 1 :]) is None
+        for bit in range(7):
+            assert session_in(value[:position] + chr(ord(value[position]) ^ 1 << bit) + value[position + 1 :]) is None
+
+
+@pytest.mark.parametrize(
+    "value", ["", "-", "1", "-1", "\u0661", seal_session(10**19), f"0{seal_session(1)}", "9" * 5000]
+)
+def test_what_is_no_session(value: str) -> None:
+    assert session_in(value) is None
 
 
 @given(st.binary(max_size=40))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from codistill.experiment import (
     Kdcl,
     Student,
     difference,
+    extends,
     identity,
     load,
     parse,
@@ -92,7 +94,7 @@ class TestDefaults:
         digits = load(EXAMPLE)
         assert digits.names == ("mlp", "cnn", "vit")
         assert digits.training.optimizer.lr == 4e-3
-        assert digits.distillation == Kdcl()
+        assert digits.distillation == Kdcl(ensemble="naive")
         assert load(str(EXAMPLE)) == digits
 
     def test_every_field_says_what_it_is(self) -> None:
@@ -685,6 +687,31 @@ class TestIdentity:
         assert difference(text, garbage) == "experiment: what was sent is not the JSON of an experiment"
         assert difference(garbage, text) == "experiment: what was sent is not the JSON of an experiment"
 
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "expected"),
+        [
+            ('{"a": {"b": 1}}', '{"a": 1}', "a: the run has nothing, this worker has 1"),
+            ('{"a": {"b": 1}}', '{"c": 1}', "a.b: the run has 1, this worker has nothing"),
+            ('{"a": 1}', '{"a": true}', "a: the run has 1, this worker has true"),
+            ('{"a": []}', '{"a": [1]}', "a: the run has [], this worker has nothing"),
+            ('{"a": [1, 2]}', '{"a": [1]}', "a.1: the run has 2, this worker has nothing"),
+        ],
+    )
+    def test_sections_and_values_are_told_apart(self, ours: str, theirs: str, expected: str) -> None:
+        assert difference(ours, theirs) == f"experiment field {expected}"
+
+    def test_a_hostile_document_costs_memory_like_its_size(self) -> None:
+        """Writing out the path of each value would take a long key times the number of values under it."""
+        sent = json.dumps({"k" * 30_000: [0] * 15_000})
+        tracemalloc.start()
+        try:
+            line = difference(identity(experiment()), sent)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert line is not None
+        assert peak < 20e6
+
     @given(
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -698,3 +725,67 @@ class TestIdentity:
         assert line.isprintable()
         assert line.startswith("experiment")
         assert len(line) < 400
+
+
+class TestAbsence:
+    def exchange(self, **changes: Any) -> Experiment:
+        return experiment(exchange={"on_absence": "proceed", **changes})
+
+    def problem(self, **changes: Any) -> str:
+        with pytest.raises(ExperimentError) as refused:
+            parse(yaml.safe_dump({**document(), "exchange": {"on_absence": "proceed", **changes}}))
+        return str(refused.value)
+
+    def test_defaults(self) -> None:
+        exchange = experiment().exchange
+        assert (exchange.on_absence, exchange.quorum, exchange.round_deadline) == ("wait", 2, "auto")
+
+    def test_shorter_waits_end_before_longer_ones(self) -> None:
+        self.exchange(round_deadline=5, evict_after=20, keepalive=15, give_up_after=30)
+        for changes, parts in (
+            ({"round_deadline": 30}, ["round_deadline: 30.0 s", "shorter than evict_after: 30.0 s"]),
+            ({"evict_after": 40}, ["evict_after: 40.0 s", "keepalive + 10: 40.0 s"]),
+            ({"keepalive": 100, "give_up_after": 110}, ["keepalive + 10: 110.0 s", "give_up_after: 110.0 s"]),
+        ):
+            for part in parts:
+                assert part in self.problem(**changes)
+
+    def test_where_every_student_is_waited_for_only_the_notice_counts(self) -> None:
+        experiment(exchange={"give_up_after": 6, "evict_after": 100})
+
+    @pytest.mark.parametrize("quorum", [1, 3])
+    def test_a_quorum_is_two_or_more_and_no_more_than_there_are(self, quorum: int) -> None:
+        assert f"exchange.quorum: {quorum} is not allowed" in self.problem(quorum=quorum)
+
+    @pytest.mark.parametrize("deadline", [0, -1, "soon"])
+    def test_a_deadline_is_seconds_or_auto(self, deadline: object) -> None:
+        assert "exchange.round_deadline" in self.problem(round_deadline=deadline)
+
+    def test_how_a_run_goes_on_is_not_part_of_what_it_is(self) -> None:
+        assert identity(self.exchange(quorum=2, round_deadline=3)) == identity(experiment())
+
+
+class TestExtends:
+    def of(self, *names: str, **changes: Any) -> str:
+        students = [{"name": name, "model": "mlp"} for name in names]
+        return identity(experiment(students=students, **changes))
+
+    def test_students_added_at_the_end(self) -> None:
+        assert extends(self.of("a", "b"), self.of("a", "b", "c"))
+        assert extends(self.of("a", "b"), self.of("a", "b", "c", "d"))
+
+    def test_anything_else_is_another_experiment(self) -> None:
+        ours = self.of("a", "b")
+        for theirs in (
+            ours,
+            self.of("b", "a"),
+            self.of("c", "a", "b"),
+            self.of("a", "c", "b"),
+            self.of("a", "b", "c", seed=3),
+        ):
+            assert not extends(ours, theirs)
+
+    @pytest.mark.parametrize("text", ["", "3", "[]", "{}", '{"students": 3}', "nothing"])
+    def test_texts_that_are_no_identities(self, text: str) -> None:
+        assert not extends(text, self.of("a", "b"))
+        assert not extends(self.of("a", "b"), text)

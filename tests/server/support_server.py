@@ -62,7 +62,10 @@ class Inbox:
 
 
 def make_experiment(students: Sequence[str] = STUDENTS, **sections: Any) -> Experiment:
-    """Returns a small experiment on `CLASSES` classes; `section={...}` adds to a section, other values replace."""
+    """Returns a small experiment on `CLASSES` classes.
+
+    `section={...}` adds to a section, or takes its place where it names a method; other values replace.
+    """
     document: dict[str, Any] = {
         "name": "small",
         "data": {"dataset": "somewhere:make", "classes": CLASSES},
@@ -72,7 +75,8 @@ def make_experiment(students: Sequence[str] = STUDENTS, **sections: Any) -> Expe
         "students": [{"name": name, "model": "mlp"} for name in students],
     }
     for section, value in sections.items():
-        document[section] = {**document.get(section, {}), **value} if isinstance(value, dict) else value
+        adds = isinstance(value, dict) and "method" not in value
+        document[section] = {**document.get(section, {}), **value} if adds else value
     return parse(yaml.safe_dump(document))
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -23,15 +24,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from codistill import SESSION_KEY
+from codistill.checksums import seal_session
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.records import Happened, read
+from codistill.security import Security, SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.limits import Limits, Rate
 from codistill_server.rounds import Samples
 from server.support_server import contribution, join_request, make_experiment, sealed
+from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 PATIENCE = 60.0
 SERVICE = "codistill.v1.Distillation"
@@ -159,6 +164,44 @@ class TestRefused:
         assert "--insecure" in str(error)
         assert not (tmp_path / "run").exists(), "nothing is begun"
 
+    @pytest.mark.parametrize(
+        ("certificate", "ca", "token", "warned"),
+        [
+            ("server", None, TOKEN, None),
+            ("server", "ca", None, None),
+            ("server", "ca", TOKEN, None),
+            (None, None, TOKEN, "without TLS the token and all data can be read on the way; give --tls-cert"),
+            ("server", None, None, "TLS alone keeps nobody out; give --tls-ca"),
+        ],
+    )
+    def test_beyond_this_machine_with_protection(
+        self,
+        certificate: str | None,
+        ca: str | None,
+        token: str | None,
+        warned: str | None,
+        tmp_path: Path,
+        certificates: Certificates,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        security = certificates.of(certificate, ca, token)
+        with caplog.at_level("INFO"), serving(tmp_path, listen="0.0.0.0:0", security=security) as served:
+            assert served.address.startswith("127.0.0.1:"), (
+                "how it is reached from here, by a name to make a certificate for"
+            )
+            ours = certificates.of(ca and "worker", certificate and "ca", token)
+            with ours.channel(served.address) as channel:
+                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [warned is not None and text.startswith(warned) for text in warnings] == [True] * (warned is not None)
+        assert TOKEN not in caplog.text
+
+    def test_certificates_that_cannot_be_used(self, tmp_path: Path, certificates: Certificates) -> None:
+        options = ServeOptions("127.0.0.1:0", tmp_path / "run", security=certificates.of(None, "ca"))
+        with pytest.raises(SecurityError, match=r"--tls-ca .* a server needs --tls-cert"):
+            serve(make_experiment(), options)
+        assert not (tmp_path / "run").exists(), "nothing is begun"
+
     def test_the_journal_of_another_run(self, tmp_path: Path) -> None:
         Journal(tmp_path / "run" / JOURNAL_FILE, identity(make_experiment(seed=1))).close()
         error = refused(tmp_path, make_experiment(seed=2))
@@ -196,7 +239,7 @@ class TestServing:
                 stub = DistillationStub(channel)
                 assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
                 session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
-                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE)
+                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
                 assert list(stream) == []
             served.stop.set()
             assert served.end() is ExitCode.OK
@@ -228,7 +271,7 @@ class TestServing:
             session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
             release = threading.Event()
             stream = stub.Exchange(
-                _then_hold(iter(()), release), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE
+                _then_hold(iter(()), release), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE
             )
             stream.initial_metadata()
             served.stop.set()
@@ -254,7 +297,9 @@ class TestServing:
                 hold = threading.Event()
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)
-                streams.append(stub.Exchange(requests, metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE))
+                streams.append(
+                    stub.Exchange(requests, metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
+                )
             for stream in streams:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(stream)
@@ -303,6 +348,128 @@ class TestHealth:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(call)
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/grpc.health.v1.Health/Check",
+            "/grpc.health.v1.Health/Watch",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        ],
+    )
+    def test_bytes_that_are_no_message_to_grpcs_own_services(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+    ) -> None:
+        with serving(tmp_path, reflect=True) as served, grpc.insecure_channel(served.address) as channel:
+            call = cast("Any", channel.unary_stream(path))(b"\xff\xff\xff", timeout=PATIENCE)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details().startswith("3 bytes are not a grpc.")
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+class TestListening:
+    def test_a_path_that_is_not_utf8_ends_the_process_with_a_line_and_loses_no_round(self, tmp_path: Path) -> None:
+        """It ends grpc.aio's own loop, whoever sends it: a server that nobody reaches must not stay."""
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served:
+            _call_path(served.address, b"/\xa4")
+            ended = served.end()
+        assert isinstance(ended, ServerError)
+        assert ended.code is ExitCode.ERROR
+        assert str(ended).startswith("gRPC stopped listening (UnicodeDecodeError")
+        assert str(ended).endswith("start the server again: the journal is whole")
+        with serving(tmp_path, experiment) as again:
+            assert _answers(again.address)
+
+
+def _call_path(address: str, path: bytes) -> None:
+    """Calls a path as no client would, and waits until the server has let go of the connection."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": path,
+        b":authority": b"x",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+    }
+    block = b"".join(b"\0" + bytes([len(key)]) + key + bytes([len(value)]) + value for key, value in fields.items())
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as raw:
+        raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block))
+        with contextlib.suppress(ConnectionError):
+            until(lambda: _goes_away(raw), "the server says that it goes away")
+
+
+def _goes_away(raw: socket.socket) -> bool:
+    """Whether the next frame is GOAWAY, or there is none."""
+    head = raw.recv(9, socket.MSG_WAITALL)
+    if len(head) == 9:
+        raw.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
+    return len(head) < 9 or head[3] == 7
+
+
+def _answers(address: str) -> bool:
+    with grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        try:
+            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+        except grpc.RpcError:
+            return False
+
+
+class TestToken:
+    """What is behind the token, and what is not."""
+
+    def test_health_is_open_and_nothing_else(self, tmp_path: Path, certificates: Certificates) -> None:
+        security = certificates.of(None, None, TOKEN)
+        with serving(tmp_path, reflect=True, security=security) as served:
+            for ours, refused in (
+                (Security(), True),
+                (certificates.of(None, None, WRONG_TOKEN), True),
+                (security, False),
+            ):
+                with ours.channel(served.address) as channel:
+                    health = cast("Any", health_pb2_grpc.HealthStub(channel))
+                    answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
+                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                    calls = [
+                        *(
+                            channel.unary_unary(f"/{SERVICE}/{name}")
+                            for name in ("Join", "Report", "Leave", "GetRun", "No")
+                        ),
+                        channel.unary_stream(f"/{SERVICE}/WatchRun"),
+                        channel.unary_stream("/grpc.health.v1.Health/Watch"),
+                        channel.stream_stream(f"/{SERVICE}/Exchange"),
+                        channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
+                    ]
+                    codes = {_code(call) for call in calls}
+                    unauthenticated = {grpc.StatusCode.UNAUTHENTICATED}
+                    assert codes == unauthenticated if refused else not codes & unauthenticated
+        assert not (served.run_dir / "events.jsonl").read_bytes()
+
+    def test_a_message_without_a_token_is_not_read(self, tmp_path: Path, certificates: Certificates) -> None:
+        """Its size is no matter then: the largest is refused for the token, not for the size."""
+        security = certificates.of(None, None, TOKEN)
+        with serving(tmp_path, security=security) as served, grpc.insecure_channel(served.address) as channel:
+            for _ in range(20):
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(f"/{SERVICE}/Join")(b"\xff" * 2**20, timeout=PATIENCE)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_limits_are_those_given(tmp_path: Path) -> None:
+    limits = Limits(calls=Rate(1, 0.1))
+    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
+        stub = DistillationStub(channel)
+        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class TestMetrics:
@@ -357,6 +524,21 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
     assert not address.exists()
 
 
+def _code(call: Any) -> grpc.StatusCode:
+    """Makes a call with a message that is none, and returns how it ends; a stream that stands is enough."""
+    try:
+        if isinstance(call, grpc.UnaryUnaryMultiCallable):
+            call(b"\xff", timeout=PATIENCE)
+        else:
+            request = iter([b"\xff"]) if isinstance(call, grpc.StreamStreamMultiCallable) else b"\xff"
+            stream = call(request, timeout=PATIENCE)
+            next(stream, None)
+            stream.cancel()
+    except grpc.RpcError as error:
+        return cast("Any", error).code()
+    return grpc.StatusCode.OK
+
+
 def _get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - the server of this test
         return answer.read().decode()
@@ -380,3 +562,36 @@ def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ServerError, match="another server runs in it; stop that one, or choose another"):
             serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))
+
+
+def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
+    address = tmp_path / "run" / ADDRESS_FILE
+    address.parent.mkdir()
+    address.write_text('{"address": "127.0.0.1:1", "metrics": "", "pid": 1}')
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        refused(tmp_path, listen=f"127.0.0.1:{busy.getsockname()[1]}")
+    assert not address.exists()
+
+
+def test_an_event_loop_that_does_not_turn_ends_the_server(tmp_path: Path) -> None:
+    script = """
+        import sys, time
+        from pathlib import Path
+        from codistill.experiment import load
+        from codistill_server import app
+        app.Coordinator.tick = lambda self: time.sleep(1000)
+        app.serve(load(Path(sys.argv[1])), app.ServeOptions("127.0.0.1:0", Path(sys.argv[2])))
+    """
+    path = tmp_path / "experiment.yaml"
+    path.write_text(make_experiment(training={"epochs": 1, "hang_after": 2}).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(path), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == ExitCode.HUNG, done.stderr
+    assert "error: hung for 2 s: the server at one turn of its event loop, round 0; " in done.stderr

@@ -128,6 +128,37 @@ class TestJoin:
         run.join("bee")
         run.coordinator.close()
 
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"total_rounds": 2**53 + 1}, f"total_rounds: {2**53 + 1} is not allowed; allowed are at most {2**53}"),
+            (
+                {"first_round": TOTAL_ROUNDS + 1},
+                f"first_round: {TOTAL_ROUNDS + 1} is not allowed; allowed: 0 to total_rounds, {TOTAL_ROUNDS}",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("exchanging", [True, False])
+    def test_rounds_that_no_journal_can_hold_are_refused(
+        self, changes: dict[str, int], text: str, exchanging: bool
+    ) -> None:
+        run = Run(make_experiment() if exchanging else _independent())
+        error = refused(lambda: run.join("ant", **changes))
+        assert (error.status, str(error)) == (Status.INVALID_ARGUMENT, text)
+
+    def test_what_workers_write_is_short_and_does_nothing_to_a_terminal(self) -> None:
+        """GetRun sends the last 200 events together, which a client must be able to receive."""
+        run = Run()
+        run.join("ant", device="cuda\x1b[2J\n" + "x" * 60_000)
+        error = refused(lambda: run.join("bee", data__digest="\x1b[2J\n" + "d" * 60))
+        run.leave("ant", pb.LEAVE_REASON_FAILED, "out of\nmemory\x07")
+        assert str(error).isprintable()
+        snapshot = run.coordinator.snapshot()
+        assert snapshot.ByteSize() < 3000
+        assert snapshot.students[0].device.startswith("cuda\\x1b[2J\\nxxx")
+        assert all(event.message.isprintable() for event in snapshot.events)
+        assert snapshot.events[-1].message == "out of\\nmemory\\x07"
+
     def test_a_worker_that_is_refused_settles_nothing(self) -> None:
         """One that comes with the checkpoint of another run must not lock out this run's workers."""
         run = Run()
@@ -707,3 +738,156 @@ class TestReceiveLimit:
         experiment = make_experiment([f"student-{number:03}" for number in range(256)])
         assert json.loads(identity(experiment))
         assert join_request(experiment, "student-000").ByteSize() <= receive_limit(experiment)
+
+
+class TestAbsence:
+    """A run that goes on without the absent; the core's own cases are in test_rounds_absence.py."""
+
+    def run(self, **sections: Any) -> Run:
+        exchange = {"on_absence": "proceed", "round_deadline": 3, "evict_after": 10, **sections.pop("exchange", {})}
+        made = Run(make_experiment(("ant", "bee", "cat"), exchange=exchange, **sections))
+        made.join_all()
+        return made
+
+    def late(self, run: Run) -> None:
+        run.clock.now += 3
+        run.coordinator.tick()
+
+    @pytest.mark.parametrize("method", [{"method": "dml"}, {"method": "kdcl", "ensemble": "min_logit"}])
+    def test_targets_are_made_of_those_that_are_there(self, method: dict[str, Any]) -> None:
+        run = self.run(distillation=method)
+        for student in ("ant", "cat"):
+            run.contribute(student, 0)
+        assert run.inboxes["ant"].rounds == []
+        self.late(run)
+        experiment = run.experiment
+        logits = torch.stack([logits_of(experiment, student, 0) for student in ("ant", "cat")])
+        half = methods.create(experiment.distillation)
+        assert half is not None
+        labels = decode(contribution(experiment, "ant", 0).batch.labels)
+        made = half.targets(methods.Gathered(("ant", "cat"), {"logits": logits}, labels, outsiders=True))
+        run.contribute("bee", 0)
+        for student in run.experiment.names:
+            (reply,) = [reply for reply in run.inboxes[student].replies if reply.HasField("targets")]
+            expected = (made.each or {}).get(student, made.shared)
+            assert expected is not None
+            assert {name: decode(value).tolist() for name, value in reply.targets.targets.items()} == {
+                name: value.tolist() for name, value in expected.items()
+            }
+        closed = run.journal.read(0)
+        assert closed is not None
+        assert closed.contributors == ("ant", "cat")
+
+    def test_the_absent_are_named_in_events_and_records(self) -> None:
+        run = self.run()
+        for number in range(3):
+            run.contribute("ant", number)
+            run.contribute("bee", number)
+            self.late(run)
+        (absent,) = run.events("absent")
+        assert (absent.student, absent.message) == (
+            "cat",
+            "absent from round 0 on: without cat after 3.0 s; 2 contributions, quorum 2",
+        )
+        for number in range(3):
+            run.contribute("cat", number)
+        (returned,) = run.events("returned")
+        assert (returned.student, returned.message) == (
+            "cat", "back at round 3; it missed rounds from 0 on, 3 rounds missed in all"
+        )  # fmt: skip
+        run.observations.flush()
+        spans = [record for record in run.records if record.kind == "rounds"]
+        assert sum(span.missed.get("cat", 0) for span in spans) == 3
+        assert sum(span.without_targets for span in spans) == 0
+
+    def test_below_the_quorum_there_are_no_targets_and_it_is_counted(self) -> None:
+        run = self.run()
+        run.contribute("bee", 0)
+        self.late(run)
+        run.contribute("bee", 1)
+        replies = [reply.targets for reply in run.inboxes["bee"].replies]
+        assert [(each.round, len(each.targets)) for each in replies] == [(0, 0), (1, 0)]
+        assert run.observations.rounds_without_targets == 2
+        (event,) = run.events("below quorum")
+        assert event.message == "round 0 closed with 1 contributions, below the quorum: no targets"
+        run.contribute("ant", 0)
+        assert [len(reply.targets.targets) for reply in run.inboxes["ant"].replies] == [0], "the same for everybody"
+
+    def test_what_is_not_a_number_is_left_out_and_the_others_go_on(self) -> None:
+        run = self.run()
+        for student in ("ant", "cat"):
+            run.contribute(student, 0)
+        broken = contribution(run.experiment, "bee", 0)
+        broken.batch.outputs["logits"].CopyFrom(encode(torch.full((BATCH, CLASSES), torch.nan), "float32"))
+        error = refused(lambda: run.send("bee", broken))
+        assert "diverged" in str(error)
+        assert run.inboxes["ant"].rounds == run.inboxes["cat"].rounds == [0], "at once"
+        (reply,) = run.inboxes["ant"].replies
+        assert bool(torch.isfinite(decode(reply.targets.targets["logits"])).all())
+        assert [event.student for event in run.events("rejected")] == ["bee"]
+        assert [event.student for event in run.events("absent")] == ["bee"]
+
+    def test_a_silent_absent_student_is_told_to_join_again(self) -> None:
+        run = self.run()
+        run.contribute("ant", 0)
+        run.contribute("bee", 0)
+        self.late(run)
+        run.clock.now += 10
+        run.coordinator.tick()
+        ended = run.inboxes["cat"].ended
+        assert ended is not None
+        assert ended[0] is Status.ABORTED
+        assert [event.student for event in run.events("evicted")] == ["cat"]
+        assert run.coordinator.student_of(run.sessions["cat"]) is None
+
+    def test_general_goes_on_with_the_errors_it_has(self, tmp_path: Path) -> None:
+        run = self.run(data={"held_out": HELD_OUT}, distillation={"method": "kdcl", "ensemble": "general"})
+        for number in range(ROUNDS_PER_EPOCH):
+            run.close_round(number)
+        run.close_round(ROUNDS_PER_EPOCH, held_out=True)
+        for student in ("ant", "cat"):
+            run.contribute(student, ROUNDS_PER_EPOCH + 1)
+        self.late(run)
+        assert run.inboxes["cat"].rounds[-1] == ROUNDS_PER_EPOCH + 1
+
+
+class TestLateStudents:
+    """With every round kept, students may be added to the experiment later."""
+
+    @pytest.mark.parametrize("method", [{"method": "dml"}, {"method": "kdcl", "ensemble": "naive"}])
+    def test_one_learns_the_whole_run_from_the_journal(self, method: dict[str, Any], tmp_path: Path) -> None:
+        sections: dict[str, Any] = {"distillation": method, "exchange": {"journal": {"keep": "all"}}}
+        before = Run(make_experiment(("ant", "bee"), **sections), path=tmp_path / "journal.sqlite")
+        before.join_all()
+        for number in range(TOTAL_ROUNDS):
+            before.close_round(number)
+        for student in before.experiment.names:
+            before.leave(student, pb.LEAVE_REASON_FINISHED)
+        assert before.completed == 1
+        before.coordinator.close()
+
+        experiment = make_experiment(("ant", "bee", "cat"), **sections)
+        journal = Journal(tmp_path / "journal.sqlite", identity(experiment), may_grow=True)
+        run = Run(experiment, journal=journal)
+        assert not run.coordinator.complete
+        run.join("cat")
+        for number in range(TOTAL_ROUNDS):
+            run.contribute("cat", number)
+        assert run.inboxes["cat"].rounds == list(range(TOTAL_ROUNDS))
+        assert all(reply.targets.targets for reply in run.inboxes["cat"].replies)
+        run.leave("cat", pb.LEAVE_REASON_FINISHED)
+        assert run.completed == 1
+
+    def test_without_a_target_for_it_it_is_told_why(self, tmp_path: Path) -> None:
+        kept = {"distillation": {"method": "dml"}}
+        before = Run(make_experiment(("ant", "bee"), **kept), path=tmp_path / "journal.sqlite")
+        before.join_all()
+        before.close_round(0)
+        before.coordinator.close()
+        experiment = make_experiment(("ant", "bee", "cat"), **kept, exchange={"journal": {"keep": "all"}})
+        run = Run(experiment, journal=Journal(tmp_path / "journal.sqlite", identity(experiment), may_grow=True))
+        run.join("cat")
+        error = refused(lambda: run.contribute("cat", 0))
+        assert error.status is Status.FAILED_PRECONDITION
+        assert "round 0 was closed by ant, bee" in str(error)
+        assert "exchange.journal.keep: all" in str(error)

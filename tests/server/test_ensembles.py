@@ -487,3 +487,14 @@ def test_bad_weights_are_refused(weights: Tensor, message: str) -> None:
 def test_bad_covariances_are_refused(covariance: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ensembles.weights_from_covariance(covariance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_pooled_probabilities_are_what_one_more_student_gets_of_its_peers(temperature: float) -> None:
+    logits = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(9))
+    one_more = torch.cat([logits, torch.zeros(1, 6, 4)])
+    m, constant = ensembles.pooled_probabilities(logits, temperature)
+    peers, constants = ensembles.peer_probabilities(one_more, temperature)
+    torch.testing.assert_close(m, peers[-1])
+    torch.testing.assert_close(constant, constants[-1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(m.sum(-1), torch.ones(6))

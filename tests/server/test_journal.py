@@ -47,12 +47,13 @@ def reopened(path: Path) -> Journal:
 def closed_in_full(number: int) -> ClosedRound:
     """Returns a round with something in every column, large enough for several pages."""
     replies = {"": number.to_bytes(2, "little") * 700} if number % 2 else {"ant": b"%d" % number, "bee": bytes(900)}
-    return closed(number, replies=replies)
+    return closed(number, replies=replies, contributors=("ant", "bee"))
 
 
+ANT = StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1)
 ROUNDS = 30
 EVERYTHING = (
-    Restored(oldest=0, frontier=ROUNDS, students=(StudentRecord("ant", 3, 5, finished=False),)),
+    Restored(oldest=0, frontier=ROUNDS, students=(ANT,)),
     "mine",
     b"state %d" % (ROUNDS - 1),
     [closed_in_full(number) for number in range(ROUNDS)],
@@ -63,7 +64,7 @@ def written(path: Path) -> Journal:
     """Writes a journal with something in every table."""
     journal = Journal(path, IDENTITY)
     journal.settle("data", "mine")
-    journal.remember(StudentRecord("ant", 3, 5, finished=False))
+    journal.remember(ANT)
     for number in range(ROUNDS):
         journal.append(closed_in_full(number))
     return journal
@@ -75,6 +76,12 @@ def everything_in(path: Path) -> tuple[Restored, str | None, bytes, list[ClosedR
         restored = journal.restore()
         rounds = [journal.read(number) for number in range(restored.oldest, restored.frontier)]
         return restored, journal.settled("data"), journal.last_state(), rounds
+
+
+def can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-e", "trace=none", "true"], capture_output=True, check=False).returncode == 0
 
 
 class TestRounds:
@@ -142,6 +149,28 @@ class TestRounds:
             assert made._database.execute("PRAGMA synchronous").fetchone() == (level,)
             made.close()
 
+    @pytest.mark.skipif(not can_trace(), reason="needs strace, and the right to trace")
+    @pytest.mark.parametrize("durability", ["power", "process"])
+    def test_the_disk_is_asked_for_each_round_or_for_none(self, durability: str, path: Path) -> None:
+        script = """
+            import sys
+            from pathlib import Path
+            from codistill_server.journal import ClosedRound, Journal
+            from codistill_server.rounds import Samples
+            made = Journal(Path(sys.argv[1]), "{}", sys.argv[2])
+            print("open", file=sys.stderr, flush=True)
+            for number in range(5):
+                made.append(ClosedRound(number, Samples(b"", b""), {"": b"reply"}))
+                print("closed", file=sys.stderr, flush=True)
+            import os
+            os._exit(0)
+        """
+        traced = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync", sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run([*traced, str(path), durability], capture_output=True, text=True, timeout=60, check=True)
+        rounds = done.stderr.partition("open\n")[2].split("closed\n")[:5]
+        synced = [part.count("journal.sqlite-wal>") for part in rounds]
+        assert synced == [1] * 5 if durability == "power" else [0] * 5, done.stderr
+
 
 class TestForget:
     def test_rounds_before_one_go_with_their_targets(self, journal: Journal) -> None:
@@ -183,13 +212,13 @@ class TestRun:
         for record in (
             StudentRecord("ant", 1, 0, finished=False),
             StudentRecord("bee", 2, 7, finished=True),
-            StudentRecord("ant", 3, 5, finished=False),
+            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
         ):
             journal.remember(record)
         journal.close()
         again = reopened(path)
         assert again.restore().students == (
-            StudentRecord("ant", 3, 5, finished=False),
+            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
             StudentRecord("bee", 2, 7, finished=True),
         )
         again.close()
@@ -271,6 +300,10 @@ class TestFaults:
             ("UPDATE targets SET student = 'ant' WHERE round = 7", "round 7 is not what was written"),
             ("DELETE FROM targets WHERE round = 7", "round 7 is not what was written"),
             ("UPDATE rounds SET state = x'02' WHERE round = 29", "round 29 is not what was written"),
+            ("UPDATE rounds SET contributors = 'ant' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE rounds SET contributors = x'616e' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE targets SET student = x'616e' WHERE student = 'ant'", "round 0 is not what was written"),
+            ("UPDATE students SET worker = '8'", "what it says of student 'ant' is not what was written"),
             ("UPDATE students SET durable_round = 9", "what it says of student 'ant' is not what was written"),
             ("UPDATE students SET student = 'anu'", "what it says of student 'anu' is not what was written"),
             ("UPDATE run SET value = 'yours' WHERE key = 'data'", "what it says of the run is not what was written"),
@@ -477,3 +510,26 @@ def _python(script: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_journal_grows_with_its_experiment_only_if_it_may(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    older, newer = '{"seed":0,"students":["a","b"]}', '{"seed":0,"students":["a","b","c"]}'
+    Journal(path, older).close()
+    with pytest.raises(JournalError, match="students"):
+        Journal(path, newer)
+    Journal(path, newer, may_grow=True).close()
+    Journal(path, newer).close()
+    with pytest.raises(JournalError, match="students"):
+        Journal(path, older, may_grow=True)
+
+
+def test_who_contributed_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite", "run")
+    for number, names in enumerate([("ant", "bee"), ("bee",), ()]):
+        journal.append(ClosedRound(number, Samples(b"", b""), {"": b"x"}, contributors=names))
+        read = journal.read(number)
+        assert read is not None
+        assert read.contributors == names
+        assert (read.reply_to("bee"), read.reply_to("cow")) == (b"x", b"x")
+    journal.close()

@@ -90,34 +90,48 @@ class TestGeneral:
         made = targets(self.METHOD, gathered(self.LOGITS, [0, 1, 2, 3]))
         assert made.shared is not None
         torch.testing.assert_close(made.shared["logits"], self.LOGITS.mean(0))
-        assert made.state["weights"].tolist() == pytest.approx([1 / 3] * 3)
+        assert made.state == {}
+
+    def weights_by_hand(self, *students: int) -> Tensor:
+        probabilities, onehot = self.HELD_OUT.double().softmax(-1), torch.eye(5, dtype=torch.float64)
+        errors = (probabilities - onehot[self.HELD_OUT_LABELS])[list(students)].reshape(len(students), -1)
+        inverse = torch.linalg.inv(errors @ errors.T / 20)
+        return inverse.sum(1) / inverse.sum()
 
     def test_weights_are_those_of_the_held_out_errors(self) -> None:
         made = self.measured()
-        probabilities, onehot = self.HELD_OUT.double().softmax(-1), torch.eye(5, dtype=torch.float64)
-        errors = (probabilities - onehot[self.HELD_OUT_LABELS]).reshape(3, -1)
-        inverse = torch.linalg.inv(errors @ errors.T / 20)
-        expected = inverse.sum(1) / inverse.sum()
-        torch.testing.assert_close(made.state["weights"].double(), expected, atol=1e-5, rtol=1e-5)
         assert made.shared is not None
-        torch.testing.assert_close(
-            made.shared["logits"].double(), torch.einsum("k,kbc->bc", expected, self.LOGITS.double()), atol=1e-4, rtol=0
-        )
+        expected = torch.einsum("k,kbc->bc", self.weights_by_hand(0, 1, 2), self.LOGITS.double())
+        torch.testing.assert_close(made.shared["logits"].double(), expected, atol=1e-4, rtol=0)
 
-    def test_weights_are_carried_from_round_to_round(self) -> None:
+    def test_the_errors_are_carried_from_round_to_round(self) -> None:
         first = self.measured()
         later = targets(self.METHOD, gathered(self.LOGITS, [0, 1, 2, 3], state=first.state))
         assert first.shared is not None
         assert later.shared is not None
         assert torch.equal(later.shared["logits"], first.shared["logits"]), "bit for bit: float32 is what is journalled"
-        assert torch.equal(later.state["weights"], first.state["weights"])
-        assert later.state["weights"].dtype is torch.float32
+        assert later.state == first.state
+        assert [(key, value.dtype) for key, value in first.state.items()] == [("covariance/ant,bee,cat", torch.float32)]
 
-    def test_a_new_measurement_takes_the_place_of_the_old_weights(self) -> None:
+    def test_a_new_measurement_takes_the_place_of_the_old_one(self) -> None:
         held_out = {"held_out": {"logits": self.HELD_OUT}, "held_out_labels": self.HELD_OUT_LABELS}
-        old = {"weights": torch.tensor([1.0, 0.0, 0.0])}
+        old = {"covariance/ant,bee": torch.eye(2)}
         made = targets(self.METHOD, gathered(self.LOGITS, [0, 1, 2, 3], state=old, **held_out))
-        assert torch.equal(made.state["weights"], self.measured().state["weights"])
+        assert list(made.state) == ["covariance/ant,bee,cat"]
+
+    def test_without_an_absent_student_the_weights_are_those_of_the_others_errors(self) -> None:
+        state = self.measured().state
+        without_bee = Gathered(("ant", "cat"), {"logits": self.LOGITS[[0, 2]]}, torch.tensor([0, 1, 2, 3]), state=state)
+        expected = torch.einsum("k,kbc->bc", self.weights_by_hand(0, 2), self.LOGITS[[0, 2]].double())
+        torch.testing.assert_close(shared(self.METHOD, without_bee).double(), expected, atol=1e-4, rtol=0)
+
+    def test_a_student_that_was_not_measured_has_no_weight_unless_nobody_was(self) -> None:
+        state = {"covariance/bee": torch.tensor([[0.5]])}
+        target = shared(self.METHOD, gathered(self.LOGITS, [0, 1, 2, 3], state=state))
+        torch.testing.assert_close(target, self.LOGITS[1])
+        state = {"covariance/dog": torch.tensor([[0.5]])}
+        target = shared(self.METHOD, gathered(self.LOGITS, [0, 1, 2, 3], state=state))
+        torch.testing.assert_close(target, self.LOGITS.mean(0))
 
 
 class TestDml:
@@ -141,6 +155,14 @@ class TestDml:
         # Of 0.8/0.2 and 0.2/0.8 around ½/½.
         expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
         assert made.each["ant"]["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
+
+    def test_an_outsider_learns_from_all(self) -> None:
+        probabilities = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
+        made = targets(Dml(), gathered(probabilities.log()[:, None, :], [0], outsiders=True))
+        assert made.shared is not None
+        torch.testing.assert_close(made.shared["probabilities"], torch.tensor([[0.5, 0.5]]))
+        expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+        assert made.shared["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
 
     def test_temperature_softens_them(self) -> None:
         logits = torch.tensor([[[0.0, 0.0]], [[2 * math.log(4), 0.0]]])

@@ -132,6 +132,9 @@ def test_values(scraped: Scraped) -> None:
     assert scraped.value("open_round_wait_seconds") == 2
     assert [scraped.value("waited_for", student=name) for name in ("ant", "bee", "cat")] == [0, 1, 1]
     assert scraped.value("rounds_total") == 3
+    assert scraped.value("rounds_without_target_total") == 0
+    assert [scraped.value("student_joins_total", student=name, model="mlp") for name in ("ant", "cat")] == [1, 2]
+    assert scraped.value("student_missed_rounds_total", **ant) == 0
     rejected = [
         scraped.value("contributions_rejected_total", reason=reason)
         for reason in ("aborted", "failed_precondition", "invalid_argument")
@@ -160,6 +163,9 @@ def test_histograms_begin_at_half_a_millisecond(scraped: Scraped) -> None:
     assert scraped.value("round_wait_seconds_bucket", le="0.0005") == 2
 
 
+SERVERS_OWN = {"codistill_student_joins_total", "codistill_student_missed_rounds_total"}
+
+
 @pytest.mark.parametrize("how", ["stopped", "failed", "disconnected"])
 def test_a_student_that_left_takes_its_series_along(scraped: Scraped, how: str) -> None:
     run = scraped.run
@@ -169,7 +175,7 @@ def test_a_student_that_left_takes_its_series_along(scraped: Scraped, how: str) 
         run.coordinator.close_stream(run.sessions["bee"], run.inboxes["bee"])
     else:
         run.leave("bee", pb.LEAVE_REASON_STOPPED if how == "stopped" else pb.LEAVE_REASON_FAILED)
-    assert scraped.series_of("bee") == set()
+    assert scraped.series_of("bee") == SERVERS_OWN
     assert {name: scraped.series_of(name) for name in others} == others
     assert scraped.value("students_present") == 2
     run.join("bee", 2)
@@ -191,7 +197,19 @@ def test_before_anybody_came_there_are_zeros_and_no_students() -> None:
     assert scraped.value("contributions_rejected_total", reason="invalid_argument") == 0
     assert scraped.value("round_seconds_count") == 0
     assert scraped.value("ensemble_accuracy_ratio", split="train") is None
-    assert scraped.series_of("ant") == set()
+    assert scraped.series_of("ant") == SERVERS_OWN
+
+
+def test_who_missed_which_rounds() -> None:
+    run = Run(make_experiment(exchange={"on_absence": "proceed", "round_deadline": 3}))
+    scraped = Scraped(run)
+    run.join_all()
+    run.contribute("bee", 0)
+    run.clock.now += 3
+    run.coordinator.tick()
+    assert scraped.value("student_missed_rounds_total", student="ant", model="mlp") == 1
+    assert scraped.value("student_missed_rounds_total", student="bee", model="mlp") == 0
+    assert scraped.value("rounds_without_target_total") == 1
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's prometheus) is not installed")

@@ -44,6 +44,15 @@ def test_a_second_recorder_goes_on_where_the_first_ended(recorder: Recorder, tmp
     assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
 
 
+def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, events="supervisor.jsonl", metrics=None)
+    recorder.write(event(1))
+    recorder.write(pace(1))
+    recorder.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["supervisor.jsonl"]
+    assert list(read(tmp_path / "supervisor.jsonl")) == [event(1)]
+
+
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
     lines = [event(number).model_dump_json() + "\n" for number in range(whole)]

@@ -100,6 +100,39 @@ class TestJoin:
         assert rounds.student_of(ant) is None
         assert rounds.apply(Contribute(ant, contribution(0)), 1.0) == [unknown(ant)]
 
+    @pytest.mark.parametrize("restarted", [False, True])
+    def test_an_older_worker_does_not_take_its_student_back(self, restarted: bool) -> None:
+        """Its connection was lost, so that nobody could tell it that a newer one had joined."""
+        rounds = Rounds(RULES)
+        rounds.apply(Join("ant", 0, worker=71), 0.0)
+        rounds.apply(Join("ant", 0, worker=72), 0.0)
+        if restarted:
+            kept = StudentRecord("ant", 2, 0, finished=False, worker=72)
+            rounds = Rounds(RULES, Restored(students=(kept,)))
+        assert rounds.apply(Join("ant", 0, worker=71, session=1), 1.0) == [
+            Refuse(Status.SUPERSEDED, "a newer worker of student 'ant' has joined; this one must not go on")
+        ]
+        assert rounds.student_of(2) == (None if restarted else "ant")
+        assert isinstance(rounds.apply(Join("ant", 0, worker=72, session=2), 1.0)[-1], Admit)
+
+    def test_a_worker_that_joins_twice_is_not_superseded_by_itself(self) -> None:
+        """An answer was lost, or a call that it had given up came late."""
+        rounds = Rounds(RULES)
+        rounds.apply(Join("ant", 0, worker=71), 0.0)
+        for session in (0, 1):
+            ended, remembered, _ = rounds.apply(Join("ant", 0, worker=71, session=session), 1.0)
+            assert isinstance(ended, End)
+            assert (ended.status, ended.message) == (
+                Status.ABORTED,
+                "the worker of student 'ant' has joined again; join again",
+            )
+            assert isinstance(remembered, Remember)
+            assert remembered.record.worker == 71
+
+    def test_a_journal_that_knows_no_worker_lets_any_go_on(self) -> None:
+        rounds = Rounds(RULES, Restored(students=(StudentRecord("ant", 5, 0, finished=False),)))
+        assert isinstance(rounds.apply(Join("ant", 0, worker=71, session=3), 0.0)[-1], Admit)
+
     def test_the_old_workers_broken_stream_does_not_touch_the_new_one(self) -> None:
         rounds, ant, _ = pair()
         newer = joined(rounds, "ant")

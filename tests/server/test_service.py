@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.checksums import is_whole, seal
+from codistill.checksums import is_whole, seal, seal_session
 from codistill.experiment import Distillation, Experiment, identity
 from codistill.records import Record
 from codistill.tensors import encode
@@ -23,6 +23,7 @@ from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server import methods, service
 from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.limits import Limits, Rate
 from codistill_server.observations import Observations
 from codistill_server.rounds import Status
 from codistill_server.service import DistillationService, EventLoopSubmit, server_options
@@ -90,7 +91,7 @@ class Student:
         channel = self.channel or self.served.channel
         request = join_request(self.served.experiment, self.name, first_round)
         self.session = (await cast("Any", DistillationStub(channel)).Join(request)).session
-        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(self.session)),))
+        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(self.session)),))
         await self.call.initial_metadata()
 
     async def send(self, number: int, **options: Any) -> None:
@@ -121,8 +122,15 @@ class Student:
             return error
 
 
+def as_sealed(raw: bytes, session: int) -> bytes:
+    """Returns bytes, whatever they are, with the checksum of a contribution."""
+    return raw + b"\x7d" + zlib.crc32(str(session).encode() + raw).to_bytes(4, "little")
+
+
 @contextlib.asynccontextmanager
-async def serving(experiment: Experiment | None = None, journal: Journal | None = None) -> AsyncGenerator[Served]:
+async def serving(
+    experiment: Experiment | None = None, journal: Journal | None = None, limits: Limits | None = None
+) -> AsyncGenerator[Served]:
     experiment = experiment or make_experiment()
     failures: list[Exception] = []
     submit = EventLoopSubmit(failures.append)
@@ -132,7 +140,7 @@ async def serving(experiment: Experiment | None = None, journal: Journal | None 
         Observations(experiment, list[Record]().append),
         submit,
     )
-    made = DistillationService(coordinator, failures.append)
+    made = DistillationService(coordinator, failures.append, limits)
     server = grpc.aio.server(options=server_options(receive_limit(experiment)))
     server.add_generic_rpc_handlers((made.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -275,6 +283,46 @@ class TestHeavyWork:
 
 
 class TestStatus:
+    def test_headers_that_are_under_way_do_not_lose_the_status(self) -> None:
+        """gRPC sends none then: the worker would be told UNKNOWN, and not what is wrong with what it sent."""
+
+        class Context:
+            headers = "not sent"
+            told: grpc.StatusCode | None = None
+
+            def __init__(self, session: int) -> None:
+                self.session = session
+
+            def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+                return ((SESSION_KEY, seal_session(self.session)),)
+
+            async def send_initial_metadata(self, _: object) -> None:
+                self.headers = "under way"
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                self.headers = "sent"
+
+            async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+                assert self.headers == "sent"
+                self.told = code
+                raise asyncio.CancelledError  # as gRPC's ends the call
+
+        async def test() -> None:
+            experiment = make_experiment()
+            journal = Journal(None, identity(experiment))
+            coordinator = Coordinator(experiment, journal, Observations(experiment, lambda _: None))
+            context = Context(coordinator.join(join_request(experiment, "ant")).session)
+
+            async def requests() -> AsyncGenerator[bytes]:
+                yield as_sealed(b"no message", context.session)
+
+            with contextlib.suppress(asyncio.CancelledError):
+                await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))
+            assert context.told is grpc.StatusCode.INVALID_ARGUMENT
+            coordinator.close()
+
+        drive(test)
+
     def test_a_join_that_differs(self) -> None:
         async def test() -> None:
             async with serving() as served:
@@ -354,27 +402,40 @@ class TestStatus:
         drive(test)
 
     @pytest.mark.parametrize(
-        ("metadata", "code"),
+        "value",
         [
-            ((), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, ""),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "one"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "-1"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "1.0"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "9" * 5000),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "9" * 19),), grpc.StatusCode.ABORTED),
-            (((SESSION_KEY, "0"),), grpc.StatusCode.ABORTED),
+            None,
+            "",
+            "1",
+            "one",
+            "-1",
+            "1.0",
+            "9" * 5000,
+            seal_session(1)[:-1],
+            f"{seal_session(1)} 2",
+            f"{'9' * 20}-{zlib.crc32(b'9' * 20):08x}",
+            seal_session(2).replace("2-", "1-"),
+            seal_session(0),
+            seal_session(10**18),
         ],
     )
-    def test_a_stream_without_a_proper_session(
-        self, metadata: tuple[tuple[str, str], ...], code: grpc.StatusCode
-    ) -> None:
+    def test_a_stream_without_a_proper_session(self, value: str | None) -> None:
+        """It may have been damaged on the way, into another's number too; so its worker is to join again."""
+
         async def test() -> None:
             async with serving() as served:
+                ant, bee = await served.students()
+                metadata = () if value is None else ((SESSION_KEY, value),)
                 call = served.channel.stream_stream(EXCHANGE)(metadata=metadata)
                 error = await error_of(call.read())
-                assert error.code() is code
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert SUPERSEDED_KEY not in dict(error.trailing_metadata())
                 assert "session" in (error.details() or "")
+                assert "join again" in (error.details() or "")
+                for student in (ant, bee):
+                    await student.contribute(contribution(served.experiment, student.name, 0))
+                for student in (ant, bee):
+                    assert await student.answer(), "and nobody's stream has ended"
 
         drive(test)
 
@@ -389,8 +450,7 @@ class TestStatus:
                 watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
                 assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
                 ant, _ = await served.students()
-                whole = raw + b"\x7d" + zlib.crc32(str(ant.session).encode() + raw).to_bytes(4, "little")
-                await ant.write(whole)
+                await ant.write(as_sealed(raw, ant.session))
                 assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert served.presence == {"ant": "absent", "bee": "present"}
                 assert served.failures == []
@@ -471,6 +531,183 @@ class TestStatus:
         drive(test)
 
 
+class TestLimits:
+    """One peer asks for more than its share; it is told, and the others notice nothing."""
+
+    def test_a_session_that_asks_for_the_same_again_and_again(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                await asyncio.gather(ant.send(0), bee.send(0))
+                await asyncio.gather(ant.answer(), bee.answer())
+                for _ in range(64):
+                    await ant.send(0)
+                    await ant.answer()
+                await ant.send(0)
+                error = await ant.ending()
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "round 0: this session has contributed to it before" in str(error.details())
+                assert 1 <= int(trailing(error)["grpc-retry-pushback-ms"]) <= 1000
+                again = Student(served, "ant")
+                await again.start(1)
+                await asyncio.gather(again.send(1), bee.send(1))
+                assert await again.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_a_student_that_catches_up_at_full_speed_meets_none(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                for number in range(12):
+                    await asyncio.gather(ant.send(number), bee.send(number))
+                    await asyncio.gather(ant.answer(), bee.answer())
+                for _ in range(20):
+                    again = Student(served, "ant")
+                    await again.start()
+                    for number in range(12):
+                        await again.send(number)
+                        await again.answer()
+                assert served.failures == []
+
+        drive(test)
+
+    def test_joins_of_one_student(self) -> None:
+        async def test() -> None:
+            async with serving(limits=Limits(joins=Rate(2, 0.1))) as served:
+                for name in ("ant", "nobody"):
+                    for _ in range(2):
+                        await asyncio.gather(
+                            served.stub.Join(join_request(served.experiment, name)), return_exceptions=True
+                        )
+                    error = await error_of(served.stub.Join(join_request(served.experiment, name)))
+                    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                    assert "more than 0.1 joins a second" in str(error.details())
+                    assert 9_000 <= int(trailing(error)["grpc-retry-pushback-ms"]) <= 10_000
+                error = await error_of(served.stub.Join(join_request(served.experiment, "another")))
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "made-up names have one share in all"
+                await served.stub.Join(join_request(served.experiment, "bee"))
+                kinds = [event.kind for event in served.coordinator.snapshot().events]
+                assert kinds.count("refused") == 2, "what the limit refuses leaves no event: nobody fills the disk"
+
+        drive(test)
+
+    def test_calls_of_one_host(self) -> None:
+        async def test() -> None:
+            async with serving(limits=Limits(calls=Rate(5, 0.1))) as served:
+                for _ in range(5):
+                    await served.stub.GetRun(pb.GetRunRequest())
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
+                    error = await error_of(cast("Any", DistillationStub(channel)).GetRun(pb.GetRunRequest()))
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert str(error.details()).startswith("ipv4:127.0.0.1 makes more than 0.1 calls a second")
+
+        drive(test)
+
+    def test_bytes_of_one_host(self) -> None:
+        async def test() -> None:
+            async with serving(limits=Limits(call_bytes=Rate(1000, 1))) as served:
+                junk = served.channel.unary_unary("/codistill.v1.Distillation/Join")
+                assert (await error_of(junk(bytes(1000)))).code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert (await error_of(junk(bytes(1000)))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        drive(test)
+
+    def test_watchers(self) -> None:
+        async def test() -> None:
+            async with serving(limits=Limits(watchers=3)) as served:
+                request = pb.WatchRunRequest(interval_seconds=60)
+                for _ in range(5):  # whoever ends makes room
+                    watching = [served.stub.WatchRun(request) for _ in range(3)]
+                    for each in watching:
+                        await each.read()
+                    error = await error_of(served.stub.WatchRun(request).read())
+                    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                    assert "3 WatchRun streams are open" in str(error.details())
+                    for each in watching:
+                        each.cancel()
+                    gate = served.service._gate
+                    await until(lambda gate=gate: gate.watching == 0)
+
+        drive(test)
+
+    def test_a_watcher_that_does_not_read_makes_room_when_it_goes(self) -> None:
+        async def test() -> None:
+            async with (
+                serving(limits=Limits(watchers=1)) as served,
+                _relay(served.port) as (port, cut),
+                grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+            ):
+                unread = cast("Any", DistillationStub(channel)).WatchRun(pb.WatchRunRequest(interval_seconds=0.1))
+                await unread.initial_metadata()
+                await until(lambda: served.service._gate.watching == 1)
+                cut()
+                await until(lambda: served.service._gate.watching == 0)
+
+        drive(test)
+
+    def test_one_exchange_stream_for_a_session(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
+                await second.initial_metadata()
+                error = await ant.ending()
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert "has opened another stream" in str(error.details())
+                await second.write(seal(contribution(served.experiment, "ant", 0), str(ant.session)))
+                await bee.send(0)
+                assert await second.read() == await bee.answer()
+
+        drive(test)
+
+    def test_streams_of_one_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_STREAMS_PER_CONNECTION", 4)
+
+        async def test() -> None:
+            async with serving() as served:
+                held = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60)) for _ in range(4)]
+                for each in held:
+                    await each.read()
+                error = await error_of(served.stub.GetRun(pb.GetRunRequest(), timeout=0.5))
+                assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, "the fifth waits for its turn"
+                own = [("grpc.use_local_subchannel_pool", 1)]  # else both channels share one connection
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}", own) as channel:
+                    await cast("Any", DistillationStub(channel)).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+
+        drive(test)
+
+    @pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["nothing", "half a greeting"])
+    def test_a_connection_that_does_not_speak_is_closed(self, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_HANDSHAKE_MS", 300)
+
+        async def test() -> None:
+            async with serving() as served, asyncio.timeout(PATIENCE):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(sent)
+                while await reader.read(1000):
+                    pass
+                writer.close()
+
+        drive(test)
+
+    def test_a_connection_without_a_call_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(service, "_IDLE_MS", 1000)
+
+        async def test() -> None:
+            async with serving() as served, asyncio.timeout(PATIENCE):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+                while await reader.read(1000):
+                    pass
+                writer.close()
+                ant, bee = await served.students()
+                await asyncio.gather(ant.send(0), bee.send(0))
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+
 class TestStreams:
     def test_a_broken_connection_makes_the_student_absent(self) -> None:
         async def test() -> None:
@@ -514,7 +751,7 @@ class TestStreams:
             async with serving() as served:
                 for hops in range(12):
                     session = (await served.stub.Join(join_request(served.experiment, "ant"))).session
-                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(session)),))
+                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(session)),))
                     for _ in range(hops):
                         await asyncio.sleep(0)
                     call.cancel()
@@ -529,7 +766,7 @@ class TestStreams:
             async with serving() as served:
                 ant, bee = await served.students()
                 first = ant.call
-                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(ant.session)),))
+                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
                 await ant.call.initial_metadata()
                 error = await error_of(first.read())
                 assert error.code() is grpc.StatusCode.ABORTED
@@ -588,6 +825,27 @@ class TestStreams:
                 async with asyncio.timeout(PATIENCE):
                     while await watch.read() is not grpc.aio.EOF:
                         pass
+
+        drive(test)
+
+
+class TestConnections:
+    def test_one_that_says_nothing_is_closed(self) -> None:
+        """gRPC alone would hold it for two minutes; the limit is made short here."""
+        options = dict(server_options(1000))
+        assert options["grpc.server_handshake_timeout_ms"] <= 10_000
+        options["grpc.server_handshake_timeout_ms"] = 200
+
+        async def test() -> None:
+            server = grpc.aio.server(options=list(options.items()))
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            async with asyncio.timeout(PATIENCE):
+                while await reader.read(1000):
+                    pass
+            writer.close()
+            await server.stop(0)
 
         drive(test)
 

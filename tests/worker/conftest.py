@@ -16,6 +16,7 @@ import yaml
 from codistill import records
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Data, Experiment, parse
+from codistill.security import Security
 from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
 from codistill_worker import data
 from codistill_worker.trainer import Published, Trainer
@@ -159,9 +160,10 @@ def same() -> Callable[[Any, Any], bool]:
 class Server:
     """A real aggregation server on a thread, which can be stopped and started again in its folder, on its port."""
 
-    def __init__(self, experiment: Experiment, folder: Path) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, security: Security | None = None) -> None:
         self.experiment = experiment
         self.folder = folder
+        self.security = security or Security()
         self.address = "127.0.0.1:0"
         self.ended: ExitCode | None = None
         self._stop = threading.Event()
@@ -169,7 +171,7 @@ class Server:
 
     def start(self, *, stay: bool = False) -> None:
         self._stop = threading.Event()
-        options = ServeOptions(self.address, self.folder, stay=stay)
+        options = ServeOptions(self.address, self.folder, stay=stay, security=self.security)
 
         def serve_it() -> None:
             self.ended = serve(self.experiment, options, self._stop)
@@ -205,12 +207,12 @@ class Server:
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Callable[[Experiment], Server]]:
+def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Starts real servers, and ends those that a test leaves."""
     servers: list[Server] = []
 
-    def start(experiment: Experiment) -> Server:
-        servers.append(Server(experiment, tmp_path / f"run-{len(servers)}"))
+    def start(experiment: Experiment, security: Security | None = None) -> Server:
+        servers.append(Server(experiment, tmp_path / f"run-{len(servers)}", security))
         servers[-1].start()
         return servers[-1]
 

@@ -241,6 +241,19 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path) -
     assert (read(tmp_path / NEWEST).round, read(tmp_path / PREVIOUS).round) == (4, 3)
 
 
+def test_an_older_worker_does_not_take_a_later_checkpoints_place(tmp_path: Path) -> None:
+    """Its rounds may be forgotten by now; the student would be refused whenever it comes back."""
+    older, newer = store_with(tmp_path, 2, 3), CheckpointStore(tmp_path)
+    assert newer.load("cnn", IDENTITY) is not None
+    for number in (6, 7):
+        newer.save(checkpoint(number))
+    with pytest.raises(OSError, match="a newer worker has saved round 7 there"):
+        older.save(checkpoint(4))
+    assert [read(tmp_path / name).round for name in (PREVIOUS, NEWEST)] == [6, 7]
+    assert older.durable_round == 2
+    older.save(checkpoint(7))  # the same student's same round is the same checkpoint
+
+
 def test_two_torn_checkpoints_are_explained(tmp_path: Path) -> None:
     store_with(tmp_path, 1, 2)
     for name in (NEWEST, PREVIOUS):
@@ -437,3 +450,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         CheckpointStore(tmp_path / "file" / "cnn").save(checkpoint())
+
+
+def test_students_added_to_the_experiment_later_are_nothing_to_a_checkpoint(tmp_path: Path) -> None:
+    older, newer = '{"seed":0,"students":["a","b"]}', '{"seed":0,"students":["a","b","c"]}'
+    CheckpointStore(tmp_path).save(checkpoint(3, student="a", identity=older))
+    found = CheckpointStore(tmp_path).load("a", newer)
+    assert found is not None
+    assert found.round == 3

@@ -13,8 +13,8 @@ import grpc
 import pytest
 import torch
 
-from codistill import PROTOCOL_VERSION, SUPERSEDED_KEY
-from codistill.checksums import is_whole, seal
+from codistill import PROTOCOL_VERSION, SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal, session_in
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.tensors import decode, encode
@@ -297,6 +297,29 @@ def test_a_worker_that_was_superseded_unnoticed_does_not_take_the_student_back(
     assert newer._connected
 
 
+def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
+    tiny: Tiny, serving: Any, connect: Connect
+) -> None:
+    """Nobody could tell it: the server that did so was gone before it could be heard."""
+    experiment = tiny()
+    server = serving(experiment)
+    older, newer = connect(server.address), connect(server.address)
+    older.join(request(experiment))
+    newer.join(request(experiment))
+    server.stop()
+    server.start()
+    wait_for(lambda: not older._connected and not newer._connected, "both lose the server")
+    assert older._stream is not None
+    older._stream.cancel()
+    older._stream = None  # what the old server said last is lost
+    older._session.standing = False
+    with pytest.raises(WorkerError, match="a newer worker of student 'cnn' has joined") as ended:
+        older.report(report(0))
+    assert ended.value.code is ExitCode.SUPERSEDED
+    newer.report(report(0))
+    assert newer._connected
+
+
 def test_giving_up_names_who_was_waited_for(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
@@ -392,6 +415,7 @@ def test_measurements_made_while_the_server_is_away_arrive_later_each_once(
     for number in range(1, 4):
         tell(number)
     server.stop()
+    wait_for(lambda: not exchange._connected, "the connection breaks")
     # The first of these finds the connection broken and waits for the server, in a thread for this test's sake.
     thread, _ = in_background(lambda: [tell(number) for number in range(4, 8)])
     wait_for(lambda: exchange._stream is None, "it noticed")
@@ -474,7 +498,8 @@ class Script(DistillationServicer):
         return self.on_join(len(self.joins))
 
     def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeReply]:  # noqa: N802
-        session = int(dict(context.invocation_metadata())["codistill-session"])
+        session = session_in(dict(context.invocation_metadata())[SESSION_KEY])
+        assert session is not None
         context.send_initial_metadata(())
         for each in request_iterator:
             self.sent.append((session, each.round))

@@ -15,6 +15,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_worker.checkpoints import CheckpointStore, read
 from codistill_worker.errors import ConfigurationError, WorkerError
 from codistill_worker.learner import Learner
@@ -76,12 +77,16 @@ class Clock:
 @pytest.fixture
 def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[Learner, Recorded]]:
     def make(
-        experiment: Experiment, folder: str = "run", name: str = "cnn", clock: Clock | None = None
+        experiment: Experiment,
+        folder: str = "run",
+        name: str = "cnn",
+        clock: Clock | None = None,
+        watchdog: Watchdog | None = None,
     ) -> tuple[Learner, Recorded]:
         plan, exchange = experiment.plan(name), Recorded()
         store = CheckpointStore(tmp_path / folder)
-        device = torch.device("cpu")
-        return Learner(experiment, plan, load_data(plan.data), device, exchange, store, clock or Clock()), exchange
+        device, dataset = torch.device("cpu"), load_data(plan.data)
+        return Learner(experiment, plan, dataset, device, exchange, store, clock or Clock(), watchdog), exchange
 
     return make
 
@@ -438,3 +443,43 @@ def test_a_checkpoint_that_no_longer_fits_the_model_is_refused(
     monkeypatch.setattr(models, "build", lambda name, **settings: build(name, **{**settings, "args": {"width": 5}}))
     with pytest.raises(ConfigurationError, match=r"does not fit model 'cnn': .*was the model's code changed"):
         learn(tiny())
+
+
+# --- watched
+
+
+class Marks(Watchdog):
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[tuple[str, float]] = []
+
+    def begin(self, what: str, seconds: float) -> None:
+        self.marks.append((what, seconds))
+
+
+def test_the_watchdog_is_told_of_everything_that_may_take_time(tiny: Tiny, learn: Any) -> None:
+    marks = Marks()
+    experiment = tiny(
+        training__epochs=1,
+        training__hang_after=7,
+        training__evaluation_batch_size=10,
+        exchange={"connect_timeout": 100, "give_up_after": 1000},
+    )
+    learner, _ = learn(experiment, watchdog=marks)
+    learner.join()
+    to_the_end(learner)
+    first, last = 0, learner.trainer.total_rounds
+    computing, waiting = 7, 2 * 1000 + 60 + 7
+    assert marks.marks[:4] == [
+        (f"student 'cnn' at joining the run, round {first}", 100 + 60 + 7),
+        (f"student 'cnn' at the forward pass, round {first}", computing),
+        (f"student 'cnn' at waiting for the targets, round {first}", waiting),
+        (f"student 'cnn' at the backward pass, round {first}", computing),
+    ]
+    assert marks.marks[-3:] == [
+        (f"student 'cnn' at saving a checkpoint, round {last}", computing),
+        (f"student 'cnn' at reporting, round {last}", waiting),
+        (f"student 'cnn' at saying goodbye, round {last}", waiting),
+    ]
+    evaluation = (f"student 'cnn' at an evaluation, round {last}", computing)
+    assert marks.marks.count(evaluation) > 2, "each batch is a step of its own"

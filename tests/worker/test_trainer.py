@@ -166,6 +166,19 @@ def test_the_step_by_hand(tiny: Tiny, student: MakeStudent) -> None:
     assert trainer.round == 1
 
 
+def test_a_round_without_targets_is_learnt_from_the_labels_alone(
+    tiny: Tiny, student: MakeStudent, state: State, same: Same
+) -> None:
+    together = student(tiny(distillation={"method": "kdcl"}), "cnn")
+    alone = student(tiny(distillation={"method": "independent"}), "cnn")
+    for trainer in (together, alone):
+        for _ in range(3):
+            trainer.begin()
+            step = trainer.finish({})
+            assert step.distillation is None
+    assert same(state(together), state(alone))
+
+
 def test_one_forward_pass_a_round(tiny: Tiny, student: MakeStudent, train: Train) -> None:
     """Whatever the number of students: KD_Lib's DML ran 2K² a step."""
     trainer = student(tiny())

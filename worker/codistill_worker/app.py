@@ -6,13 +6,15 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
+from codistill.security import Security
+from codistill.watchdog import Watchdog
 from codistill_worker import data
 from codistill_worker.checkpoints import CheckpointStore
 from codistill_worker.client import GrpcExchange
@@ -23,6 +25,8 @@ __all__ = ["WorkOptions", "choose_device", "student_folder", "use_deterministic_
 
 _log = logging.getLogger(__name__)
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
+_LOADING = 12  # times training.hang_after: a download, or an index of millions of files
+_PING = 2 / 3  # of exchange.keepalive, by which the server pings: the worker can do something about a dead link
 _STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
 
 
@@ -34,11 +38,13 @@ class WorkOptions:
         student: the student to train.
         server: the aggregation server's "HOST:PORT".
         run_dir: where the student's checkpoints go, in a folder of its own.
+        security: TLS and token.
     """
 
     student: str
     server: str
     run_dir: Path
+    security: Security = field(default_factory=Security)
 
 
 def student_folder(run_dir: Path, student: str) -> Path:
@@ -84,6 +90,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
 
     Raises:
         WorkerError: it cannot go on; the text is one line, its code the exit code.
+        SecurityError: a certificate or key cannot be used.
     """
     stop = stop or threading.Event()
     _stop_on_signals(stop)
@@ -100,13 +107,19 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
         silence_after=3 * experiment.exchange.waiting_notice + 2,
+        keepalive=experiment.exchange.keepalive * _PING,
         stop=stop,
+        security=options.security,
     )
     try:
-        dataset = data.load(plan.data, device)
-        store = CheckpointStore(student_folder(options.run_dir, options.student))
-        learner = Learner(experiment, plan, dataset, device, exchange, store)
-        return _train(learner, stop)
+        with Watchdog() as watchdog:
+            watchdog.begin(
+                f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
+            )
+            dataset = data.load(plan.data, device)
+            store = CheckpointStore(student_folder(options.run_dir, options.student))
+            learner = Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog)
+            return _train(learner, stop)
     except torch.OutOfMemoryError as error:
         line = str(error).splitlines()[0]
         raise WorkerError(

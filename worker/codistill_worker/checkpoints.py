@@ -7,6 +7,7 @@ torn or damaged (a full disk, a power cut, a bad disk), the one before it is use
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from codistill.experiment import difference
+from codistill.experiment import difference, extends
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "CheckpointStore"]
@@ -69,13 +70,19 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, and keeps the one before it.
 
+        One of a later round is left alone: a newer worker of the student has come further than this one, which does not
+        know yet that its place is taken. The rounds that it would go back to may be forgotten already.
+
         Raises:
             OSError: it could not be written; what was there is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{_NEWEST}.part"
-        _write(checkpoint, part)
         newest = self.folder / _NEWEST
+        there = None if self._torn else _round_of(newest)
+        if there is not None and there > checkpoint.round:
+            raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
+        _write(checkpoint, part)
         if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
             newest.replace(self.folder / _PREVIOUS)
         part.replace(newest)
@@ -120,7 +127,8 @@ class CheckpointStore:
         name, newest = next(iter(found.items()))
         for problem in problems.values():
             _log.warning("%s; going on from %s, at round %d", problem, name, newest.round)
-        if newest.student != student or newest.identity != identity:
+        same = newest.identity == identity or extends(newest.identity, identity)
+        if newest.student != student or not same:
             why = (
                 f"student {newest.student!r}, not {student!r}"
                 if newest.student != student
@@ -181,6 +189,16 @@ def read(path: Path) -> Checkpoint:
         raise ConfigurationError(f"checkpoint {path} cannot be read: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"checkpoint {path} was not written by codistill") from error
+
+
+def _round_of(path: Path) -> int | None:
+    """Returns a checkpoint's round from its header alone; None if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = cast("dict[str, str] | None", file.metadata()) or {}
+        return int(json.loads(header["codistill"])["round"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write(checkpoint: Checkpoint, path: Path) -> None:

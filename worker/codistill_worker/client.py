@@ -1,7 +1,8 @@
-"""The exchange over gRPC: one session, one stream, bounded waits, and reconnection.
+"""The exchange over gRPC: the channel, the stream and its reading thread, the reports.
 
-A thread reads the stream into a queue, so that every wait for a reply has a limit and ends when the worker is told to
-stop, without tearing down the session that it has yet to say goodbye on.
+What to do next is decided in :mod:`codistill_worker.session`; here it is done. A thread reads the stream into a queue, so
+that every wait for a reply has a limit and ends when the worker is told to stop, without tearing down the session that it
+has yet to say goodbye on.
 """
 
 from __future__ import annotations
@@ -10,46 +11,40 @@ import contextlib
 import logging
 import queue
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.checksums import is_whole, seal
+from codistill import SESSION_KEY, SUPERSEDED_KEY, handshake
+from codistill.checksums import is_whole, seal, seal_session
 from codistill.exit_codes import ExitCode
+from codistill.experiment import KEEPALIVE_ANSWER
+from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker.errors import Interrupted, WorkerError
+from codistill_worker.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
 
 __all__ = ["GrpcExchange"]
 
 _log = logging.getLogger(__name__)
 
-_CALL_SECONDS = 20.0
 _SLICE_SECONDS = 0.2
-_FIRST_BACKOFF = 0.1
-_LONGEST_BACKOFF = 5.0
+_TELL_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
 _DAMAGED = "was damaged on the way: its checksum is missing or wrong"
-_WENT_AWAY = "went away and did not come back"
-_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-# What gRPC itself makes of bytes that it cannot understand: a server of another kind, or damage on the way.
-_STRANGE = (
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
-_STRANGE_ENDINGS = 5
-_NAMELESS = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),  # the server is trusted to send targets of any size
     ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Left alone, the channel would wait up to two minutes between two attempts, and fail every call meanwhile.
@@ -69,7 +64,12 @@ class GrpcExchange:
         give_up_after: seconds to wait for one round's targets, or for a server that went away.
         silence_after: seconds without targets or a notice after which a stream is taken to have lost what was sent on it,
             although it stands; longer than the time between the server's notices.
+        keepalive: seconds between the pings that find a server which vanished without a word.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
+        security: TLS and token.
+
+    Raises:
+        SecurityError: a certificate or key cannot be used.
     """
 
     def __init__(
@@ -79,21 +79,24 @@ class GrpcExchange:
         connect_timeout: float,
         give_up_after: float,
         silence_after: float = 20.0,
+        keepalive: float = 20.0,
         stop: threading.Event,
+        security: Security | None = None,
     ) -> None:
+        self._security = security or Security()
         self._address = address
-        self._connect_timeout = connect_timeout
-        self._give_up_after = give_up_after
-        self._silence_after = silence_after
         self._stop = stop
-        self._channel = self._open_channel()
+        self._options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive))]
+        self._channel = self._security.channel(address, self._options)
         self._stub = _Stub(self._channel)
-        self._request: pb.JoinRequest | None = None
-        self._session = 0
+        self._session = Session(address, connect_timeout, give_up_after, silence_after)
+        self._worker = secrets.randbits(64)
+        self._request = pb.JoinRequest()
+        self._response = pb.JoinResponse()
         self._stream: _Stream | None = None
         self._open: pb.Contribution | None = None
-        self._next_round = 0
-        self._strange = 0
+        self._goodbye = pb.LeaveRequest()
+        self._told = 0.0
         self._reports = _Reports()
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
@@ -104,12 +107,15 @@ class GrpcExchange:
             Interrupted: the worker was asked to stop.
         """
         self._request = request
-        return self._connect(self._connect_timeout, "cannot be reached")
+        self._told = time.monotonic()
+        self._session.join(request.first_round, time.monotonic())
+        self._carry_out()
+        return self._response
 
     def send(self, contribution: pb.Contribution) -> None:
         """Publishes a round's outputs; does not wait."""
         self._open = contribution
-        if self._stream is not None:
+        if self._session.send(contribution.round) and self._stream is not None:
             self._stream.send(contribution)
 
     def receive(self, number: int) -> pb.Targets:
@@ -119,41 +125,11 @@ class GrpcExchange:
             WorkerError: the wait outlasted `give_up_after`, the server stayed away, or it refused.
             Interrupted: the worker was asked to stop.
         """
-        started = heard = time.monotonic()
-        waiting: pb.Waiting | None = None
-        backoff = 0.0
-        while True:
-            stream = self._stream
-            try:
-                if stream is None:
-                    self._reconnect()
-                    heard = time.monotonic()
-                    continue
-                reply = stream.receive(_SLICE_SECONDS)
-                if reply is not None:
-                    heard, self._strange = time.monotonic(), 0
-                elif time.monotonic() - heard >= self._silence_after:
-                    raise _Broken(f"nothing was heard of round {number} for {self._silence_after:g} s")
-            except grpc.RpcError as error:
-                self._check_stop()
-                self._broken(error)
-                left = started + self._give_up_after - time.monotonic()
-                if left <= 0:
-                    raise self._gave_up(number, waiting, time.monotonic() - started) from None
-                # The first time at once; but a server that takes joins and breaks every stream needs a pause.
-                self._pause(min(backoff, left))
-                backoff = max(2 * backoff, _FIRST_BACKOFF)
-                continue
-            if reply is None or reply.HasField("waiting"):
-                self._check_stop()
-                if reply is not None:
-                    waiting = reply.waiting
-                    _log.info("round %d waits for %s, %.0f s", number, ", ".join(waiting.students), waiting.seconds)
-                if time.monotonic() - started >= self._give_up_after:
-                    raise self._gave_up(number, waiting, time.monotonic() - started)
-            elif reply.targets.round == number:  # else a closed round was answered twice, around a reconnection
-                self._open, self._next_round = None, number + 1
-                return reply.targets
+        self._session.receive(number, time.monotonic())
+        targets = self._carry_out()
+        assert targets is not None  # noqa: S101 - nothing else ends the steps of a wait for targets
+        self._open = None
+        return targets
 
     def report(self, report: pb.ReportRequest) -> None:
         """Reports progress without waiting, one report under way at a time.
@@ -165,12 +141,15 @@ class GrpcExchange:
             Interrupted: the worker was asked to stop while the connection was mended.
         """
         self._reports.add(report)
-        self._next_round = max(self._next_round, report.round)
+        self._session.reached(report.round)
         if not self._connected:
             if self._stop.is_set():
                 return
-            self._mend()
-        self._reports.send(self._session, lambda request: self._stub.report.future(request, timeout=_CALL_SECONDS))
+            self._session.mend(time.monotonic())
+            self._carry_out()
+        self._reports.send(
+            self._session.number, lambda request: self._stub.report.future(request, timeout=CALL_SECONDS)
+        )
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         """Delivers what is left to report and ends the session.
@@ -182,27 +161,10 @@ class GrpcExchange:
             WorkerError: a student that finished could not say so: the server stayed away, refused, or has a newer worker.
             Interrupted: the worker was asked to stop before it could say so.
         """
+        self._goodbye = pb.LeaveRequest(reason=reason, message=message)
         finished = reason == pb.LEAVE_REASON_FINISHED
-        deadline = time.monotonic() + self._give_up_after
-        while True:
-            if not self._connected:
-                if not finished:
-                    return
-                self._mend()
-            try:
-                self._say_goodbye(reason, message)
-            except grpc.RpcError as error:
-                if not finished:
-                    _log.warning("the server was not told that this worker leaves: %s", _details(error))
-                    return
-                if _code(error) is not grpc.StatusCode.ABORTED and not self._may_pass(error):
-                    raise self._refused(error) from None
-                if time.monotonic() >= deadline:
-                    raise self._unreachable(_WENT_AWAY, self._give_up_after, error) from None
-                self._pause(_FIRST_BACKOFF)
-                self._mend()
-            else:
-                return
+        self._session.leave(time.monotonic(), finished=finished, active=self._connected)
+        self._carry_out()
 
     def undelivered(self) -> Sequence[pb.Measurement]:
         """Returns the measurements that were reported and are not known to have arrived."""
@@ -215,131 +177,134 @@ class GrpcExchange:
             self._stream = None
         self._channel.close()
 
-    def _say_goodbye(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        self._reports.flush(self._session, lambda request: self._stub.report(request, timeout=_CALL_SECONDS))
-        goodbye = pb.LeaveRequest(session=self._session, reason=reason, message=message)
-        self._stub.leave(goodbye, timeout=_CALL_SECONDS)
-
-    # Connecting
-
     @property
     def _connected(self) -> bool:
         return self._stream is not None and self._stream.active
 
-    def _open_channel(self) -> grpc.Channel:
-        return grpc.insecure_channel(self._address, options=_OPTIONS)
+    # Carrying out what the session decides
+
+    def _carry_out(self) -> pb.Targets | None:
+        """Takes one step after the other until all is done, or the targets are there."""
+        while True:
+            step = self._session.step(time.monotonic(), random.random())  # noqa: S311
+            match step:
+                case Done():
+                    return None
+                case Pause():
+                    self._stop.wait(step.seconds)
+                case Join():
+                    self._check_stop()
+                    self._join(step)
+                case Send():
+                    if self._stream is not None and self._open is not None:
+                        self._stream.send(self._open)
+                case Listen():
+                    targets = self._listen(step.seconds)
+                    if targets is not None:
+                        return targets
+                case HangUp():
+                    self._broke(self._hang_up(), step.why)
+                case Goodbye():
+                    self._say_goodbye()
+
+    def _join(self, step: Join) -> None:
+        self._request.first_round = step.first_round
+        self._request.worker, self._request.session = self._worker, step.session
+        again = self._session.number
+        try:
+            if step.renew:
+                self._renew_channel()
+            self._response = _join_response(self._stub.join(self._request, timeout=step.timeout))
+            self._stream = _Stream(self._stub, self._response.session)
+        except grpc.RpcError as error:
+            if time.monotonic() - self._told >= _TELL_SECONDS:
+                self._told = time.monotonic()
+                _log.info("waiting for server %s, %.0f s left", self._address, max(step.left, 0))
+            self._session.join_failed(self._look(_failure(error), step), time.monotonic())
+        else:
+            self._session.joined(self._response.session)
+            if again:
+                _log.info("connected to %s again", self._address)
 
     def _renew_channel(self) -> None:
-        """Leaves a connection on which bytes were damaged or lost: whatever is sent on it next may be lost too."""
         self._channel.close()
-        self._channel = self._open_channel()
+        self._channel = self._security.channel(self._address, self._options)
         self._stub = _Stub(self._channel)
 
-    def _reconnect(self) -> None:
-        self._connect(self._give_up_after, _WENT_AWAY)
-        _log.info("connected to %s again", self._address)
-        if self._open is not None and self._stream is not None:
-            self._stream.send(self._open)
+    def _look(self, failure: Failure, step: Join) -> Failure:
+        """Looks at the port where a failure is not plain, and returns it with what was found.
 
-    def _mend(self) -> None:
-        """Opens a new session in the place of one that is over, unless the old one's stream ended in a way that forbids it."""
+        Raises:
+            WorkerError: certificates keep a worker out that was never in; later they may be renewed in time.
+        """
+        never_in = not self._session.number
+        if not failure.temporary or not (never_in or self._session.overdue(time.monotonic())):
+            return failure
+        wrong = handshake.explain(self._address, self._security, min(max(step.left, 0.1), _LOOK_SECONDS))
+        if wrong is None:
+            return failure
+        if never_in:
+            raise WorkerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
+        return replace(failure, details=wrong, advice="")
+
+    def _listen(self, seconds: float) -> pb.Targets | None:
+        """Hands the session one message, or the silence, and returns the targets that it waits for."""
+        deadline = time.monotonic() + seconds
+        reply: pb.ExchangeReply | None = None
+        while reply is None:
+            stream = self._stream
+            left = deadline - time.monotonic()
+            if stream is None or left <= 0:
+                self._session.silence(time.monotonic())
+                return None
+            try:
+                reply = stream.receive(min(left, _SLICE_SECONDS))
+            except grpc.RpcError as error:
+                self._check_stop()
+                self._broke(error)
+                return None
+            if reply is None:
+                self._check_stop()
+        if reply.HasField("waiting"):
+            self._check_stop()
+            told = reply.waiting
+            _log.info("round %d waits for %s, %.0f s", told.round, ", ".join(told.students), told.seconds)
+            self._session.waiting(told.round, told.students, time.monotonic())
+        elif self._session.targets(reply.targets.round, time.monotonic()):
+            return reply.targets
+        return None
+
+    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
+        self._told = time.monotonic()
+        failure = _failure(error)
+        self._session.broke(failure, time.monotonic())
+        _log.warning("the connection to %s broke: %s; reconnecting", self._address, why or failure.details)
+
+    def _hang_up(self) -> grpc.RpcError:
+        """Ends the stream, if it has not ended, and returns how it did."""
         if self._stream is not None:
             self._stream.cancel()  # whatever ended it is in its queue then
             try:
                 while self._stream.receive(0) is not None:
                     pass
             except grpc.RpcError as error:
-                self._broken(error)
-        self._reconnect()
+                return error
+        return _Broken("the server ended the stream")
 
-    def _connect(self, seconds: float, failure: str) -> pb.JoinResponse:
-        request = self._request
-        if request is None:
-            raise RuntimeError("send and receive come after join")
-        request.first_round = max(request.first_round, self._next_round)
-        deadline = time.monotonic() + seconds
-        backoff, told = _FIRST_BACKOFF, time.monotonic()
-        while True:
-            self._check_stop()
-            left = deadline - time.monotonic()
-            try:
-                response = _join_response(self._stub.join(request, timeout=max(min(left, _CALL_SECONDS), 0.1)))
-                self._session = response.session
-                self._stream = _Stream(self._stub, response.session)
-            except grpc.RpcError as error:
-                if not self._may_pass(error):
-                    raise self._refused(error) from None
-                if time.monotonic() >= deadline:
-                    raise self._unreachable(failure, seconds, error) from None
-                if _code(error) is not grpc.StatusCode.UNAVAILABLE or isinstance(error, _Broken):
-                    self._renew_channel()
-                if time.monotonic() - told >= 5:
-                    told = time.monotonic()
-                    _log.info("waiting for server %s, %.0f s left", self._address, deadline - told)
-                self._pause(min(backoff, max(deadline - time.monotonic(), 0)))
-                backoff *= 2
-            else:
-                return response
-
-    def _broken(self, error: grpc.RpcError) -> None:
-        """Takes in that the stream ended; raises if joining again would not help."""
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
-        code = _code(error)
-        if code is grpc.StatusCode.ABORTED:
-            trailing = dict(cast("Any", error).trailing_metadata() or ())
-            if SUPERSEDED_KEY in trailing:
-                raise WorkerError(_details(error), ExitCode.SUPERSEDED)
-        elif code is not grpc.StatusCode.CANCELLED and not self._may_pass(error):
-            raise self._refused(error)
-        if code in _STRANGE or isinstance(error, _Broken):
-            self._renew_channel()
-        _log.warning("the connection to %s broke: %s; reconnecting", self._address, _details(error))
-
-    def _may_pass(self, error: grpc.RpcError) -> bool:
-        """Returns whether the same call may succeed later.
-
-        A server that let this worker join is one of ours: a status that says otherwise comes from damage on the way, if it
-        does not come again and again.
-        """
-        code = _code(error)
-        if self._session and code in _STRANGE:
-            self._strange += 1
-            return self._strange < _STRANGE_ENDINGS
-        return code in _RETRIED
-
-    def _pause(self, seconds: float) -> None:
-        """Waits about so long, and no longer than is useful; others that lost the same server come back at other times."""
-        self._stop.wait(min(seconds, _LONGEST_BACKOFF) * random.uniform(0.5, 1.5))  # noqa: S311
-
-    def _unreachable(self, failure: str, seconds: float, error: grpc.RpcError) -> WorkerError:
-        return WorkerError(
-            f"server {self._address} {failure} within {seconds:g} s: {_details(error)}; check that `codistill serve` runs "
-            "there",
-            ExitCode.UNREACHABLE,
-        )
-
-    def _refused(self, error: grpc.RpcError) -> WorkerError:
-        code = _code(error)
-        if code in _NAMELESS:
-            return WorkerError(
-                f"server {self._address} does not answer as an aggregation server ({code.name}: {_details(error)}); check "
-                "the address and that both sides have the same version",
-                ExitCode.REFUSED,
-            )
-        diverged = code is grpc.StatusCode.INVALID_ARGUMENT and "diverged" in _details(error)
-        return WorkerError(
-            f"server {self._address} refused: {_details(error)}", ExitCode.DIVERGED if diverged else ExitCode.REFUSED
-        )
-
-    def _gave_up(self, number: int, waiting: pb.Waiting | None, seconds: float) -> WorkerError:
-        who = ", ".join(waiting.students) if waiting is not None and waiting.students else "the server"
-        return WorkerError(
-            f"gave up after {seconds:.0f} s: round {number} still waits for {who}; see why it is away, then resume the run "
-            "(exchange.give_up_after sets this limit)",
-            ExitCode.GAVE_UP,
-        )
+    def _say_goodbye(self) -> None:
+        self._goodbye.session = self._session.number
+        try:
+            self._reports.flush(self._session.number, lambda request: self._stub.report(request, timeout=CALL_SECONDS))
+            self._stub.leave(self._goodbye, timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            failure = _failure(error)
+            self._session.goodbye_failed(failure, time.monotonic())
+            _log.warning("the server was not told that this worker leaves: %s", failure.details)
+        else:
+            self._session.left()
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -369,7 +334,7 @@ class _Stream:
         self._incoming: queue.SimpleQueue[pb.ExchangeReply | grpc.RpcError] = queue.SimpleQueue()
         contributions: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
         requests = (seal(contribution, str(session)) for contribution in contributions)
-        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, str(session)),))
+        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, seal_session(session)),))
         self._thread = threading.Thread(target=self._read, name="codistill-replies", daemon=True)
         self._thread.start()
 
@@ -397,13 +362,13 @@ class _Stream:
     def cancel(self) -> None:
         self._outgoing.put(None)
         self._call.cancel()
-        self._thread.join(_CALL_SECONDS)
+        self._thread.join(CALL_SECONDS)
 
     def _read(self) -> None:
         try:
             for raw in self._call:
                 if not is_whole(raw):
-                    self._incoming.put(_Broken(f"a reply of {len(raw)} bytes {_DAMAGED}"))
+                    self._incoming.put(_Damaged(f"a reply of {len(raw)} bytes {_DAMAGED}"))
                     self._call.cancel()
                     return
                 self._incoming.put(pb.ExchangeReply.FromString(raw))
@@ -427,13 +392,17 @@ class _Broken(grpc.RpcError):
         return self._details
 
 
+class _Damaged(_Broken):
+    """What came is not what the server sent."""
+
+
 def _join_response(raw: bytes) -> pb.JoinResponse:
     """Returns a response from its bytes.
 
     Raises:
-        _Broken: they are not what the server sent.
+        _Damaged: they are not what the server sent.
     """
-    damaged = _Broken(f"a JoinResponse of {len(raw)} bytes {_DAMAGED}")
+    damaged = _Damaged(f"a JoinResponse of {len(raw)} bytes {_DAMAGED}")
     try:
         response = pb.JoinResponse.FromString(raw)
     except DecodeError:
@@ -471,7 +440,7 @@ class _Reports:
         """Waits for the report under way, then delivers what is left."""
         if self._call is not None:
             with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
-                self._call.result(_CALL_SECONDS)
+                self._call.result(CALL_SECONDS)
             self._settle()
         if self._pending is not None:
             self._pending.session = session
@@ -497,12 +466,11 @@ class _Reports:
         self._call = self._sent = None
 
 
-def _code(error: grpc.RpcError) -> grpc.StatusCode:
-    code = getattr(error, "code", None)
-    return code() if callable(code) else grpc.StatusCode.UNKNOWN  # pyright: ignore[reportReturnType]
-
-
-def _details(error: grpc.RpcError) -> str:
-    details = getattr(error, "details", None)
-    text = details() if callable(details) else str(error)
-    return " ".join(str(text).split())
+def _failure(error: grpc.RpcError) -> Failure:
+    said = cast("Any", error)
+    code = said.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
+    details = said.details() if callable(getattr(error, "details", None)) else str(error)
+    trailing = dict(getattr(error, "trailing_metadata", tuple)() or ())
+    superseded = code is grpc.StatusCode.ABORTED and SUPERSEDED_KEY in trailing
+    text = " ".join(str(details).split())
+    return Failure(code.name, text, superseded, _PUSHBACK_KEY in trailing, isinstance(error, _Damaged))

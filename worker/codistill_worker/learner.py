@@ -19,6 +19,7 @@ from codistill import PROTOCOL_VERSION
 from codistill.experiment import Experiment, StudentPlan, identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
+from codistill.watchdog import Watchdog
 from codistill_worker.checkpoints import Checkpoint, CheckpointStore
 from codistill_worker.data import Dataset, check_batch
 from codistill_worker.errors import ConfigurationError, WorkerError
@@ -29,6 +30,7 @@ __all__ = ["Learner"]
 
 _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 1.0
+_CALLS_SECONDS = 60.0  # of calls that are under way when a limit of the exchange is reached
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Learner:
         exchange: what it exchanges its outputs through.
         store: where its checkpoints go.
         clock: seconds that never go back.
+        watchdog: is told what the student is at.
 
     Raises:
         ConfigurationError: model, data or checkpoint cannot be used.
@@ -83,6 +86,7 @@ class Learner:
         exchange: Exchange,
         store: CheckpointStore,
         clock: Callable[[], float] = time.monotonic,
+        watchdog: Watchdog | None = None,
     ) -> None:
         check_batch(dataset, plan.training.batch_size)
         self.trainer = Trainer(experiment, plan, dataset, device)
@@ -93,6 +97,7 @@ class Learner:
         self._exchange = exchange
         self._store = store
         self._clock = clock
+        self._watchdog = watchdog or Watchdog()
         self._sums = _Sums()
         self._pace = _Pace()
         self._measurements: list[pb.Measurement] = []
@@ -127,6 +132,7 @@ class Learner:
             parameters=trainer.parameters,
             device=_describe(trainer.device),
         )
+        self._begin("joining the run", self._experiment.exchange.connect_timeout + _CALLS_SECONDS)
         response = self._exchange.join(request)
         _log.info(
             "student %s (%s, %s parameters) joined run %s on %s at round %d of %d",
@@ -142,6 +148,7 @@ class Learner:
     def begin_round(self) -> None:
         """Runs the forward pass of the next round and publishes what the method wants."""
         self._step_started = self._clock()
+        self._begin("the forward pass")
         published = self.trainer.begin()
         if published is not None:
             self._exchange.send(_contribution(published, self._experiment.exchange.dtype))
@@ -153,9 +160,11 @@ class Learner:
         targets: dict[str, torch.Tensor] = {}
         if self.trainer.exchanges:
             asked = self._clock()
+            self._begin("waiting for the targets", self._longest_exchange)
             reply = self._exchange.receive(self.trainer.round)
             waited = self._clock() - asked
             targets = {name: decode(value, f"targets.{name}") for name, value in reply.targets.items()}
+        self._begin("the backward pass")
         self._sums.add(self.trainer.finish(targets))
         if self._step_started is not None:
             self._pace.steps.append(self._clock() - self._step_started)
@@ -176,22 +185,36 @@ class Learner:
                 "or check the folder's permissions, then resume the run"
             )
         self._report()
-        self._exchange.leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.round} rounds")
+        self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.round} rounds")
 
     def stop(self) -> None:
         """Saves the student between two rounds and leaves; a later worker goes on from here."""
         self.keep()
         self._report()
-        self._exchange.leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.round} rounds")
+        self._leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.round} rounds")
 
     def fail(self, message: str) -> None:
         """Leaves because of an error; the last checkpoint stays what it was."""
-        self._exchange.leave(pb.LEAVE_REASON_FAILED, message)
+        self._leave(pb.LEAVE_REASON_FAILED, message)
 
     def keep(self) -> None:
         """Saves the student as it was before the round under way."""
         self.trainer.abandon()
         self._save()
+
+    @property
+    def _longest_exchange(self) -> float:
+        return self._experiment.exchange.give_up_after + _CALLS_SECONDS
+
+    def _begin(self, what: str, legal: float = 0.0) -> None:
+        """Tells the watchdog what begins, and for how long that may wait for others."""
+        trainer = self.trainer
+        limit = legal + self._plan.training.hang_after
+        self._watchdog.begin(f"student {trainer.student!r} at {what}, round {trainer.round}", limit)
+
+    def _leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
+        self._begin("saying goodbye", self._longest_exchange)
+        self._exchange.leave(reason, message)
 
     def _resume(self) -> None:
         checkpoint = self._store.load(self.trainer.student, self._identity)
@@ -253,7 +276,7 @@ class Learner:
         )
 
     def _evaluate(self) -> None:
-        score = self.trainer.evaluate(self._dataset.test)
+        score = self.trainer.evaluate(self._dataset.test, lambda: self._begin("an evaluation"))
         self._measurements.append(
             pb.Measurement(split=pb.SPLIT_TEST, round=self.trainer.round, accuracy=score.accuracy, loss=score.loss)
         )
@@ -275,6 +298,7 @@ class Learner:
         self._saved_at = self._clock()
         if self._saved_round == self.trainer.round:
             return
+        self._begin("saving a checkpoint")
         try:
             self._store.save(self._checkpoint(with_optimizer=True))
         except OSError as error:
@@ -322,6 +346,7 @@ class Learner:
         self._reported_at = self._clock()
         pace, self._pace = self._pace, _Pace()
         measurements, self._measurements = self._measurements, []
+        self._begin("reporting", self._longest_exchange)
         self._exchange.report(
             pb.ReportRequest(
                 round=self.trainer.round,

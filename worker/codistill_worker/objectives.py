@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from codistill.experiment import Distillation, Dml, Independent, Kdcl
 
-__all__ = ["Loss", "WorkerHalf", "create", "divergence"]
+__all__ = ["Loss", "WorkerHalf", "create", "divergence", "labels_alone"]
 
 Arrays = Mapping[str, torch.Tensor]
 
@@ -56,6 +56,11 @@ class WorkerHalf(Protocol):
             targets: the method's named arrays, on the logits' device; empty where nothing is exchanged.
         """
         ...
+
+
+def labels_alone() -> WorkerHalf:
+    """Returns the loss of a round that closed below the quorum, without targets: cross-entropy with the labels."""
+    return _Independent(Independent())
 
 
 def divergence(target: torch.Tensor, log_probabilities: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,7 @@ class Trainer:
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
         self._half = objectives.create(plan.distillation)
+        self._without_targets = objectives.labels_alone() if self._half.exchanges else self._half
         model = models.build(
             plan.student.model,
             classes=dataset.classes,
@@ -197,14 +198,16 @@ class Trainer:
         """Runs the backward pass of the round that was begun and moves the weights.
 
         Args:
-            targets: the method's named arrays, on the CPU; empty where nothing is exchanged.
+            targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that
+                closed without targets.
         """
         begun = self._begun
         if begun is None:
             raise RuntimeError("no round is begun")
         self._set_threads()
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
-        loss = self._half.loss(begun.logits, begun.labels, on_device)
+        half = self._half if on_device else self._without_targets
+        loss = half.loss(begun.logits, begun.labels, on_device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad(set_to_none=True)
@@ -226,8 +229,12 @@ class Trainer:
                 getattr(module, name).copy_(before)
         self._begun = None
 
-    def evaluate(self, split: Split) -> Score:
+    def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
         """Measures the student on a split, without augmentation.
+
+        Args:
+            split: the samples.
+            on_batch: called before each batch.
 
         Raises:
             WorkerError: the loss is not finite any more.
@@ -238,10 +245,12 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         batches = torch.arange(len(split)).split(self._plan.training.evaluation_batch_size)
         with torch.inference_mode():
+            on_batch()
             for ids, images in zip(batches, split.stream(iter(batches)), strict=True):
                 labels = split.labels[ids].to(self.device, non_blocking=True)
                 logits = self._forward(self._normalised(images))
                 correct += (logits.argmax(-1) == labels).sum()
+                on_batch()
                 loss += functional.cross_entropy(logits, labels, reduction="sum").double()
         score = Score(int(correct) / len(split), float(loss) / len(split))
         if not math.isfinite(score.loss):

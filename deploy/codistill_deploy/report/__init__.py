@@ -15,6 +15,7 @@ from codistill_deploy.errors import CommandError
 from codistill_deploy.report.document import comparison_document, run_document
 from codistill_deploy.report.figure import gain_svg
 from codistill_deploy.report.page import render
+from codistill_deploy.run_folder import write_atomically
 
 __all__ = ["ReportError", "comparison_document", "gain_svg", "render", "run_document", "write"]
 
@@ -53,5 +54,5 @@ def write(folder: Path) -> Path:
 
 def _save(folder: Path, document: dict[str, object]) -> Path:
     path = folder / "report.html"
-    path.write_text(render(document), encoding="utf-8")
+    write_atomically(path, render(document))
     return path

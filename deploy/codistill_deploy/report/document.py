@@ -6,7 +6,8 @@ A run's document:
 - ``run``: method, data set, seed, epochs and the like; times in seconds (``started`` since 1970-01-01 UTC).
 - ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
   (the last test measurement) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
-  (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing).
+  (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
+  ``restarts``, how often its worker was started again.
 - ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
 - ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
   :data:`PAIRS` of them each student's mean over its pairs.
@@ -29,7 +30,7 @@ from urllib.parse import quote
 
 from codistill.records import Measured, RoundsClosed
 from codistill_deploy.comparison import Comparison, MethodRun, Result, Spread
-from codistill_deploy.history import History, StudentHistory, longest_wait, median_wait, waited_for
+from codistill_deploy.history import RESTARTED, History, StudentHistory, longest_wait, median_wait, waited_for
 from codistill_deploy.report.figure import gain_svg
 
 __all__ = ["LIMIT", "PAIRS", "comparison_document", "grouped", "run_document", "thinned"]
@@ -87,6 +88,7 @@ def run_document(history: History) -> dict[str, Any]:
             "median_wait": _number(median_wait(history.rounds)),
             "longest_wait": _number(longest_wait(history.rounds)),
             "ensemble_accuracy": _number(history.ensemble_accuracy),
+            "server_restarts": sum(event.what == RESTARTED and not event.student for event in history.events),
         },
         "students": [_student(student, history) for student in history.students],
         "rounds": _rounds(history),
@@ -149,6 +151,7 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
         "wait": _number(student.wait_seconds),
         "last": blocked.rounds if blocked else 0,
         "missed": _number(blocked.seconds) if blocked else 0.0,
+        "restarts": student.restarts,
     }
 
 

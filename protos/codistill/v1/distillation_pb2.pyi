@@ -11,12 +11,17 @@ is not closed.
 
 Status codes, for every rpc below:
   UNAVAILABLE          the server cannot be reached or is going down: try the same call again.
-  ABORTED              this session is over: call Join again; unless the trailing metadata hold the key
-                       codistill-superseded: then a newer worker has taken the student over, and this one must end.
+  ABORTED              this session is over (a silent worker's, while rounds went on, among them): call Join again;
+                       unless the trailing metadata hold the key codistill-superseded: then a newer worker has taken
+                       the student over, and this one must end.
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
-  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need; or, if the trailing metadata hold the
+                       key grpc-retry-pushback-ms, the peer asks for more than its share: try again after so many
+                       milliseconds.
+  UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
+                       Nothing of the message was read; do not retry.
 
 Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
 messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
@@ -244,6 +249,8 @@ class JoinRequest(google.protobuf.message.Message):
     TOTAL_ROUNDS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     CHECKSUM_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks; it must equal the server's."""
@@ -261,6 +268,15 @@ class JoinRequest(google.protobuf.message.Message):
     """parameters is the number of trainable parameters, for reports."""
     device: builtins.str
     """device names the device that the student is trained on, for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    worker: builtins.int
+    """worker is a number that the worker's process drew when it started; 0 if it has none. It tells a worker that joins
+    again from another one of the same student.
+    """
+    session: builtins.int
+    """session is the session that this worker had last, 0 if none. A worker that had one, and whose student another worker
+    has taken over since, is refused with ABORTED and the trailing metadata codistill-superseded: however long it was
+    cut off, it does not take the student back.
+    """
     checksum: builtins.int
     """checksum covers the message's bytes before it; see Damage above."""
     @property
@@ -283,10 +299,12 @@ class JoinRequest(google.protobuf.message.Message):
         total_rounds: builtins.int = ...,
         parameters: builtins.int = ...,
         device: builtins.str = ...,
+        worker: builtins.int = ...,
+        session: builtins.int = ...,
         checksum: builtins.int | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "student", b"student", "total_rounds", b"total_rounds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "worker", b"worker"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinRequest = JoinRequest
@@ -413,8 +431,8 @@ class Contribution(google.protobuf.message.Message):
     round: builtins.int
     """round is the round contributed to."""
     checksum: builtins.int
-    """checksum covers the value of the call's codistill-session and then the message's bytes before it, so that a
-    contribution is never taken for another student's; see Damage above.
+    """checksum covers the session's number in decimal and then the message's bytes before it, so that a contribution is
+    never taken for another student's; see Damage above.
     """
     @property
     def batch(self) -> global___Samples:
@@ -503,7 +521,9 @@ class Targets(google.protobuf.message.Message):
     """round is the round these targets belong to."""
     @property
     def targets(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Tensor]:
-        """targets holds the method's named arrays; the first dimension of each is that of the contribution's batch."""
+        """targets holds the method's named arrays; the first dimension of each is that of the contribution's batch. It is
+        empty for a round that closed below the quorum: the student learns from the labels alone.
+        """
 
     def __init__(
         self,
@@ -530,7 +550,7 @@ class Waiting(google.protobuf.message.Message):
     """seconds is how long the round has been open."""
     @property
     def students(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """students names the students that have not contributed to it yet."""
+        """students names the students that it waits for: those that have not contributed to it yet, less the absent."""
 
     def __init__(
         self,
@@ -760,7 +780,9 @@ class Run(google.protobuf.message.Message):
 
     @property
     def waiting_for(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """waiting_for names the students that the open round waits for; empty while no student waits."""
+        """waiting_for names the students that the open round waits for; empty while no student waits. With on_absence: proceed
+        the absent are not among them.
+        """
 
     @property
     def disagreements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Disagreement]:
@@ -810,6 +832,8 @@ class StudentStatus(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    MISSED_ROUNDS_FIELD_NUMBER: builtins.int
+    JOINS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the student's name."""
     model: builtins.str
@@ -830,6 +854,10 @@ class StudentStatus(google.protobuf.message.Message):
     """step_seconds is its median step time, as last reported."""
     wait_seconds: builtins.float
     """wait_seconds is its median wait for targets, as last reported."""
+    missed_rounds: builtins.int
+    """missed_rounds is the number of rounds that closed without it since the server started."""
+    joins: builtins.int
+    """joins is the number of sessions that its workers opened since the server started."""
     @property
     def measurements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Measurement]:
         """measurements holds the latest measurement of each split."""
@@ -848,8 +876,10 @@ class StudentStatus(google.protobuf.message.Message):
         device: builtins.str = ...,
         step_seconds: builtins.float = ...,
         wait_seconds: builtins.float = ...,
+        missed_rounds: builtins.int = ...,
+        joins: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "joins", b"joins", "measurements", b"measurements", "missed_rounds", b"missed_rounds", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 global___StudentStatus = StudentStatus
 
@@ -892,8 +922,8 @@ class Event(google.protobuf.message.Message):
     unix_seconds: builtins.float
     """unix_seconds is when, in seconds since 1970-01-01 UTC."""
     kind: builtins.str
-    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, refused, rejected,
-    damaged, resumed.
+    """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, evicted, absent,
+    returned, below quorum, refused, rejected, damaged, resumed.
     """
     student: builtins.str
     """student is whom it concerns; empty where it concerns the run."""

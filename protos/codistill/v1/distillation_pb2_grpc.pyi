@@ -11,12 +11,17 @@ is not closed.
 
 Status codes, for every rpc below:
   UNAVAILABLE          the server cannot be reached or is going down: try the same call again.
-  ABORTED              this session is over: call Join again; unless the trailing metadata hold the key
-                       codistill-superseded: then a newer worker has taken the student over, and this one must end.
+  ABORTED              this session is over (a silent worker's, while rounds went on, among them): call Join again;
+                       unless the trailing metadata hold the key codistill-superseded: then a newer worker has taken
+                       the student over, and this one must end.
   FAILED_PRECONDITION  the worker's configuration differs from the run's; the message names the field and both
                        values: do not retry.
   INVALID_ARGUMENT     the message itself is wrong; the message names the field, the value and what is allowed.
-  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need.
+  RESOURCE_EXHAUSTED   the message is larger than the run's experiment can need; or, if the trailing metadata hold the
+                       key grpc-retry-pushback-ms, the peer asks for more than its share: try again after so many
+                       milliseconds.
+  UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
+                       Nothing of the message was read; do not retry.
 
 Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
 messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
@@ -50,7 +55,7 @@ class DistillationStub:
     """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
     experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
     the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-    earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+    earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
     """
 
     Exchange: grpc.StreamStreamMultiCallable[
@@ -58,12 +63,14 @@ class DistillationStub:
         codistill.v1.distillation_pb2.ExchangeReply,
     ]
     """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-    the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-    stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-    once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-    is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-    with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-    one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+    the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+    session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+    method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+    answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+    seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+    round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+    round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+    it with INVALID_ARGUMENT.
     """
 
     Report: grpc.UnaryUnaryMultiCallable[
@@ -105,7 +112,7 @@ class DistillationAsyncStub:
     """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
     experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
     the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-    earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+    earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
     """
 
     Exchange: grpc.aio.StreamStreamMultiCallable[
@@ -113,12 +120,14 @@ class DistillationAsyncStub:
         codistill.v1.distillation_pb2.ExchangeReply,
     ]
     """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-    the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-    stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-    once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-    is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-    with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-    one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+    the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+    session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+    method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+    answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+    seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+    round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+    round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+    it with INVALID_ARGUMENT.
     """
 
     Report: grpc.aio.UnaryUnaryMultiCallable[
@@ -162,7 +171,7 @@ class DistillationServicer(metaclass=abc.ABCMeta):
         """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
         experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
         the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-        earlier session: the newer worker wins, the older one's stream ends with ABORTED.
+        earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
         """
 
     @abc.abstractmethod
@@ -172,12 +181,14 @@ class DistillationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[codistill.v1.distillation_pb2.ExchangeReply], collections.abc.AsyncIterator[codistill.v1.distillation_pb2.ExchangeReply]]:
         """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-        the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-        stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-        once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-        is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-        with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-        one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+        the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+        session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+        method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+        answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+        seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+        round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+        round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+        it with INVALID_ARGUMENT.
         """
 
     @abc.abstractmethod

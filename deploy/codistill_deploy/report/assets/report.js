@@ -278,6 +278,7 @@ const codistill = (() => {
         ["Training samples", about.train_size === null ? "all of the training split" : `${count(about.train_size)} chosen by the experiment`],
         ["Optimiser", `${about.optimizer}, learning rate ${about.lr}, schedule ${about.schedule}`],
         ["Rounds for each student", count(about.total_rounds)],
+        ["Started again", restarts(students, about)],
         ["How", { grpc: "worker processes over gRPC", "in-process": "all students in one process" }[about.mode]],
         ["Versions", versions],
         ["Machine", Object.entries(about.machine).map(([name, value]) => `${name}: ${value}`).join(" · "), true],
@@ -293,6 +294,11 @@ const codistill = (() => {
       h("h2", {}, "Events"),
       eventTable(events),
     ];
+  }
+
+  function restarts(students, about) {
+    const times = [["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])].filter(([, number]) => number);
+    return times.length ? list(times.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
   }
 
   function runTiles({ run: about, students, complete }) {

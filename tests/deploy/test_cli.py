@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
+from codistill_deploy.cli import app
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "work", "status"])
+def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that_uses_it(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    text = " ".join(shown.output.split()).lower()
+    for setting in (TLS_CERT, TLS_KEY, TLS_CA, TOKEN_FILE):
+        assert re.search(rf"{setting.option} <?path>? .*?{setting.variable.lower()}\b", text)
+    assert TOKEN_VARIABLE.lower() in text
+    assert "--token " not in text, "a token on a command line is read by everybody on the machine"
+
+
+def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:
+    program = "import sys, codistill_deploy.cli; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,132 @@
+"""What `codistill status` and the live view ask of a server, protected or not, and what is added to its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from rich.console import Console
+
+from codistill.exit_codes import ExitCode
+from codistill.records import Happened
+from codistill.security import Security
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
+from codistill_deploy.errors import CommandError
+from codistill_deploy.history import SUPERVISOR_FILE
+from codistill_deploy.local import watch
+from codistill_deploy.status import add_supervision, ask, show
+from support_certificates import TOKEN, Certificates
+
+
+class Server(DistillationServicer):
+    """Answers the token that it wants, and ends every other call with a code."""
+
+    def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAUTHENTICATED) -> None:
+        self.code = code
+        self.refused = threading.Event()
+
+    def _check(self, context: Any) -> None:
+        if dict(context.invocation_metadata()).get("authorization") != f"Bearer {TOKEN}":
+            self.refused.set()
+            context.abort(self.code, "not you;\n  give something else")
+
+    def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.Run:  # noqa: N802 - gRPC's name
+        self._check(context)
+        return pb.Run(name="small")
+
+    def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Generator[pb.Run]:  # noqa: N802 - gRPC's name
+        self._check(context)
+        yield pb.Run(name="small", complete=True)
+
+
+@contextlib.contextmanager
+def serving(servicer: Server, security: Security) -> Generator[str]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_DistillationServicer_to_server(servicer, server)
+    credentials = security.server_credentials()
+    assert credentials is not None
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_with_the_token_it_is_answered(certificates: Certificates) -> None:
+    with serving(Server(), certificates.of("server", "ca")) as address:
+        assert ask(address, certificates.of("worker", "ca", TOKEN)).name == "small"
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_a_refusal_is_one_line_and_a_code_of_its_own(code: grpc.StatusCode, certificates: Certificates) -> None:
+    with serving(Server(code), certificates.of("server")) as address, pytest.raises(CommandError) as caught:
+        ask(address, certificates.of(None, "ca"))
+    assert str(caught.value) == f"server {address} refused: not you; give something else"
+    assert caught.value.code is ExitCode.REFUSED
+
+
+def test_a_handshake_that_fails_is_explained(certificates: Certificates) -> None:
+    wants = "it asks for a client's certificate"
+    protected = serving(Server(), certificates.of("server", "ca"))
+    with protected as address, pytest.raises(CommandError, match=wants) as caught:
+        ask(address, certificates.of(None, "ca", TOKEN))
+    assert caught.value.code is ExitCode.REFUSED
+
+
+def test_the_live_view_shows_the_token_too(certificates: Certificates) -> None:
+    seen: list[pb.Run] = []
+    with serving(Server(), certificates.of("server", "ca")) as address:
+        watch(address, seen.append, threading.Event(), certificates.of("worker", "ca", TOKEN), interval=0.1)
+    assert [run.name for run in seen] == ["small"]
+
+
+def test_a_live_view_that_is_refused_shows_nothing_and_ends_when_told(certificates: Certificates) -> None:
+    seen: list[pb.Run] = []
+    servicer, over = Server(), threading.Event()
+    with serving(servicer, certificates.of("server")) as address:
+        arguments = (address, seen.append, over, certificates.of(None, "ca"), 0.1)
+        watching = threading.Thread(target=watch, args=arguments)
+        watching.start()
+        assert servicer.refused.wait(30)
+        over.set()
+        watching.join(30)
+        assert not watching.is_alive()
+    assert seen == []
+
+
+def state() -> pb.Run:
+    events = [pb.Event(unix_seconds=time, kind="joined", student="cnn", message="joined") for time in (1, 3)]
+    return pb.Run(name="digits", method="kdcl", frontier=3, events=events)
+
+
+def test_restarts_stand_among_the_servers_events(tmp_path: Path) -> None:
+    happened = Happened(time=2, what="restarted", student="cnn", message="was killed by SIGKILL; started again")
+    (tmp_path / SUPERVISOR_FILE).write_text(happened.model_dump_json() + "\n")
+    run = state()
+    add_supervision(run, tmp_path)
+    assert [event.kind for event in run.events] == ["joined", "restarted", "joined"]
+    console = Console(file=io.StringIO(), width=160)
+    show(run, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "cnn: was killed by SIGKILL; started again" in console.file.getvalue()
+
+
+def test_a_run_without_a_supervisor_has_the_servers_events_alone(tmp_path: Path) -> None:
+    run = state()
+    add_supervision(run, tmp_path)
+    assert run == state()
+
+
+def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / SUPERVISOR_FILE).write_text("nonsense\n")
+    with pytest.raises(CommandError, match=rf"{SUPERVISOR_FILE}.*line 1"):
+        add_supervision(state(), tmp_path)

@@ -1,0 +1,254 @@
+"""Calls from outside a run: whatever they carry, they may change nothing and must be refused as the contract says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from codistill import SESSION_KEY
+from codistill.v1 import distillation_pb2 as pb
+from fuzz import values
+from fuzz.doors import Door
+from fuzz.oracle import NO_MESSAGE, OK, Code, Model, Verdict, parsed, refusal
+from server.support_server import contribution, join_request
+
+PREFIX = "/codistill.v1.Distillation/"
+UNARY = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest, "GetRun": pb.GetRunRequest}
+REQUESTS = {**UNARY, "WatchRun": pb.WatchRunRequest, "Exchange": pb.Contribution}
+HEALTH = "/grpc.health.v1.Health/"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+PATIENCE = 20.0
+LONGEST_TEXT = 8192
+LOST = "Internal error from Core"
+"""What this process's own gRPC says of a stream that ended while it still wrote; the server's words are lost then."""
+
+
+class WrongError(AssertionError):
+    """The server did what it must not."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call as it goes over the wire, and what may come back."""
+
+    kind: str
+    path: str
+    messages: Sequence[bytes]
+    verdict: Verdict
+    metadata: Sequence[tuple[str, str | bytes]] = ()
+    compression: grpc.Compression | None = None
+    hang_up: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: grpc.StatusCode
+    text: str
+    replies: Sequence[bytes] = ()
+
+
+async def make(door: Door, channel: grpc.aio.Channel, call: Call) -> Answer:
+    """Makes a call and returns how it ends; a stream that goes on is ended after its first reply."""
+    options = {"metadata": (*call.metadata, *door.metadata), "compression": call.compression, "timeout": PATIENCE}
+    ongoing: Any
+    if call.hang_up is None and len(call.messages) == 1:
+        # On the wire the same as any other kind of call; the client sends all of it at once.
+        ongoing = channel.unary_stream(call.path)(call.messages[0], **options)
+    else:
+        ongoing = channel.stream_stream(call.path)(iter(call.messages) if call.hang_up is None else None, **options)
+    try:
+        if call.hang_up is not None:
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError):
+                for message in call.messages:
+                    await ongoing.write(message)
+                await asyncio.sleep(call.hang_up)
+            ongoing.cancel()
+            return Answer(Code.CANCELLED, "")
+        reply = await ongoing.read()
+        if isinstance(reply, bytes):
+            if call.path.endswith(("Watch", "WatchRun")):
+                return Answer(Code.OK, "", [reply])
+            while isinstance(await ongoing.read(), bytes):
+                pass
+        return Answer(await ongoing.code(), await ongoing.details() or "", [reply] if isinstance(reply, bytes) else [])
+    except grpc.aio.AioRpcError as error:
+        return Answer(error.code(), error.details() or "")
+    finally:
+        ongoing.cancel()
+
+
+def check(verdict: Verdict, answer: Answer) -> None:
+    """Holds an answer to what the contract allows.
+
+    Raises:
+        WrongError: it is something else.
+    """
+    if answer.text == LOST:
+        return
+    if answer.code not in verdict.codes:
+        allowed = ", ".join(sorted(code.name for code in verdict.codes))
+        raise WrongError(f"answered {answer.code.name} ({answer.text[:300]!r}); allowed: {allowed} {verdict.words}")
+    if answer.code in (Code.OK, Code.CANCELLED):
+        return
+    text = answer.text
+    if len(text.encode()) >= LONGEST_TEXT or "Traceback (most" in text or "Unexpected" in text:
+        raise WrongError(f"refused with {text[:500]!r}")
+    if verdict.words and not any(word in text for word in verdict.words):
+        raise WrongError(f"refused with {text!r}, which names none of {verdict.words}")
+    if verdict.words and not text.isprintable():
+        raise WrongError(f"refused with {text!r}, which is not one printable line")
+
+
+class Outsider:
+    """Draws calls of somebody who has no session in the run.
+
+    Args:
+        model: the run, as one without sessions.
+        limit: the largest message that the server takes.
+        traffic: real messages of another run, by rpc.
+    """
+
+    def __init__(self, model: Model, limit: int, traffic: Sequence[tuple[str, bytes]]) -> None:
+        self._model = model
+        self._limit = limit
+        self._traffic = traffic
+        self._raw = [raw for _, raw in traffic]
+
+    def draw(self, rng: random.Random) -> Call | None:
+        """Returns one call; None where it would be a legitimate worker's, which a run must let in."""
+        made = rng.choices(
+            (self._noise, self._filled, self._near, self._spoilt, self._odd, self._large, self._neighbour),
+            (2, 3, 3, 4, 2, 0.3, 1),
+        )[0](rng)
+        if made.path == f"{PREFIX}Join" and made.verdict.codes == {Code.OK}:
+            return None
+        return made
+
+    def _call(self, rng: random.Random, kind: str, rpc: str, raw: bytes, **options: Any) -> Call:
+        if len(raw) > self._limit and rpc != "Exchange":
+            return Call(kind, PREFIX + rpc, [raw], refusal(Code.RESOURCE_EXHAUSTED), **options)
+        if rpc != "Exchange":
+            return Call(kind, PREFIX + rpc, [raw], self._model.unary(rpc, raw), **options)
+        text, verdict = self._session(rng)
+        metadata = [*options.pop("metadata", ()), *text]
+        return Call(kind, PREFIX + rpc, [raw] * rng.choice((0, 1, 2)), verdict, metadata, **options)
+
+    def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Verdict]:
+        """Returns metadata that name a session which is over, never was, or is no number."""
+        number = str(rng.choice((0, 1, 2, 3, values.number(rng), 10**18)))
+        text = rng.choice((number, number, number, "", "-1", "1.0", "0x1", " 1", "one", "1" * 3000, "٣".encode().hex()))
+        if rng.random() < 0.1:
+            return (), refusal(Code.INVALID_ARGUMENT, f"metadata {SESSION_KEY}: ")
+        fine = text.strip().isdigit() and len(text.strip()) < 20  # HTTP/2 strips the blanks around a value
+        verdict = (
+            Verdict(frozenset({Code.ABORTED, Code.INVALID_ARGUMENT}), ("session",))
+            if fine
+            else refusal(Code.INVALID_ARGUMENT, f"metadata {SESSION_KEY}: ")
+        )
+        return ((SESSION_KEY, text),), verdict
+
+    def _noise(self, rng: random.Random) -> Call:
+        return self._call(rng, "noise", rng.choice(list(REQUESTS)), values.noise(rng))
+
+    def _filled(self, rng: random.Random) -> Call:
+        rpc = rng.choice(list(REQUESTS))
+        raw = values.fill(rng, REQUESTS[rpc](), rng.choice((0.3, 0.7, 1.0))).SerializeToString()
+        if rng.random() < 0.3:
+            raw = values.with_unknown_fields(rng, raw)
+        return self._call(rng, "drawn message", rpc, raw)
+
+    def _near(self, rng: random.Random) -> Call:
+        """A real join of a real student, but for one to three fields."""
+        experiment = self._model.experiment
+        request = join_request(experiment, rng.choice(experiment.names))
+        for _ in range(rng.randint(1, 3)):
+            match rng.randrange(7):
+                case 0:
+                    request.protocol_version = values.number(rng, 32)
+                case 1:
+                    request.student = values.text(rng)
+                case 2:
+                    request.experiment = rng.choice((values.text(rng), _altered(rng, request.experiment)))
+                case 3:
+                    request.data.digest = values.text(rng)
+                case 4:
+                    request.data.train_samples = values.number(rng)
+                case 5:
+                    values.fill(rng, request.outputs[values.text(rng)])
+                case _:
+                    request.first_round = values.number(rng) | 2**40
+        return self._call(rng, "join that differs", "Join", request.SerializeToString())
+
+    def _spoilt(self, rng: random.Random) -> Call:
+        rpc, raw = rng.choice(self._traffic)
+        kind = "replayed traffic"
+        if rng.random() < 0.85:
+            kind, raw = "mutated traffic", values.mutate(rng, raw, self._raw)
+        if rng.random() < 0.1:
+            rpc = rng.choice(list(REQUESTS))
+        return self._call(rng, kind, rpc, raw)
+
+    def _large(self, rng: random.Random) -> Call:
+        size = self._limit + rng.choice((-40, 0, 1, 1000, 200_000))
+        return self._call(rng, "large message", rng.choice(list(UNARY)), bytes([0x1A]) + rng.randbytes(size))
+
+    def _odd(self, rng: random.Random) -> Call:
+        """The right messages in the wrong kind of call."""
+        rpc = rng.choice(list(REQUESTS))
+        raw = rng.choice((b"", values.noise(rng), contribution(self._model.experiment, "ant", 0).SerializeToString()))
+        made = self._call(rng, "odd call", rpc, raw)
+        match rng.randrange(5):
+            case 0:
+                path = rng.choice((PREFIX + "Nothing", "/a.b/c", "/", PREFIX, PREFIX + "join", "/x" * 400))
+                return Call("unknown method", path, [raw], refusal(Code.UNIMPLEMENTED))
+            case 1:
+                # The flag stands for the whole call: a server that takes no compression refuses all such calls alike.
+                every = Verdict(made.verdict.codes | {Code.UNIMPLEMENTED})
+                return Call("compressed", made.path, made.messages, every, made.metadata, grpc.Compression.Gzip)
+            case 2:
+                gone = Verdict(frozenset({Code.CANCELLED}))
+                pause = rng.choice((0.0, 0.0, 0.002))
+                return Call("cancelled", made.path, [raw] * rng.randrange(4), gone, made.metadata, hang_up=pause)
+            case 3:
+                junk = [(f"x-{rng.randrange(99)}", "v" * rng.randrange(60)) for _ in range(rng.randrange(12))]
+                junk += [("x-bin", rng.randbytes(30))] if rng.random() < 0.5 else []
+                return Call("junk in metadata", made.path, made.messages, made.verdict, [*junk, *made.metadata])
+            case _:
+                if rpc == "Exchange":
+                    return made
+                # A second message to an rpc that takes one is passed over, or the call ends for it.
+                codes = made.verdict.codes | {Code.INTERNAL, Code.UNIMPLEMENTED, Code.CANCELLED}
+                return Call("two messages", made.path, [*made.messages, raw], Verdict(codes), made.metadata)
+
+    def _neighbour(self, rng: random.Random) -> Call:
+        """The services that come with every gRPC server."""
+        if rng.random() < 0.6:
+            name = rng.choice(("", "codistill.v1.Distillation", "nobody", values.text(rng)))
+            raw = rng.choice((health_pb2.HealthCheckRequest(service=name).SerializeToString(), values.noise(rng)))
+            request = parsed(health_pb2.HealthCheckRequest, raw)
+            path = HEALTH + rng.choice(("Check", "Watch"))
+            if not isinstance(request, health_pb2.HealthCheckRequest):
+                return Call("health", path, [raw], NO_MESSAGE)
+            known = request.service in ("", "codistill.v1.Distillation") or path.endswith("Watch")
+            return Call("health", path, [raw], OK if known else refusal(Code.NOT_FOUND))
+        request = reflection_pb2.ServerReflectionRequest()
+        raws = [
+            rng.choice((values.fill(rng, request).SerializeToString(), values.noise(rng)))
+            for _ in range(rng.randrange(4))
+        ]
+        bad = any(parsed(reflection_pb2.ServerReflectionRequest, raw) is None for raw in raws)
+        return Call("reflection", REFLECTION, raws, NO_MESSAGE if bad else OK)
+
+
+def _altered(rng: random.Random, text: str) -> str:
+    at = rng.randrange(len(text))
+    return text[:at] + rng.choice(("", "0", '"', "[" * 50, '{"a":1},', "é")) + text[at + rng.randrange(3) :]

@@ -1,0 +1,340 @@
+"""A fuzzing campaign against a real aggregation server.
+
+One process (:mod:`fuzz.serving`) serves the runs on one event loop.
+
+* ``healthy`` has honest students who exchange without a pause and compare every target with the pure function, bit for
+  bit. What the fuzzer does there is what somebody without a session can do: anything at all below gRPC, and every call
+  that is not a legitimate worker's. Two things are left out because the contract wants them to have an effect: a join
+  that the run must admit (the newer worker supersedes the older), and a call under a live session's number, which is
+  its owner's. The first are passed over as the model says which they are; the second cannot happen, as the run's sessions
+  are numbered from far away on, by a journal that remembers such a session.
+* ``chaos`` has no honest students: all its sessions are the fuzzer's, told one story at a time, and a model says what
+  must be answered at each step, targets included. What goes on there must not reach the other run either.
+* ``battered``, on demand (``--batter``), has nobody. Its port gets what makes grpc.aio itself fall over (see
+  :class:`fuzz.tcp.Port`); it must listen again each time, and the others must not notice. After such a fall a flood of
+  streams that are opened and reset sometimes ends the process (SIGSEGV inside gRPC 1.85), so this is not the rule.
+
+An input is one attack on a port, one call, or one story. It is drawn from (seed, kind, index) alone, so one command tells
+it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from grpc_health.v1 import health_pb2
+
+from codistill.experiment import Experiment
+from codistill_server.coordinator import receive_limit
+from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, make
+from fuzz.doors import Door
+from fuzz.honest import TOTAL_ROUNDS, Student
+from fuzz.oracle import OK, Code, Model
+from fuzz.serving import Serving, Usage
+from fuzz.stories import Teller
+from fuzz.tcp import Port
+from server.support_server import TRAIN_SAMPLES, make_experiment
+
+HEALTHY, CHAOS, BATTERED = "healthy", "chaos", "battered"
+KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.86, "story": 0.04}
+FAR_AWAY = 2**52
+TOGETHER = {"tcp": 4, "call": 12, "story": 1}
+LOOK_EVERY = 1000
+MORE_RSS = 160 * 2**20  # a flood of streams, opened and reset, fills gRPC's own pools once
+MORE_FDS, MORE_THREADS, MORE_TASKS = 150, 8, 100
+SLOWEST_ROUND = 10.0
+
+
+@dataclass
+class Report:
+    """What a campaign did and saw."""
+
+    seed: int
+    inputs: Counter[str] = field(default_factory=Counter[str])
+    seen: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    skipped: int = 0
+    seconds: float = 0.0
+    rounds: int = 0
+    slowest: float = 0.0
+    usage: list[Usage] = field(default_factory=list[Usage])
+
+    def __str__(self) -> str:
+        first, last = self.usage[0], self.usage[-1]
+        done = sum(self.inputs.values())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.inputs.items()))
+        rate = done / max(self.seconds, 1e-9)
+        held = (f"{name} {getattr(first, name)} and {getattr(last, name)}" for name in ("fds", "threads", "tasks"))
+        lines = [
+            f"seed {self.seed}: {done} inputs ({kinds}; {self.skipped} passed over) in {self.seconds:.0f} s, {rate:.0f}/s",
+            f"honest rounds beside them: {self.rounds}, all exact; the slowest took {1000 * self.slowest:.0f} ms",
+            f"server before and after: rss {first.rss >> 20} and {last.rss >> 20} MiB, {', '.join(held)}",
+        ]
+        by_kind: dict[str, list[str]] = {}
+        for (kind, status), count in sorted(self.seen.items()):
+            by_kind.setdefault(kind, []).append(f"{count} {status}")
+        return "\n".join([*lines, *(f"  {kind}: {', '.join(each)}" for kind, each in by_kind.items())])
+
+
+class FoundError(AssertionError):
+    """The campaign found something; the text says what, and how to see it again."""
+
+
+class Campaign:
+    """A server with honest students, and what is thrown at it. Use :func:`campaign` to have one."""
+
+    def __init__(self, seed: int, serving: Serving, experiments: Mapping[str, Experiment]) -> None:
+        self.report = Report(seed)
+        self._seed = seed
+        self._serving = serving
+        self._students = [
+            Student(serving.doors[HEALTHY], experiments[HEALTHY], name) for name in experiments[HEALTHY].names
+        ]
+        self._experiments = experiments
+        self._ports = {name: Port(door, unpackable=name == BATTERED) for name, door in serving.doors.items()}
+        self._tell: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
+
+    async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
+        """Goes through the inputs of these indices, by kind.
+
+        Raises:
+            FoundError: the server did what it must not.
+        """
+        started, before = time.monotonic(), [student.rounds for student in self._students]
+        waiting = {kind: iter(each) for kind, each in indices.items()}
+        await self._look()
+        workers = [
+            asyncio.create_task(self._work(kind, waiting[kind])) for kind in waiting for _ in range(TOGETHER[kind])
+        ]
+        try:
+            for worker in asyncio.as_completed(workers):
+                await worker
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for port in self._ports.values():
+                port.close()
+        await self._settled()
+        await self._look()
+        self.report.seconds += time.monotonic() - started
+        self.report.rounds += sum(student.rounds for student in self._students) - sum(before)
+        self.report.slowest = max(student.slowest for student in self._students)
+        return self.report
+
+    async def _work(self, kind: str, indices: Sequence[int] | object) -> None:
+        for index in indices:  # pyright: ignore[reportGeneralTypeIssues] - shared by the workers of a kind
+            try:
+                await self._tell[kind](random.Random(f"{self._seed}/{kind}/{index}"))
+            except Exception as error:
+                raise FoundError(self._story(kind, index, error)) from error
+            self.report.inputs[kind] += 1
+            if sum(self.report.inputs.values()) % LOOK_EVERY == 0:
+                await self._look()
+
+    def _story(self, kind: str, index: int, error: Exception) -> str:
+        lines = [
+            f"seed {self._seed}, {kind} {index}: {type(error).__name__}: {error}",
+            f"again: PYTHONPATH=tests python -m fuzz.campaign --seed {self._seed} --only {kind}/{index}",
+        ]
+        if not isinstance(error, WrongError):
+            lines += traceback.format_exception(error)
+        if kind == "story":
+            lines += ["steps:", *(f"  {step}" for step in self._teller.steps)]
+        if self._serving.code is not None:
+            lines.append(f"the server has ended with {self._serving.code}")
+        return "\n".join([*lines, self._serving.complaints()[-3000:]])
+
+    async def _look(self) -> None:
+        """Looks at the server as a whole, and at the honest students.
+
+        Raises:
+            FoundError: it is not as it must be.
+        """
+        if self._serving.code is not None:
+            raise FoundError(f"the server has ended with {self._serving.code}\n{self._serving.complaints()[-3000:]}")
+        usage = await asyncio.to_thread(self._serving.usage)
+        self.report.usage.append(usage)
+        problems = [student.problem for student in self._students if student.problem]
+        if complaints := self._serving.complaints():
+            problems.append(f"the server's log says:\n{complaints[-3000:]}")
+        deadline = time.monotonic() + 10
+        for name, door in self._serving.doors.items():
+            answer = await self._health(door)
+            while (
+                name == BATTERED and answer.code in (Code.UNAVAILABLE, Code.CANCELLED) and time.monotonic() < deadline
+            ):
+                await asyncio.sleep(0.05)
+                answer = await self._health(door)
+            check(OK, answer)
+            if health_pb2.HealthCheckResponse.FromString(answer.replies[0]).status != 1:
+                problems.append(f"{name} is not SERVING")
+            students = len(self._experiments[name].names)
+            if usage.sessions[name] > students or usage.outboxes[name] > students:
+                problems.append(f"{name} has {usage.sessions[name]} sessions, {usage.outboxes[name]} outboxes")
+        first = self.report.usage[0]
+        for what, have, most in (
+            ("rss", usage.rss, first.rss + MORE_RSS),
+            ("fds", usage.fds, first.fds + MORE_FDS),
+            ("threads", usage.threads, first.threads + MORE_THREADS),
+            ("tasks", usage.tasks, first.tasks + MORE_TASKS),
+        ):
+            if have > most:
+                problems.append(f"{what} has grown to {have}; allowed: {most}")
+        if max(student.slowest for student in self._students) > SLOWEST_ROUND:
+            problems.append(f"an honest round took more than {SLOWEST_ROUND} s")
+        if problems:
+            raise FoundError(
+                f"seed {self._seed}, after {sum(self.report.inputs.values())} inputs: " + "; ".join(problems)
+            )
+
+    async def _health(self, door: Door) -> Answer:
+        async with door.channel() as channel:
+            return await make(door, channel, Call("health", f"{HEALTH}Check", [b""], OK))
+
+    async def _settled(self) -> None:
+        """Waits until the server has let go of every connection but the honest ones."""
+        most = self.report.usage[0]
+        deadline = time.monotonic() + 45
+        while time.monotonic() < deadline:
+            usage = await asyncio.to_thread(self._serving.usage)
+            if usage.fds <= most.fds + 8 and usage.tasks <= most.tasks + 8:
+                return
+            await asyncio.sleep(0.05)
+        raise FoundError(f"seed {self._seed}: not let go of within 45 s: {usage}, before: {most}")
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncGenerator[Campaign]:
+        """Starts the honest students, records real traffic in the other run, and opens the channels."""
+        traffic = await self._record()
+        for student in self._students:
+            student.start()
+        async with contextlib.AsyncExitStack() as stack:
+            doors = self._serving.doors
+            channels = [await stack.enter_async_context(doors[HEALTHY].channel()) for _ in range(3)]
+            healthy = Model(self._experiments[HEALTHY], ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
+            healthy.frontier = 2**40  # where exactly it is, a call from outside cannot depend on
+            outsider = Outsider(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
+
+            async def call(rng: random.Random) -> None:
+                drawn = outsider.draw(rng)
+                if drawn is None:
+                    self.report.skipped += 1
+                    return
+                answer = await make(doors[HEALTHY], rng.choice(channels), drawn)
+                try:
+                    check(drawn.verdict, answer)
+                except WrongError as error:
+                    sent = " ".join(raw.hex() if len(raw) < 3000 else f"{len(raw)} bytes" for raw in drawn.messages)
+                    raise WrongError(f"{error}\n{drawn.kind} {drawn.path} {drawn.metadata} {sent}") from error
+                self.report.seen[drawn.kind, "lost" if answer.text == LOST else answer.code.name] += 1
+
+            async def tcp(rng: random.Random) -> None:
+                port = self._ports[rng.choice(list(doors))]
+                name = None
+                while name is None:
+                    with contextlib.suppress(ConnectionError):  # between two listeners
+                        name = await port.attack(rng)
+                    await asyncio.sleep(0)
+                self.report.seen[f"tcp: {name}", "still serving"] += 1
+
+            self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell}
+            try:
+                await self._progress(3)
+                yield self
+                await self._progress(3)
+            finally:
+                for student in self._students:
+                    await asyncio.to_thread(student.stop)
+
+    async def _record(self) -> Sequence[tuple[str, bytes]]:
+        """Has honest students train in the run `chaos` for a while, then go."""
+        experiment, door = self._experiments[CHAOS], self._serving.doors[CHAOS]
+        students = [Student(door, experiment, name, pause=0) for name in experiment.names]
+        for student in students:
+            student.start()
+        await self._until(lambda: all(student.rounds >= 45 or student.problem for student in students))
+        for student in students:
+            await asyncio.to_thread(student.stop)
+        traffic = [each for student in students for each in student.traffic]
+        model = Model(experiment, ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
+        self._teller = Teller(door, model, traffic, self.report.seen)
+        await self._teller.catch_up()
+        return traffic
+
+    async def _progress(self, rounds: int) -> None:
+        wanted = [student.rounds + rounds for student in self._students]
+        await self._until(
+            lambda: all(
+                student.rounds >= number or student.problem
+                for student, number in zip(self._students, wanted, strict=True)
+            )
+        )
+        await self._look()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not condition():  # noqa: ASYNC110 - threads, whose progress sets no event
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def campaign(folder: Path, seed: int, plant: str = "", *, batter: bool = False) -> AsyncGenerator[Campaign]:
+    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find, `batter` adds that run."""
+    experiments = {
+        HEALTHY: make_experiment(name=HEALTHY, exchange={"give_up_after": 60}),
+        CHAOS: make_experiment(name=CHAOS, seed=1, exchange={"give_up_after": 60}),
+    }
+    if batter:
+        experiments[BATTERED] = make_experiment(name=BATTERED, seed=2, exchange={"give_up_after": 60})
+    documents = {name: yaml.safe_dump(each.model_dump(mode="json")) for name, each in experiments.items()}
+    with Serving(folder, documents, {HEALTHY: FAR_AWAY}, plant) as serving:
+        async with Campaign(seed, serving, experiments).ready() as ready:
+            yield ready
+
+
+def share(inputs: int) -> Mapping[str, Sequence[int]]:
+    """Returns the indices of so many inputs, each kind's share of them."""
+    return {kind: range(round(inputs * part)) for kind, part in KINDS.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fuzzes a real aggregation server beside a healthy run.")
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", metavar="KIND/INDEX", help="one input, as a failure prints it")
+    parser.add_argument("--plant", default="", help="a bug of fuzz.plants to look for")
+    parser.add_argument("--batter", action="store_true", help="also send what makes grpc.aio itself fall over")
+    options = parser.parse_args()
+    if options.only:
+        kind, _, index = options.only.partition("/")
+        indices: Mapping[str, Sequence[int]] = {kind: [int(index)]}
+    else:
+        indices = share(options.inputs)
+
+    async def go() -> Report:
+        with tempfile.TemporaryDirectory() as folder:
+            async with campaign(Path(folder), options.seed, options.plant, batter=options.batter) as ready:
+                return await ready.run(indices)
+
+    try:
+        print(asyncio.run(go()))
+    except FoundError as found:
+        print(found, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

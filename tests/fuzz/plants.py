@@ -1,0 +1,71 @@
+"""Bugs to plant in a server, so that a test sees that a campaign would find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from codistill import PROTOCOL_VERSION
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server import app, methods
+
+_Base: Any = app.Coordinator
+
+
+class _Raises(_Base):
+    """An error that nobody thought of gets out of a call."""
+
+    def leave(self, request: pb.LeaveRequest) -> None:
+        if request.reason > 3:
+            raise KeyError(request.reason)
+        super().leave(request)
+
+
+class _Admits(_Base):
+    """A check is skipped for some values."""
+
+    def _check_join(self, request: pb.JoinRequest) -> None:
+        if request.protocol_version == PROTOCOL_VERSION:
+            super()._check_join(request)
+
+
+class _Keeps(_Base):
+    """Something is kept of every call that is refused."""
+
+    kept: list[bytearray] = []  # noqa: RUF012 - it must outlive everything
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        self.kept.append(bytearray(b"x" * 2**20))
+        return super().join(request)
+
+
+def _turned(self: Any, gathered: methods.Gathered) -> methods.Targets:
+    """One bit of one target is wrong, once in a while."""
+    targets = _right(self, gathered)
+    assert targets.shared is not None
+    made = targets.shared["logits"].clone()
+    if made[0, 1] < -1:  # in some rounds
+        made[0, 1] = torch.nextafter(made[0, 1], torch.tensor(9.0))
+    return methods.Targets(shared={"logits": made})
+
+
+_right = methods._Kdcl.targets
+
+
+def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
+    return lambda: setattr(app, "Coordinator", kind)
+
+
+PLANTS: Mapping[str, Callable[[], None]] = {
+    "raises": _with_coordinator(_Raises),
+    "admits": _with_coordinator(_Admits),
+    "keeps": _with_coordinator(_Keeps),
+    "turned": lambda: setattr(methods._Kdcl, "targets", _turned),
+}
+
+
+def plant(name: str) -> None:
+    """Plants a bug in this process, before it serves."""
+    PLANTS[name]()

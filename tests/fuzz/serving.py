@@ -1,0 +1,217 @@
+"""The servers under fuzz: a process of its own that serves real runs and says on request how it is doing.
+
+It runs what `codistill serve` runs, :mod:`codistill_server.app`, once per run and all of them on one event loop, so that
+whatever one run's server does to the loop, the process or its memory is felt by the other. One line on its standard input
+asks for one line of JSON on its standard output; the end of its input ends it, so it cannot outlive the campaign.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codistill.experiment import Experiment, identity, parse
+from codistill_server import app
+from codistill_server.coordinator import Coordinator
+from codistill_server.journal import Journal
+from codistill_server.rounds import StudentRecord
+from fuzz import plants
+from fuzz.doors import Door
+
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the process holds; `sessions` and `outboxes` by run."""
+
+    rss: int
+    fds: int
+    threads: int
+    tasks: int
+    sessions: Mapping[str, int]
+    outboxes: Mapping[str, int]
+
+
+class Serving:
+    """The process, seen from the campaign.
+
+    Args:
+        folder: where run folders and the log go.
+        experiments: the runs to serve, each by its name.
+        first_sessions: what a run's sessions are numbered above; 0 unless named.
+        plant: the name of a bug to plant, of :mod:`fuzz.plants`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        experiments: Mapping[str, str],
+        first_sessions: Mapping[str, int] | None = None,
+        plant: str = "",
+    ) -> None:
+        self.folder = folder
+        self.log = folder / "server.log"
+        config = {
+            "folder": str(folder),
+            "experiments": dict(experiments),
+            "first_sessions": dict(first_sessions or {}),
+            "plant": plant,
+        }
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fuzz.serving", json.dumps(config)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self._names = tuple(experiments)
+        self._read = 0
+        self.doors: dict[str, Door] = {}
+
+    def __enter__(self) -> Serving:
+        deadline = time.monotonic() + PATIENCE
+        try:
+            for name in self._names:
+                path = self.folder / name / app.ADDRESS_FILE
+                while not path.exists():
+                    assert self.code is None, self.log.read_text()
+                    assert time.monotonic() < deadline, f"no server within {PATIENCE} s: {self.log.read_text()}"
+                    time.sleep(0.02)
+                self.doors[name] = Door(json.loads(path.read_text())["address"])
+        except BaseException:
+            self._process.kill()
+            raise
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        try:
+            self._process.communicate(timeout=PATIENCE)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def code(self) -> int | None:
+        """How the process ended; None while it runs."""
+        return self._process.poll()
+
+    def usage(self) -> Usage:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("usage\n")
+        self._process.stdin.flush()
+        return Usage(**json.loads(self._process.stdout.readline()))
+
+    def complaints(self) -> str:
+        """Returns what the log says since the last call that a server must never say, or nothing."""
+        with self.log.open("rb") as log:
+            log.seek(self._read)
+            new = log.read()
+        self._read += len(new)
+        text = new.decode(errors="replace")
+        bad = (
+            "Traceback (most",
+            "Fatal Python error",
+            "ERROR",
+            "CRITICAL",
+            "Exception",
+            "Unexpected",
+            "Warning",
+            "assert",
+        )
+        return text if any(word in text for word in bad) else ""
+
+
+def main() -> None:
+    """Serves until the standard input ends."""
+    config = json.loads(sys.argv[1])
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_not_the_known_fall)
+    torch.set_num_threads(1)
+    if config["plant"]:
+        plants.plant(config["plant"])
+    asyncio.run(_serve(config))
+
+
+def _not_the_known_fall(record: logging.LogRecord) -> bool:
+    """Passes over what grpc.aio says of a path that is not UTF-8; that the server listens again is looked at."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "listening again" not in record.getMessage() and not (
+        isinstance(error, UnicodeDecodeError) or isinstance(record.msg, UnicodeDecodeError)
+    )
+
+
+async def _serve(config: Mapping[str, Any]) -> None:
+    coordinators: dict[str, Coordinator] = {}
+
+    class Seen(app.Coordinator):  # whichever class a plant has put there
+        def __init__(self, experiment: Experiment, *rest: Any) -> None:
+            super().__init__(experiment, *rest)
+            coordinators[experiment.name] = self
+
+    app.Coordinator = Seen
+    stop, loop = threading.Event(), asyncio.get_running_loop()
+    pending = bytearray()
+
+    def asked() -> None:
+        got = os.read(0, 4096)
+        if not got:
+            loop.remove_reader(0)
+            stop.set()
+        pending.extend(got)
+        while b"\n" in pending:
+            del pending[: pending.index(b"\n") + 1]
+            print(json.dumps(_usage(coordinators)), flush=True)
+
+    loop.add_reader(0, asked)
+    servers: list[Any] = []
+    for name, text in config["experiments"].items():
+        experiment, folder = parse(text), Path(config["folder"]) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        _number_from(folder, experiment, config["first_sessions"].get(name, 0))
+        options = app.ServeOptions("127.0.0.1:0", folder, reflect=True, stay=True)
+        servers.append(app._Server(experiment, options).run(stop))
+    await asyncio.gather(*servers)
+
+
+def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
+    """Has the run's sessions numbered above one that its journal remembers."""
+    if session and not (folder / app.JOURNAL_FILE).exists():
+        journal = Journal(folder / app.JOURNAL_FILE, identity(experiment))
+        journal.remember(StudentRecord(experiment.names[0], session, 0, finished=False))
+        journal.close()
+
+
+def _usage(coordinators: Mapping[str, Coordinator]) -> Mapping[str, Any]:
+    gc.collect()
+    return {
+        "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "fds": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - names alone, one of which is gone by then
+        "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "tasks": len(asyncio.all_tasks()),
+        "sessions": {name: len(each._rounds._sessions) for name, each in coordinators.items()},
+        "outboxes": {name: len(each._outboxes) for name, each in coordinators.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

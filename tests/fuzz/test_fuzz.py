@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from codistill import records
+from codistill.tensors import TensorError, decode
+from codistill.v1 import distillation_pb2 as pb
+from fuzz import values
+from fuzz.campaign import FoundError, Report, campaign, share
+
+INPUTS = 2500
+
+
+def run(folder: Path, inputs: int, seed: int, plant: str = "") -> Report:
+    async def go() -> Report:
+        async with campaign(folder, seed, plant) as ready:
+            return await ready.run(share(inputs))
+
+    return asyncio.run(go())
+
+
+@pytest.mark.system
+class TestCampaign:
+    def test_a_server_stands_what_is_sent_to_it(self, tmp_path: Path) -> None:
+        report = run(tmp_path, INPUTS, seed=2026)
+        assert sum(report.inputs.values()) >= INPUTS - 2
+        assert report.rounds > 50, "the honest students went on beside it"
+        kinds = {kind for kind, _ in report.seen}
+        assert {"noise", "drawn message", "mutated traffic", "join that differs", "contribution", "superseded"} <= kinds
+        statuses = {status for _, status in report.seen}
+        assert {"OK", "ABORTED", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} <= statuses
+        assert not statuses & {"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+
+    @pytest.mark.parametrize(
+        ("plant", "part"),
+        [
+            ("raises", "answered UNKNOWN"),
+            ("admits", "answered OK"),
+            ("keeps", "rss has grown"),
+            ("turned", "not the pure function's"),
+        ],
+    )
+    def test_a_planted_bug_is_found(self, tmp_path: Path, plant: str, part: str) -> None:
+        with pytest.raises(FoundError, match=part) as found:
+            run(tmp_path, INPUTS, seed=7, plant=plant)
+        assert "seed 7" in str(found.value)
+
+
+class TestTensors:
+    def test_any_message_is_decoded_or_refused(self) -> None:
+        rng = random.Random(5)
+        decoded, refused = 0, list[str]()
+        for _ in range(4000):
+            message = values.fill(rng, pb.Tensor())
+            assert isinstance(message, pb.Tensor)
+            if rng.random() < 0.5:  # sizes that may well be right
+                message.shape[:] = [rng.randrange(4) for _ in range(rng.randrange(4))]
+                message.data = rng.randbytes(rng.choice((0, 2, 4, 8, 16, 24, 32)))
+            try:
+                value = decode(message)
+            except TensorError as error:
+                refused.append(str(error))
+            else:
+                decoded += 1
+                assert list(value.shape) == list(message.shape)
+                assert value.numel() * value.element_size() == len(message.data)
+        assert decoded > 50
+        assert all(text.startswith("tensor.") and len(text) < 500 for text in refused)
+
+
+class TestRecords:
+    def test_spoilt_lines_are_named_or_read(self, tmp_path: Path) -> None:
+        rng = random.Random(6)
+        whole = [
+            records.Happened(time=1, what="joined", student="ant", message="é\n").model_dump_json().encode() + b"\n",
+            records.Measured(time=2, student="ant", split="test", round=3, epoch=1, accuracy=0.5, loss=1)
+            .model_dump_json()
+            .encode()
+            + b"\n",
+        ]
+        path, refused = tmp_path / "metrics.jsonl", list[str]()
+        for _ in range(1000):
+            path.write_bytes(values.mutate(rng, b"".join(whole), whole))
+            try:
+                list(records.read(path))
+            except ValueError as error:
+                refused.append(str(error))
+        assert 100 < len(refused) < 1000
+        assert all("is not a record of a run" in text for text in refused)

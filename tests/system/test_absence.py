@@ -1,0 +1,75 @@
+"""Going on without the absent, with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codistill.exit_codes import ExitCode
+from system.support import experiment_file, processes_of, rounds_trained, run, start, wait_for, weights
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+PROCEED = {"exchange__on_absence": "proceed", "exchange__round_deadline": 0.5, "exchange__evict_after": 3}
+
+
+def events(folder: Path, what: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["what"] == what]
+
+
+def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = experiment_file(tmp_path, **PROCEED, training__epochs=4000, training__evaluate_every=1000)
+    process = start("run", path, "--run-dir", folder, cwd=tmp_path)
+    try:
+        wait_for(lambda: rounds_trained(folder) >= 5 or process.poll() is not None, "five rounds", 120)
+        pids = processes_of(folder)
+        os.kill(pids["cnn"], signal.SIGSTOP)
+        wait_for(lambda: events(folder, "absent"), "it is absent")
+        left = rounds_trained(folder)
+        wait_for(lambda: rounds_trained(folder) >= left + 100, "the others go on")
+        wait_for(lambda: events(folder, "evicted"), "its session is ended")
+        code, status = run("status", "--run-dir", folder, "--json", cwd=tmp_path, timeout=60)
+        assert code == 0
+        assert {each["name"]: each["state"] for each in json.loads(status)["students"]}["cnn"] == "STUDENT_STATE_ABSENT"
+        os.kill(pids["cnn"], signal.SIGCONT)
+        wait_for(lambda: events(folder, "returned"), "it is waited for again", 120)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=90)[0]
+    finally:
+        process.kill()
+        for pid in processes_of(folder).values():
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == ExitCode.INTERRUPTED, output
+    assert {event["student"] for event in events(folder, "absent")} >= {"cnn"}
+    (evicted,) = events(folder, "evicted")
+    assert evicted["student"] == "cnn"
+    assert "join again" in evicted["message"]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(each["missed"].get("cnn", 0) for each in metrics if each["kind"] == "rounds") >= 100
+    assert min(int(tensors["round"]) for tensors in weights(folder).values()) > left
+
+
+def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changes = {"exchange__journal": {"keep": "all"}, "distillation": {"method": "dml"}}
+    two = [{"name": "mlp", "model": "mlp"}, {"name": "cnn", "model": "cnn"}]
+    path = experiment_file(tmp_path, **changes, students=two)
+    code, output = run("run", path, "--run-dir", folder, cwd=tmp_path)
+    assert code == 0, output
+    before = weights(folder)
+    path = experiment_file(tmp_path, **changes, students=[*two, {"name": "late", "model": "mlp"}])
+    code, output = run("run", path, "--run-dir", folder, "--resume", cwd=tmp_path)
+    assert code == 0, output
+    after = weights(folder)
+    assert int(after["late"]["round"]) == 10
+    for student, tensors in before.items():
+        assert all((value == after[student][name]).all() for name, value in tensors.items()), (
+            "the others are as they were"
+        )
