@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import seal_session
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import receive_limit
@@ -137,7 +138,7 @@ class Teller:
         await self._raw_join(rng, request.SerializeToString(), "Join")
 
     async def _raw_join(self, rng: random.Random, raw: bytes, rpc: str) -> None:
-        answer = await self._unary("Join", raw, self._model.join(raw))
+        answer = await self._unary("Join", raw, self._model.unary("Join", raw))
         if answer.code is Code.OK:
             session = pb.JoinResponse.FromString(answer.replies[0]).session
             older = self._model.joined(raw, session)
@@ -154,11 +155,11 @@ class Teller:
         if rng.random() < 0.5:
             report.durable_round = rng.randint(self._model.oldest, self._model.frontier + 1)
         raw = report.SerializeToString()
-        if (await self._unary("Report", raw, self._model.report(raw))).code is Code.OK:
+        if (await self._unary("Report", raw, self._model.unary("Report", raw))).code is Code.OK:
             self._model.reported(raw)
 
     async def _leave(self, raw: bytes) -> None:
-        if (await self._unary("Leave", raw, self._model.leave(raw))).code is Code.OK:
+        if (await self._unary("Leave", raw, self._model.unary("Leave", raw))).code is Code.OK:
             session = self._model.left(raw)
             stream = self._streams.pop(session, None)
             self._dead.append(session)
@@ -168,11 +169,10 @@ class Teller:
     async def _open(self, rng: random.Random, session: int) -> None:
         self._say("open", str(session))
         assert self._channel is not None
-        metadata = ((SESSION_KEY, str(session)), *self._door.metadata)
+        metadata = ((SESSION_KEY, seal_session(session)), *self._door.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
         if session not in self._model.sessions:
-            wrong = Code.INVALID_ARGUMENT if session >= 10**19 else Code.ABORTED
-            self._count("open", await self._end_of(stream), refusal(wrong, "session"))
+            self._count("open", await self._end_of(stream), refusal(Code.ABORTED, "session"))
             return
         async with asyncio.timeout(PATIENCE):
             await stream.initial_metadata()
@@ -199,6 +199,7 @@ class Teller:
 
     async def _contribute(self, rng: random.Random, session: int, raw: bytes) -> None:
         kind = "contribution"
+        raw = values.on_the_way(rng, raw, session)
         stream = self._streams[session]
         verdict = refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
         self._say(kind, f"{session} {_shown(raw)} {verdict}")
