@@ -344,6 +344,8 @@ def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
         Refused: the bytes are no such message.
         _Damaged: they are not those that were sealed.
     """
+    if not _has_checksum_field(request_type):
+        return _parse(request_type, raw)
     damaged = _Damaged(f"a {request_type.DESCRIPTOR.full_name} of {len(raw)} bytes {_DAMAGED}")
     try:
         message = _parse(request_type, raw)
@@ -351,7 +353,7 @@ def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
         if has_checksum(raw) and not is_whole(raw):
             raise damaged from None
         raise
-    if _has_checksum_field(request_type) and message.HasField("checksum") and not is_whole(raw):
+    if message.HasField("checksum") and not is_whole(raw):
         raise damaged
     return message
 
