@@ -9,7 +9,7 @@ SEED ?= 1
 SOURCES := protos server worker deploy tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast simulate fuzz lint format types imports protos protos-check docs docs-check bench check clean
+.PHONY: help install demo test test-fast simulate fuzz soak lint format types imports protos protos-check docs docs-check bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ simulate: $(STAMP) ## 10,000 seeds of the simulated cluster: every fault, over a
 
 fuzz: $(STAMP) ## INPUTS=100000 inputs from SEED=1 to a real server with a healthy run beside them
 	@PYTHONPATH=tests $(BIN)/python -m fuzz.campaign --inputs $(INPUTS) --seed $(SEED)
+
+soak: $(STAMP) ## 15 minutes of random faults every few seconds: flat memory, and the bits of an undisturbed run
+	@$(BIN)/python tests/soak/soak.py --minutes 15
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -121,9 +121,14 @@ def run(
     stop = _stop_on_signals()
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
-    code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
     from codistill_deploy import report as reports
 
+    try:
+        code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
+    except CommandError:
+        if folder.metrics_file.exists():  # a run that began and failed has a report that says how
+            _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
+        raise
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
     if code is ExitCode.INTERRUPTED:
         again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")

@@ -163,8 +163,10 @@ class _LocalRun:
                 decision = member.attend(time.monotonic())
                 if decision is not None:
                     self._tell(member, decision)
-            if any(member.given_up is not None for member in self._members):
-                raise self._failure()
+            lost = [member for member in self._members if member.given_up is not None]
+            left = any(not worker.done and worker.given_up is None for worker in workers)
+            if lost and not (self._goes_on and left and server not in lost):
+                raise self._failure(server)
             if self._watcher is None:
                 self._watch(over)
         self._view.note("stopping: saving every student (Ctrl-C again to stop at once)")
@@ -174,6 +176,12 @@ class _LocalRun:
         server.tell(signal.SIGTERM)
         self._await([server], _END_SECONDS)
         return ExitCode.INTERRUPTED
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the other students train on when one is given up; the run still ends with that one's error."""
+        experiment = self._experiment
+        return experiment.exchange.on_absence == "proceed" and experiment.distillation.exchanges
 
     def _watch(self, over: threading.Event) -> None:
         """Begins to show the run once its server is up; its successors have the same address."""
@@ -205,6 +213,8 @@ class _LocalRun:
             self._view.note(f"{member.title} {message}")
         else:
             what, message = "gave_up", f"{how}; not started again: {decision.reason}"
+            if member.student and self._goes_on:
+                self._view.note(f"{member.title} {message}; the others go on without it")
         if self._recorder is not None:
             who = message if member.student else f"{member.title} {message}"
             self._recorder.write(Happened(time=time.time(), what=what, student=member.student, message=who))
@@ -214,7 +224,7 @@ class _LocalRun:
         while time.monotonic() < deadline and any(member.running for member in members):
             time.sleep(_POLL_SECONDS / 2)
 
-    def _failure(self) -> CommandError:
+    def _failure(self, server: Member) -> CommandError:
         """Returns the error of the process that failed first, as far as can be told."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         while time.monotonic() < deadline and any(member.running for member in self._members):
@@ -222,6 +232,8 @@ class _LocalRun:
         for member in self._members:
             member.attend(time.monotonic(), start=False)
         failed = [member for member in self._members if member.given_up is not None]
+        server.tell(signal.SIGTERM)  # it writes down what it knows of the last rounds
+        self._await([server], _KILL_SECONDS)
         return _error(min(failed, key=lambda member: member.code in _FOLLOWERS), self._folder)
 
 

@@ -31,6 +31,7 @@ _NEVER = {
     ExitCode.DIVERGED: "a repeated step is the same step, so it would diverge again",
     ExitCode.SUPERSEDED: "another worker trains this student",
 }
+_NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -56,8 +57,8 @@ class Ending:
         return f"ended with exit code {self.code}: {self.line}"
 
     def same_error(self, other: Ending) -> bool:
-        """Whether both are errors of their own, neither a signal nor a request to end, and the same one."""
-        if self.code != other.code or self.code <= 0 or self.code == ExitCode.INTERRUPTED:
+        """Whether both are errors of their own, neither a signal, a request to end nor a lack of memory, and the same one."""
+        if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN:
             return False
         return _without_addresses(self.line) == _without_addresses(other.line)
 
@@ -78,20 +79,22 @@ class GiveUp:
     reason: str
 
 
-def decide(ending: Ending, history: Sequence[Ending], limit: int) -> Restart | GiveUp:
+def decide(ending: Ending, history: Sequence[Ending], limit: int, *, deterministic: bool = True) -> Restart | GiveUp:
     """Decides about a process that ended although the run needs it.
 
     Args:
         ending: how it ended.
         history: how its predecessors ended, oldest first; each was started again.
         limit: how often it may be started again before it has run well.
+        deterministic: whether the same error comes back for ever. A worker repeats its steps; what a server meets is up to
+            its callers and its disk.
     """
     if limit == 0:
         return GiveUp(RESTARTS_OFF)
     if ending.code in _NEVER:
         return GiveUp(_NEVER[ExitCode(ending.code)])
     recent = _since_it_ran_well([*history, ending])
-    if len(recent) > 1 and ending.same_error(recent[-2]):
+    if deterministic and len(recent) > 1 and ending.same_error(recent[-2]):
         return GiveUp("the same error came twice in a row, so it would come again")
     if len(recent) > limit:
         return GiveUp(f"{limit} restart{'s are' if limit > 1 else ' is'} used up")

@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "server.log"
 
     @property
+    def metrics_file(self) -> Path:
+        """What was measured; there once the run has begun."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def report(self) -> Path:
         """The report."""
         return self.path / "report.html"

@@ -125,7 +125,7 @@ class Member:
                 self._start_again(now)
             return None
         ending = self.examine(now)
-        decision = decide(ending, self._history, self._launch.restarts)
+        decision = decide(ending, self._history, self._launch.restarts, deterministic=self._ends)
         self._history.append(ending)
         if isinstance(decision, Restart):
             self._due = now + decision.after

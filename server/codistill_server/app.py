@@ -35,6 +35,7 @@ from codistill_server.journal import Journal, JournalError
 from codistill_server.limits import Limits
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
+from codistill_server.quiet import quiet
 from codistill_server.recorder import Recorder
 from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 
@@ -122,7 +123,7 @@ class _Server:
         host, port = parse_address(options.listen, "listen")
         credentials = options.security.server_credentials()
         _check_exposure(host, options)
-        with _only_server_in(options.run_dir), Watchdog() as self._watchdog:
+        with _only_server_in(options.run_dir), quiet(), Watchdog() as self._watchdog:
             self._begin("starting")
             return await self._serve(host, port, credentials, stop)
 

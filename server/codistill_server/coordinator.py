@@ -211,7 +211,7 @@ class Coordinator:
             admitted = self._apply(Join(request.student, request.first_round, request.worker, request.session))
         except Refused as refused:
             who = request.student if request.student in self._rounds.presence else ""
-            self.observations.event("refused", who, str(refused))
+            self.observations.refusal("refused", who, str(refused))
             raise
         assert admitted is not None  # noqa: S101 - a join is either refused or admitted
         self._settle(request)
@@ -268,7 +268,7 @@ class Coordinator:
             self._apply(Contribute(session, contribution))
         except Refused as refused:
             self.observations.reject(refused.status)
-            self.observations.event("rejected", student if student != "?" else "", str(refused))
+            self.observations.refusal("rejected", student if student != "?" else "", str(refused))
             self._outboxes.pop(session, None)
             self._apply(Disconnect(session, lost=True))
             raise

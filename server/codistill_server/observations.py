@@ -15,6 +15,7 @@ import torch
 from codistill.experiment import Experiment
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
+from codistill_server.limits import Buckets, Rate
 from codistill_server.rounds import Presence, Status, Waiting
 
 __all__ = ["Observations", "StudentView"]
@@ -25,6 +26,7 @@ _RATE_INTERVAL = 0.5
 _AGREEMENT_INTERVAL = 0.5
 _SMOOTHING = 0.2
 _SPAN_SECONDS = 30.0
+_REFUSALS = Rate(20, 1 / 60)  # of a kind and a student: what people read; whoever knocks must not fill the disk
 
 _STATES: Mapping[Presence, pb.StudentState.ValueType] = {
     Presence.EXPECTED: pb.STUDENT_STATE_EXPECTED,
@@ -104,6 +106,8 @@ class Observations:
         self._wall = wall
         self._started = clock()
         self._events: deque[Happened] = deque(maxlen=_EVENTS)
+        self._refusals = Buckets(_REFUSALS)
+        self._untold: Counter[tuple[str, str]] = Counter()
         self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         self._last_closing: float | None = None
         self._last_without_targets = -2
@@ -115,6 +119,14 @@ class Observations:
         happened = Happened(time=self._wall(), what=what, student=student, message=message)
         self._events.append(happened)
         self._record(happened)
+
+    def refusal(self, what: str, student: str, message: str) -> None:
+        """Takes in that somebody was turned away: an event, or where there are many, one a minute that counts the others."""
+        if self._refusals.take(f"{what} {student}", self._clock()):
+            self._untold[what, student] += 1
+            return
+        others = self._untold.pop((what, student), 0)
+        self.event(what, student, f"{message} (and {others} more before it)" if others else message)
 
     def joined(self, request: pb.JoinRequest) -> None:
         """Takes in that a student joined."""
@@ -240,7 +252,10 @@ class Observations:
                 self.disagreement[first, second] = _smooth(self.disagreement.get((first, second)), ratio)
 
     def flush(self) -> None:
-        """Writes down the rounds that are not written yet."""
+        """Writes down the rounds and the number of refusals that are not written yet."""
+        for (what, student), others in self._untold.items():
+            self.event(what, student, f"{others} more")
+        self._untold.clear()
         if self._span is not None:
             self._write_span(self._span.first + len(self._span.waits) - 1, self._clock())
 

@@ -98,6 +98,19 @@ def test_an_error_is_the_same_wherever_its_objects_lie() -> None:
     assert isinstance(decide(second, [first], 10), GiveUp)
 
 
+def test_what_a_server_meets_twice_it_need_not_meet_again() -> None:
+    error = Ending(ExitCode.ERROR, "gRPC stopped listening")
+    assert isinstance(decide(error, [error], 10), GiveUp)
+    assert isinstance(decide(error, [error], 10, deterministic=False), Restart)
+    assert isinstance(decide(error, [error] * 10, 10, deterministic=False), GiveUp)
+
+
+def test_memory_may_be_there_the_next_time() -> None:
+    error = Ending(ExitCode.OUT_OF_MEMORY, "student 'cnn' ran out of memory on cuda:0")
+    assert isinstance(decide(error, [error] * 3, 10), Restart)
+    assert isinstance(decide(error, [error] * 10, 10), GiveUp)
+
+
 def test_the_same_signal_twice_is_no_error_of_its_own() -> None:
     assert isinstance(decide(KILLED, [KILLED], 10), Restart)
     for code in (ExitCode.OK, ExitCode.INTERRUPTED):  # SIGTERM, which a process answers itself

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -16,10 +16,11 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from codistill import SESSION_KEY
 from codistill.checksums import seal_session
+from codistill.security import TOKEN_KEY
 from codistill.v1 import distillation_pb2 as pb
 from fuzz import values
 from fuzz.doors import Door
-from fuzz.oracle import NO_MESSAGE, OK, Code, Model, Verdict, parsed, refusal
+from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Model, Verdict, parsed, refusal
 from server.support_server import contribution, join_request
 
 PREFIX = "/codistill.v1.Distillation/"
@@ -48,6 +49,11 @@ class Call:
     metadata: Sequence[tuple[str, str | bytes]] = ()
     compression: grpc.Compression | None = None
     hang_up: float | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is a legitimate worker's join, which a run must let in."""
+        return self.path == f"{PREFIX}Join" and self.verdict.codes == OK.codes
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,37 @@ def check(verdict: Verdict, answer: Answer) -> None:
         raise WrongError(f"refused with {text!r}, which is not one printable line")
 
 
+def locked_out(rng: random.Random, call: Call, token: str) -> Call:
+    """Returns the call as somebody makes it who does not have the token: refused whatever it is, but for a probe.
+
+    Args:
+        rng: the source of chance.
+        call: one whose verdict is that of somebody who has it.
+        token: the right value of the metadata.
+    """
+    at = rng.randrange(7, len(token))
+    other = token[:at] + ("x" if token[at] != "x" else "y") + token[at + 1 :]
+    tries: Sequence[Sequence[tuple[str, str | bytes]]] = (
+        [],
+        [],
+        [(TOKEN_KEY, other)],
+        [(TOKEN_KEY, token[:at])],
+        [(TOKEN_KEY, token + rng.choice(("x", token)))],
+        [(TOKEN_KEY, token), (TOKEN_KEY, rng.choice((token, other)))],
+        [(TOKEN_KEY, token.replace("Bearer", rng.choice(("bearer", "Basic", "Bearer ", ""))))],
+        [(TOKEN_KEY, "x" * rng.choice((0, 1, 2000)))],
+        [(f"{TOKEN_KEY}-bin", token.encode())],
+        [("token", token)],
+    )
+    metadata = [*call.metadata, *rng.choice(tries)]
+    verdict = call.verdict
+    if call.path != f"{HEALTH}Check" and call.hang_up is None:
+        refused = UNAUTHENTICATED
+        # gRPC refuses a compression that a server does not take before anything else.
+        verdict = refused if call.compression is None else Verdict(refused.codes | {Code.UNIMPLEMENTED})
+    return replace(call, kind=f"without the token: {call.kind}", metadata=metadata, verdict=verdict)
+
+
 class Outsider:
     """Draws calls of somebody who has no session in the run.
 
@@ -124,15 +161,12 @@ class Outsider:
         self._traffic = traffic
         self._raw = [raw for _, raw in traffic]
 
-    def draw(self, rng: random.Random) -> Call | None:
-        """Returns one call; None where it would be a legitimate worker's, which a run must let in."""
-        made = rng.choices(
+    def draw(self, rng: random.Random) -> Call:
+        """Returns one call."""
+        return rng.choices(
             (self._noise, self._filled, self._near, self._spoilt, self._odd, self._large, self._neighbour),
             (2, 3, 3, 4, 2, 0.3, 1),
         )[0](rng)
-        if made.path == f"{PREFIX}Join" and made.verdict.codes == {Code.OK}:
-            return None
-        return made
 
     def _call(self, rng: random.Random, kind: str, rpc: str, raw: bytes, **options: Any) -> Call:
         if len(raw) > self._limit and rpc != "Exchange":
@@ -259,5 +293,5 @@ class Outsider:
 
 
 def _altered(rng: random.Random, text: str) -> str:
-    at = rng.randrange(len(text))
+    at = rng.randrange(len(text) + 1)
     return text[:at] + rng.choice(("", "0", '"', "[" * 50, '{"a":1},', "é")) + text[at + rng.randrange(3) :]

@@ -9,13 +9,18 @@ One process (:mod:`fuzz.serving`) serves the runs on one event loop.
   its owner's. The first are passed over as the model says which they are; the second cannot happen, as the run's sessions
   are numbered from far away on, by a journal that remembers such a session.
 * ``chaos`` has no honest students: all its sessions are the fuzzer's, told one story at a time, and a model says what
-  must be answered at each step, targets included. What goes on there must not reach the other run either.
-* ``battered``, on demand (``--batter``), has nobody. Its port gets what makes grpc.aio itself fall over (see
-  :class:`fuzz.tcp.Port`); it must listen again each time, and the others must not notice. After such a fall a flood of
-  streams that are opened and reset sometimes ends the process (SIGSEGV inside gRPC 1.85), so this is not the rule.
+  must be answered at each step, targets included. What goes on there must not reach the other runs either.
+* ``limited`` has honest students too, and the limits that every server has by default. It gets floods: more than they
+  allow. The other two have generous limits, as one host sends all that they get.
 
-An input is one attack on a port, one call, or one story. It is drawn from (seed, kind, index) alone, so one command tells
-it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
+With a token (``--token``) every call of the honest carries it, and half of the fuzzer's do not, or a wrong one: those must
+be refused for that, whatever else they are, and change nothing.
+
+One thing is not sent: a path that is not UTF-8, nor random bytes where headers may stand, which can unpack to one. It fells
+grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/test_app.py holds it to that.
+
+An input is one attack on a port, one call, one story, or one flood. It is drawn from (seed, kind, index) alone, so one
+command tells it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
 """
 
 from __future__ import annotations
@@ -38,23 +43,27 @@ from grpc_health.v1 import health_pb2
 
 from codistill.experiment import Experiment
 from codistill_server.coordinator import receive_limit
-from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, make
+from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, locked_out, make
 from fuzz.doors import Door
+from fuzz.floods import Flooder
 from fuzz.honest import TOTAL_ROUNDS, Student
-from fuzz.oracle import OK, Code, Model
+from fuzz.oracle import OK, Model
 from fuzz.serving import Serving, Usage
 from fuzz.stories import Teller
 from fuzz.tcp import Port
 from server.support_server import TRAIN_SAMPLES, make_experiment
 
-HEALTHY, CHAOS, BATTERED = "healthy", "chaos", "battered"
-KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.86, "story": 0.04}
+HEALTHY, CHAOS, LIMITED = "healthy", "chaos", "limited"
+KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.858, "story": 0.04, "flood": 0.002}
 FAR_AWAY = 2**52
-TOGETHER = {"tcp": 4, "call": 12, "story": 1}
+TOGETHER = {"tcp": 4, "call": 12, "story": 1, "flood": 1}
 LOOK_EVERY = 1000
-MORE_RSS = 160 * 2**20  # a flood of streams, opened and reset, fills gRPC's own pools once
-MORE_FDS, MORE_THREADS, MORE_TASKS = 150, 8, 100
+MORE_RSS = 96 * 2**20  # pools that fill once take about 30 MiB; gRPC keeps some 150 bytes of each stream that is reset
+MORE_FDS, MORE_THREADS, MORE_TASKS = 150, 8, 400  # while it goes on, with floods; see also `_settled`
+MORE_LOG = 64 * 2**10
+MOST_EVENTS = 300  # in the records of `healthy`, where the fuzzer does nothing but be refused
 SLOWEST_ROUND = 10.0
+TOKEN = "0123456789abcdef" * 2
 
 
 @dataclass
@@ -99,10 +108,12 @@ class Campaign:
         self._seed = seed
         self._serving = serving
         self._students = [
-            Student(serving.doors[HEALTHY], experiments[HEALTHY], name) for name in experiments[HEALTHY].names
+            Student(serving.doors[run], experiments[run], name, pause)
+            for run, pause in ((HEALTHY, 0.02), (LIMITED, 0.2))
+            for name in experiments[run].names
         ]
         self._experiments = experiments
-        self._ports = {name: Port(door, unpackable=name == BATTERED) for name, door in serving.doors.items()}
+        self._ports = {name: Port(door) for name, door in serving.doors.items()}
         self._tell: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
 
     async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
@@ -169,14 +180,8 @@ class Campaign:
         problems = [student.problem for student in self._students if student.problem]
         if complaints := self._serving.complaints():
             problems.append(f"the server's log says:\n{complaints[-3000:]}")
-        deadline = time.monotonic() + 10
         for name, door in self._serving.doors.items():
-            answer = await self._health(door)
-            while (
-                name == BATTERED and answer.code in (Code.UNAVAILABLE, Code.CANCELLED) and time.monotonic() < deadline
-            ):
-                await asyncio.sleep(0.05)
-                answer = await self._health(door)
+            answer = await self._health(door.stranger)
             check(OK, answer)
             if health_pb2.HealthCheckResponse.FromString(answer.replies[0]).status != 1:
                 problems.append(f"{name} is not SERVING")
@@ -189,6 +194,8 @@ class Campaign:
             ("fds", usage.fds, first.fds + MORE_FDS),
             ("threads", usage.threads, first.threads + MORE_THREADS),
             ("tasks", usage.tasks, first.tasks + MORE_TASKS),
+            ("the log", self._serving.log.stat().st_size, MORE_LOG),
+            ("the number of events", self._events(), MOST_EVENTS),
         ):
             if have > most:
                 problems.append(f"{what} has grown to {have}; allowed: {most}")
@@ -198,6 +205,9 @@ class Campaign:
             raise FoundError(
                 f"seed {self._seed}, after {sum(self.report.inputs.values())} inputs: " + "; ".join(problems)
             )
+
+    def _events(self) -> int:
+        return (self._serving.folder / HEALTHY / "events.jsonl").read_bytes().count(b"\n")
 
     async def _health(self, door: Door) -> Answer:
         async with door.channel() as channel:
@@ -228,11 +238,14 @@ class Campaign:
             outsider = Outsider(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
 
             async def call(rng: random.Random) -> None:
-                drawn = outsider.draw(rng)
-                if drawn is None:
+                door, drawn = doors[HEALTHY], outsider.draw(rng)
+                if door.token is not None and rng.random() < 0.5:
+                    _, token = door.token.metadata
+                    door, drawn = door.stranger, locked_out(rng, drawn, token)
+                elif drawn.joins:
                     self.report.skipped += 1
                     return
-                answer = await make(doors[HEALTHY], rng.choice(channels), drawn)
+                answer = await make(door, rng.choice(channels), drawn)
                 try:
                     check(drawn.verdict, answer)
                 except WrongError as error:
@@ -241,15 +254,11 @@ class Campaign:
                 self.report.seen[drawn.kind, "lost" if answer.text == LOST else answer.code.name] += 1
 
             async def tcp(rng: random.Random) -> None:
-                port = self._ports[rng.choice(list(doors))]
-                name = None
-                while name is None:
-                    with contextlib.suppress(ConnectionError):  # between two listeners
-                        name = await port.attack(rng)
-                    await asyncio.sleep(0)
+                name = await self._ports[rng.choice(list(doors))].attack(rng)
                 self.report.seen[f"tcp: {name}", "still serving"] += 1
 
-            self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell}
+            flooder = Flooder(doors[LIMITED], self._experiments[LIMITED], self.report.seen)
+            self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell, "flood": flooder.flood}
             try:
                 await self._progress(3)
                 yield self
@@ -269,7 +278,7 @@ class Campaign:
             await asyncio.to_thread(student.stop)
         traffic = [each for student in students for each in student.traffic]
         model = Model(experiment, ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
-        self._teller = Teller(door, model, traffic, self.report.seen)
+        self._teller = Teller(door, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS))
         await self._teller.catch_up()
         return traffic
 
@@ -290,16 +299,14 @@ class Campaign:
 
 
 @contextlib.asynccontextmanager
-async def campaign(folder: Path, seed: int, plant: str = "", *, batter: bool = False) -> AsyncGenerator[Campaign]:
-    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find, `batter` adds that run."""
+async def campaign(folder: Path, seed: int, plant: str = "", token: str = "") -> AsyncGenerator[Campaign]:
+    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find, `token` what its servers ask for."""
     experiments = {
-        HEALTHY: make_experiment(name=HEALTHY, exchange={"give_up_after": 60}),
-        CHAOS: make_experiment(name=CHAOS, seed=1, exchange={"give_up_after": 60}),
+        name: make_experiment(name=name, seed=number, exchange={"give_up_after": 60})
+        for number, name in enumerate((HEALTHY, CHAOS, LIMITED))
     }
-    if batter:
-        experiments[BATTERED] = make_experiment(name=BATTERED, seed=2, exchange={"give_up_after": 60})
     documents = {name: yaml.safe_dump(each.model_dump(mode="json")) for name, each in experiments.items()}
-    with Serving(folder, documents, {HEALTHY: FAR_AWAY}, plant) as serving:
+    with Serving(folder, documents, {HEALTHY: FAR_AWAY}, {LIMITED}, token, plant) as serving:
         async with Campaign(seed, serving, experiments).ready() as ready:
             yield ready
 
@@ -315,7 +322,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="KIND/INDEX", help="one input, as a failure prints it")
     parser.add_argument("--plant", default="", help="a bug of fuzz.plants to look for")
-    parser.add_argument("--batter", action="store_true", help="also send what makes grpc.aio itself fall over")
+    parser.add_argument("--token", action="store_true", help="have the server ask for a token")
     options = parser.parse_args()
     if options.only:
         kind, _, index = options.only.partition("/")
@@ -325,7 +332,7 @@ def main() -> int:
 
     async def go() -> Report:
         with tempfile.TemporaryDirectory() as folder:
-            async with campaign(Path(folder), options.seed, options.plant, batter=options.batter) as ready:
+            async with campaign(Path(folder), options.seed, options.plant, TOKEN * options.token) as ready:
                 return await ready.run(indices)
 
     try:

@@ -1,4 +1,4 @@
-"""How a campaign reaches a server. A server that asks for more (a token, TLS) is reached through a door that has it."""
+"""How a campaign reaches a server: with the token that the server asks for, or as a stranger without it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import grpc.aio
 
+from codistill.security import Security, Token
 from codistill_worker.client import GrpcExchange
 
 OPTIONS: list[tuple[str, Any]] = [
@@ -26,25 +26,30 @@ class Door:
 
     Attributes:
         address: its "HOST:PORT".
-        metadata: what every call carries, such as a bearer token.
-        credentials: the channel's, where the port speaks TLS.
+        token: what every call carries, if the server asks for it.
     """
 
     address: str
-    metadata: Sequence[tuple[str, str]] = ()
-    credentials: grpc.ChannelCredentials | None = None
+    token: Token | None = None
 
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
+    @property
+    def metadata(self) -> Sequence[tuple[str, str]]:
+        return () if self.token is None else (self.token.metadata,)
+
+    @property
+    def stranger(self) -> Door:
+        """The same for somebody who does not have the token."""
+        return Door(self.address)
+
     def channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
         """Returns a channel of its own connection; calls add `metadata` themselves."""
-        every = [*OPTIONS, *options]
-        if self.credentials is not None:
-            return grpc.aio.secure_channel(self.address, self.credentials, every)
-        return grpc.aio.insecure_channel(self.address, every)
+        return grpc.aio.insecure_channel(self.address, [*OPTIONS, *options])
 
     def exchange(self, stop: threading.Event) -> GrpcExchange:
         """Returns what an honest worker talks through."""
-        return GrpcExchange(self.address, connect_timeout=30, give_up_after=60, stop=stop)
+        security = Security(token=self.token)
+        return GrpcExchange(self.address, connect_timeout=30, give_up_after=60, stop=stop, security=security)

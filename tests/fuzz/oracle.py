@@ -50,6 +50,7 @@ def parsed(kind: type[Message], raw: bytes) -> Message | None:
 
 
 NO_MESSAGE = refusal(Code.INVALID_ARGUMENT, "are not a ")
+UNAUTHENTICATED = refusal(Code.UNAUTHENTICATED, "this server asks for a token", "is not this server's")
 
 
 def damaged(kind: type[Message], raw: bytes) -> bool:
@@ -283,7 +284,8 @@ class Model:
         logits = batch.outputs["logits"]
         lies = _lies(logits, "batch.outputs.logits", pb.DTYPE_FLOAT32, [size, classes], 4)
         if not lies:
-            values = np.frombuffer(logits.data, "<f4").astype(np.float64)
+            with np.errstate(invalid="ignore"):  # a signalling NaN
+                values = np.frombuffer(logits.data, "<f4").astype(np.float64)
             lies = ["batch.outputs.logits["] if not (np.abs(values) <= 1e30).all() else []
         return wrong + lies
 

@@ -1,7 +1,7 @@
 """The servers under fuzz: a process of its own that serves real runs and says on request how it is doing.
 
 It runs what `codistill serve` runs, :mod:`codistill_server.app`, once per run and all of them on one event loop, so that
-whatever one run's server does to the loop, the process or its memory is felt by the other. One line on its standard input
+whatever one run's server does to the loop, the process or its memory is felt by the others. One line on its standard input
 asks for one line of JSON on its standard output; the end of its input ends it, so it cannot outlive the campaign.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,19 @@ from typing import Any
 import torch
 
 from codistill.experiment import Experiment, identity, parse
+from codistill.security import Security, Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
 from codistill_server.journal import Journal
+from codistill_server.limits import Limits, Rate
 from codistill_server.rounds import StudentRecord
 from fuzz import plants
 from fuzz.doors import Door
 
 PATIENCE = 60.0
+_BOUNDLESS = Rate(1e9, 1e9)
+GENEROUS = Limits(joins=_BOUNDLESS, calls=_BOUNDLESS, call_bytes=_BOUNDLESS, watchers=10**6)
+"""Limits that hold nobody up, so that what is behind them is tested; one host is all that a campaign has."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Serving:
         folder: where run folders and the log go.
         experiments: the runs to serve, each by its name.
         first_sessions: what a run's sessions are numbered above; 0 unless named.
+        limited: the runs with the limits of every server; the others have generous ones.
+        token: what every call must carry; none if empty.
         plant: the name of a bug to plant, of :mod:`fuzz.plants`.
     """
 
@@ -62,6 +69,8 @@ class Serving:
         folder: Path,
         experiments: Mapping[str, str],
         first_sessions: Mapping[str, int] | None = None,
+        limited: Collection[str] = (),
+        token: str = "",
         plant: str = "",
     ) -> None:
         self.folder = folder
@@ -70,18 +79,23 @@ class Serving:
             "folder": str(folder),
             "experiments": dict(experiments),
             "first_sessions": dict(first_sessions or {}),
+            "limited": list(limited),
+            "token": token,
             "plant": plant,
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fuzz.serving", json.dumps(config)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                # gRPC as quiet as the command has it: else it writes a line for each GOAWAY that it gets
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GRPC_VERBOSITY": "ERROR"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
+        self._asking = threading.Lock()
         self._names = tuple(experiments)
+        self._token = Token(token, "the campaign") if token else None
         self._read = 0
         self.doors: dict[str, Door] = {}
 
@@ -94,7 +108,7 @@ class Serving:
                     assert self.code is None, self.log.read_text()
                     assert time.monotonic() < deadline, f"no server within {PATIENCE} s: {self.log.read_text()}"
                     time.sleep(0.02)
-                self.doors[name] = Door(json.loads(path.read_text())["address"])
+                self.doors[name] = Door(json.loads(path.read_text())["address"], self._token)
         except BaseException:
             self._process.kill()
             raise
@@ -113,11 +127,19 @@ class Serving:
         return self._process.poll()
 
     def usage(self) -> Usage:
+        return Usage(**self._ask("usage"))
+
+    def received(self, run: str) -> int:
+        """Returns how many bytes of contributions a run has gone through; more tell that another one is taken in."""
+        return self._ask("received")[run]
+
+    def _ask(self, what: str) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("usage\n")
-        self._process.stdin.flush()
-        return Usage(**json.loads(self._process.stdout.readline()))
+        with self._asking:
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
 
     def complaints(self) -> str:
         """Returns what the log says since the last call that a server must never say, or nothing."""
@@ -144,20 +166,10 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_not_the_known_fall)
     torch.set_num_threads(1)
     if config["plant"]:
         plants.plant(config["plant"])
     asyncio.run(_serve(config))
-
-
-def _not_the_known_fall(record: logging.LogRecord) -> bool:
-    """Passes over what grpc.aio says of a path that is not UTF-8; that the server listens again is looked at."""
-    error = record.exc_info[1] if record.exc_info else None
-    return "listening again" not in record.getMessage() and not (
-        isinstance(error, UnicodeDecodeError) or isinstance(record.msg, UnicodeDecodeError)
-    )
 
 
 async def _serve(config: Mapping[str, Any]) -> None:
@@ -179,16 +191,20 @@ async def _serve(config: Mapping[str, Any]) -> None:
             stop.set()
         pending.extend(got)
         while b"\n" in pending:
-            del pending[: pending.index(b"\n") + 1]
-            print(json.dumps(_usage(coordinators)), flush=True)
+            what, _, rest = pending.partition(b"\n")
+            pending[:] = rest
+            answer = _usage(coordinators) if bytes(what) == b"usage" else _received(coordinators)
+            print(json.dumps(answer), flush=True)
 
     loop.add_reader(0, asked)
     servers: list[Any] = []
+    security = Security(token=Token(config["token"], "the campaign") if config["token"] else None)
     for name, text in config["experiments"].items():
         experiment, folder = parse(text), Path(config["folder"]) / name
         folder.mkdir(parents=True, exist_ok=True)
         _number_from(folder, experiment, config["first_sessions"].get(name, 0))
-        options = app.ServeOptions("127.0.0.1:0", folder, reflect=True, stay=True)
+        limits = Limits() if name in config["limited"] else GENEROUS
+        options = app.ServeOptions("127.0.0.1:0", folder, reflect=True, stay=True, security=security, limits=limits)
         servers.append(app._Server(experiment, options).run(stop))
     await asyncio.gather(*servers)
 
@@ -199,6 +215,10 @@ def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
         journal = Journal(folder / app.JOURNAL_FILE, identity(experiment))
         journal.remember(StudentRecord(experiment.names[0], session, 0, finished=False))
         journal.close()
+
+
+def _received(coordinators: Mapping[str, Coordinator]) -> Mapping[str, int]:
+    return {name: each.observations.bytes_in for name, each in coordinators.items()}
 
 
 def _usage(coordinators: Mapping[str, Coordinator]) -> Mapping[str, Any]:

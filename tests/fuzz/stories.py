@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.checksums import seal_session
+from codistill.checksums import seal, seal_session
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import receive_limit
+from codistill_server.limits import Limits
 from fuzz import calls, honest, values
-from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check
+from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
 from fuzz.doors import Door
 from fuzz.honest import TOTAL_ROUNDS
 from fuzz.oracle import OK, Code, Model, Published, Verdict, refusal
@@ -28,15 +31,23 @@ from server.support_server import contribution, join_request, logits_of
 class Teller:
     """Tells stories to one server, one after the other.
 
+    At a server that asks for a token, half of the calls are made once without it before: that may change nothing.
+
     Args:
         door: the server.
         model: its run; the teller is its only client.
         traffic: real messages of a run of the same experiment.
         seen: counts steps by (kind, status).
+        received: returns how many bytes of contributions the run has gone through.
     """
 
     def __init__(
-        self, door: Door, model: Model, traffic: Sequence[tuple[str, bytes]], seen: Counter[tuple[str, str]]
+        self,
+        door: Door,
+        model: Model,
+        traffic: Sequence[tuple[str, bytes]],
+        seen: Counter[tuple[str, str]],
+        received: Callable[[], int],
     ) -> None:
         self._door = door
         self._model = model
@@ -44,6 +55,7 @@ class Teller:
         self._traffic = traffic
         self._raw = [raw for _, raw in traffic]
         self._seen = seen
+        self._received = received
         self._channel: grpc.aio.Channel | None = None
         self._streams: dict[int, Any] = {}
         self._dead: list[int] = []
@@ -89,7 +101,8 @@ class Teller:
             for _ in range(rng.randrange(5, 25)):
                 await self._step(rng)
             for session in list(self._model.sessions):
-                await self._leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED).SerializeToString())
+                goodbye = pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED)
+                await self._leave(rng, goodbye.SerializeToString())
         finally:
             for stream in self._streams.values():
                 stream.cancel()
@@ -111,7 +124,7 @@ class Teller:
                 session = self._any_session(rng)
                 leave = values.fill(rng, pb.LeaveRequest())
                 leave.session = session
-                await self._leave(leave.SerializeToString())
+                await self._leave(rng, leave.SerializeToString())
             case 5:
                 await self._open(rng, self._any_session(rng))
             case 6 if live:
@@ -120,6 +133,8 @@ class Teller:
                 await self._contribute(rng, rng.choice(live), self._spoilt(rng))
             case 8 if live:
                 await self._contribute(rng, rng.choice(live), self._lie(rng))
+            case 9 if live and self._model.closed and rng.random() < 0.1:
+                await self._insist(rng.choice(live))
             case 9 if live and self._model.frontier:
                 number = rng.randrange(max(0, self._model.oldest - 1), self._model.frontier)
                 await self._contribute(rng, rng.choice(live), self._honest(rng, number))
@@ -138,7 +153,7 @@ class Teller:
         await self._raw_join(rng, request.SerializeToString(), "Join")
 
     async def _raw_join(self, rng: random.Random, raw: bytes, rpc: str) -> None:
-        answer = await self._unary("Join", raw, self._model.unary("Join", raw))
+        answer = await self._unary(rng, "Join", raw, self._model.unary("Join", raw))
         if answer.code is Code.OK:
             session = pb.JoinResponse.FromString(answer.replies[0]).session
             older = self._model.joined(raw, session)
@@ -155,11 +170,11 @@ class Teller:
         if rng.random() < 0.5:
             report.durable_round = rng.randint(self._model.oldest, self._model.frontier + 1)
         raw = report.SerializeToString()
-        if (await self._unary("Report", raw, self._model.unary("Report", raw))).code is Code.OK:
+        if (await self._unary(rng, "Report", raw, self._model.unary("Report", raw))).code is Code.OK:
             self._model.reported(raw)
 
-    async def _leave(self, raw: bytes) -> None:
-        if (await self._unary("Leave", raw, self._model.unary("Leave", raw))).code is Code.OK:
+    async def _leave(self, rng: random.Random, raw: bytes) -> None:
+        if (await self._unary(rng, "Leave", raw, self._model.unary("Leave", raw))).code is Code.OK:
             session = self._model.left(raw)
             stream = self._streams.pop(session, None)
             self._dead.append(session)
@@ -169,7 +184,9 @@ class Teller:
     async def _open(self, rng: random.Random, session: int) -> None:
         self._say("open", str(session))
         assert self._channel is not None
-        metadata = ((SESSION_KEY, seal_session(session)), *self._door.metadata)
+        named = (SESSION_KEY, seal_session(session))
+        await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
+        metadata = (named, *self._door.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
         if session not in self._model.sessions:
             self._count("open", await self._end_of(stream), refusal(Code.ABORTED, "session"))
@@ -203,17 +220,42 @@ class Teller:
         stream = self._streams[session]
         verdict = refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
         self._say(kind, f"{session} {_shown(raw)} {verdict}")
+        before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
         if isinstance(verdict, Verdict):
             await self._ended(session, kind, verdict)
             return
         number = pb.Contribution.FromString(raw).round
-        for waiter, (closed, data) in self._model.contributed(session, number, verdict).items():
+        answered = self._model.contributed(session, number, verdict)
+        if not answered:  # streams have no order between them: what comes next on another could overtake it
+            async with asyncio.timeout(PATIENCE):
+                while await asyncio.to_thread(self._received) == before:
+                    pass
+        for waiter, (closed, data) in answered.items():
             targets = await self._answer(waiter)
             if targets.round != closed or targets.targets["logits"].data != data:
                 raise WrongError(f"session {waiter}, round {closed}: got other targets, of round {targets.round}")
         self._seen[kind, "OK"] += 1
+
+    async def _insist(self, session: int) -> None:
+        """Asks for the same round again and again, until that is too often."""
+        number = max(self._model.closed)
+        message = contribution(self._model.experiment, self._model.experiment.names[0], number)
+        published, data = self._model.closed[number]
+        message.batch.ids.data, message.batch.labels.data = published.ids, published.labels
+        raw, rate = seal(message, str(session)), Limits().repeats
+        self._say("insist", f"{session} round {number}")
+        started = time.monotonic()
+        with contextlib.suppress(grpc.aio.AioRpcError):  # how it ends is looked at below
+            for again in itertools.count():
+                await self._streams[session].write(raw)
+                targets = await self._answer(session)
+                if targets.round != number or targets.targets["logits"].data != data:
+                    raise WrongError(f"session {session}, round {number}: got other targets when it asked again")
+                if again > rate.burst + 1 + rate.per_second * (time.monotonic() - started):
+                    raise WrongError(f"session {session} was answered {again} times for round {number}")
+        await self._ended(session, "insisted", refusal(Code.RESOURCE_EXHAUSTED, "repeats too often"))
 
     # What a worker sends
 
@@ -272,12 +314,24 @@ class Teller:
             return rng.choice(live)
         return rng.choice(self._dead) if self._dead and roll < 0.85 else values.number(rng)
 
-    async def _unary(self, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
+    async def _knock(self, rng: random.Random, call: Call) -> None:
+        """Makes a call without the token, where there is one; that may change nothing."""
+        if self._door.token is None or rng.random() < 0.5:
+            return
+        assert self._channel is not None
+        _, token = self._door.token.metadata
+        made = locked_out(rng, call, token)
+        self._say(made.kind, str(made.metadata))
+        self._count(made.kind, await calls.make(self._door.stranger, self._channel, made), made.verdict)
+
+    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
         if len(raw) > self._limit:
             verdict = refusal(Code.RESOURCE_EXHAUSTED)
         self._say(rpc, f"{_shown(raw)} {verdict}")
         assert self._channel is not None
-        answer = await calls.make(self._door, self._channel, Call(rpc, PREFIX + rpc, [raw], verdict))
+        call = Call(rpc, PREFIX + rpc, [raw], verdict)
+        await self._knock(rng, call)
+        answer = await calls.make(self._door, self._channel, call)
         self._count(rpc, answer, verdict)
         return answer
 

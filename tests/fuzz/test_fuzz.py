@@ -10,14 +10,14 @@ from codistill import records
 from codistill.tensors import TensorError, decode
 from codistill.v1 import distillation_pb2 as pb
 from fuzz import values
-from fuzz.campaign import FoundError, Report, campaign, share
+from fuzz.campaign import TOKEN, FoundError, Report, campaign, share
 
-INPUTS = 2500
+INPUTS = 2000
 
 
-def run(folder: Path, inputs: int, seed: int, plant: str = "") -> Report:
+def run(folder: Path, inputs: int, seed: int, plant: str = "", token: str = "") -> Report:
     async def go() -> Report:
-        async with campaign(folder, seed, plant) as ready:
+        async with campaign(folder, seed, plant, token) as ready:
             return await ready.run(share(inputs))
 
     return asyncio.run(go())
@@ -31,23 +31,39 @@ class TestCampaign:
         assert report.rounds > 50, "the honest students went on beside it"
         kinds = {kind for kind, _ in report.seen}
         assert {"noise", "drawn message", "mutated traffic", "join that differs", "contribution", "superseded"} <= kinds
-        statuses = {status for _, status in report.seen}
+        statuses = {status for kind, status in report.seen if not kind.startswith("flood")}
         assert {"OK", "ABORTED", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} <= statuses
         assert "UNAVAILABLE" in statuses, "what was damaged on the way is to be sent again"
         assert not statuses & {"UNKNOWN", "INTERNAL", "DEADLINE_EXCEEDED"}
+        for flood in ("joins", "bytes", "watchers"):
+            assert report.seen[f"flood of {flood}", "RESOURCE_EXHAUSTED"] > 0
+
+    def test_nobody_gets_past_the_token(self, tmp_path: Path) -> None:
+        report = run(tmp_path, INPUTS // 2, seed=2027, token=TOKEN)
+        assert report.rounds > 20, "the honest students have it"
+        refused = {kind for kind, status in report.seen if status == "UNAUTHENTICATED"}
+        outside = "without the token: "
+        assert {f"{outside}{kind}" for kind in ("noise", "drawn message", "large message", "Join", "open")} <= refused
+        assert all(kind.startswith(outside) for kind in refused)
+        got_in = {(kind, status) for kind, status in report.seen if kind.startswith(outside)}
+        assert {status for _, status in got_in} <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "CANCELLED", "lost"} | {
+            status for kind, status in got_in if kind == f"{outside}health"
+        }
 
     @pytest.mark.parametrize(
         ("plant", "part"),
         [
             ("raises", "answered UNKNOWN"),
-            ("admits", "answered OK"),
+            ("admits", "answered OK|names none of"),
             ("keeps", "rss has grown"),
             ("turned", "not the pure function's"),
+            ("matches", "allowed: UNAUTHENTICATED"),
         ],
     )
     def test_a_planted_bug_is_found(self, tmp_path: Path, plant: str, part: str) -> None:
+        token = TOKEN if plant == "matches" else ""
         with pytest.raises(FoundError, match=part) as found:
-            run(tmp_path, INPUTS, seed=7, plant=plant)
+            run(tmp_path, INPUTS, seed=7, plant=plant, token=token)
         assert "seed 7" in str(found.value)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -374,7 +374,7 @@ class TestListening:
         """It ends grpc.aio's own loop, whoever sends it: a server that nobody reaches must not stay."""
         experiment = make_experiment()
         with serving(tmp_path, experiment) as served:
-            _call_path(served.address, b"/\xa4")
+            _call_raw(served.address, {b":path": b"/\xa4"}, _GOAWAY)
             ended = served.end()
         assert isinstance(ended, ServerError)
         assert ended.code is ExitCode.ERROR
@@ -383,9 +383,24 @@ class TestListening:
         with serving(tmp_path, experiment) as again:
             assert _answers(again.address)
 
+    def test_headers_that_are_not_utf8_do_not_fill_the_log(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with serving(tmp_path) as served:
+            for _ in range(20):
+                _call_raw(served.address, {b"x-anything": b"\xff\xfe"}, _HEADERS)
+            assert _answers(served.address)
+        (record,) = (each for each in caplog.records if each.levelname != "INFO")
+        assert record.getMessage() == (
+            r"a call has a header that is not UTF-8 (Invalid encoding on b'\xff\xfe'); 0 more before it"
+        )
 
-def _call_path(address: str, path: bytes) -> None:
-    """Calls a path as no client would, and waits until the server has let go of the connection."""
+
+_HEADERS, _GOAWAY = 1, 7
+
+
+def _call_raw(address: str, changed: Mapping[bytes, bytes], until_frame: int) -> None:
+    """Calls GetRun with headers as no client would send, and waits for a frame of a kind or the connection's end."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
@@ -393,25 +408,28 @@ def _call_path(address: str, path: bytes) -> None:
     fields = {
         b":method": b"POST",
         b":scheme": b"http",
-        b":path": path,
+        b":path": f"/{SERVICE}/GetRun".encode(),
         b":authority": b"x",
         b"te": b"trailers",
         b"content-type": b"application/grpc",
+        **changed,
     }
     block = b"".join(b"\0" + bytes([len(key)]) + key + bytes([len(value)]) + value for key, value in fields.items())
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as raw:
-        raw.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block))
+        raw.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5))
+        )
         with contextlib.suppress(ConnectionError):
-            until(lambda: _goes_away(raw), "the server says that it goes away")
+            until(lambda: _comes(raw, until_frame), f"frame {until_frame} from the server")
 
 
-def _goes_away(raw: socket.socket) -> bool:
-    """Whether the next frame is GOAWAY, or there is none."""
+def _comes(raw: socket.socket, kind: int) -> bool:
+    """Whether the next frame is of this kind, or there is none."""
     head = raw.recv(9, socket.MSG_WAITALL)
     if len(head) == 9:
         raw.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
-    return len(head) < 9 or head[3] == 7
+    return len(head) < 9 or head[3] == kind
 
 
 def _answers(address: str) -> bool:

@@ -59,6 +59,39 @@ class TestEvents:
         assert len(watched.records) == 500
 
 
+class TestRefusals:
+    def test_the_first_are_told_one_by_one(self) -> None:
+        watched = Watched()
+        for number in range(20):
+            watched.it.refusal("refused", "ant", f"reason {number}")
+        assert [event.message for event in watched.snapshot().events] == [f"reason {number}" for number in range(20)]
+
+    def test_many_become_a_line_a_minute_that_counts_them(self) -> None:
+        watched = Watched()
+        for _ in range(6000):
+            watched.it.refusal("refused", "", "no such student")
+            watched.clock.now += 0.1
+        messages = [event.message for event in watched.snapshot().events]
+        assert 25 <= len(messages) == len(watched.records) <= 30
+        assert messages[-1] == "no such student (and 599 more before it)"
+        watched.it.flush()
+        last = watched.snapshot().events[-1]
+        assert (last.kind, last.student) == ("refused", "")
+        told = sum(1 + int(each.partition("(and ")[2].partition(" ")[0] or 0) for each in messages)
+        assert told + int(last.message.removesuffix(" more")) == 6000
+        watched.it.flush()
+        assert watched.snapshot().events[-1] == last, "it is told once"
+
+    def test_each_student_and_each_kind_has_its_own(self) -> None:
+        watched = Watched()
+        for _ in range(100):
+            watched.it.refusal("refused", "ant", "no")
+        watched.it.refusal("refused", "bee", "its own")
+        watched.it.refusal("rejected", "ant", "another kind")
+        watched.it.event("joined", "ant", "no refusal")
+        assert [event.message for event in watched.snapshot().events[-3:]] == ["its own", "another kind", "no refusal"]
+
+
 class TestStudents:
     def test_a_join_tells_of_model_and_device(self) -> None:
         watched = Watched()

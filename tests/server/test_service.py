@@ -988,3 +988,41 @@ async def _relay(port: int) -> AsyncGenerator[tuple[int, Callable[[], None]]]:
         cut()
         if tasks:
             await asyncio.wait(tasks)
+
+
+class _SlowHeaders:
+    """A stream's context whose headers take their time, as on a busy machine."""
+
+    def __init__(self, session: int) -> None:
+        self._session = session
+        self.sent: list[str] = []
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((SESSION_KEY, seal_session(self._session)),)
+
+    async def send_initial_metadata(self, _: object) -> None:
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            self.sent.append("cancelled headers")
+            raise
+        self.sent.append("headers")
+
+
+def test_headers_are_sent_in_full_when_the_caller_ends_its_stream_at_once() -> None:
+    """Were they cancelled, gRPC could send no status either, and the caller would wait for it for ever."""
+
+    async def nothing() -> AsyncGenerator[bytes]:
+        return
+        yield
+
+    async def test() -> None:
+        async with serving() as served:
+            request = join_request(served.experiment, "ant")
+            session = (await served.stub.Join(request)).session
+            context = _SlowHeaders(session)
+            await cast("Any", served.service)._exchange(nothing(), context)
+            assert context.sent == ["headers"]
+            assert served.presence["ant"] == "absent"
+
+    drive(test)

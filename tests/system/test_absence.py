@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codistill.exit_codes import ExitCode
+from codistill_worker.checkpoints import read
 from system.support import experiment_file, processes_of, rounds_trained, run, start, wait_for, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
@@ -40,6 +43,13 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
         assert {each["name"]: each["state"] for each in json.loads(status)["students"]}["cnn"] == "STUDENT_STATE_ABSENT"
         os.kill(pids["cnn"], signal.SIGCONT)
         wait_for(lambda: events(folder, "returned"), "it is waited for again", 120)
+        os.kill(processes_of(folder)["cnn"], signal.SIGKILL)
+        killed = time.monotonic()
+        left = rounds_trained(folder)
+        wait_for(lambda: rounds_trained(folder) >= left + 2, "the others go on")
+        assert time.monotonic() - killed < 10, "they lose one deadline, not the time of a restart"
+        returns = len(events(folder, "returned"))
+        wait_for(lambda: len(events(folder, "returned")) > returns, "its next process catches up", 120)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=90)[0]
     finally:
@@ -54,6 +64,35 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(each["missed"].get("cnn", 0) for each in metrics if each["kind"] == "rounds") >= 100
     assert min(int(tensors["round"]) for tensors in weights(folder).values()) > left
+
+
+def test_a_student_that_diverges_is_left_out_and_the_others_finish(tmp_path: Path) -> None:
+    module = """
+        import torch
+        class Broken(torch.nn.Module):
+            def __init__(self, classes, channels, size):
+                super().__init__()
+                self.layer = torch.nn.Linear(channels * size * size, classes)
+                self.steps = 0
+            def forward(self, images):
+                self.steps += self.training
+                return self.layer(images.flatten(1)) * (1e38 if self.steps > 3 else 1)
+    """
+    (tmp_path / "broken.py").write_text(textwrap.dedent(module))
+    folder = tmp_path / "run"
+    students = [
+        {"name": "bad", "model": "broken:Broken"},
+        {"name": "mlp", "model": "mlp"},
+        {"name": "cnn", "model": "cnn"},
+    ]
+    path = experiment_file(tmp_path, **PROCEED, students=students)
+    code, output = run("run", path, "--run-dir", folder, cwd=tmp_path)
+    assert code == ExitCode.DIVERGED, output
+    assert "the others go on without it" in output
+    assert "error: student 'bad' ended with exit code 7" in output
+    assert "report: " in output
+    trained = {name: read(folder / "students" / name / "checkpoint.safetensors").round for name in ("mlp", "cnn")}
+    assert trained == {"mlp": 10, "cnn": 10}
 
 
 def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: Path) -> None:
