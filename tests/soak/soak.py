@@ -33,12 +33,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from system.proxy import Proxy
-
 from codistill.experiment import load
 from codistill_deploy.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import PlainView
+from system.proxy import Proxy
 from system.support import COMMAND, assert_bit_equal, rounds_trained, weights
 
 _BATCH, _SAMPLES = 50, 300
