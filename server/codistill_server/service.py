@@ -67,6 +67,8 @@ def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[st
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(1000 * keepalive)),
         ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
+        # gRPC sends pings of its own, to measure the link; while one of them is out, only this time-out counts.
+        ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),

@@ -150,19 +150,19 @@ class Run:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, run_dir: Path | None = None, students: tuple[str, ...] = STUDENTS, **changes: Any
+    folder: Path, run_dir: Path | None = None, workers: tuple[str, ...] = STUDENTS, **changes: Any
 ) -> Iterator[Run]:
     """Starts a server and workers, and ends what is left of them.
 
     Args:
         folder: where the experiment file goes, and the run's folder unless it is given.
         run_dir: the run's folder.
-        students: whose workers to start.
+        workers: the students whose workers to start.
         changes: of the experiment.
     """
     run = Run(folder, run_dir, **changes)
     try:
-        for student in students:
+        for student in workers:
             run.work(student)
         yield run
     finally:

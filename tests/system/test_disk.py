@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from codistill.exit_codes import ExitCode
@@ -23,17 +22,12 @@ from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import PlainView
 from codistill_worker.checkpoints import read
 from codistill_worker.errors import WorkerError
-from system.parts import ALL_WELL, CHANGES, ROUNDS, running, undisturbed
+from system.parts import ALL_WELL, CHANGES, ROUNDS, running
 from system.support import assert_bit_equal, experiment_file, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 Mount = Callable[[Path, str], None]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    return undisturbed(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture

@@ -5,23 +5,29 @@ Every worker has a proxy of its own to the one server. The reference is trained 
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
+from codistill import PROTOCOL_VERSION, SESSION_KEY
+from codistill.checksums import seal, seal_session
 from codistill.exit_codes import ExitCode
-from system.parts import ALL_WELL, PACE, STUDENTS, running, undisturbed
-from system.support import assert_bit_equal, rounds_trained, weights
+from codistill.experiment import Experiment, identity, load
+from codistill.tensors import encode
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_worker import data
+from system.parts import ALL_WELL, PACE, ROUNDS, STUDENTS, running
+from system.support import EXPERIMENT, assert_bit_equal, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    return undisturbed(tmp_path_factory.mktemp("reference"))
 
 
 def test_a_slow_narrow_lossy_link_and_dozens_of_cuts(tmp_path: Path, reference: Any) -> None:
@@ -67,7 +73,8 @@ def test_damaged_bytes_never_become_numbers(tmp_path: Path, reference: Any) -> N
 def test_a_silent_link_that_comes_back_before_and_after_the_connection_is_given_up(
     tmp_path: Path, reference: Any
 ) -> None:
-    with running(tmp_path) as run:
+    # The shortest pings there are: the server cuts a dead link after 5 + 10 s.
+    with running(tmp_path, exchange__keepalive=5, exchange__waiting_notice=3) as run:
         run.until(lambda: rounds_trained(run.folder) >= 5, "the first rounds")
         link = run.proxies["cnn"]
         link.up.hold = link.down.hold = True
@@ -85,6 +92,73 @@ def test_a_silent_link_that_comes_back_before_and_after_the_connection_is_given_
         run.progress(10)
         assert run.ended() == ALL_WELL
         assert_bit_equal(weights(run.folder), reference)
+
+
+def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path: Path, reference: Any) -> None:
+    """It is a student of its own, and absent, so the others' targets are those of a run without it."""
+    changes = {
+        "exchange__on_absence": "proceed",
+        "exchange__round_deadline": 4.0,
+        "students": [
+            *(each for each in EXPERIMENT["students"] if each["name"] in STUDENTS),
+            {"name": "vit", "model": "vit"},
+        ],
+    }
+    with running(tmp_path, workers=(), **changes) as run:
+        experiment = load(run.path)
+        # Of what is sent to it little fits on the way; the rest the server must hold, or not.
+        small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+        with grpc.insecure_channel(run.address, options=small) as channel:
+            stub = DistillationStub(channel)
+            session = stub.Join(_join_request(experiment, "vit"), timeout=20).session
+            sent: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
+            metadata = ((SESSION_KEY, seal_session(session)),)
+            stream = stub.Exchange(iter(sent.get, None), metadata=metadata)
+            try:
+                for name in STUDENTS:
+                    run.work(name)
+                run.until(lambda: rounds_trained(run.folder) >= 150, "rounds to ask for")
+                assert run.present() == {*STUDENTS, "vit"}
+                for number in range(140):
+                    message = _contribution(run.folder, number)
+                    sent.put(pb.Contribution.FromString(seal(message, str(session))))
+                run.until(lambda: run.events("disconnected") == ["vit"], "it is cut off")
+                run.until(lambda: all(each.poll() == 0 for each in run.workers.values()), "the others' end")
+            finally:
+                sent.put(None)
+                stream.cancel()
+        assert run.events("disconnected") == ["vit"]
+        assert set(run.events("absent")) == {"vit"}
+        assert rounds_trained(run.folder) == ROUNDS
+        assert_bit_equal(weights(run.folder), reference)
+
+
+def _join_request(experiment: Experiment, student: str) -> pb.JoinRequest:
+    """Returns what a worker joins with."""
+    dataset = data.load(experiment.plan(student).data, torch.device("cpu"))
+    return pb.JoinRequest(
+        protocol_version=PROTOCOL_VERSION,
+        student=student,
+        experiment=identity(experiment),
+        data=pb.DataFingerprint(
+            digest=dataset.fingerprint(), train_samples=len(dataset.train), classes=dataset.classes
+        ),
+        outputs={"logits": pb.Shape(dims=[dataset.classes])},
+        total_rounds=ROUNDS,
+    )
+
+
+def _contribution(folder: Path, number: int) -> pb.Contribution:
+    """Returns a contribution to a closed round, about its samples."""
+    with contextlib.closing(sqlite3.connect(f"file:{folder / 'journal.sqlite'}?mode=ro", uri=True)) as journal:
+        ((ids, labels),) = journal.execute("SELECT ids, labels FROM rounds WHERE round = ?", (number,)).fetchall()
+    size = [len(ids) // 8]
+    samples = pb.Samples(
+        ids=pb.Tensor(dtype=pb.DTYPE_INT64, shape=size, data=ids),
+        labels=pb.Tensor(dtype=pb.DTYPE_INT64, shape=size, data=labels),
+        outputs={"logits": encode(torch.zeros(*size, 10), "float32")},
+    )
+    return pb.Contribution(round=number, batch=samples)
 
 
 def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, reference: Any) -> None:

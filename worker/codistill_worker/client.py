@@ -45,6 +45,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),  # the server is trusted to send targets of any size
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
+    ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),  # of pings with which gRPC measures the link
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Left alone, the channel would wait up to two minutes between two attempts, and fail every call meanwhile.
