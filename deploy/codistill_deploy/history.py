@@ -139,7 +139,10 @@ class History:
 
     @property
     def ensemble_accuracy(self) -> float | None:
-        """The last known share of recent training samples that the mean of the students' probabilities classifies."""
+        """The share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.
+
+        The last epoch that there are records of; None if there are none.
+        """
         return next(
             (each.ensemble_accuracy for each in reversed(self.rounds) if each.ensemble_accuracy is not None), None
         )

@@ -312,7 +312,7 @@ const codistill = (() => {
       tiles.push(tile(percent(mean), students.length === 1 ? `test accuracy ${when}` : `test accuracy ${when}, mean of ${whom}`, true));
       if (measured.length > 1) tiles.push(tile(percent(best.latest.accuracy), `the highest of them, ${best.name}`));
     }
-    if (known(about.ensemble_accuracy)) tiles.push(tile(percent(about.ensemble_accuracy), "accuracy of the ensemble (the mean of the students’ probabilities) on recent training samples"));
+    if (known(about.ensemble_accuracy)) tiles.push(tile(percent(about.ensemble_accuracy), "accuracy of the ensemble (the mean of the students’ probabilities) on training samples, over the last epoch"));
     if (known(about.median_wait)) tiles.push(tile(seconds(about.median_wait), `median wait in a round, first contribution to last; longest ${seconds(about.longest_wait)}`));
     if (known(about.seconds)) tiles.push(tile(seconds(about.seconds), about.closed_rounds ? `first record to last, ${plural(about.closed_rounds, "round")} closed` : "first record to last"));
     return tiles.length ? h("div", { class: "tiles" }, tiles) : empty("Nothing has been measured yet.");
@@ -348,7 +348,7 @@ const codistill = (() => {
     ];
     if (about.exchanges) {
       figures.push(chart({ title: "Distillation loss", x: "epoch", y: "nats, log scale", axis: "nats", series: of("train", "distillation"), note: "The method’s term, its weight included.", nothing: "No distillation loss is recorded." }));
-      figures.push(chart({ title: "Ensemble accuracy", x: rounds.x, y: "ensemble accuracy, %", axis: "share", series: [ensemble], note: "Share of recent training samples that the mean of the students’ probabilities classifies correctly, a running mean that lags a little behind.", nothing: "No ensemble accuracy is recorded." }));
+      figures.push(chart({ title: "Ensemble accuracy", x: rounds.x, y: "ensemble accuracy, %", axis: "share", series: [ensemble], note: "Share of training samples that the mean of the students’ probabilities classifies correctly. Each point is the mean over the epoch before it.", nothing: "No ensemble accuracy is recorded." }));
     }
     return h("div", { class: "charts" }, figures);
   }
@@ -402,7 +402,7 @@ const codistill = (() => {
       return known(value) ? h("td", { style: shade(value) }, (100 * value).toFixed(1)) : h("td", {}, "·");
     })));
     const heads = h("tr", {}, h("td", {}), present.map((student) => head(student.name)));
-    const grid = table("disagreement", "Share of recent training samples on which two students predict different classes, %, at the last record.", heads, rows);
+    const grid = table("disagreement", "Share of training samples on which two students predict different classes, %, over the last epoch.", heads, rows);
     grid.querySelector("table").classList.add("heat");
     const each = lines.every((line) => line.students.length === 2);
     const series = lines.map(({ students: [first, second], position, ratio: y }) => ({
