@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -58,19 +60,37 @@ def make_view(console: Console) -> View:
 
 
 class LiveView:
-    """A table that redraws itself."""
+    """A table that redraws itself.
+
+    What is logged to the same terminal meanwhile is printed above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
+        self._handlers: list[logging.StreamHandler[TextIO]] = []
         self._title = ""
         self._shown_at = 0.0
 
     def start(self, title: str) -> None:
         """See :class:`View`."""
         self._title = title
-        self._live = Live(Text(f"{title}: starting …"), console=self._console, refresh_per_second=4, transient=False)
+        errors = sys.stderr
+        self._live = Live(
+            Text(f"{title}: starting …"),
+            console=self._console,
+            refresh_per_second=4,
+            transient=False,
+            redirect_stderr=errors.isatty(),  # errors that go to a file stay there
+        )
         self._live.start()
+        # Handlers hold the stream that they were made with, so they are told of the one that prints above the table.
+        self._handlers = [
+            handler
+            for handler in logging.getLogger().handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream is errors
+        ]
+        self._log_to_stderr()
 
     def update(self, run: pb.Run) -> None:
         """See :class:`View`."""
@@ -92,6 +112,11 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._log_to_stderr()
+
+    def _log_to_stderr(self) -> None:
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
 
 
 class PlainView:

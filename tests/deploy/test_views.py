@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
@@ -102,6 +103,43 @@ def test_a_terminal_gets_the_live_table() -> None:
     shown = console.file.getvalue()
     for fragment in ("20/40 rounds", "cnn", "resnet8", "91.2 %", "round 20 has waited 7 s for vit", "a line"):
         assert fragment in shown
+
+
+class Errors(io.StringIO):
+    """A standard error that is a terminal or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_logged_goes_above_the_table_or_where_errors_go(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    errors = Errors(terminal)
+    monkeypatch.setattr("sys.stderr", errors)
+    handler = logging.StreamHandler()  # holds what sys.stderr is now
+    log = logging.getLogger()
+    log.addHandler(handler)
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    assert isinstance(console.file, io.StringIO)
+    view = LiveView(console)
+    try:
+        view.start("digits")
+        log.warning("while it is drawn")
+        view.finish()
+        log.warning("afterwards")
+    finally:
+        log.removeHandler(handler)
+    shown = console.file.getvalue()
+    assert ("while it is drawn" in shown) is terminal
+    assert "afterwards" not in shown
+    expected = ["afterwards"] if terminal else ["while it is drawn", "afterwards"]
+    assert errors.getvalue().splitlines() == expected
 
 
 def test_elsewhere_plain_lines_do() -> None:
