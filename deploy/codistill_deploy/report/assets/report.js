@@ -103,10 +103,19 @@ const codistill = (() => {
 
   // ---- charts
 
+  // The decimals that tell multiples of a step apart: 2.5 needs one, though it is above 1.
+  function decimals(step) {
+    for (let digits = 0; digits < 6; digits += 1) {
+      const scaled = step * 10 ** digits;
+      if (Math.abs(scaled - Math.round(scaled)) < 1e-6 * scaled) return digits;
+    }
+    return 6;
+  }
+
   const AXES = {
     share: {
       text: (value) => percent(value),
-      ticks: (splits, step) => splits.map((value) => (100 * value).toFixed(Math.max(0, -Math.floor(Math.log10(100 * step) + 1e-9)))),
+      ticks: (splits, step) => splits.map((value) => (100 * value).toFixed(decimals(100 * step))),
       range: (low, high) => {
         const pad = Math.max((high - low) * 0.06, 0.005);
         return [Math.max(0, low - pad), Math.min(1, high + pad)];
