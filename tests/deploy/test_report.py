@@ -307,6 +307,21 @@ def test_a_run_without_a_record_makes_a_page(tmp_path: Path) -> None:
     assert shown["complete"] is False
 
 
+def test_the_last_of_a_series_is_the_tables_number_unrounded(tmp_path: Path) -> None:
+    run = history.read(write_run(tmp_path, epochs=2, every=1))
+    test = [
+        Measured(time=0, student="mlp", split="test", round=round_, epoch=epoch, accuracy=accuracy, loss=loss)
+        for round_, epoch, accuracy, loss in ((6, 1, 1 / 3, 2 / 3), (12, 2, 0.889949999, 0.3333335))
+    ]
+    shown = report.run_document(history.collect(run.experiment, test))["students"][0]
+    assert shown["test"]["accuracy"] == [0.33333, 0.889949999], "0.88995 would be shown as 89.00 %"
+    assert shown["test"]["loss"] == [0.66667, 0.3333335] == [0.66667, shown["final"]["loss"]]
+    whole = report.run_document(run)
+    assert whole["rounds"]["ensemble"]["accuracy"][-1] == whole["run"]["ensemble_accuracy"]
+    pairs = {(pair["first"], pair["second"]): pair["latest"] for pair in whole["disagreement"]["pairs"]}
+    assert {tuple(line["students"]): line["ratio"][-1] for line in whole["disagreement"]["lines"]} == pairs
+
+
 def test_a_comparisons_document_holds_the_tables_numbers_unrounded(tmp_path: Path) -> None:
     index = ComparisonIndex.read(write_comparison(tmp_path))
     table = comparison.summarise(comparison.read_runs(tmp_path, index))
@@ -557,6 +572,10 @@ def number(text: str) -> float:
     return float(found[0].replace("−", "-").replace(",", ""))
 
 
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[\d.]+", text) is not None
+
+
 class TestBrowser:
     pytestmark = browser
 
@@ -580,6 +599,41 @@ class TestBrowser:
             assert number(row[1]) == pytest.approx(1000 * (student.step_seconds or 0), rel=0.005)
             assert number(row[4]) == run.waits[student.name].rounds
         assert [row[3] for row in read.tables["events"][1:]] == [NASTY]
+
+    def test_ticks_are_as_far_apart_as_they_say(self, tmp_path: Path) -> None:
+        """Every step that the axes of shares can take, read off what is drawn."""
+        program = [
+            "const drawn = [];",
+            "const paint = CanvasRenderingContext2D.prototype.fillText;",
+            "CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {",
+            "  drawn.push(text); document.documentElement.dataset.drawn = JSON.stringify(drawn);",
+            "  return paint.call(this, text, ...rest);",
+            "};",
+        ]
+        folder = write_run(tmp_path / "run", epochs=2, every=1)
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps: set[float] = set()
+        for number, spread in enumerate((0.03, 0.12, 0.3)):
+            changed: list[str] = []
+            for line in lines:
+                record = json.loads(line)
+                if record["kind"] == "measured":
+                    record["accuracy"] = 0.5 + spread * (record["epoch"] - 1)
+                changed.append(json.dumps(record))
+            (folder / "metrics.jsonl").write_text("\n".join(changed) + "\n", encoding="utf-8")
+            text = report.write(folder).read_text(encoding="utf-8")
+            text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
+            hooked = tmp_path / "hooked.html"
+            hooked.write_text(
+                text.replace("<script", f"<script>{''.join(program)}</script><script", 1), encoding="utf-8"
+            )
+            texts = json.loads(root(Page(loaded(hooked, tmp_path / f"profile-{number}")))["data-drawn"] or "[]")
+            first = texts.index("test accuracy, %") + 1  # an axis's name is drawn before its ticks
+            ticks = [float(each) for each in itertools.takewhile(is_number, texts[first:])]
+            apart = {round(other - one, 6) for one, other in itertools.pairwise(ticks)}
+            assert len(apart) == 1, ticks
+            steps |= apart
+        assert any(step % 1 for step in steps), f"a step that is no whole number is among {steps}"
 
     def test_a_page_says_who_was_started_again(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", epochs=5)

@@ -16,7 +16,8 @@ A run's document:
 A comparison's document: ``kind`` ``"comparison"``, ``methods``, ``baseline``, ``seeds``, ``students`` and ``means`` with a
 result for each method, ``incomplete``, ``runs`` with a summary of each, and ``pictures`` (SVG of the gains).
 
-Numbers that are not finite become null. A series is cut down to :data:`LIMIT` points.
+Numbers that are not finite become null. A series is cut down to :data:`LIMIT` points, of five significant digits but for
+the last, which is the tables' and rounds as theirs does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -166,9 +167,9 @@ def _series(series: Sequence[Measured]) -> dict[str, Any]:
     return {
         "count": len(series),
         "epoch": [_short(each.epoch) for each in kept],
-        "accuracy": [_short(each.accuracy) for each in kept],
-        "loss": [_short(each.loss) for each in kept],
-        "distillation": [_short(each.distillation_loss) for each in kept]
+        "accuracy": _column(each.accuracy for each in kept),
+        "loss": _column(each.loss for each in kept),
+        "distillation": _column(each.distillation_loss for each in kept)
         if any(each.distillation_loss is not None for each in kept)
         else [],
     }
@@ -195,7 +196,7 @@ def _rounds(history: History) -> dict[str, Any]:
         },
         "ensemble": {
             "position": [_position(history, span.last) for span in drawn],
-            "accuracy": [_short(span.ensemble_accuracy) for span in drawn],
+            "accuracy": _column(span.ensemble_accuracy for span in drawn),
         },
     }
 
@@ -234,7 +235,7 @@ def _disagreement(history: History) -> dict[str, Any]:
 
 def _line(history: History, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     kept = [points[index] for index in thinned(len(points))]
-    return {"position": [_position(history, last) for last, _ in kept], "ratio": [_short(ratio) for _, ratio in kept]}
+    return {"position": [_position(history, last) for last, _ in kept], "ratio": _column(ratio for _, ratio in kept)}
 
 
 def _axis(history: History) -> str:
@@ -282,7 +283,7 @@ def _curve(result: Result) -> dict[str, Any]:
     low, high = edge(-1), edge(1)
     return {
         "epoch": [_short(epoch) for epoch, _ in kept],
-        "mean": [_short(spread.mean) for _, spread in kept],
+        "mean": _column(spread.mean for _, spread in kept),
         "low": [low(spread) for _, spread in kept],
         "high": [high(spread) for _, spread in kept],
     }
@@ -336,6 +337,13 @@ def _compared(run: MethodRun) -> dict[str, Any]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _column(values: Iterable[float | None]) -> list[float | None]:
+    """Returns a series' numbers, the last that is known unrounded: to round it twice might show another number."""
+    known = [_number(value) for value in values]
+    last = max((index for index, value in enumerate(known) if value is not None), default=-1)
+    return [value if index == last else _short(value) for index, value in enumerate(known)]
 
 
 def _short(value: float | None) -> float | None:
