@@ -158,7 +158,10 @@ class PlainView:
 
 
 def status_table(run: pb.Run) -> Table:
-    """Returns the table of the students of a run."""
+    """Returns the table of the students of a run.
+
+    Missed rounds, and the sessions of students that joined more than once, have columns where there are any.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("student")
     table.add_column("model")
@@ -169,6 +172,12 @@ def status_table(run: pb.Run) -> Table:
     table.add_column("test", justify="right")
     table.add_column("step", justify="right")
     table.add_column("wait", justify="right")
+    missed = any(student.missed_rounds for student in run.students)
+    rejoined = any(student.joins > 1 for student in run.students)
+    if missed:
+        table.add_column("missed", justify="right")
+    if rejoined:
+        table.add_column("joins", justify="right")
     for student in run.students:
         state, style = _STATES.get(student.state, ("?", "red"))
         if student.name in run.waiting_for and run.waiting_seconds > _NOTICE_SECONDS:
@@ -183,6 +192,8 @@ def status_table(run: pb.Run) -> Table:
             _accuracy(student, pb.SPLIT_TEST),
             _milliseconds(student.step_seconds),
             _milliseconds(student.wait_seconds),
+            *([f"{student.missed_rounds}"] if missed else []),
+            *([f"{student.joins}"] if rejoined else []),
         )
     return table
 

@@ -49,6 +49,22 @@ def test_the_table_shows_every_student() -> None:
     assert lines[2].split() == ["vit", "vit", "absent", "19", "0.0"]
 
 
+def test_what_was_missed_has_columns_where_anything_was() -> None:
+    run = run_at(20)
+    run.students[0].joins = run.students[1].joins = 1
+    assert "missed" not in printed(status_table(run))
+    run.students[1].missed_rounds = 7
+    lines = printed(status_table(run)).splitlines()
+    assert lines[0].split()[-2:] == ["wait", "missed"]
+    assert [line.split()[-1] for line in lines[1:]] == ["0", "7"]
+    run.students[1].joins = 2
+    lines = printed(status_table(run)).splitlines()
+    assert lines[0].split()[-2:] == ["missed", "joins"]
+    assert [line.split()[-2:] for line in lines[1:]] == [["0", "1"], ["7", "2"]]
+    run.students[1].missed_rounds = 0
+    assert printed(status_table(run)).splitlines()[0].split()[-2:] == ["wait", "joins"]
+
+
 def test_who_is_waited_for_is_named_only_when_it_matters() -> None:
     assert waiting_line(run_at(20, waiting=0.5)) == ""
     assert waiting_line(run_at(20, waiting=12)) == "round 20 has waited 12 s for vit"
