@@ -649,6 +649,27 @@ class TestBrowser:
         assert "<dt>Started again</dt><dd>the server once and cnn 2 times</dd>" in dom
         assert dom.count(killed) >= 3
 
+    def test_a_page_says_what_was_missed_only_where_something_was(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "run", epochs=5)
+        dom = loaded(report.write(folder), tmp_path / "profile")
+        assert all(len(row) == 6 for row in Page(dom).tables["waits"])
+        drawn = dom.partition("<script")[0]
+        assert 'id="waits"' in drawn
+        assert "Missed" not in drawn
+        assert "below the quorum" not in drawn
+        assert "<dt>Joined again</dt>" not in dom
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        spans = [record for record in records if record["kind"] == "rounds"]
+        spans[1] |= {"missed": {"vit": 3, "cnn": 1}, "without_targets": 1}
+        spans[3] |= {"missed": {"vit": 3}}
+        records += [record for record in records if record["kind"] == "joined" and record["student"] == "vit"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+        dom = loaded(report.write(folder), tmp_path / "profile")
+        waits = Page(dom).tables["waits"]
+        assert [row[-1] for row in waits] == ["Missed, rounds", "0 (0.0\u202f%)", "1 (3.3\u202f%)", "6 (20.0\u202f%)"]
+        assert "1 round closed below the quorum and had no targets" in dom
+        assert "<dt>Joined again</dt><dd>vit once</dd>" in dom
+
     def test_a_comparisons_page_draws_its_charts_and_its_numbers_are_the_datas(self, tmp_path: Path) -> None:
         folder = write_comparison(tmp_path / "cmp", ("independent", "dml", "kdcl"), epochs=20)
         table = comparison.summarise(comparison.read_runs(folder, ComparisonIndex.read(folder)))

@@ -7,7 +7,8 @@ A run's document:
 - ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
   (the last test measurement) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
   (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
-  ``restarts``, how often its worker was started again.
+  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, those that closed
+  without it.
 - ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
 - ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
   :data:`PAIRS` of them each student's mean over its pairs.
@@ -88,6 +89,7 @@ def run_document(history: History) -> dict[str, Any]:
             "closed_rounds": history.closed_rounds,
             "median_wait": _number(median_wait(history.rounds)),
             "longest_wait": _number(longest_wait(history.rounds)),
+            "without_targets": history.rounds_without_targets,
             "ensemble_accuracy": _number(history.ensemble_accuracy),
             "server_restarts": sum(event.what == RESTARTED and not event.student for event in history.events),
         },
@@ -153,6 +155,8 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
         "last": blocked.rounds if blocked else 0,
         "missed": _number(blocked.seconds) if blocked else 0.0,
         "restarts": student.restarts,
+        "joins": student.joins,
+        "missed_rounds": student.missed_rounds,
     }
 
 

@@ -287,7 +287,8 @@ const codistill = (() => {
         ["Training samples", about.train_size === null ? "all of the training split" : `${count(about.train_size)} chosen by the experiment`],
         ["Optimiser", `${about.optimizer}, learning rate ${about.lr}, schedule ${about.schedule}`],
         ["Rounds for each student", count(about.total_rounds)],
-        ["Started again", restarts(students, about)],
+        ["Started again", times([["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])])],
+        ["Joined again", times(students.map((student) => [student.name, student.joins - 1]))],
         ["How", { grpc: "worker processes over gRPC", "in-process": "all students in one process" }[about.mode]],
         ["Versions", versions],
         ["Machine", Object.entries(about.machine).map(([name, value]) => `${name}: ${value}`).join(" · "), true],
@@ -305,9 +306,9 @@ const codistill = (() => {
     ];
   }
 
-  function restarts(students, about) {
-    const times = [["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])].filter(([, number]) => number);
-    return times.length ? list(times.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
+  function times(counted) {
+    const some = counted.filter(([, number]) => number > 0);
+    return some.length ? list(some.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
   }
 
   function runTiles({ run: about, students, complete }) {
@@ -371,23 +372,27 @@ const codistill = (() => {
       h("i", { style: { width: `${(100 * Math.max(student.step - student.wait, 0)) / slowest}%`, background: `var(${look(number).colour})` } }),
       student.wait > 0 ? h("i", { class: "waiting", style: { width: `${(100 * Math.min(student.wait, student.step)) / slowest}%` } }) : "") : "–");
     const closed = rounds.spans > 0;
+    const missed = students.some((student) => student.missed_rounds > 0);
     const rows = students.map((student, number) => h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name),
       cell(seconds(student.step)),
       about.exchanges ? cell(seconds(student.wait)) : null,
       h("td", {}, steps(student, number)),
       closed ? cell(`${count(student.last)} (${percent(student.last / about.closed_rounds, 1)})`) : null,
-      closed ? cell(seconds(student.missed)) : null));
+      closed ? cell(seconds(student.missed)) : null,
+      missed ? cell(`${count(student.missed_rounds)} (${percent(student.missed_rounds / about.closed_rounds, 1)})`) : null));
     const heads = h("tr", {}, head("Student"), head("Step, median", { class: "number" }),
       about.exchanges ? head("of it waiting", { class: "number" }) : null, head(about.exchanges ? "Working, and waiting (hatched)" : "Working"),
-      closed ? head("Last to contribute, rounds", { class: "number" }) : null, closed ? head("Others waited for it", { class: "number" }) : null);
+      closed ? head("Last to contribute, rounds", { class: "number" }) : null, closed ? head("Others waited for it", { class: "number" }) : null,
+      missed ? head("Missed, rounds", { class: "number" }) : null);
     const caption = about.exchanges
-      ? "Medians over the student’s reports. A student is waited for while it is the only one whose contribution to a round is missing."
+      ? "Medians over the student’s reports. A student is waited for while it is the only one whose contribution to a round is missing." + (missed ? " A round that closed without a student is one that it missed." : "")
       : `Medians over the student’s reports. With ${about.method} nothing is exchanged, so nobody waits.`;
     const block = [table("waits", caption, heads, rows)];
     if (closed) {
       const columns = rounds.round;
       const merged = rounds.spans > columns.length ? ` ${count(rounds.spans)} records are merged into ${columns.length} points; no maximum is lost.` : "";
       block.push(h("p", {}, `Over ${plural(about.closed_rounds, "closed round")}, the median time from the first contribution to the last was ${seconds(about.median_wait)}; the longest was ${seconds(about.longest_wait)}.`),
+        about.without_targets ? h("p", {}, `${plural(about.without_targets, "round")} closed below the quorum and had no targets: whoever was there learned from the labels alone.`) : "",
         h("div", { class: "charts" },
           chart({ title: "Wait in a round, first contribution to last", x: "round", y: "time, log scale", axis: "time", nothing: "No wait is recorded.",
             note: `Each point is a span of rounds that ends there.${merged}`,
