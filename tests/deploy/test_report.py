@@ -544,7 +544,7 @@ CHROMIUM = next(
 browser = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")]
 
 
-def loaded(path: Path, profile: Path) -> str:
+def loaded(path: Path, profile: Path, width: int = 1200) -> str:
     """Returns the page's DOM after its scripts have run."""
     assert CHROMIUM is not None
     flags = [
@@ -555,7 +555,13 @@ def loaded(path: Path, profile: Path) -> str:
         "--no-first-run",
         "--disable-background-networking",
     ]
-    flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}",
+        f"--window-size={width},900",
+    ]
     result = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=90, check=True
     )
@@ -634,6 +640,30 @@ class TestBrowser:
             assert len(apart) == 1, ticks
             steps |= apart
         assert any(step % 1 for step in steps), f"a step that is no whole number is among {steps}"
+
+    def test_a_narrow_screen_has_the_accuracies_whole_and_cuts_nothing_else(self, tmp_path: Path) -> None:
+        """Tables may scroll, and show that they do; the page itself may not."""
+        folder = write_run(tmp_path / "run", epochs=5)
+        text = report.write(folder).read_text(encoding="utf-8")
+        text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
+        outer = tmp_path / "outer.html"
+        measure = (
+            "const page = document.querySelector('iframe').contentDocument;"
+            "const right = (each) => each.getBoundingClientRect().right;"
+            "const free = [...page.querySelectorAll('main *')].filter((each) => !each.closest('.scroll'));"
+            "const shown = [...page.querySelectorAll('#students tr > :nth-child(5), #students .meter')];"
+            "document.documentElement.dataset.free = Math.max(...free.map(right));"
+            "document.documentElement.dataset.shown = Math.max(...shown.map(right));"
+        )
+        source = html.escape(text, quote=True)
+        outer.write_text(
+            f'<body><iframe style="width:420px;height:900px;border:0" srcdoc="{source}"></iframe>'
+            f"<script>addEventListener('load', () => {{{measure}}})</script>",
+            encoding="utf-8",
+        )
+        measured = root(Page(loaded(outer, tmp_path / "profile")))
+        assert 300 < float(measured["data-shown"] or "nan") <= 420
+        assert 300 < float(measured["data-free"] or "nan") <= 420
 
     def test_a_page_says_who_was_started_again(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", epochs=5)
