@@ -319,6 +319,9 @@ def main() -> None:
         if debug:
             logging.getLogger().exception("the command failed")
         code = _explain(error)
+    # How the process ends is settled: another Ctrl-C would only tear what is cleaned up, and show a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watchdog = Watchdog()
     watchdog.begin("the end of this process", _EXIT_SECONDS)
     watchdog.start()

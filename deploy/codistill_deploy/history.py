@@ -89,6 +89,10 @@ class StudentHistory:
     """The test measurement of the last epoch, not of the best; None if training did not get there."""
     restarts: int = 0
     """How often its worker was started again."""
+    joins: int = 0
+    """How often it joined: once, and again after each restart, resumption or broken connection."""
+    missed_rounds: int = 0
+    """How many rounds closed without it."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -133,13 +137,21 @@ class History:
         return sum(map(_length, self.rounds))
 
     @property
+    def rounds_without_targets(self) -> int:
+        """How many rounds closed below the quorum, without targets."""
+        return sum(span.without_targets for span in self.rounds)
+
+    @property
     def seconds(self) -> float | None:
         """The time from the first record to the last, interruptions included."""
         return None if self.started is None or self.ended is None else self.ended - self.started
 
     @property
     def ensemble_accuracy(self) -> float | None:
-        """The last known share of recent training samples that the mean of the students' probabilities classifies."""
+        """The share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.
+
+        The last epoch that there are records of; None if there are none.
+        """
         return next(
             (each.ensemble_accuracy for each in reversed(self.rounds) if each.ensemble_accuracy is not None), None
         )
@@ -167,11 +179,13 @@ def collect(
     happened: list[Happened] = []
     names = dict.fromkeys(experiment.names)
     times: list[float] = []
+    joins: Counter[str] = Counter()
     for record in (*metrics, *events):
         times.append(record.time)
         match record:
             case Joined():
                 joined[record.student] = record
+                joins[record.student] += 1
                 names.setdefault(record.student)
             case Measured():
                 measured.setdefault((record.student, record.split), {})[record.round] = record
@@ -201,6 +215,8 @@ def collect(
                 pace=_by_round(paced.get(name, {})),
                 final=test[-1] if done else None,
                 restarts=sum(event.what == RESTARTED and event.student == name for event in happened),
+                joins=joins[name],
+                missed_rounds=sum(span.missed.get(name, 0) for span in spans),
             )
         )
     return History(

@@ -24,6 +24,7 @@ __all__ = ["add_supervision", "ask", "show"]
 
 _SECONDS = 5.0
 _EVENTS = 5
+_UNBOUNDED = 10_000
 
 
 def ask(address: str, security: Security | None = None) -> pb.Run:
@@ -71,6 +72,8 @@ def add_supervision(run: pb.Run, folder: Path) -> None:
 
 def show(run: pb.Run, console: Console) -> None:
     """Prints where a run stands, whom it waits for, and what happened last."""
+    if not console.is_terminal:  # a file or a pipe has no width to wrap for
+        console = Console(file=console.file, width=_UNBOUNDED, highlight=False)
     stage = "complete" if run.complete else f"round {run.frontier} of {run.total_rounds or '?'}"
     rate = f", {run.rounds_per_second:.1f} rounds/s" if run.rounds_per_second else ""
     console.print(Text(f"{run.name} ({run.method}): {stage}{rate}", style="bold"))
@@ -82,5 +85,6 @@ def show(run: pb.Run, console: Console) -> None:
         )
     for event in run.events[-_EVENTS:]:
         at = datetime.fromtimestamp(event.unix_seconds, UTC).astimezone().strftime("%H:%M:%S")
-        who = f" {event.student}:" if event.student else ""
-        console.print(Text(f"{at}{who} {event.message or event.kind}", style="dim"), soft_wrap=True)
+        who = f" {event.student}" if event.student else ""
+        told = event.message if event.message.startswith(event.kind) else f"{event.kind}: {event.message}"
+        console.print(Text(f"{at}{who} {told if event.message else event.kind}", style="dim"), soft_wrap=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -58,19 +60,37 @@ def make_view(console: Console) -> View:
 
 
 class LiveView:
-    """A table that redraws itself."""
+    """A table that redraws itself.
+
+    What is logged to the same terminal meanwhile is printed above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
+        self._handlers: list[logging.StreamHandler[TextIO]] = []
         self._title = ""
         self._shown_at = 0.0
 
     def start(self, title: str) -> None:
         """See :class:`View`."""
         self._title = title
-        self._live = Live(Text(f"{title}: starting …"), console=self._console, refresh_per_second=4, transient=False)
+        errors = sys.stderr
+        self._live = Live(
+            Text(f"{title}: starting …"),
+            console=self._console,
+            refresh_per_second=4,
+            transient=False,
+            redirect_stderr=errors.isatty(),  # errors that go to a file stay there
+        )
         self._live.start()
+        # Handlers hold the stream that they were made with, so they are told of the one that prints above the table.
+        self._handlers = [
+            handler
+            for handler in logging.getLogger().handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream is errors
+        ]
+        self._log_to_stderr()
 
     def update(self, run: pb.Run) -> None:
         """See :class:`View`."""
@@ -92,6 +112,11 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._log_to_stderr()
+
+    def _log_to_stderr(self) -> None:
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
 
 
 class PlainView:
@@ -133,7 +158,10 @@ class PlainView:
 
 
 def status_table(run: pb.Run) -> Table:
-    """Returns the table of the students of a run."""
+    """Returns the table of the students of a run.
+
+    Missed rounds, and the sessions of students that joined more than once, have columns where there are any.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("student")
     table.add_column("model")
@@ -144,6 +172,12 @@ def status_table(run: pb.Run) -> Table:
     table.add_column("test", justify="right")
     table.add_column("step", justify="right")
     table.add_column("wait", justify="right")
+    missed = any(student.missed_rounds for student in run.students)
+    rejoined = any(student.joins > 1 for student in run.students)
+    if missed:
+        table.add_column("missed", justify="right")
+    if rejoined:
+        table.add_column("joins", justify="right")
     for student in run.students:
         state, style = _STATES.get(student.state, ("?", "red"))
         if student.name in run.waiting_for and run.waiting_seconds > _NOTICE_SECONDS:
@@ -158,6 +192,8 @@ def status_table(run: pb.Run) -> Table:
             _accuracy(student, pb.SPLIT_TEST),
             _milliseconds(student.step_seconds),
             _milliseconds(student.wait_seconds),
+            *([f"{student.missed_rounds}"] if missed else []),
+            *([f"{student.joins}"] if rejoined else []),
         )
     return table
 

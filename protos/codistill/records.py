@@ -85,8 +85,10 @@ class RoundsClosed(_Record):
     wait_max: float
     waits: dict[str, StudentWait]
     ensemble_accuracy: float | None = None
+    """Share of training samples that the mean of the students' probabilities classifies correctly, over the rounds of one
+    epoch up to `last`."""
     disagreement: dict[str, float] = Field(default_factory=dict)
-    """Share of samples on which two students differ, by ``first|second``."""
+    """Share of the same samples on which two students differ, by ``first|second``."""
     missed: dict[str, int] = Field(default_factory=dict)
     """How many of the rounds closed without a student, by its name."""
     without_targets: int = 0

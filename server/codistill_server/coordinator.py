@@ -439,9 +439,9 @@ class Coordinator:
             self._recent[closed.round] = closed
             if len(self._recent) > _RECENT_ROUNDS:
                 self._recent.popitem(last=False)
+            self.observations.agreement(closed.round, gathered.students, gathered.outputs["logits"], gathered.labels)
             self.observations.round_closed(closed.round, decide.arrived, missing, targets=decide.targets)
             self._apply(Decided(closed.round))
-            self.observations.agreement(gathered.students, gathered.outputs["logits"], gathered.labels)
 
         self._submit(work, done, heavy=half.heavy)
 

@@ -107,14 +107,17 @@ class _RunCollector(Collector):
 
         ensemble = gauge(
             "ensemble_accuracy_ratio",
-            "Share of recent training samples that the mean of the students' probabilities classifies correctly.",
+            "Share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.",
             "split",
         )
         if state.HasField("ensemble_accuracy"):
             ensemble.add_metric([run, "train"], state.ensemble_accuracy)
         yield ensemble
         disagreement = gauge(
-            "disagreement_ratio", "Share of recent training samples on which two students differ.", "first", "second"
+            "disagreement_ratio",
+            "Share of the last epoch's training samples on which two students differ.",
+            "first",
+            "second",
         )
         shown = {student.name for student in students}
         for pair in state.disagreements:

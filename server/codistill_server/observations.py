@@ -5,6 +5,8 @@ The coordinator feeds :class:`Observations`; nothing in here has any effect on t
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +25,7 @@ __all__ = ["Observations", "StudentView"]
 _EVENTS = 200
 _RATE_MARKS = 20
 _RATE_INTERVAL = 0.5
-_AGREEMENT_INTERVAL = 0.5
-_SMOOTHING = 0.2
+_AGREEMENT_ROUNDS = 64  # of an epoch, evenly spaced: enough for half a point, and next to nothing of a round's time
 _SPAN_SECONDS = 30.0
 _REFUSALS = Rate(20, 1 / 60)  # of a kind and a student: what people read; whoever knocks must not fill the disk
 
@@ -69,6 +70,19 @@ class _Span:
     without_targets: int = 0
 
 
+@dataclass(frozen=True)
+class _Agreement:
+    """What one round's logits say of the students together."""
+
+    round: int
+    students: tuple[str, ...]
+    samples: int
+    right: int
+    """Samples that the mean of the students' probabilities classifies correctly."""
+    differ: torch.Tensor
+    """Samples on which two students differ, [K, K]."""
+
+
 class Observations:
     """The run's state as seen from outside.
 
@@ -94,8 +108,6 @@ class Observations:
         self.rounds_per_epoch = 0
         self.closed_rounds = 0
         self.rounds_without_targets = 0
-        self.ensemble_accuracy: float | None = None
-        self.disagreement: dict[tuple[str, str], float] = {}
         # From 0 on, so that the first of a kind shows as a rise.
         self.rejected: dict[Status, int] = {each: 0 for each in Status if each is not Status.SUPERSEDED}
         self.bytes_in = 0
@@ -112,7 +124,7 @@ class Observations:
         self._last_closing: float | None = None
         self._last_without_targets = -2
         self._span: _Span | None = None
-        self._agreement_at = -_AGREEMENT_INTERVAL
+        self._agreement: deque[_Agreement] = deque(maxlen=_AGREEMENT_ROUNDS)
 
     def event(self, what: str, student: str = "", message: str = "") -> None:
         """Takes in something that happened."""
@@ -233,23 +245,48 @@ class Observations:
         self._last_without_targets = number
         self.rounds_without_targets += 1
 
-    def agreement(self, students: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def agreement(self, number: int, students: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Measures on a round's logits [K, B, C] how good the ensemble is and how far the students agree.
 
-        It does so a few times a second at most, so that it costs a fast run nothing.
+        Of a long epoch it takes a share of the rounds, chosen by their numbers: what is measured is the same on every
+        machine. Whoever wants a span to tell of its own last round calls this before :meth:`round_closed`.
         """
-        now = self._clock()
-        if now - self._agreement_at < _AGREEMENT_INTERVAL:
+        if number % math.ceil(max(self.rounds_per_epoch, 1) / _AGREEMENT_ROUNDS):
             return
-        self._agreement_at = now
         votes = logits.argmax(-1)
-        ensemble = logits.softmax(-1).mean(0).argmax(-1)
-        accuracy = (ensemble == labels).double().mean().item()
-        self.ensemble_accuracy = _smooth(self.ensemble_accuracy, accuracy)
-        for position, first in enumerate(students[:-1]):
-            differ = (votes[position] != votes[position + 1 :]).double().mean(-1).tolist()
-            for second, ratio in zip(students[position + 1 :], differ, strict=True):
-                self.disagreement[first, second] = _smooth(self.disagreement.get((first, second)), ratio)
+        ensemble = logits.softmax(-1).sum(0).argmax(-1)
+        differ = (votes[:, None] != votes[None]).sum(-1)
+        self._agreement.append(_Agreement(number, students, len(labels), int((ensemble == labels).sum()), differ))
+        while self.rounds_per_epoch and self._agreement[0].round <= number - self.rounds_per_epoch:
+            self._agreement.popleft()
+
+    @property
+    def ensemble_accuracy(self) -> float | None:
+        """The share of an epoch's samples, up to the last round, that the students' mean probability classifies correctly.
+
+        None until it is known.
+        """
+        samples = sum(each.samples for each in self._agreement)
+        return sum(each.right for each in self._agreement) / samples if samples else None
+
+    @property
+    def disagreement(self) -> dict[tuple[str, str], float]:
+        """The share of the same samples on which two students differ, for each pair that was measured together."""
+        differ: Counter[tuple[str, str]] = Counter()
+        samples: Counter[tuple[str, str]] = Counter()
+        for students, rounds in self._agreement_by_students().items():
+            total = sum(each.samples for each in rounds)
+            counts = torch.stack([each.differ for each in rounds]).sum(0).tolist()
+            for (one, first), (other, second) in itertools.combinations(enumerate(students), 2):
+                differ[first, second] += counts[one][other]
+                samples[first, second] += total
+        return {pair: differ[pair] / samples[pair] for pair in samples}
+
+    def _agreement_by_students(self) -> dict[tuple[str, ...], list[_Agreement]]:
+        found: dict[tuple[str, ...], list[_Agreement]] = {}
+        for each in self._agreement:
+            found.setdefault(each.students, []).append(each)
+        return found
 
     def flush(self) -> None:
         """Writes down the rounds and the number of refusals that are not written yet."""
@@ -337,10 +374,6 @@ class Observations:
                 without_targets=span.without_targets,
             )
         )
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _SMOOTHING) * old + _SMOOTHING * new
 
 
 def _nothing(wait: float, seconds: float) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +21,27 @@ def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that
         assert re.search(rf"{setting.option} <?path>? .*?{setting.variable.lower()}\b", text)
     assert TOKEN_VARIABLE.lower() in text
     assert "--token " not in text, "a token on a command line is read by everybody on the machine"
+
+
+def test_a_signal_while_the_process_ends_changes_nothing() -> None:
+    program = textwrap.dedent("""
+        import atexit, os, signal
+        from codistill_deploy import cli
+
+        def interrupt():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+        def command(**options):
+            cli._stop_on_signals().set()
+            atexit.register(interrupt)
+            raise SystemExit(7)
+
+        cli.app = command
+        cli.main()
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (7, "")
 
 
 def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:

@@ -225,3 +225,14 @@ def test_what_the_supervisor_saw_stands_among_the_servers_events(tmp_path: Path)
         (5.0, "gave_up"),
     ]
     assert [student.restarts for student in run.students] == [0, 1]
+
+
+def test_what_was_missed_is_summed_over_the_spans_that_stand() -> None:
+    missed = [
+        span(first, first + 4).model_copy(update={"missed": by_name, "without_targets": alone})
+        for first, by_name, alone in ((0, {"a": 2}, 1), (5, {"b": 5}, 4), (5, {"a": 1, "b": 3}, 2))
+    ]
+    run = history.collect(experiment(), [joined("a"), *missed, joined("a")])
+    assert [student.missed_rounds for student in run.students] == [3, 3]
+    assert [student.joins for student in run.students] == [2, 0]
+    assert run.rounds_without_targets == 3

@@ -307,6 +307,21 @@ def test_a_run_without_a_record_makes_a_page(tmp_path: Path) -> None:
     assert shown["complete"] is False
 
 
+def test_the_last_of_a_series_is_the_tables_number_unrounded(tmp_path: Path) -> None:
+    run = history.read(write_run(tmp_path, epochs=2, every=1))
+    test = [
+        Measured(time=0, student="mlp", split="test", round=round_, epoch=epoch, accuracy=accuracy, loss=loss)
+        for round_, epoch, accuracy, loss in ((6, 1, 1 / 3, 2 / 3), (12, 2, 0.889949999, 0.3333335))
+    ]
+    shown = report.run_document(history.collect(run.experiment, test))["students"][0]
+    assert shown["test"]["accuracy"] == [0.33333, 0.889949999], "0.88995 would be shown as 89.00 %"
+    assert shown["test"]["loss"] == [0.66667, 0.3333335] == [0.66667, shown["final"]["loss"]]
+    whole = report.run_document(run)
+    assert whole["rounds"]["ensemble"]["accuracy"][-1] == whole["run"]["ensemble_accuracy"]
+    pairs = {(pair["first"], pair["second"]): pair["latest"] for pair in whole["disagreement"]["pairs"]}
+    assert {tuple(line["students"]): line["ratio"][-1] for line in whole["disagreement"]["lines"]} == pairs
+
+
 def test_a_comparisons_document_holds_the_tables_numbers_unrounded(tmp_path: Path) -> None:
     index = ComparisonIndex.read(write_comparison(tmp_path))
     table = comparison.summarise(comparison.read_runs(tmp_path, index))
@@ -529,7 +544,7 @@ CHROMIUM = next(
 browser = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")]
 
 
-def loaded(path: Path, profile: Path) -> str:
+def loaded(path: Path, profile: Path, width: int = 1200) -> str:
     """Returns the page's DOM after its scripts have run."""
     assert CHROMIUM is not None
     flags = [
@@ -540,7 +555,13 @@ def loaded(path: Path, profile: Path) -> str:
         "--no-first-run",
         "--disable-background-networking",
     ]
-    flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}",
+        f"--window-size={width},900",
+    ]
     result = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=90, check=True
     )
@@ -555,6 +576,10 @@ def number(text: str) -> float:
     found = re.search(r"[-+−]?[\d.,]+", text)
     assert found, text
     return float(found[0].replace("−", "-").replace(",", ""))
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"[\d.]+", text) is not None
 
 
 class TestBrowser:
@@ -581,6 +606,65 @@ class TestBrowser:
             assert number(row[4]) == run.waits[student.name].rounds
         assert [row[3] for row in read.tables["events"][1:]] == [NASTY]
 
+    def test_ticks_are_as_far_apart_as_they_say(self, tmp_path: Path) -> None:
+        """Every step that the axes of shares can take, read off what is drawn."""
+        program = [
+            "const drawn = [];",
+            "const paint = CanvasRenderingContext2D.prototype.fillText;",
+            "CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {",
+            "  drawn.push(text); document.documentElement.dataset.drawn = JSON.stringify(drawn);",
+            "  return paint.call(this, text, ...rest);",
+            "};",
+        ]
+        folder = write_run(tmp_path / "run", epochs=2, every=1)
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps: set[float] = set()
+        for number, spread in enumerate((0.03, 0.12, 0.3)):
+            changed: list[str] = []
+            for line in lines:
+                record = json.loads(line)
+                if record["kind"] == "measured":
+                    record["accuracy"] = 0.5 + spread * (record["epoch"] - 1)
+                changed.append(json.dumps(record))
+            (folder / "metrics.jsonl").write_text("\n".join(changed) + "\n", encoding="utf-8")
+            text = report.write(folder).read_text(encoding="utf-8")
+            text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
+            hooked = tmp_path / "hooked.html"
+            hooked.write_text(
+                text.replace("<script", f"<script>{''.join(program)}</script><script", 1), encoding="utf-8"
+            )
+            texts = json.loads(root(Page(loaded(hooked, tmp_path / f"profile-{number}")))["data-drawn"] or "[]")
+            first = texts.index("test accuracy, %") + 1  # an axis's name is drawn before its ticks
+            ticks = [float(each) for each in itertools.takewhile(is_number, texts[first:])]
+            apart = {round(other - one, 6) for one, other in itertools.pairwise(ticks)}
+            assert len(apart) == 1, ticks
+            steps |= apart
+        assert any(step % 1 for step in steps), f"a step that is no whole number is among {steps}"
+
+    def test_a_narrow_screen_has_the_accuracies_whole_and_cuts_nothing_else(self, tmp_path: Path) -> None:
+        """Tables may scroll, and show that they do; the page itself may not."""
+        folder = write_run(tmp_path / "run", epochs=5)
+        text = report.write(folder).read_text(encoding="utf-8")
+        text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
+        outer = tmp_path / "outer.html"
+        measure = (
+            "const page = document.querySelector('iframe').contentDocument;"
+            "const right = (each) => each.getBoundingClientRect().right;"
+            "const free = [...page.querySelectorAll('main *')].filter((each) => !each.closest('.scroll'));"
+            "const shown = [...page.querySelectorAll('#students tr > :nth-child(5), #students .meter')];"
+            "document.documentElement.dataset.free = Math.max(...free.map(right));"
+            "document.documentElement.dataset.shown = Math.max(...shown.map(right));"
+        )
+        source = html.escape(text, quote=True)
+        outer.write_text(
+            f'<body><iframe style="width:420px;height:900px;border:0" srcdoc="{source}"></iframe>'
+            f"<script>addEventListener('load', () => {{{measure}}})</script>",
+            encoding="utf-8",
+        )
+        measured = root(Page(loaded(outer, tmp_path / "profile")))
+        assert 300 < float(measured["data-shown"] or "nan") <= 420
+        assert 300 < float(measured["data-free"] or "nan") <= 420
+
     def test_a_page_says_who_was_started_again(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", epochs=5)
         assert "<dt>Started again</dt>" not in loaded(report.write(folder), tmp_path / "profile")
@@ -594,6 +678,27 @@ class TestBrowser:
         dom = loaded(report.write(folder), tmp_path / "profile")
         assert "<dt>Started again</dt><dd>the server once and cnn 2 times</dd>" in dom
         assert dom.count(killed) >= 3
+
+    def test_a_page_says_what_was_missed_only_where_something_was(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "run", epochs=5)
+        dom = loaded(report.write(folder), tmp_path / "profile")
+        assert all(len(row) == 6 for row in Page(dom).tables["waits"])
+        drawn = dom.partition("<script")[0]
+        assert 'id="waits"' in drawn
+        assert "Missed" not in drawn
+        assert "below the quorum" not in drawn
+        assert "<dt>Joined again</dt>" not in dom
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        spans = [record for record in records if record["kind"] == "rounds"]
+        spans[1] |= {"missed": {"vit": 3, "cnn": 1}, "without_targets": 1}
+        spans[3] |= {"missed": {"vit": 3}}
+        records += [record for record in records if record["kind"] == "joined" and record["student"] == "vit"]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+        dom = loaded(report.write(folder), tmp_path / "profile")
+        waits = Page(dom).tables["waits"]
+        assert [row[-1] for row in waits] == ["Missed, rounds", "0 (0.0\u202f%)", "1 (3.3\u202f%)", "6 (20.0\u202f%)"]
+        assert "1 round closed below the quorum and had no targets" in dom
+        assert "<dt>Joined again</dt><dd>vit once</dd>" in dom
 
     def test_a_comparisons_page_draws_its_charts_and_its_numbers_are_the_datas(self, tmp_path: Path) -> None:
         folder = write_comparison(tmp_path / "cmp", ("independent", "dml", "kdcl"), epochs=20)

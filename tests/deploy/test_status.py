@@ -108,16 +108,56 @@ def state() -> pb.Run:
     return pb.Run(name="digits", method="kdcl", frontier=3, events=events)
 
 
+def shown(run: pb.Run, *, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    show(run, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "message", "line"),
+    [
+        ("refused", "cnn", "seed: the run has 0", "cnn refused: seed: the run has 0"),
+        ("refused", "", "there is no student 'cow'", "refused: there is no student 'cow'"),
+        ("absent", "vit", "absent from round 3 on", "vit absent from round 3 on"),
+        ("finished", "vit", "", "vit finished"),
+    ],
+)
+def test_an_event_is_told_by_its_kind(kind: str, student: str, message: str, line: str) -> None:
+    run = pb.Run(name="digits", events=[pb.Event(unix_seconds=1, kind=kind, student=student, message=message)])
+    assert shown(run).splitlines()[-1].split(" ", 1)[1] == line
+
+
+def test_a_pipe_gets_whole_lines_and_a_terminal_its_width() -> None:
+    students = [
+        pb.StudentStatus(
+            name=name,
+            model="vit(depth=4)",
+            state=pb.STUDENT_STATE_ABSENT,
+            round=12345,
+            epoch=123.4,
+            step_seconds=1.2345,
+            wait_seconds=1.2345,
+            measurements=[pb.Measurement(split=split, accuracy=0.5) for split in (pb.SPLIT_TRAIN, pb.SPLIT_TEST)],
+        )
+        for name in ("the-first-student", "the-second-student")
+    ]
+    run = pb.Run(name="digits", students=students, waiting_for=["the-first-student"], waiting_seconds=12)
+    lines = shown(run).splitlines()
+    assert len(lines) == 5, "a title, the table's head, two students, who is waited for"
+    assert "absent, waited for" in lines[2]
+    assert len(lines[2]) > 80
+    assert len(shown(run, terminal=True).splitlines()) > 5
+
+
 def test_restarts_stand_among_the_servers_events(tmp_path: Path) -> None:
     happened = Happened(time=2, what="restarted", student="cnn", message="was killed by SIGKILL; started again")
     (tmp_path / SUPERVISOR_FILE).write_text(happened.model_dump_json() + "\n")
     run = state()
     add_supervision(run, tmp_path)
     assert [event.kind for event in run.events] == ["joined", "restarted", "joined"]
-    console = Console(file=io.StringIO(), width=160)
-    show(run, console)
-    assert isinstance(console.file, io.StringIO)
-    assert "cnn: was killed by SIGKILL; started again" in console.file.getvalue()
+    assert "cnn restarted: was killed by SIGKILL; started again" in shown(run)
 
 
 def test_a_run_without_a_supervisor_has_the_servers_events_alone(tmp_path: Path) -> None:

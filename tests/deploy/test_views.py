@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
@@ -46,6 +47,22 @@ def test_the_table_shows_every_student() -> None:
     assert lines[0].split() == ["student", "model", "state", "round", "epoch", "train", "test", "step", "wait"]
     assert lines[1].split() == ["cnn", "resnet8", "training", "20", "2.0", "91.2", "%", "12.3", "ms", "4.5", "ms"]
     assert lines[2].split() == ["vit", "vit", "absent", "19", "0.0"]
+
+
+def test_what_was_missed_has_columns_where_anything_was() -> None:
+    run = run_at(20)
+    run.students[0].joins = run.students[1].joins = 1
+    assert "missed" not in printed(status_table(run))
+    run.students[1].missed_rounds = 7
+    lines = printed(status_table(run)).splitlines()
+    assert lines[0].split()[-2:] == ["wait", "missed"]
+    assert [line.split()[-1] for line in lines[1:]] == ["0", "7"]
+    run.students[1].joins = 2
+    lines = printed(status_table(run)).splitlines()
+    assert lines[0].split()[-2:] == ["missed", "joins"]
+    assert [line.split()[-2:] for line in lines[1:]] == [["0", "1"], ["7", "2"]]
+    run.students[1].missed_rounds = 0
+    assert printed(status_table(run)).splitlines()[0].split()[-2:] == ["wait", "joins"]
 
 
 def test_who_is_waited_for_is_named_only_when_it_matters() -> None:
@@ -102,6 +119,43 @@ def test_a_terminal_gets_the_live_table() -> None:
     shown = console.file.getvalue()
     for fragment in ("20/40 rounds", "cnn", "resnet8", "91.2 %", "round 20 has waited 7 s for vit", "a line"):
         assert fragment in shown
+
+
+class Errors(io.StringIO):
+    """A standard error that is a terminal or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_logged_goes_above_the_table_or_where_errors_go(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    errors = Errors(terminal)
+    monkeypatch.setattr("sys.stderr", errors)
+    handler = logging.StreamHandler()  # holds what sys.stderr is now
+    log = logging.getLogger()
+    log.addHandler(handler)
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    assert isinstance(console.file, io.StringIO)
+    view = LiveView(console)
+    try:
+        view.start("digits")
+        log.warning("while it is drawn")
+        view.finish()
+        log.warning("afterwards")
+    finally:
+        log.removeHandler(handler)
+    shown = console.file.getvalue()
+    assert ("while it is drawn" in shown) is terminal
+    assert "afterwards" not in shown
+    expected = ["afterwards"] if terminal else ["while it is drawn", "afterwards"]
+    assert errors.getvalue().splitlines() == expected
 
 
 def test_elsewhere_plain_lines_do() -> None:

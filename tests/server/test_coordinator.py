@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from codistill import PROTOCOL_VERSION
 from codistill.experiment import Experiment, Independent, identity
-from codistill.records import Happened
+from codistill.records import Happened, RoundsClosed
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
@@ -28,6 +28,7 @@ from server.support_server import (
     CLASSES,
     HELD_OUT,
     ROUNDS_PER_EPOCH,
+    STUDENTS,
     TOTAL_ROUNDS,
     Inbox,
     Run,
@@ -545,6 +546,19 @@ def _ratio(answer: bytes, experiment: Experiment, number: int) -> tuple[float, .
     target = decode(pb.ExchangeReply.FromString(answer).targets.targets["logits"]).double().reshape(-1, 1)
     logits = torch.stack([logits_of(experiment, name, number).double().reshape(-1) for name in experiment.names], 1)
     return tuple(round(each, 3) for each in torch.linalg.lstsq(logits, target).solution.reshape(-1).tolist())
+
+
+def test_the_span_of_an_epoch_tells_of_all_its_rounds(run: Run) -> None:
+    """The ensemble is measured before a round counts as closed, so the epoch's last round is in its epoch's span."""
+    for number in range(2 * ROUNDS_PER_EPOCH):
+        run.close_round(number)
+    spans = [record for record in run.records if isinstance(record, RoundsClosed)]
+    for span, epoch in zip(spans, range(2), strict=True):
+        right = 0
+        for number in range(epoch * ROUNDS_PER_EPOCH, (epoch + 1) * ROUNDS_PER_EPOCH):
+            mean = torch.stack([logits_of(run.experiment, name, number).softmax(-1) for name in STUDENTS]).mean(0)
+            right += int((mean.argmax(-1) == torch.arange(BATCH) % CLASSES).sum())
+        assert span.ensemble_accuracy == right / (ROUNDS_PER_EPOCH * BATCH)
 
 
 class TestReports:

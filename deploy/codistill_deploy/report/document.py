@@ -7,7 +7,8 @@ A run's document:
 - ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
   (the last test measurement) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
   (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
-  ``restarts``, how often its worker was started again.
+  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, those that closed
+  without it.
 - ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
 - ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
   :data:`PAIRS` of them each student's mean over its pairs.
@@ -16,7 +17,8 @@ A run's document:
 A comparison's document: ``kind`` ``"comparison"``, ``methods``, ``baseline``, ``seeds``, ``students`` and ``means`` with a
 result for each method, ``incomplete``, ``runs`` with a summary of each, and ``pictures`` (SVG of the gains).
 
-Numbers that are not finite become null. A series is cut down to :data:`LIMIT` points.
+Numbers that are not finite become null. A series is cut down to :data:`LIMIT` points, of five significant digits but for
+the last, which is the tables' and rounds as theirs does.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -87,6 +89,7 @@ def run_document(history: History) -> dict[str, Any]:
             "closed_rounds": history.closed_rounds,
             "median_wait": _number(median_wait(history.rounds)),
             "longest_wait": _number(longest_wait(history.rounds)),
+            "without_targets": history.rounds_without_targets,
             "ensemble_accuracy": _number(history.ensemble_accuracy),
             "server_restarts": sum(event.what == RESTARTED and not event.student for event in history.events),
         },
@@ -152,6 +155,8 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
         "last": blocked.rounds if blocked else 0,
         "missed": _number(blocked.seconds) if blocked else 0.0,
         "restarts": student.restarts,
+        "joins": student.joins,
+        "missed_rounds": student.missed_rounds,
     }
 
 
@@ -166,9 +171,9 @@ def _series(series: Sequence[Measured]) -> dict[str, Any]:
     return {
         "count": len(series),
         "epoch": [_short(each.epoch) for each in kept],
-        "accuracy": [_short(each.accuracy) for each in kept],
-        "loss": [_short(each.loss) for each in kept],
-        "distillation": [_short(each.distillation_loss) for each in kept]
+        "accuracy": _column(each.accuracy for each in kept),
+        "loss": _column(each.loss for each in kept),
+        "distillation": _column(each.distillation_loss for each in kept)
         if any(each.distillation_loss is not None for each in kept)
         else [],
     }
@@ -195,7 +200,7 @@ def _rounds(history: History) -> dict[str, Any]:
         },
         "ensemble": {
             "position": [_position(history, span.last) for span in drawn],
-            "accuracy": [_short(span.ensemble_accuracy) for span in drawn],
+            "accuracy": _column(span.ensemble_accuracy for span in drawn),
         },
     }
 
@@ -234,7 +239,7 @@ def _disagreement(history: History) -> dict[str, Any]:
 
 def _line(history: History, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     kept = [points[index] for index in thinned(len(points))]
-    return {"position": [_position(history, last) for last, _ in kept], "ratio": [_short(ratio) for _, ratio in kept]}
+    return {"position": [_position(history, last) for last, _ in kept], "ratio": _column(ratio for _, ratio in kept)}
 
 
 def _axis(history: History) -> str:
@@ -282,7 +287,7 @@ def _curve(result: Result) -> dict[str, Any]:
     low, high = edge(-1), edge(1)
     return {
         "epoch": [_short(epoch) for epoch, _ in kept],
-        "mean": [_short(spread.mean) for _, spread in kept],
+        "mean": _column(spread.mean for _, spread in kept),
         "low": [low(spread) for _, spread in kept],
         "high": [high(spread) for _, spread in kept],
     }
@@ -336,6 +341,13 @@ def _compared(run: MethodRun) -> dict[str, Any]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _column(values: Iterable[float | None]) -> list[float | None]:
+    """Returns a series' numbers, the last that is known unrounded: to round it twice might show another number."""
+    known = [_number(value) for value in values]
+    last = max((index for index, value in enumerate(known) if value is not None), default=-1)
+    return [value if index == last else _short(value) for index, value in enumerate(known)]
 
 
 def _short(value: float | None) -> float | None:

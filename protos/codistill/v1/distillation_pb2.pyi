@@ -767,8 +767,8 @@ class Run(google.protobuf.message.Message):
     rounds_per_second: builtins.float
     """rounds_per_second is the rate of closed rounds over the last seconds."""
     ensemble_accuracy: builtins.float
-    """ensemble_accuracy is the share of recent training samples that the mean of the students' probabilities classifies
-    correctly; absent until known.
+    """ensemble_accuracy is the share of training samples that the mean of the students' probabilities classifies correctly,
+    over the rounds of one epoch up to the last round; absent until known.
     """
     complete: builtins.bool
     """complete says that every student has finished."""

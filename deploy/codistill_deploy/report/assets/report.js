@@ -103,10 +103,19 @@ const codistill = (() => {
 
   // ---- charts
 
+  // The decimals that tell multiples of a step apart: 2.5 needs one, though it is above 1.
+  function decimals(step) {
+    for (let digits = 0; digits < 6; digits += 1) {
+      const scaled = step * 10 ** digits;
+      if (Math.abs(scaled - Math.round(scaled)) < 1e-6 * scaled) return digits;
+    }
+    return 6;
+  }
+
   const AXES = {
     share: {
       text: (value) => percent(value),
-      ticks: (splits, step) => splits.map((value) => (100 * value).toFixed(Math.max(0, -Math.floor(Math.log10(100 * step) + 1e-9)))),
+      ticks: (splits, step) => splits.map((value) => (100 * value).toFixed(decimals(100 * step))),
       range: (low, high) => {
         const pad = Math.max((high - low) * 0.06, 0.005);
         return [Math.max(0, low - pad), Math.min(1, high + pad)];
@@ -278,7 +287,8 @@ const codistill = (() => {
         ["Training samples", about.train_size === null ? "all of the training split" : `${count(about.train_size)} chosen by the experiment`],
         ["Optimiser", `${about.optimizer}, learning rate ${about.lr}, schedule ${about.schedule}`],
         ["Rounds for each student", count(about.total_rounds)],
-        ["Started again", restarts(students, about)],
+        ["Started again", times([["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])])],
+        ["Joined again", times(students.map((student) => [student.name, student.joins - 1]))],
         ["How", { grpc: "worker processes over gRPC", "in-process": "all students in one process" }[about.mode]],
         ["Versions", versions],
         ["Machine", Object.entries(about.machine).map(([name, value]) => `${name}: ${value}`).join(" · "), true],
@@ -296,9 +306,9 @@ const codistill = (() => {
     ];
   }
 
-  function restarts(students, about) {
-    const times = [["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])].filter(([, number]) => number);
-    return times.length ? list(times.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
+  function times(counted) {
+    const some = counted.filter(([, number]) => number > 0);
+    return some.length ? list(some.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
   }
 
   function runTiles({ run: about, students, complete }) {
@@ -312,7 +322,7 @@ const codistill = (() => {
       tiles.push(tile(percent(mean), students.length === 1 ? `test accuracy ${when}` : `test accuracy ${when}, mean of ${whom}`, true));
       if (measured.length > 1) tiles.push(tile(percent(best.latest.accuracy), `the highest of them, ${best.name}`));
     }
-    if (known(about.ensemble_accuracy)) tiles.push(tile(percent(about.ensemble_accuracy), "accuracy of the ensemble (the mean of the students’ probabilities) on recent training samples"));
+    if (known(about.ensemble_accuracy)) tiles.push(tile(percent(about.ensemble_accuracy), "accuracy of the ensemble (the mean of the students’ probabilities) on training samples, over the last epoch"));
     if (known(about.median_wait)) tiles.push(tile(seconds(about.median_wait), `median wait in a round, first contribution to last; longest ${seconds(about.longest_wait)}`));
     if (known(about.seconds)) tiles.push(tile(seconds(about.seconds), about.closed_rounds ? `first record to last, ${plural(about.closed_rounds, "round")} closed` : "first record to last"));
     return tiles.length ? h("div", { class: "tiles" }, tiles) : empty("Nothing has been measured yet.");
@@ -348,7 +358,7 @@ const codistill = (() => {
     ];
     if (about.exchanges) {
       figures.push(chart({ title: "Distillation loss", x: "epoch", y: "nats, log scale", axis: "nats", series: of("train", "distillation"), note: "The method’s term, its weight included.", nothing: "No distillation loss is recorded." }));
-      figures.push(chart({ title: "Ensemble accuracy", x: rounds.x, y: "ensemble accuracy, %", axis: "share", series: [ensemble], note: "Share of recent training samples that the mean of the students’ probabilities classifies correctly, a running mean that lags a little behind.", nothing: "No ensemble accuracy is recorded." }));
+      figures.push(chart({ title: "Ensemble accuracy", x: rounds.x, y: "ensemble accuracy, %", axis: "share", series: [ensemble], note: "Share of training samples that the mean of the students’ probabilities classifies correctly. Each point is the mean over the epoch before it.", nothing: "No ensemble accuracy is recorded." }));
     }
     return h("div", { class: "charts" }, figures);
   }
@@ -362,23 +372,27 @@ const codistill = (() => {
       h("i", { style: { width: `${(100 * Math.max(student.step - student.wait, 0)) / slowest}%`, background: `var(${look(number).colour})` } }),
       student.wait > 0 ? h("i", { class: "waiting", style: { width: `${(100 * Math.min(student.wait, student.step)) / slowest}%` } }) : "") : "–");
     const closed = rounds.spans > 0;
+    const missed = students.some((student) => student.missed_rounds > 0);
     const rows = students.map((student, number) => h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name),
       cell(seconds(student.step)),
       about.exchanges ? cell(seconds(student.wait)) : null,
       h("td", {}, steps(student, number)),
       closed ? cell(`${count(student.last)} (${percent(student.last / about.closed_rounds, 1)})`) : null,
-      closed ? cell(seconds(student.missed)) : null));
+      closed ? cell(seconds(student.missed)) : null,
+      missed ? cell(`${count(student.missed_rounds)} (${percent(student.missed_rounds / about.closed_rounds, 1)})`) : null));
     const heads = h("tr", {}, head("Student"), head("Step, median", { class: "number" }),
       about.exchanges ? head("of it waiting", { class: "number" }) : null, head(about.exchanges ? "Working, and waiting (hatched)" : "Working"),
-      closed ? head("Last to contribute, rounds", { class: "number" }) : null, closed ? head("Others waited for it", { class: "number" }) : null);
+      closed ? head("Last to contribute, rounds", { class: "number" }) : null, closed ? head("Others waited for it", { class: "number" }) : null,
+      missed ? head("Missed, rounds", { class: "number" }) : null);
     const caption = about.exchanges
-      ? "Medians over the student’s reports. A student is waited for while it is the only one whose contribution to a round is missing."
+      ? "Medians over the student’s reports. A student is waited for while it is the only one whose contribution to a round is missing." + (missed ? " A round that closed without a student is one that it missed." : "")
       : `Medians over the student’s reports. With ${about.method} nothing is exchanged, so nobody waits.`;
     const block = [table("waits", caption, heads, rows)];
     if (closed) {
       const columns = rounds.round;
       const merged = rounds.spans > columns.length ? ` ${count(rounds.spans)} records are merged into ${columns.length} points; no maximum is lost.` : "";
       block.push(h("p", {}, `Over ${plural(about.closed_rounds, "closed round")}, the median time from the first contribution to the last was ${seconds(about.median_wait)}; the longest was ${seconds(about.longest_wait)}.`),
+        about.without_targets ? h("p", {}, `${plural(about.without_targets, "round")} closed below the quorum and had no targets: whoever was there learned from the labels alone.`) : "",
         h("div", { class: "charts" },
           chart({ title: "Wait in a round, first contribution to last", x: "round", y: "time, log scale", axis: "time", nothing: "No wait is recorded.",
             note: `Each point is a span of rounds that ends there.${merged}`,
@@ -402,7 +416,7 @@ const codistill = (() => {
       return known(value) ? h("td", { style: shade(value) }, (100 * value).toFixed(1)) : h("td", {}, "·");
     })));
     const heads = h("tr", {}, h("td", {}), present.map((student) => head(student.name)));
-    const grid = table("disagreement", "Share of recent training samples on which two students predict different classes, %, at the last record.", heads, rows);
+    const grid = table("disagreement", "Share of training samples on which two students predict different classes, %, over the last epoch.", heads, rows);
     grid.querySelector("table").classList.add("heat");
     const each = lines.every((line) => line.students.length === 2);
     const series = lines.map(({ students: [first, second], position, ratio: y }) => ({
