@@ -49,6 +49,7 @@ DEFAULT_SERVER = "127.0.0.1:50551"
 
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
+LastingDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME by default.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 InProcessOption = Annotated[
     bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
@@ -159,7 +160,8 @@ def compare(
     wire = _Wire(None if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
-        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)
+        begun = resume and place.experiment_file.exists()
+        return _run_one(variant, place, title, experiment.parent, stop, begun, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
@@ -181,7 +183,7 @@ def compare(
 def serve(
     experiment: ExperimentArgument,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
-    run_dir: RunDirOption = None,
+    run_dir: LastingDirOption = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
@@ -197,10 +199,11 @@ def serve(
     from codistill_server.app import ServeOptions
     from codistill_server.app import serve as run_server
 
-    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
+    folder.join(loaded)
     options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
 
@@ -212,7 +215,7 @@ def work(
     server: Annotated[
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
-    run_dir: RunDirOption = None,
+    run_dir: LastingDirOption = None,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -222,15 +225,17 @@ def work(
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_worker.app import WorkOptions
+    from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
     sys.path.insert(0, str(Path.cwd()))
     sys.path.insert(0, str(experiment.resolve().parent))
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
-    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    check_student(loaded, student)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
+    folder.join(loaded, [student])
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)

@@ -132,7 +132,11 @@ class Normalize(_Section):
 class Data(_Section):
     """What the students learn."""
 
-    dataset: str = Field(description="One of `" + "`, `".join(DATASETS) + "`, or `package.module:callable`.")
+    dataset: str = Field(
+        description="One of `"
+        + "`, `".join(DATASETS)
+        + "`, or `package.module:callable`, which every process calls and which must return the same in each: seed whatever it draws."
+    )
     root: str = Field(
         default="data",
         description="Folder that holds the data set's files; not used by `digits`.",

@@ -478,7 +478,8 @@ class Rounds:
                 Refuse(
                     Status.FAILED_PRECONDITION,
                     f"student {student!r} resumes at round {event.first_round}, but this server's journal ends at "
-                    f"round {self._frontier}: start the server with the run's journal, or the student from the start",
+                    f"round {self._frontier}: start the server with the --run-dir that holds the run's journal, or the student "
+                    "with another --run-dir, from the start",
                 )
             ]
         if self.rules.exchanges and event.first_round < self._oldest:
@@ -486,7 +487,8 @@ class Rounds:
                 Refuse(
                     Status.FAILED_PRECONDITION,
                     f"student {student!r} needs round {event.first_round}, but the journal keeps rounds from "
-                    f"{self._oldest} on: resume it from its newest checkpoint, or run with exchange.journal.keep: all",
+                    f"{self._oldest} on: start it with the --run-dir that holds its newest checkpoint, or run with "
+                    "exchange.journal.keep: all",
                 )
             ]
         actions: list[Action] = []

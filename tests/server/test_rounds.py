@@ -150,7 +150,7 @@ class TestJoin:
             Refuse(
                 Status.FAILED_PRECONDITION,
                 "student 'ant' resumes at round 5, but this server's journal ends at round 4: start the server with "
-                "the run's journal, or the student from the start",
+                "the --run-dir that holds the run's journal, or the student with another --run-dir, from the start",
             )
         ]
 
@@ -159,8 +159,8 @@ class TestJoin:
         assert rounds.apply(Join("ant", 2), 0.0) == [
             Refuse(
                 Status.FAILED_PRECONDITION,
-                "student 'ant' needs round 2, but the journal keeps rounds from 3 on: resume it from its newest "
-                "checkpoint, or run with exchange.journal.keep: all",
+                "student 'ant' needs round 2, but the journal keeps rounds from 3 on: start it with the "
+                "--run-dir that holds its newest checkpoint, or run with exchange.journal.keep: all",
             )
         ]
         assert rounds.presence["ant"] is Presence.EXPECTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import textwrap
@@ -142,6 +143,11 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
         other = experiment_file(tmp_path / "other", data=data, training__optimizer__lr=0.25)
         work = ["--student", "mlp", "--run-dir", tmp_path / "run"]
         code, output = run("work", other, *work, cwd=tmp_path)
+        assert code == ExitCode.CONFIGURATION, output
+        refused(output, "training.optimizer.lr", "the run has 0.05", "--run-dir")
+        address = json.loads((tmp_path / "run" / "server.json").read_text())["address"]
+        elsewhere = ["--student", "mlp", "--run-dir", tmp_path / "elsewhere", "--server", address]
+        code, output = run("work", other, *elsewhere, cwd=tmp_path)
         assert code == ExitCode.REFUSED, output
         refused(output, "training.optimizer.lr", "the run has 0.05", "this worker has 0.25")
 
@@ -157,7 +163,7 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
         cnn = ["--student", "cnn", "--run-dir", tmp_path / "run"]
         code, output = run("work", path, *cnn, cwd=tmp_path, env=environment(ORDER="-1"))
         assert code == ExitCode.REFUSED, output
-        refused(output, "data.digest", "the run has", "this worker")
+        refused(output, "data.digest", "the run has", "this worker", "'ordered:make' must return the same")
         digests = re.findall(r"[0-9a-f]{64}", output.splitlines()[-1])
         assert len(set(digests)) == 2, "both values are named"
     finally:
