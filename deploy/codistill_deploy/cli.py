@@ -252,11 +252,16 @@ def status(
     tls_ca: TlsCaOption = None,
     token_file: TokenFileOption = None,
 ) -> None:
-    """Show who is at which round, and who is waited for."""
+    """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
     from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_deploy.status import add_supervision, ask, show
+    from codistill_deploy.status import add_supervision, ask, recorded, show
 
+    if server is None and run_dir is not None and not as_json:
+        line = recorded(RunFolder(run_dir))
+        if line is not None:
+            _console.print(line, soft_wrap=True)
+            return
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
     state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:

@@ -135,10 +135,18 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether there is something to go on with: a checkpoint, a closed round, or a server at work."""
         return (
-            any((self.path / "students").glob("*/*.safetensors"))
-            or _holds_rounds(self.path / _JOURNAL)
-            or _is_locked(self.path / "server.lock")
+            any((self.path / "students").glob("*/*.safetensors")) or _holds_rounds(self.path / _JOURNAL) or self.served
         )
+
+    @property
+    def served(self) -> bool:
+        """Whether a server is at work in the folder."""
+        return _is_locked(self.path / "server.lock")
+
+    @property
+    def held(self) -> bool:
+        """Whether a run, or a process of one, is at work in the folder."""
+        return _is_locked(self.path / "run.lock")
 
     def check(self, experiment: Experiment, *, resume: bool) -> None:
         """Checks that an experiment may be run in the folder.
