@@ -125,7 +125,7 @@ def run(
     from codistill_deploy import report as reports
 
     try:
-        code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
+        code = _run_one(loaded, folder, loaded.name, experiment, stop, resume, in_process, wire, restarts)
     except CommandError:
         if folder.metrics_file.exists():  # a run that began and failed has a report that says how
             _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -161,7 +161,7 @@ def compare(
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
         begun = resume and place.experiment_file.exists()
-        return _run_one(variant, place, title, experiment.parent, stop, begun, in_process, wire)
+        return _run_one(variant, place, title, experiment, stop, begun, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
@@ -203,6 +203,7 @@ def serve(
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
+    _check_addresses(listen, metrics)
     folder.join(loaded)
     options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
@@ -378,11 +379,20 @@ def _read_security_for_both(
     return security
 
 
+def _check_addresses(listen: str, metrics: str | None) -> None:
+    """Checks the form of a server's addresses before its folder is made."""
+    from codistill_server.app import parse_address
+
+    parse_address(listen, "--listen")
+    if metrics is not None:
+        parse_address(metrics, "--metrics")
+
+
 def _run_one(
     experiment: Experiment,
     folder: RunFolder,
     title: str,
-    search_path: Path,
+    source: Path,
     stop: threading.Event,
     resume: bool,
     in_process: bool,
@@ -395,8 +405,10 @@ def _run_one(
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
 
+    search_path = source.parent
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
-    check(experiment)
+    _check_addresses(wire.listen, wire.metrics)
+    check(experiment, str(source))
     folder.check(experiment, resume=resume)
     with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
         folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)

@@ -52,7 +52,7 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "unknown model": (
         {"students": [{"name": "a", "model": "resnet19"}, STUDENTS[1]]},
-        ["resnet19", "resnet20"],
+        ["experiment.yaml: students.0.model", "resnet19", "resnet20"],
     ),
 }
 
@@ -65,6 +65,14 @@ def test_an_experiment_that_cannot_be(case: str, tmp_path: Path) -> None:
     assert code == ExitCode.CONFIGURATION, output
     refused(output, *fragments)
     assert not (tmp_path / "run").exists(), "nothing is started for a wrong experiment"
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    path = experiment_file(tmp_path)
+    code, output = run("run", path, "--run-dir", tmp_path / "run", "--listen", "here", cwd=tmp_path, timeout=60)
+    assert code == ExitCode.CONFIGURATION, output
+    refused(output, "--listen: 'here' is not an address", "HOST:PORT")
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
