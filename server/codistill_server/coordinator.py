@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar, cast
 import torch
 
 from codistill import PROTOCOL_VERSION
+from codistill.checksums import seal
 from codistill.experiment import Experiment, difference, identity
 from codistill.tensors import TensorError, check, decode, encode, encoded_size
 from codistill.v1 import distillation_pb2 as pb
@@ -84,7 +85,7 @@ class Outbox(Protocol):
     """Where the coordinator puts what a session is to receive. Neither call may block."""
 
     def reply(self, reply: bytes) -> None:
-        """Sends a serialised ``ExchangeReply``."""
+        """Sends an ``ExchangeReply``, serialised and sealed."""
         ...
 
     def end(self, status: Status, message: str) -> None:
@@ -272,6 +273,13 @@ class Coordinator:
             self._apply(Disconnect(session, lost=True))
             raise
 
+    def damaged(self, session: int, message: str) -> None:
+        """Takes in that a contribution was damaged on its way; its session is over, and its worker joins again."""
+        self.observations.reject(Status.ABORTED)
+        self.observations.event("damaged", self._rounds.student_of(session) or "", message)
+        self._outboxes.pop(session, None)
+        self._apply(Disconnect(session))
+
     def report(self, request: pb.ReportRequest) -> None:
         """Takes in a student's report.
 
@@ -377,7 +385,7 @@ class Coordinator:
                         students=action.waiting.students,
                         seconds=action.waiting.seconds,
                     )
-                    self._send(action.session, pb.ExchangeReply(waiting=waiting).SerializeToString())
+                    self._send(action.session, seal(pb.ExchangeReply(waiting=waiting)))
                 case Absent():
                     self.observations.absent(action.student, action.round, action.reason)
                 case Returned():
@@ -607,9 +615,11 @@ def _replies(number: int, targets: methods.Targets, dtype: str) -> Mapping[str, 
     if targets.shared is not None:
         by_student[""] = targets.shared
     return {
-        student: pb.ExchangeReply(
-            targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})
-        ).SerializeToString(deterministic=True)
+        student: seal(
+            pb.ExchangeReply(
+                targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})
+            )
+        )
         for student, arrays in by_student.items()
     }
 

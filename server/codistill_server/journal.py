@@ -3,14 +3,19 @@
 A round is written in one transaction before anybody is answered, so after the death of the process, at whatever
 instant, a round is either wholly there or was never told to anyone. Nothing in the journal is ever changed; rounds
 that no student needs any more are deleted from its old end.
+
+Disks damage what they hold, and SQLite notices only what concerns its own order of things. So every row has a checksum,
+and a journal is looked through when it is opened: it is used as it was written, or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +24,21 @@ from codistill_server.rounds import Restored, Samples, StudentRecord
 
 __all__ = ["ClosedRound", "Journal", "JournalError"]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _LOOK = "check that it is a run's journal, whole and not locked, or choose another run folder"
+_FREE = "free disk space or check the folder's permissions, then resume the run"
+_REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
+# The second where what SQLite says of damage quotes it.
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS students (
     student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
-    worker TEXT NOT NULL
+    worker TEXT NOT NULL, checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rounds (
-    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL
+    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS targets (
     round INTEGER NOT NULL, student TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, student)
@@ -104,25 +114,47 @@ class Journal:
             # Without a sync the pages are the kernel's once written: they survive this process, not a power cut.
             self._database.execute(f"PRAGMA synchronous={'FULL' if durability == 'power' else 'OFF'}")
             self._database.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            raise JournalError(f"journal {self._where} cannot be opened: {error}; {_LOOK}") from error
+        except _ERRORS as error:
+            raise JournalError(
+                f"journal {self._where} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+            ) from error
         stored: dict[str, str] = dict(self._query("SELECT key, value FROM run"))  # pyright: ignore[reportArgumentType]
-        if not stored:
-            with self._transaction():
-                self._write("INSERT INTO run VALUES ('schema', ?), ('identity', ?)", (str(_SCHEMA_VERSION), identity))
-        elif stored.get("schema") != str(_SCHEMA_VERSION):
+        if stored and stored.get("schema") != str(_SCHEMA_VERSION):
             raise JournalError(
                 f"journal {self._where} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
             )
+        self._look_through()
+        if not stored:
+            with self._transaction():
+                self._settle("schema", str(_SCHEMA_VERSION))
+                self._settle("identity", identity)
         elif may_grow and extends(stored.get("identity", ""), identity):
             with self._transaction():
-                self._write("UPDATE run SET value = ? WHERE key = 'identity'", (identity,))
+                row = ("identity", identity)
+                self._write("INSERT OR REPLACE INTO run VALUES (?, ?, ?)", (*row, _checksum(*row)))
         elif stored.get("identity") != identity:
             reason = difference(stored.get("identity", ""), identity) or "identity"
             raise JournalError(
                 f"journal {self._where} belongs to another run: {reason.replace('this worker', 'this experiment')}; "
                 "choose another run folder"
             )
+
+    def _look_through(self) -> None:
+        """Sees that the file is in order, that no round is missing in between, and that what is not a round is whole."""
+        ((verdict,),) = self._query("PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise self._damaged(" ".join(str(verdict).split()))
+        ((oldest, newest, count),) = self._query("SELECT min(round), max(round), count(*) FROM rounds")
+        if count and count != newest - oldest + 1:
+            raise self._damaged(f"of its rounds {oldest} to {newest} it holds {count}")
+        for *row, checksum in self._query("SELECT key, value, checksum FROM run"):
+            if checksum != _checksum(*row):
+                raise self._damaged("what it says of the run is not what was written")
+        for *row, checksum in self._query(
+            "SELECT student, session, durable_round, finished, worker, checksum FROM students"
+        ):
+            if checksum != _checksum(*row):
+                raise self._damaged(f"what it says of student {row[0]!r} is not what was written")
 
     def restore(self) -> Restored:
         """Returns what the rounds' state machine starts from."""
@@ -150,12 +182,13 @@ class Journal:
             JournalError: the key is settled already, or it could not be written.
         """
         with self._transaction():
-            self._write("INSERT INTO run VALUES (?, ?)", (key, value))
+            self._settle(key, value)
 
     def last_state(self) -> bytes:
         """Returns the method's state after the newest closed round; empty before the first."""
-        rows = self._query("SELECT state FROM rounds ORDER BY round DESC LIMIT 1")
-        return rows[0][0] if rows else b""
+        ((newest,),) = self._query("SELECT max(round) FROM rounds")
+        last = None if newest is None else self.read(newest)
+        return b"" if last is None else last.state
 
     def append(self, closed: ClosedRound) -> None:
         """Writes a closed round, all of it or nothing.
@@ -164,31 +197,37 @@ class Journal:
             JournalError: it could not be written; nothing of it is there.
         """
         with self._transaction():
-            self._write(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
-                (closed.round, closed.samples.ids, closed.samples.labels, closed.state, ",".join(closed.contributors)),
-            )
-            for student, reply in closed.replies.items():
-                self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, student, reply))
+            samples, replies = closed.samples, sorted(closed.replies.items())
+            row = (closed.round, samples.ids, samples.labels, closed.state, ",".join(closed.contributors))
+            self._write("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row, *chain(*replies))))
+            for reply in replies:
+                self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, *reply))
 
     def read(self, number: int) -> ClosedRound | None:
-        """Returns a closed round, or None if it is not kept."""
-        rows = self._query("SELECT ids, labels, state, contributors FROM rounds WHERE round = ?", (number,))
+        """Returns a closed round, or None if it is not kept.
+
+        Raises:
+            JournalError: it cannot be read, or is not what was written.
+        """
+        rows = self._query(
+            "SELECT round, ids, labels, state, contributors, checksum FROM rounds WHERE round = ?", (number,)
+        )
         if not rows:
             return None
-        ((ids, labels, state, contributors),) = rows
-        replies = dict(self._query("SELECT student, reply FROM targets WHERE round = ?", (number,)))
+        ((*row, checksum),) = rows
+        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (number,))
+        if checksum != _checksum(*row, *chain(*replies)):
+            raise self._damaged(f"round {number} is not what was written")
+        _, ids, labels, state, contributors = row
         names = tuple(contributors.split(",")) if contributors else ()
-        return ClosedRound(number, Samples(ids, labels), replies, state, names)
+        return ClosedRound(number, Samples(ids, labels), dict(replies), state, names)
 
     def remember(self, record: StudentRecord) -> None:
         """Writes what must be remembered of a student."""
         with self._transaction():
-            self._write(
-                "INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?)",
-                # 64 bits without a sign are more than an INTEGER holds.
-                (record.student, record.session, record.durable_round, int(record.finished), str(record.worker)),
-            )
+            # 64 bits without a sign are more than an INTEGER holds.
+            row = (record.student, record.session, record.durable_round, int(record.finished), str(record.worker))
+            self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
 
     def forget(self, before: int) -> None:
         """Drops the rounds before one; the newest round always stays, as it holds the method's state."""
@@ -206,8 +245,16 @@ class Journal:
     def _query(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         try:
             return self._database.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise JournalError(f"journal {self._where} cannot be read: {error}; {_LOOK}") from error
+        except _ERRORS as error:
+            raise JournalError(
+                f"journal {self._where} cannot be read: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+            ) from error
+
+    def _settle(self, key: str, value: str) -> None:
+        self._write("INSERT INTO run VALUES (?, ?, ?)", (key, value, _checksum(key, value)))
+
+    def _damaged(self, how: str) -> JournalError:
+        return JournalError(f"journal {self._where} is damaged: {how}; {_REPLACE}")
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         self._database.execute(statement, values)
@@ -223,8 +270,22 @@ class Journal:
                 with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
                     self._database.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise JournalError(
-                f"journal {self._where} cannot be written: {error}; free disk space or check the folder's "
-                "permissions, then resume the run"
+                f"journal {self._where} cannot be written: {error}; {_REPLACE if _is_damage(error) else _FREE}"
             ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    return (
+        isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+    )
+
+
+def _checksum(*values: object) -> int:
+    """Returns a CRC-32 over values, their types and their lengths; a damaged row may hold any type anywhere."""
+    checksum = 0
+    for value in values:
+        content = value if isinstance(value, bytes) else str(value).encode()
+        checksum = zlib.crc32(content, zlib.crc32(f"{type(value).__name__} {len(content)} ".encode(), checksum))
+    return checksum

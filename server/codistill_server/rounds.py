@@ -478,8 +478,9 @@ class Rounds:
                 Refuse(
                     Status.FAILED_PRECONDITION,
                     f"student {student!r} resumes at round {event.first_round}, but this server's journal ends at "
-                    f"round {self._frontier}: start the server with the --run-dir that holds the run's journal, or the student "
-                    "with another --run-dir, from the start",
+                    f"round {self._frontier}: start the server with the --run-dir of the run's whole journal; if its end is "
+                    "lost (a power cut: see exchange.journal.durability), remove the student's checkpoint.safetensors, so "
+                    "that it goes on from the one before it",
                 )
             ]
         if self.rules.exchanges and event.first_round < self._oldest:

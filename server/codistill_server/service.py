@@ -19,6 +19,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import has_checksum, is_whole, seal, session_in
 from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
@@ -40,6 +41,7 @@ _STREAMS_PER_CONNECTION = 128
 _HANDSHAKE_MS = 10_000
 _IDLE_MS = 300_000
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it
+_DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _GOING_DOWN = "the server is going down; try again until it is back"
 _CODES = {
     Status.ABORTED: grpc.StatusCode.ABORTED,
@@ -65,6 +67,8 @@ def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[st
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(1000 * keepalive)),
         ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
+        # gRPC sends pings of its own, to measure the link; while one of them is out, only this time-out counts.
+        ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
@@ -75,12 +79,19 @@ def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[st
     ]
 
 
+class _Damaged(Exception):  # noqa: N818 - the network's fault, and mended by sending again
+    """A message is not what was sent."""
+
+
 class _Stream:
     """A session's outbox: a bounded queue between the coordinator and one stream's writer."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
         self.ended: asyncio.Future[Refused | TooMany] = asyncio.get_running_loop().create_future()
+        # gRPC takes no status while something is being written, headers too, cancelled or not: a worker that is refused at
+        # that moment would not be told why. So whoever writes, or ends the stream, holds this.
+        self.operation = asyncio.Lock()
 
     def reply(self, reply: bytes) -> None:
         try:
@@ -159,9 +170,12 @@ class DistillationService:
         async def handle(raw: bytes, context: _Context) -> bytes:
             try:
                 self._gate.call(_host_of(context), len(raw), time.monotonic())
-                return call(_parse(request_type, raw)).SerializeToString()
+                response = call(_parse_whole(request_type, raw))
+                return seal(response) if _has_checksum_field(type(response)) else response.SerializeToString()
             except (Refused, TooMany) as refused:
                 await _abort(context, refused)
+            except _Damaged as damaged:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
             except JournalError as error:
                 await self._fail(context, error)
 
@@ -202,35 +216,38 @@ class DistillationService:
             self._coordinator.open_stream(session, stream)
         except Refused as refused:
             await _abort(context, refused)
-        parts: list[asyncio.Future[Any]] = []
+        writing = asyncio.ensure_future(_write(stream, context))
+        others = [
+            asyncio.ensure_future(self._read(session, requests, stream)),
+            asyncio.ensure_future(self._ending.wait()),
+        ]
         try:
-            # Headers go out at once: they tell the worker that its session's stream stands. Here, and not in a part that
-            # may be cancelled meanwhile: gRPC would then send no status either, and the caller wait for it for ever.
-            await context.send_initial_metadata(())
-            parts += [
-                asyncio.ensure_future(self._read(session, requests, stream)),
-                asyncio.ensure_future(_write(stream, context)),
-                asyncio.ensure_future(self._ending.wait()),
-            ]
-            await asyncio.wait([*parts, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait([writing, *others, stream.ended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # Before the status is sent: a worker that does not read holds that up, and the others need not wait.
+                self._coordinator.close_stream(session, stream)
+                for part in others:
+                    part.cancel()
+                await asyncio.wait(others)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STATUS_SECONDS), stream.operation:
+                    if stream.ended.done():
+                        await _abort(context, stream.ended.result())
+                    if self._ending.is_set():
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
         finally:
-            # Before the status is sent: a worker that does not read holds that up, and the others need not wait for it.
-            self._coordinator.close_stream(session, stream)
-            for part in parts:
-                part.cancel()
-            if parts:
-                await asyncio.wait(parts)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STATUS_SECONDS):
-                if stream.ended.done():
-                    await _abort(context, stream.ended.result())
-                if self._ending.is_set():
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
+            writing.cancel()
+            await asyncio.wait([writing])
 
     async def _read(self, session: int, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         repeats = self._gate.session(time.monotonic())
         async for raw in requests:
             try:
+                if not is_whole(raw, str(session)):
+                    message = f"a contribution of {len(raw)} bytes {_DAMAGED}; join again"
+                    self._coordinator.damaged(session, message)
+                    raise Refused(Status.ABORTED, message)
                 contribution = _parse(pb.Contribution, raw)
                 repeats.contribute(contribution.round, time.monotonic())
                 self._coordinator.contribute(session, contribution, len(raw))
@@ -322,13 +339,41 @@ def _parse(request_type: type[_Request], raw: bytes) -> _Request:
         raise Refused(Status.INVALID_ARGUMENT, message) from error
 
 
+def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
+    """Returns a message whose checksum, if it has one, is right.
+
+    Raises:
+        Refused: the bytes are no such message.
+        _Damaged: they are not those that were sealed.
+    """
+    if not _has_checksum_field(request_type):
+        return _parse(request_type, raw)
+    damaged = _Damaged(f"a {request_type.DESCRIPTOR.full_name} of {len(raw)} bytes {_DAMAGED}")
+    try:
+        message = _parse(request_type, raw)
+    except Refused:
+        if has_checksum(raw) and not is_whole(raw):
+            raise damaged from None
+        raise
+    if message.HasField("checksum") and not is_whole(raw):
+        raise damaged
+    return message
+
+
+def _has_checksum_field(message_type: type[Message]) -> bool:
+    return "checksum" in message_type.DESCRIPTOR.fields_by_name
+
+
 def _session_of(context: _Context) -> int:
-    metadata = dict(context.invocation_metadata() or ())
-    value = metadata.get(SESSION_KEY, "")
-    if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20):
-        message = f"metadata {SESSION_KEY}: {str(value)[:80]!r} is not allowed; send the session that Join returned, in decimal"
-        raise Refused(Status.INVALID_ARGUMENT, message)
-    return int(value)
+    value = dict(context.invocation_metadata() or ()).get(SESSION_KEY, "")
+    session = session_in(str(value))
+    if session is None:
+        raise Refused(
+            Status.ABORTED,
+            f"metadata {SESSION_KEY}: {str(value)[:80]!r} is no session, or was damaged on the way; join again, and send the "
+            "session in decimal, a hyphen and the CRC-32 of the decimal in hexadecimal",
+        )
+    return session
 
 
 def _host_of(context: _Context) -> str:
@@ -337,8 +382,13 @@ def _host_of(context: _Context) -> str:
 
 
 async def _write(stream: _Stream, context: _Context) -> None:
+    # Headers go out at once: they tell the worker that its session's stream stands.
+    async with stream.operation:
+        await context.send_initial_metadata(())
     while True:
-        await context.write(await stream.queue.get())
+        reply = await stream.queue.get()
+        async with stream.operation:
+            await context.write(reply)
 
 
 async def _abort(context: _Context, refused: Refused | TooMany) -> NoReturn:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from codistill import SESSION_KEY
+from codistill.checksums import seal_session
 from codistill.security import TOKEN_KEY
 from codistill.v1 import distillation_pb2 as pb
 from fuzz import values
@@ -177,18 +178,26 @@ class Outsider:
         return Call(kind, PREFIX + rpc, [raw] * rng.choice((0, 1, 2)), verdict, metadata, **options)
 
     def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Verdict]:
-        """Returns metadata that name a session which is over, never was, or is no number."""
-        number = str(rng.choice((0, 1, 2, 3, values.number(rng), 10**18)))
-        text = rng.choice((number, number, number, "", "-1", "1.0", "0x1", " 1", "one", "1" * 3000, "٣".encode().hex()))
-        if rng.random() < 0.1:
-            return (), refusal(Code.INVALID_ARGUMENT, f"metadata {SESSION_KEY}: ")
-        fine = text.strip().isdigit() and len(text.strip()) < 20  # HTTP/2 strips the blanks around a value
-        verdict = (
-            Verdict(frozenset({Code.ABORTED, Code.INVALID_ARGUMENT}), ("session",))
-            if fine
-            else refusal(Code.INVALID_ARGUMENT, f"metadata {SESSION_KEY}: ")
+        """Returns metadata that name a session which is over or never was, or that were damaged on the way."""
+        number = rng.choice((0, 1, 2, 3, values.number(rng), 10**18))
+        whole = seal_session(number)
+        texts = (
+            whole,
+            whole,
+            whole,
+            str(number),
+            whole[1:],
+            whole[:-1],
+            f"1{whole}",
+            "",
+            "-1",
+            "1.0",
+            "one",
+            "1" * 3000,
         )
-        return ((SESSION_KEY, text),), verdict
+        if rng.random() < 0.1:
+            return (), refusal(Code.ABORTED, f"metadata {SESSION_KEY}: ")
+        return ((SESSION_KEY, rng.choice(texts)),), refusal(Code.ABORTED, "session")
 
     def _noise(self, rng: random.Random) -> Call:
         return self._call(rng, "noise", rng.choice(list(REQUESTS)), values.noise(rng))

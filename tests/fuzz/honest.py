@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from codistill.checksums import seal
 from codistill.experiment import Experiment
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
@@ -71,7 +72,7 @@ class Student(threading.Thread):
         while not self._halt.is_set():
             number, started = self.rounds, time.monotonic()
             message = contribution(self._experiment, self._student, number)
-            self._record("Exchange", message)
+            self._record("Exchange", message, str(session))
             self._exchange.send(message)
             got = self._exchange.receive(number).targets["logits"].data
             self.slowest = max(self.slowest, time.monotonic() - started)
@@ -87,6 +88,11 @@ class Student(threading.Thread):
                 self._record("Leave", pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED, message="bye"))
             self._halt.wait(self._pause)
 
-    def _record(self, rpc: str, message: pb.JoinRequest | pb.Contribution | pb.ReportRequest | pb.LeaveRequest) -> None:
+    def _record(
+        self,
+        rpc: str,
+        message: pb.JoinRequest | pb.Contribution | pb.ReportRequest | pb.LeaveRequest,
+        context: str = "",
+    ) -> None:
         if len(self.traffic) < 60:
-            self.traffic.append((rpc, message.SerializeToString()))
+            self.traffic.append((rpc, seal(message, context)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -20,6 +21,7 @@ from codistill.experiment import Experiment, identity
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
+from fuzz.values import CHECKSUM_TAG, is_whole
 
 Code = grpc.StatusCode
 LARGEST_ROUNDS = 2**53
@@ -49,6 +51,13 @@ def parsed(kind: type[Message], raw: bytes) -> Message | None:
 
 NO_MESSAGE = refusal(Code.INVALID_ARGUMENT, "are not a ")
 UNAUTHENTICATED = refusal(Code.UNAUTHENTICATED, "this server asks for a token", "is not this server's")
+
+
+def damaged(kind: type[Message], raw: bytes) -> bool:
+    """Whether a unary call's message has a checksum that is not its own; one without is believed."""
+    message: Any = parsed(kind, raw)
+    has = raw[-5:-4] == CHECKSUM_TAG if message is None else message.HasField("checksum")
+    return has and not is_whole(raw)
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,10 @@ class Model:
         return request.session
 
     def unary(self, rpc: str, raw: bytes) -> Verdict:
+        """Returns how a call is answered; one that was damaged is to be made again."""
+        kinds: dict[str, type[Message]] = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
+        if rpc in kinds and damaged(kinds[rpc], raw):
+            return refusal(Code.UNAVAILABLE, "damaged on the way")
         match rpc:
             case "Join":
                 return self.join(raw)
@@ -202,6 +215,8 @@ class Model:
 
     def contribution(self, session: int, raw: bytes) -> Verdict | Published:
         """Returns how a contribution is refused, or what it publishes if it is taken."""
+        if not is_whole(raw, str(session)):
+            return refusal(Code.ABORTED, "damaged on the way")
         message = parsed(pb.Contribution, raw)
         if not isinstance(message, pb.Contribution):
             return NO_MESSAGE

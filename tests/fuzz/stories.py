@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import seal, seal_session
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import receive_limit
@@ -152,7 +153,7 @@ class Teller:
         await self._raw_join(rng, request.SerializeToString(), "Join")
 
     async def _raw_join(self, rng: random.Random, raw: bytes, rpc: str) -> None:
-        answer = await self._unary(rng, "Join", raw, self._model.join(raw))
+        answer = await self._unary(rng, "Join", raw, self._model.unary("Join", raw))
         if answer.code is Code.OK:
             session = pb.JoinResponse.FromString(answer.replies[0]).session
             older = self._model.joined(raw, session)
@@ -169,11 +170,11 @@ class Teller:
         if rng.random() < 0.5:
             report.durable_round = rng.randint(self._model.oldest, self._model.frontier + 1)
         raw = report.SerializeToString()
-        if (await self._unary(rng, "Report", raw, self._model.report(raw))).code is Code.OK:
+        if (await self._unary(rng, "Report", raw, self._model.unary("Report", raw))).code is Code.OK:
             self._model.reported(raw)
 
     async def _leave(self, rng: random.Random, raw: bytes) -> None:
-        if (await self._unary(rng, "Leave", raw, self._model.leave(raw))).code is Code.OK:
+        if (await self._unary(rng, "Leave", raw, self._model.unary("Leave", raw))).code is Code.OK:
             session = self._model.left(raw)
             stream = self._streams.pop(session, None)
             self._dead.append(session)
@@ -183,13 +184,12 @@ class Teller:
     async def _open(self, rng: random.Random, session: int) -> None:
         self._say("open", str(session))
         assert self._channel is not None
-        named = (SESSION_KEY, str(session))
+        named = (SESSION_KEY, seal_session(session))
         await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
         metadata = (named, *self._door.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
         if session not in self._model.sessions:
-            wrong = Code.INVALID_ARGUMENT if session >= 10**19 else Code.ABORTED
-            self._count("open", await self._end_of(stream), refusal(wrong, "session"))
+            self._count("open", await self._end_of(stream), refusal(Code.ABORTED, "session"))
             return
         async with asyncio.timeout(PATIENCE):
             await stream.initial_metadata()
@@ -216,6 +216,7 @@ class Teller:
 
     async def _contribute(self, rng: random.Random, session: int, raw: bytes) -> None:
         kind = "contribution"
+        raw = values.on_the_way(rng, raw, session)
         stream = self._streams[session]
         verdict = refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
         self._say(kind, f"{session} {_shown(raw)} {verdict}")
@@ -243,7 +244,7 @@ class Teller:
         message = contribution(self._model.experiment, self._model.experiment.names[0], number)
         published, data = self._model.closed[number]
         message.batch.ids.data, message.batch.labels.data = published.ids, published.labels
-        raw, rate = message.SerializeToString(), Limits().repeats
+        raw, rate = seal(message, str(session)), Limits().repeats
         self._say("insist", f"{session} round {number}")
         started = time.monotonic()
         with contextlib.suppress(grpc.aio.AioRpcError):  # how it ends is looked at below

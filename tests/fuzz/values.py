@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,8 @@ TEXTS = (
     "9" * 5000,
 )  # fmt: skip
 
+CHECKSUM_TAG = b"\x7d"  # field 15, four bytes
+
 _WIDTHS = {
     FieldDescriptor.TYPE_UINT32: 32,
     FieldDescriptor.TYPE_UINT64: 64,
@@ -79,9 +82,9 @@ def noise(rng: random.Random, most: int = 200) -> bytes:
 
 
 def fill(rng: random.Random, message: Message, share: float = 0.7) -> Message:
-    """Draws the fields of a message, each with the probability `share`, and returns it."""
+    """Draws the fields of a message, each with the probability `share`, and returns it; a checksum is for who sends it."""
     for field in message.DESCRIPTOR.fields:
-        if rng.random() > share:
+        if rng.random() > share or field.name == "checksum":
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             entries: Any = getattr(message, field.name)
@@ -116,7 +119,10 @@ def with_unknown_fields(rng: random.Random, raw: bytes) -> bytes:
 
 
 def mutate(rng: random.Random, raw: bytes, others: Sequence[bytes]) -> bytes:
-    """Returns real bytes spoilt in one to three ways: flipped, cut, spliced, repeated, stuffed."""
+    """Returns real bytes spoilt in one to three ways: flipped, cut, spliced, repeated, stuffed.
+
+    Some are sealed anew, so that a receiver believes them as far as damage goes; the others are as they may come from a wire.
+    """
     for _ in range(rng.choice((1, 1, 2, 3))):
         where = rng.randrange(len(raw) + 1)
         until = min(len(raw), where + rng.choice((1, 2, 8, 64)))
@@ -139,7 +145,30 @@ def mutate(rng: random.Random, raw: bytes, others: Sequence[bytes]) -> bytes:
                 raw = raw[:where] + raw[until:]
             case _:
                 raw += rng.choice(others)
-    return raw
+    return sealed(raw) if rng.random() < 0.6 else raw
+
+
+def sealed(raw: bytes, context: str = "") -> bytes:
+    """Returns bytes with the checksum of the contract behind them; of several in a message the last counts."""
+    return raw + CHECKSUM_TAG + zlib.crc32(context.encode() + raw).to_bytes(4, "little")
+
+
+def is_whole(raw: bytes, context: str = "") -> bool:
+    return len(raw) > 4 and raw == sealed(raw[:-5], context)
+
+
+def on_the_way(rng: random.Random, raw: bytes, session: int) -> bytes:
+    """Returns a contribution as it arrives: mostly sealed as it must be, else without a checksum, another's, or damaged."""
+    roll = rng.random()
+    if roll < 0.8:
+        return sealed(raw, str(session))
+    if roll < 0.85:
+        return raw
+    if roll < 0.9:
+        return sealed(raw, str(number(rng)))
+    damaged = bytearray(sealed(raw, str(session)))
+    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
 
 
 def _scalar(rng: random.Random, field: FieldDescriptor) -> Any:

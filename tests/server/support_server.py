@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from codistill import PROTOCOL_VERSION
+from codistill.checksums import seal
 from codistill.experiment import Experiment, identity, parse
 from codistill.records import Happened, Record
 from codistill.tensors import encode
@@ -138,6 +139,11 @@ def contribution(
         rows = experiment.data.held_out
         message.held_out.CopyFrom(samples(logits_of(experiment, student, 1_000 + number, rows), dtype, 500))
     return message
+
+
+def sealed(message: pb.Contribution, session: int) -> pb.Contribution:
+    """Returns a contribution as it is sent in a session, its checksum set."""
+    return pb.Contribution.FromString(seal(message, str(session)))
 
 
 _open: list[Run] = []

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from codistill import SESSION_KEY
+from codistill.checksums import seal_session
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.records import Happened, read
@@ -34,7 +35,7 @@ from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, Serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
 from codistill_server.rounds import Samples
-from server.support_server import contribution, join_request, make_experiment
+from server.support_server import contribution, join_request, make_experiment, sealed
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 PATIENCE = 60.0
@@ -238,7 +239,7 @@ class TestServing:
                 stub = DistillationStub(channel)
                 assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
                 session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
-                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE)
+                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
                 assert list(stream) == []
             served.stop.set()
             assert served.end() is ExitCode.OK
@@ -270,7 +271,7 @@ class TestServing:
             session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
             release = threading.Event()
             stream = stub.Exchange(
-                _then_hold(iter(()), release), metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE
+                _then_hold(iter(()), release), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE
             )
             stream.initial_metadata()
             served.stop.set()
@@ -292,11 +293,13 @@ class TestServing:
             streams = []
             for name in experiment.names:
                 session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
-                messages = iter([contribution(experiment, name, 0)])
+                messages = iter([sealed(contribution(experiment, name, 0), session)])
                 hold = threading.Event()
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)
-                streams.append(stub.Exchange(requests, metadata=((SESSION_KEY, str(session)),), timeout=PATIENCE))
+                streams.append(
+                    stub.Exchange(requests, metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
+                )
             for stream in streams:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(stream)

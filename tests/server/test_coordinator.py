@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codistill import PROTOCOL_VERSION
 from codistill.experiment import Experiment, Independent, identity
 from codistill.records import Happened
 from codistill.tensors import decode, encode
@@ -64,7 +65,7 @@ class TestJoin:
     @pytest.mark.parametrize(
         ("changes", "parts"),
         [
-            ({"protocol_version": 7}, ["protocol_version", "server speaks 1", "this worker 7"]),
+            ({"protocol_version": 7}, ["protocol_version", f"server speaks {PROTOCOL_VERSION}", "this worker 7"]),
             ({"student": "cow"}, ["'cow'", "ant, bee"]),
             ({"experiment": "no JSON"}, ["experiment", "not the JSON"]),
             ({"data__classes": 10}, ["data.classes", "has 3", "worker 10"]),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -41,6 +42,40 @@ def closed(number: int, **changes: object) -> ClosedRound:
 
 def reopened(path: Path) -> Journal:
     return Journal(path, IDENTITY)
+
+
+def closed_in_full(number: int) -> ClosedRound:
+    """Returns a round with something in every column, large enough for several pages."""
+    replies = {"": number.to_bytes(2, "little") * 700} if number % 2 else {"ant": b"%d" % number, "bee": bytes(900)}
+    return closed(number, replies=replies, contributors=("ant", "bee"))
+
+
+ANT = StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1)
+ROUNDS = 30
+EVERYTHING = (
+    Restored(oldest=0, frontier=ROUNDS, students=(ANT,)),
+    "mine",
+    b"state %d" % (ROUNDS - 1),
+    [closed_in_full(number) for number in range(ROUNDS)],
+)
+
+
+def written(path: Path) -> Journal:
+    """Writes a journal with something in every table."""
+    journal = Journal(path, IDENTITY)
+    journal.settle("data", "mine")
+    journal.remember(ANT)
+    for number in range(ROUNDS):
+        journal.append(closed_in_full(number))
+    return journal
+
+
+def everything_in(path: Path) -> tuple[Restored, str | None, bytes, list[ClosedRound | None]]:
+    """Reads all that :func:`written` has written."""
+    with contextlib.closing(Journal(path, IDENTITY)) as journal:
+        restored = journal.restore()
+        rounds = [journal.read(number) for number in range(restored.oldest, restored.frontier)]
+        return restored, journal.settled("data"), journal.last_state(), rounds
 
 
 def can_trace() -> bool:
@@ -209,7 +244,7 @@ class TestRun:
 
     def test_another_format_is_refused(self, journal: Journal, path: Path) -> None:
         journal._database.execute("UPDATE run SET value = '99' WHERE key = 'schema'")
-        with pytest.raises(JournalError, match=r"has format 99; this version reads 1"):
+        with pytest.raises(JournalError, match=r"has format 99; this version reads 2"):
             Journal(path, IDENTITY)
 
     def test_in_memory_nothing_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +283,98 @@ class TestFaults:
         with path.open("r+b") as file:  # all but the first page, which holds the schema
             file.seek(4096)
             file.write(b"\xff" * (path.stat().st_size - 4096))
-        malformed = pytest.raises(JournalError, match=r"cannot be (opened|read): database disk image is malformed")
+        malformed = pytest.raises(
+            JournalError,
+            match=r"cannot be (opened|read): database disk image is malformed; put a whole copy in its place",
+        )
         with malformed, contextlib.closing(Journal(path, IDENTITY)) as damaged:
             damaged.restore()
+
+    @pytest.mark.parametrize(
+        ("statement", "part"),
+        [
+            ("UPDATE rounds SET labels = x'02' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE rounds SET round = 90 WHERE round = 29", "of its rounds 0 to 90 it holds 30"),
+            ("DELETE FROM rounds WHERE round = 7", "of its rounds 0 to 29 it holds 29"),
+            ("UPDATE targets SET reply = x'02' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE targets SET student = 'ant' WHERE round = 7", "round 7 is not what was written"),
+            ("DELETE FROM targets WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE rounds SET state = x'02' WHERE round = 29", "round 29 is not what was written"),
+            ("UPDATE rounds SET contributors = 'ant' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE rounds SET contributors = x'616e' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE targets SET student = x'616e' WHERE student = 'ant'", "round 0 is not what was written"),
+            ("UPDATE students SET worker = '8'", "what it says of student 'ant' is not what was written"),
+            ("UPDATE students SET durable_round = 9", "what it says of student 'ant' is not what was written"),
+            ("UPDATE students SET student = 'anu'", "what it says of student 'anu' is not what was written"),
+            ("UPDATE run SET value = 'yours' WHERE key = 'data'", "what it says of the run is not what was written"),
+            ("UPDATE run SET key = 'dada' WHERE key = 'data'", "what it says of the run is not what was written"),
+        ],
+    )
+    def test_what_was_not_written_is_not_read(self, path: Path, statement: str, part: str) -> None:
+        """SQLite itself finds nothing wrong with any of this."""
+        written(path).close()
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert other.execute(statement).rowcount > 0
+        with pytest.raises(JournalError) as error:
+            everything_in(path)
+        assert str(error.value) == (
+            f"journal {path} is damaged: {part}; put a whole copy in its place and resume the run, or start it anew in "
+            "another run folder"
+        )
+
+    def test_cut_short_anywhere_it_is_refused(self, path: Path) -> None:
+        written(path).close()
+        whole = path.read_bytes()
+        # Of less than two bytes SQLite makes a new file; then it is the door that refuses students who are ahead.
+        lengths = {*range(2, 1025), *range(1025, len(whole), 509), len(whole) - 1}
+        for length in sorted(lengths):
+            path.write_bytes(whole[:length])
+            with pytest.raises(JournalError) as error:
+                everything_in(path)
+            assert str(path) in str(error.value), length
+            assert re.search(r"whole copy in its place|another run folder", str(error.value)), str(error.value)
+
+    def test_a_flipped_bit_anywhere_changes_nothing_that_is_read(self, path: Path) -> None:
+        written(path).close()
+        whole = path.read_bytes()
+        refusals = 0
+        for position in {*range(150), *range(150, len(whole), 53)}:
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            found = None
+            with contextlib.suppress(JournalError):
+                found = everything_in(path)
+            # Free space, and some numbers that SQLite makes no use of, may be damaged without harm.
+            assert found in (None, EVERYTHING), position
+            refusals += found is None
+        assert refusals > 500
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped"])
+    def test_of_a_torn_log_the_good_part_is_used(self, path: Path, damage: str, tmp_path: Path) -> None:
+        """As a power cut may leave it: the newest rounds are lost, and none is another than it was."""
+        journal = written(path)
+        log = path.with_name(f"{path.name}-wal").read_bytes()
+        main = path.read_bytes()
+        journal.close()
+        frontiers: set[int] = set()
+        copy = tmp_path / "copy" / path.name
+        for number, position in enumerate(range(0, len(log), 1009)):
+            copy.parent.mkdir()
+            torn = bytearray(log)
+            if damage == "cut":
+                del torn[position:]
+            else:
+                torn[position] ^= 1 << number % 8
+            copy.write_bytes(main)
+            copy.with_name(f"{path.name}-wal").write_bytes(torn)
+            with contextlib.closing(Journal(copy, IDENTITY)) as opened:
+                restored = opened.restore()
+                frontiers.add(restored.frontier)
+                rounds = {each: opened.read(each) for each in range(restored.oldest, restored.frontier)}
+            assert rounds == {each: closed_in_full(each) for each in range(restored.frontier)}
+            shutil.rmtree(copy.parent)
+        assert {0, 15} < frontiers, "none and many survived"
 
     def test_a_disk_that_is_full(self, journal: Journal, path: Path) -> None:
         database = journal._database

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal, seal_session
 from codistill.experiment import Distillation, Experiment, identity
 from codistill.records import Record
 from codistill.tensors import encode
@@ -89,11 +91,14 @@ class Student:
         channel = self.channel or self.served.channel
         request = join_request(self.served.experiment, self.name, first_round)
         self.session = (await cast("Any", DistillationStub(channel)).Join(request)).session
-        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(self.session)),))
+        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(self.session)),))
         await self.call.initial_metadata()
 
     async def send(self, number: int, **options: Any) -> None:
-        await self.write(contribution(self.served.experiment, self.name, number, **options).SerializeToString())
+        await self.contribute(contribution(self.served.experiment, self.name, number, **options))
+
+    async def contribute(self, message: pb.Contribution) -> None:
+        await self.write(seal(message, str(self.session)))
 
     async def write(self, raw: bytes) -> None:
         await self.call.write(raw)
@@ -115,6 +120,11 @@ class Student:
                 await self.answer()
         except grpc.aio.AioRpcError as error:
             return error
+
+
+def as_sealed(raw: bytes, session: int) -> bytes:
+    """Returns bytes, whatever they are, with the checksum of a contribution."""
+    return raw + b"\x7d" + zlib.crc32(str(session).encode() + raw).to_bytes(4, "little")
 
 
 @contextlib.asynccontextmanager
@@ -284,7 +294,7 @@ class TestStatus:
                 self.session = session
 
             def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-                return ((SESSION_KEY, str(self.session)),)
+                return ((SESSION_KEY, seal_session(self.session)),)
 
             async def send_initial_metadata(self, _: object) -> None:
                 self.headers = "under way"
@@ -304,7 +314,7 @@ class TestStatus:
             context = Context(coordinator.join(join_request(experiment, "ant")).session)
 
             async def requests() -> AsyncGenerator[bytes]:
-                yield b"no message"
+                yield as_sealed(b"no message", context.session)
 
             with contextlib.suppress(asyncio.CancelledError):
                 await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))
@@ -340,7 +350,7 @@ class TestStatus:
                 ):
                     ant = Student(served, "ant")
                     await ant.start()
-                    await ant.write(message.SerializeToString())
+                    await ant.contribute(message)
                     error = await ant.ending()
                     assert error.code() is code
                     assert part in (error.details() or "")
@@ -392,27 +402,40 @@ class TestStatus:
         drive(test)
 
     @pytest.mark.parametrize(
-        ("metadata", "code"),
+        "value",
         [
-            ((), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, ""),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "one"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "-1"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "1.0"),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "9" * 5000),), grpc.StatusCode.INVALID_ARGUMENT),
-            (((SESSION_KEY, "9" * 19),), grpc.StatusCode.ABORTED),
-            (((SESSION_KEY, "0"),), grpc.StatusCode.ABORTED),
+            None,
+            "",
+            "1",
+            "one",
+            "-1",
+            "1.0",
+            "9" * 5000,
+            seal_session(1)[:-1],
+            f"{seal_session(1)} 2",
+            f"{'9' * 20}-{zlib.crc32(b'9' * 20):08x}",
+            seal_session(2).replace("2-", "1-"),
+            seal_session(0),
+            seal_session(10**18),
         ],
     )
-    def test_a_stream_without_a_proper_session(
-        self, metadata: tuple[tuple[str, str], ...], code: grpc.StatusCode
-    ) -> None:
+    def test_a_stream_without_a_proper_session(self, value: str | None) -> None:
+        """It may have been damaged on the way, into another's number too; so its worker is to join again."""
+
         async def test() -> None:
             async with serving() as served:
+                ant, bee = await served.students()
+                metadata = () if value is None else ((SESSION_KEY, value),)
                 call = served.channel.stream_stream(EXCHANGE)(metadata=metadata)
                 error = await error_of(call.read())
-                assert error.code() is code
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert SUPERSEDED_KEY not in dict(error.trailing_metadata())
                 assert "session" in (error.details() or "")
+                assert "join again" in (error.details() or "")
+                for student in (ant, bee):
+                    await student.contribute(contribution(served.experiment, student.name, 0))
+                for student in (ant, bee):
+                    assert await student.answer(), "and nobody's stream has ended"
 
         drive(test)
 
@@ -427,10 +450,70 @@ class TestStatus:
                 watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
                 assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
                 ant, _ = await served.students()
-                await ant.write(raw)
+                await ant.write(as_sealed(raw, ant.session))
                 assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert served.presence == {"ant": "absent", "bee": "present"}
                 assert served.failures == []
+
+        drive(test)
+
+    @pytest.mark.parametrize("damage", ["a bit", "the tail", "no checksum", "another session"])
+    def test_a_damaged_contribution_is_sent_again_and_never_counted(self, damage: str) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                message = contribution(served.experiment, "ant", 0)
+                raw = seal(message, str(ant.session))
+                raw = {
+                    "a bit": raw[:-40] + bytes([raw[-40] ^ 4]) + raw[-39:],
+                    "the tail": raw[:-1],
+                    "no checksum": message.SerializeToString(),
+                    "another session": seal(message, str(bee.session)),
+                }[damage]
+                await bee.send(0)
+                await ant.write(raw)
+                error = await ant.ending()
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert "damaged on the way" in (error.details() or "")
+                assert SUPERSEDED_KEY not in trailing(error), "it joins again"
+                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.coordinator.frontier == 0
+                assert served.coordinator.observations.rejected[Status.ABORTED] == 1
+                events = served.coordinator.snapshot().events
+                assert [event.student for event in events if event.kind == "damaged"] == ["ant"]
+                ant = Student(served, "ant")
+                await ant.start()
+                await ant.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    @pytest.mark.parametrize("name", UNARY)
+    def test_other_damaged_calls_are_to_be_tried_again(self, name: str) -> None:
+        """Wherever the bit is, and whether the bytes still parse or not; nothing is done of what they say."""
+
+        async def test() -> None:
+            async with serving() as served:
+                ant, _ = await served.students()
+                request: Any = {
+                    "Join": join_request(served.experiment, "ant"),
+                    "Report": pb.ReportRequest(session=ant.session, round=3, durable_round=2),
+                    "Leave": pb.LeaveRequest(session=ant.session, reason=pb.LEAVE_REASON_FINISHED, message="done"),
+                }[name]
+                raw = seal(request)
+                call = served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")
+                for position in range(0, len(raw) - 5, max(1, len(raw) // 30)):
+                    damaged = bytearray(raw)
+                    damaged[position] ^= 2
+                    error = await error_of(call(bytes(damaged)))
+                    assert error.code() is grpc.StatusCode.UNAVAILABLE, (position, error.details())
+                    assert "damaged on the way" in (error.details() or "")
+                assert served.presence == {"ant": "present", "bee": "present"}
+                assert served.coordinator.observations.students["ant"].durable_round == 0
+                await call(request.SerializeToString())  # without a checksum, as other programs may
+                answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
+                if name == "Join":
+                    assert is_whole(answer), "the response is sealed too"
 
         drive(test)
 
@@ -567,12 +650,12 @@ class TestLimits:
         async def test() -> None:
             async with serving() as served:
                 ant, bee = await served.students()
-                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(ant.session)),))
+                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
                 await second.initial_metadata()
                 error = await ant.ending()
                 assert error.code() is grpc.StatusCode.ABORTED
                 assert "has opened another stream" in str(error.details())
-                await second.write(contribution(served.experiment, "ant", 0).SerializeToString())
+                await second.write(seal(contribution(served.experiment, "ant", 0), str(ant.session)))
                 await bee.send(0)
                 assert await second.read() == await bee.answer()
 
@@ -668,7 +751,7 @@ class TestStreams:
             async with serving() as served:
                 for hops in range(12):
                     session = (await served.stub.Join(join_request(served.experiment, "ant"))).session
-                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(session)),))
+                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(session)),))
                     for _ in range(hops):
                         await asyncio.sleep(0)
                     call.cancel()
@@ -683,7 +766,7 @@ class TestStreams:
             async with serving() as served:
                 ant, bee = await served.students()
                 first = ant.call
-                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, str(ant.session)),))
+                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
                 await ant.call.initial_metadata()
                 error = await error_of(first.read())
                 assert error.code() is grpc.StatusCode.ABORTED
@@ -720,7 +803,7 @@ class TestStreams:
                 await asyncio.wait([asking])
 
         async def _ask(student: Student) -> None:
-            raw = contribution(experiment, student.name, 0).SerializeToString()
+            raw = seal(contribution(experiment, student.name, 0), str(student.session))
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while True:
                     await student.write(raw)
@@ -915,7 +998,7 @@ class _SlowHeaders:
         self.sent: list[str] = []
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ((SESSION_KEY, str(self._session)),)
+        return ((SESSION_KEY, seal_session(self._session)),)
 
     async def send_initial_metadata(self, _: object) -> None:
         try:

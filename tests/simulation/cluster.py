@@ -39,7 +39,7 @@ class Plant:
     """What the cluster is made of; a test replaces a part by one with a bug in it."""
 
     coordinator: Callable[..., Coordinator] = Coordinator
-    session: Callable[[str, float, float], Session] = Session
+    session: Callable[[str, float, float, float], Session] = Session
     journal: Callable[[Any, str], DiskJournal] = DiskJournal
     store: Callable[[Disk], Store] = Store
     ledger: Callable[[Reference], Ledger] | None = None
@@ -102,6 +102,7 @@ class Cluster:
         self.experiment, self.identity, reference = _experiment(method, count, keep_all, proceed, self.rounds)
         self.ledger = (plant.ledger or (GoingOn if proceed else Ledger))(reference)
         self.connect_timeout, self.give_up_after = 40.0, draw.choice((45.0, 45.0, 120.0))
+        self.silence_after = 3 * self.experiment.exchange.waiting_notice + 2
         self.step_seconds = draw.choice((0.2, 1.0, 5.0))
         self.load_seconds = draw.choice((0.1, 5.0))
         self.save_chance = draw.choice((0.1, 0.3, 1.0))
@@ -116,6 +117,8 @@ class Cluster:
         )
         if draw.random() < 0.25:
             self.weather.repeat, self.weather.overtake = 0.1, 0.1
+        if draw.random() < 0.25:
+            self.weather.damage, self.weather.swallow = 0.05, 0.02
         self.links = {name: Link(self.kernel, draw, self.weather, self.faults) for name in self.experiment.names}
         self.disks = {name: Disk() for name in self.experiment.names}
         self.workers: list[Worker] = []

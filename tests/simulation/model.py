@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from codistill.checksums import seal
 from codistill.experiment import Experiment
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
@@ -119,11 +120,13 @@ class Reference:
         if made.shared is not None:
             arrays[""] = made.shared
         replies = {
-            name: pb.ExchangeReply(
-                targets=pb.Targets(
-                    round=number, targets={key: encode(value, "float32") for key, value in values.items()}
+            name: seal(
+                pb.ExchangeReply(
+                    targets=pb.Targets(
+                        round=number, targets={key: encode(value, "float32") for key, value in values.items()}
+                    )
                 )
-            ).SerializeToString(deterministic=True)
+            )
             for name, values in arrays.items()
         }
         return replies, made.state
@@ -187,8 +190,7 @@ class Ledger:
     def received(self, student: str, number: int, targets: pb.Targets) -> None:
         """A student learns from targets, as those of a round."""
         self.answers += 1
-        reply = pb.ExchangeReply(targets=targets).SerializeToString(deterministic=True)
-        self._check_answer(student, number, reply, "takes")
+        self._check_answer(student, number, seal(pb.ExchangeReply(targets=targets)), "takes")
 
     def finished(self, student: str, state: bytes) -> None:
         self.check_final(student, state)

@@ -1,7 +1,8 @@
 """A network as gRPC's users see it: calls that may be lost either way, and streams that deliver a prefix and break.
 
 Within a stream messages keep their order, and arrive until it breaks; each end notices a break in its own time, at the
-latest when a keepalive is not answered. In the harsher mode messages of a stream are also doubled and overtake each other.
+latest when a keepalive is not answered. In the harsher modes messages of a stream are also doubled and overtake each other,
+and bytes are damaged: a bit of a message is another one, or the message never arrives although the stream goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Weather:
     lose_reply: float = 0.0
     repeat: float = 0.0
     overtake: float = 0.0
+    damage: float = 0.0
+    swallow: float = 0.0
 
 
 class Link:
@@ -94,12 +97,12 @@ class Stream:
         self.inbox: deque[Any] = deque()
         self.worker_open = self.server_open = True
         self.on_arrival: Callable[[], None] = lambda: None  # at the worker
-        self.on_message: Callable[[Any], None] = lambda _: None  # at the server
+        self.on_message: Callable[[bytes], None] = lambda _: None  # at the server
         self.on_closed: Callable[[], None] = lambda: None  # at the server
         self.reader_paused: Callable[[], bool] = lambda: False
         self._up_lost = self._down_lost = False
         self._up_first = self._up_last = self._down_last = 0.0
-        self._outbox: deque[Any] = deque()
+        self._outbox: deque[bytes] = deque()
         self._in_flight = 0
         self._writing = False
 
@@ -110,8 +113,9 @@ class Stream:
         self._up(arrive)
         self._up_first = self._up_last = max(self._up_last, self.link.kernel.now)
 
-    def worker_send(self, message: Any) -> None:
-        if self.worker_open:
+    def worker_send(self, message: bytes) -> None:
+        if self.worker_open and not self.link.happens(self.link.weather.swallow, "message swallowed"):
+            message = self._on_the_way(message)
             self._up(lambda: self.on_message(message))
             if self.link.happens(self.link.weather.repeat, "message doubled"):
                 self._up(lambda: self.on_message(message))
@@ -136,7 +140,7 @@ class Stream:
 
     # The server's end
 
-    def server_reply(self, reply: Any) -> bool:
+    def server_reply(self, reply: bytes) -> bool:
         """Puts a reply into the outbox; returns whether there was room."""
         if len(self._outbox) >= _OUTBOX:
             return False
@@ -197,6 +201,13 @@ class Stream:
 
         self.link.carry(arrives, arrive)
 
+    def _on_the_way(self, message: bytes) -> bytes:
+        if not self.link.happens(self.link.weather.damage, "message damaged"):
+            return message
+        damaged = bytearray(message)
+        damaged[self.link.draw.randrange(len(damaged))] ^= 1 << self.link.draw.randrange(8)
+        return bytes(damaged)
+
     def _write_soon(self) -> None:
         if not self._writing:
             self._writing = True
@@ -206,6 +217,9 @@ class Stream:
         self._writing = False
         while self._outbox and self._in_flight < _WINDOW:
             reply = self._outbox.popleft()
+            if self.link.happens(self.link.weather.swallow, "message swallowed"):
+                continue
+            reply = self._on_the_way(reply)
             self._in_flight += 1
             self._down(lambda reply=reply: self._arrive(reply))
             if self.link.happens(self.link.weather.repeat, "message doubled"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from codistill.checksums import is_whole
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import ClosedRound, Journal
@@ -85,7 +86,7 @@ class Outbox:
         message = pb.ExchangeReply.FromString(reply)
         if message.HasField("targets"):
             self.server.cluster.ledger.answered(self.stream.session, message.targets.round, reply)
-        if not self.ending and not self.stream.server_reply(message):
+        if not self.ending and not self.stream.server_reply(reply):
             self.end(Status.ABORTED, "replies lie unread")
 
     def end(self, status: Status, message: str) -> None:
@@ -274,12 +275,15 @@ class Server:
             self.end_stream(outbox, failure(refused))
             return
 
-    def message(self, stream: Stream, message: pb.Contribution) -> None:
+    def message(self, stream: Stream, raw: bytes) -> None:
         outbox = self._outbox_of(stream)
         if self.coordinator is None or outbox is None or outbox.ending:
             return
         try:
-            self.coordinator.contribute(stream.session, message, 1)
+            if not is_whole(raw, str(stream.session)):
+                self.coordinator.damaged(stream.session, "a contribution was damaged on the way")
+                raise Refused(Status.ABORTED, "a contribution was damaged on the way; join again")
+            self.coordinator.contribute(stream.session, pb.Contribution.FromString(raw), len(raw))
         except Refused as refused:
             outbox.end(refused.status, str(refused))
 

@@ -63,8 +63,10 @@ def test_every_kind_of_fault_is_injected_and_every_ending_met() -> None:
         "checkpoint torn",
         "delayed",
         "link cut",
+        "message damaged",
         "message doubled",
         "message overtook",
+        "message swallowed",
         "reply lost",
         "request lost",
         "server asked to end",
@@ -217,6 +219,12 @@ class SaysGoodbyeOnce(Session):
         super().goodbye_failed(failure, now)
 
 
+class StaysOnASilentStream(Session):
+    def silence(self, now: float) -> None:
+        self._heard = now
+        super().silence(now)
+
+
 class CallsTheNewestDurable(Store):
     @property
     def durable_round(self) -> int:
@@ -251,6 +259,7 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
     "comes back when superseded": (Plant(session=ComesBackWhenSuperseded), "joins again although"),
     "takes an end for a refusal": (Plant(session=TakesAnEndForARefusal), "REFUSED"),
     "says goodbye once": (Plant(session=SaysGoodbyeOnce), "not complete"),
+    "stays on a silent stream": (Plant(session=StaysOnASilentStream), "not complete|GAVE_UP"),
     "calls the newest checkpoint durable": (Plant(store=CallsTheNewestDurable), "REFUSED"),
     "overwrites later checkpoints": (Plant(store=OverwritesLaterOnes), "what .* has saved is not the end|REFUSED"),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codistill import PROTOCOL_VERSION
+from codistill.checksums import is_whole, seal
 from codistill.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import session as core
@@ -83,7 +84,9 @@ class Worker:
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
         self._paused_before = 0.0
-        self.core = cluster.plant.session("server:1", cluster.connect_timeout, cluster.give_up_after)
+        self.core = cluster.plant.session(
+            "server:1", cluster.connect_timeout, cluster.give_up_after, cluster.silence_after
+        )
         self.stream: Stream | None = None
         self._listening: Callable[[Any], None] | None = None
         self._request = pb.JoinRequest()
@@ -206,7 +209,10 @@ class Worker:
         self._open = contribution
         self.cluster.ledger.sent(self.student, contribution)
         if self.core.send(contribution.round) and self.stream is not None:
-            self.stream.worker_send(contribution)
+            self._put(self.stream, contribution)
+
+    def _put(self, stream: Stream, contribution: pb.Contribution) -> None:
+        stream.worker_send(seal(contribution, str(stream.session)))
 
     def _receive(self, number: int) -> Generator[Arm, Any, pb.Targets]:
         self.core.receive(number, self.cluster.kernel.now)
@@ -277,7 +283,7 @@ class Worker:
                         self.core.joined(answer.session)
                 case core.Send():
                     if self.stream is not None and self._open is not None:
-                        self.stream.worker_send(self._open)
+                        self._put(self.stream, self._open)
                 case core.Listen():
                     item = yield from self._listen(step.seconds)
                     if item is None:
@@ -321,7 +327,12 @@ class Worker:
 
             yield arm
             self._listening = None
-        return stream.read() if stream is not None and stream.inbox else None
+        item = stream.read() if stream is not None and stream.inbox else None
+        if isinstance(item, bytes):
+            if not is_whole(item):
+                return Failure("UNAVAILABLE", "a reply was damaged on the way", damaged=True)
+            return pb.ExchangeReply.FromString(item)
+        return item
 
     def _broke(self, failure: Failure) -> None:
         if self.stream is not None:

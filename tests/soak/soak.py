@@ -2,7 +2,7 @@
 
 A server and its workers are real processes with a TCP proxy between them. Every few seconds one of them is killed, stopped
 or asked to end, or the network is cut, silent, slow or damaging. Whatever ends is started again. The server is left
-alive for the first half, so that its memory, descriptors and threads can be watched over a long life; in the second half
+alive for the first half (of the time or of the rounds), so that its memory, descriptors and threads can be watched over a long life; in the second half
 it is killed, stopped and ended like the others. Then the faults cease, the run comes to its end, and every student's
 weights are compared, bit for bit, with those of the same experiment in one process without any fault.
 
@@ -33,12 +33,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from system.proxy import Proxy
-
 from codistill.experiment import load
 from codistill_deploy.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import PlainView
+from system.proxy import Proxy
 from system.support import COMMAND, assert_bit_equal, rounds_trained, weights
 
 _BATCH, _SAMPLES = 50, 300
@@ -284,7 +283,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="codistill-soak-") as folder:
         cluster = _start(Path(folder), rounds, seed)
         try:
-            result = _soak(cluster, Path(folder), chance, 60 * minutes, interval)
+            result = _soak(cluster, Path(folder), chance, 60 * minutes, interval, rounds)
         finally:
             for member in (*cluster.workers, cluster.server):
                 member.end()
@@ -294,7 +293,9 @@ def main(
     raise typer.Exit(0 if result["bit_equal"] and result["flat"] else 1)
 
 
-def _soak(cluster: Cluster, folder: Path, chance: random.Random, seconds: float, interval: float) -> dict[str, Any]:
+def _soak(
+    cluster: Cluster, folder: Path, chance: random.Random, seconds: float, interval: float, rounds: int
+) -> dict[str, Any]:
     def trained() -> int:
         return rounds_trained(cluster.folder)
 
@@ -321,7 +322,7 @@ def _soak(cluster: Cluster, folder: Path, chance: random.Random, seconds: float,
     told = time.monotonic()
     while time.monotonic() - calm_from < seconds and not cluster.done:
         cluster.wait(chance.expovariate(1 / interval))
-        spared = time.monotonic() - calm_from < seconds / 2
+        spared = max((time.monotonic() - calm_from) / seconds, trained() / rounds) < 0.5
         name = chance.choice([name for name in faults if not (spared and name.startswith("server"))])
         before, at = trained(), time.monotonic()
         faults[name]()

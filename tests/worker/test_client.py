@@ -13,7 +13,8 @@ import grpc
 import pytest
 import torch
 
-from codistill import PROTOCOL_VERSION, SUPERSEDED_KEY
+from codistill import PROTOCOL_VERSION, SESSION_KEY, SUPERSEDED_KEY
+from codistill.checksums import is_whole, seal, session_in
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, identity
 from codistill.tensors import decode, encode
@@ -36,11 +37,19 @@ def connect() -> Iterator[Connect]:
     made: list[GrpcExchange] = []
 
     def make(
-        address: str, stop: threading.Event | None = None, connect_timeout: float = 20, give_up_after: float = 20
+        address: str,
+        stop: threading.Event | None = None,
+        connect_timeout: float = 20,
+        give_up_after: float = 20,
+        silence_after: float = 20,
     ) -> GrpcExchange:
         made.append(
             GrpcExchange(
-                address, connect_timeout=connect_timeout, give_up_after=give_up_after, stop=stop or threading.Event()
+                address,
+                connect_timeout=connect_timeout,
+                give_up_after=give_up_after,
+                silence_after=silence_after,
+                stop=stop or threading.Event(),
             )
         )
         return made[-1]
@@ -471,11 +480,13 @@ class Script(DistillationServicer):
     def __init__(self) -> None:
         self.joins: list[pb.JoinRequest] = []
         self.sent: list[tuple[int, int]] = []
+        self.contributions: list[pb.Contribution] = []
         self.reports: list[pb.ReportRequest] = []
         self.left: list[pb.LeaveRequest] = []
         self.answer: Callable[[int, int, Any], Iterator[pb.ExchangeReply]] = lambda _session, number, _context: iter(
             [reply(number)]
         )
+        self.on_join: Callable[[int], pb.JoinResponse] = lambda number: pb.JoinResponse(session=number, run="script")
         self.on_report: Callable[[int, Any], None] = lambda _number, _context: None
         self.on_leave: Callable[[int, Any], None] = lambda _number, _context: None
 
@@ -484,13 +495,15 @@ class Script(DistillationServicer):
         taken = pb.JoinRequest()
         taken.CopyFrom(request)
         self.joins.append(taken)
-        return pb.JoinResponse(session=len(self.joins), run="script")
+        return self.on_join(len(self.joins))
 
     def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeReply]:  # noqa: N802
-        session = int(dict(context.invocation_metadata())["codistill-session"])
+        session = session_in(dict(context.invocation_metadata())[SESSION_KEY])
+        assert session is not None
         context.send_initial_metadata(())
         for each in request_iterator:
             self.sent.append((session, each.round))
+            self.contributions.append(each)
             yield from self.answer(session, each.round, context)
 
     def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:  # noqa: N802
@@ -506,7 +519,11 @@ class Script(DistillationServicer):
 
 def reply(number: int) -> pb.ExchangeReply:
     values = {"logits": encode(torch.full((1, 1), float(number)), "float32")}
-    return pb.ExchangeReply(targets=pb.Targets(round=number, targets=values))
+    return sealed(pb.ExchangeReply(targets=pb.Targets(round=number, targets=values)))
+
+
+def sealed(message: pb.ExchangeReply) -> pb.ExchangeReply:
+    return pb.ExchangeReply.FromString(seal(message))
 
 
 @pytest.fixture
@@ -549,7 +566,7 @@ def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str],
     def stutter(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
         if number:
             yield reply(number - 1)
-        yield pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1))
+        yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
         yield reply(number)
         yield reply(number)
 
@@ -581,6 +598,111 @@ def test_a_stream_that_ends_without_being_superseded_is_opened_again(
     exchange.send(contribution(0, 0))
     assert value(exchange.receive(0)) == 0
     assert len(server.joins) == 2
+
+
+def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        answer = reply(number)
+        if session == 1:
+            answer.targets.targets["logits"].CopyFrom(encode(torch.full((1, 1), 99.0), "float32"))
+        elif session == 2:
+            answer.ClearField("checksum")
+        yield answer
+
+    server.answer = damage
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    assert value(exchange.receive(3)) == 3.0
+    assert server.sent == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_stream_that_stands_but_lost_the_contribution_is_left(script: tuple[Script, str], connect: Connect) -> None:
+    """A damaged header can have the other side drop a message; no status tells, and pings are answered."""
+    server, address = script
+    server.answer = lambda session, number, _: iter([reply(number)] if session == 3 else [])
+    exchange = connect(address, silence_after=0.5)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    started = time.monotonic()
+    assert value(exchange.receive(3)) == 3.0
+    assert 1.0 <= time.monotonic() - started < BOUND
+    assert server.sent == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+
+    def notices(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        for _ in range(10):
+            time.sleep(0.1)
+            yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+        yield reply(number)
+
+    server.answer = notices
+    exchange = connect(address, silence_after=0.6)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    exchange.send(contribution(3, 0))
+    assert value(exchange.receive(3)) == 3.0
+    assert server.sent == [(1, 3)]
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED]
+)
+def test_what_grpc_makes_of_damaged_bytes_passes(
+    code: grpc.StatusCode, script: tuple[Script, str], connect: Connect
+) -> None:
+    server, address = script
+    strange = {1, 2, 4, 5}
+
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+        if session in strange:
+            context.abort(code, "frame of unknown type")
+        yield reply(number)
+
+    server.answer = damage
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    for number in (3, 4):
+        exchange.send(contribution(number, 0))
+        assert value(exchange.receive(number)) == number
+        if exchange._stream is not None:
+            exchange._stream.cancel()
+    exchange.close()
+    strange |= set(range(100))
+    again = connect(address)
+    again.join(pb.JoinRequest(student="cnn"))
+    again.send(contribution(5, 0))
+    with pytest.raises(WorkerError, match="frame of unknown type") as ended:
+        again.receive(5)
+    assert ended.value.code is ExitCode.REFUSED, "but not for ever"
+
+
+def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) -> None:
+    server, address = script
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest(student="cnn"))
+    sent = contribution(3, 0)
+    exchange.send(sent)
+    exchange.receive(3)
+    exchange.report(report(4, 4))
+    exchange.leave(pb.LEAVE_REASON_FINISHED, "done")
+    assert [each.checksum for each in server.contributions] == [
+        pb.Contribution.FromString(seal(sent, "1")).checksum,
+    ]
+    for each in (*server.joins, *server.reports, *server.left):
+        assert is_whole(each.SerializeToString())
+
+
+def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str], connect: Connect) -> None:
+    """Another's session in it would have this student take the other's place."""
+    server, address = script
+    server.on_join = lambda number: pb.JoinResponse(session=number, run="script", checksum=1 if number == 1 else None)
+    exchange = connect(address)
+    assert exchange.join(pb.JoinRequest(student="cnn")).session == 2
 
 
 def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:

@@ -25,12 +25,12 @@ GONE = Failure("UNAVAILABLE", "gone")
 OVER = Failure("ABORTED", "evicted; join again")
 SUPERSEDED = Failure("ABORTED", "a newer worker has joined", superseded=True)
 REFUSED = Failure("FAILED_PRECONDITION", "seed: 3, not 4")
-CONNECT, GIVE_UP = 10.0, 100.0
+CONNECT, GIVE_UP, SILENCE = 10.0, 100.0, 1000.0
 
 
-def joined(first_round: int = 0, session: int = 1) -> Session:
+def joined(first_round: int = 0, session: int = 1, silence: float = SILENCE) -> Session:
     """Returns a session that stands, at time 0."""
-    made = Session("host:1", CONNECT, GIVE_UP)
+    made = Session("host:1", CONNECT, GIVE_UP, silence)
     made.join(first_round, 0)
     assert isinstance(made.step(0, 0.5), Join)
     made.joined(session)
@@ -38,12 +38,12 @@ def joined(first_round: int = 0, session: int = 1) -> Session:
     return made
 
 
-def receiving(number: int = 0, now: float = 0) -> Session:
+def receiving(number: int = 0, now: float = 0, silence: float = SILENCE) -> Session:
     """Returns a session that waits for a round's targets."""
-    made = joined(number)
+    made = joined(number, silence=silence)
     assert made.send(number), "the stream stands, so it goes out at once"
     made.receive(number, now)
-    assert made.step(now, 0.5) == Listen(GIVE_UP)
+    assert made.step(now, 0.5) == Listen(min(GIVE_UP, silence))
     return made
 
 
@@ -71,7 +71,7 @@ def steps(session: Session, now: float, until: type[Step], fail: Failure = GONE)
 
 
 def test_a_call_has_a_limit_of_its_own_within_what_is_left() -> None:
-    session = Session("host:1", 30, GIVE_UP)
+    session = Session("host:1", 30, GIVE_UP, SILENCE)
     session.join(5, 1000)
     assert session.step(1000, 0) == Join(first_round=5, session=0, timeout=20, left=30)
     assert session.step(1025, 0) == Join(first_round=5, session=0, timeout=5, left=5)
@@ -79,7 +79,7 @@ def test_a_call_has_a_limit_of_its_own_within_what_is_left() -> None:
 
 
 def test_pauses_between_joins_double_up_to_a_limit_and_are_jittered() -> None:
-    session = Session("host:1", 1000, GIVE_UP)
+    session = Session("host:1", 1000, GIVE_UP, SILENCE)
     session.join(0, 0)
     pauses: list[float] = []
     for _ in range(9):
@@ -94,7 +94,7 @@ def test_pauses_between_joins_double_up_to_a_limit_and_are_jittered() -> None:
 
 
 def test_pauses_end_with_the_time_there_is() -> None:
-    session = Session("host:1", CONNECT, GIVE_UP)
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
     session.join_failed(GONE, CONNECT - 0.04)
     step = session.step(CONNECT - 0.04, 0.5)
@@ -103,7 +103,7 @@ def test_pauses_end_with_the_time_there_is() -> None:
 
 
 def test_a_server_never_reached_is_given_up_after_connect_timeout() -> None:
-    session = Session("host:1", CONNECT, GIVE_UP)
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
     session.join_failed(GONE, CONNECT - 0.1)
     raises(
@@ -128,7 +128,7 @@ def test_a_server_never_reached_is_given_up_after_connect_timeout() -> None:
     ],
 )
 def test_what_ends_a_join_at_once(failure: Failure, code: ExitCode, text: str) -> None:
-    session = Session("host:1", CONNECT, GIVE_UP)
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
     raises(code, text, lambda: session.join_failed(failure, 0))
 
@@ -224,9 +224,7 @@ def test_one_that_comes_back_at_the_last_moment_is_listened_to() -> None:
         (SUPERSEDED, ExitCode.SUPERSEDED),
         (REFUSED, ExitCode.REFUSED),
         (Failure("INVALID_ARGUMENT", "the student has diverged"), ExitCode.DIVERGED),
-        (Failure("RESOURCE_EXHAUSTED", "too large"), ExitCode.REFUSED),
-        (Failure("UNAUTHENTICATED", "no token"), ExitCode.REFUSED),
-        (Failure("INTERNAL", "bad frame"), ExitCode.REFUSED),
+        (Failure("PERMISSION_DENIED", "not you"), ExitCode.REFUSED),
     ],
 )
 def test_how_a_stream_ends_may_end_the_worker(failure: Failure, code: ExitCode) -> None:
@@ -239,6 +237,148 @@ def test_or_not(failure: Failure) -> None:
     session = receiving()
     session.broke(failure, 1)
     assert isinstance(session.step(1, 0), Join)
+
+
+# --- damage
+
+
+STRANGE = [
+    Failure(code, "frame of unknown type")
+    for code in ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
+]
+DAMAGED = Failure("UNAVAILABLE", "a reply of 90 bytes was damaged on the way", damaged=True)
+
+
+def again(session: Session, now: float = 0) -> Join:
+    """Goes on, over the pauses, to the next join."""
+    while isinstance(step := session.step(now, 0.5), Pause):
+        pass
+    assert isinstance(step, Join)
+    return step
+
+
+@pytest.mark.parametrize("failure", STRANGE, ids=lambda each: each.code)
+def test_an_ending_that_no_server_of_ours_would_choose_passes_but_not_for_ever(failure: Failure) -> None:
+    session = receiving()
+    for number in range(2, 6):
+        session.broke(failure, 0)
+        assert again(session).renew, "on another connection"
+        session.joined(number)
+        assert isinstance(session.step(0, 0.5), Send)
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.broke(failure, 0))
+
+
+@pytest.mark.parametrize("how", ["targets", "waiting"])
+def test_endings_are_strange_in_a_row_only(how: str) -> None:
+    session = receiving()
+    for number in range(12):
+        session.broke(STRANGE[0], 0)
+        again(session)
+        session.joined(number + 2)
+        if how == "targets":
+            assert session.targets(number, 0)
+            session.receive(number + 1, 0)
+        else:
+            session.waiting(0, ["mlp"], 0)
+
+
+def test_joins_and_goodbyes_are_strange_too_once_there_was_a_session() -> None:
+    session = receiving()
+    session.broke(GONE, 0)
+    for _ in range(4):
+        again(session)
+        session.join_failed(STRANGE[0], 0)
+    again(session)
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.join_failed(STRANGE[0], 0))
+    session = joined()
+    session.leave(0, finished=True, active=True)
+    for number in range(2, 6):
+        assert session.step(0, 0.5) == Goodbye()
+        session.goodbye_failed(STRANGE[0], 0)
+        assert isinstance(session.step(0, 0.5), Pause)
+        assert session.step(0, 0.5) == HangUp()
+        session.broke(Failure("CANCELLED", "by us"), 0)
+        assert again(session).renew
+        session.joined(number)
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.goodbye_failed(STRANGE[0], 0))
+
+
+@pytest.mark.parametrize("failure", STRANGE, ids=lambda each: each.code)
+def test_a_server_never_joined_is_believed_at_once(failure: Failure) -> None:
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
+    session.join(0, 0)
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.join_failed(failure, 0))
+
+
+def test_who_asks_for_too_much_is_told_when_to_come_back_and_that_is_no_damage() -> None:
+    session = receiving()
+    for number in range(2, 12):
+        session.broke(Failure("RESOURCE_EXHAUSTED", "too many", pushback=True), 0)
+        assert not again(session).renew
+        session.joined(number)
+
+
+@pytest.mark.parametrize(
+    ("failure", "renew"),
+    [(GONE, False), (Failure("DEADLINE_EXCEEDED", "no answer"), True), (DAMAGED, True)],
+)
+def test_a_join_that_was_damaged_or_lost_is_made_on_another_connection(failure: Failure, renew: bool) -> None:
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
+    session.join(0, 0)
+    assert not again(session).renew
+    session.join_failed(failure, 0)
+    assert again(session).renew is renew
+    assert not again(session).renew, "one is enough"
+
+
+def test_after_a_damaged_reply_the_connection_is_left() -> None:
+    session = receiving(7)
+    session.broke(DAMAGED, 1)
+    assert session.step(1, 0) == Join(7, 1, 20, GIVE_UP - 1, renew=True), "at once"
+    session.joined(2)
+    assert session.step(1, 0) == Send(7)
+    session.broke(GONE, 1)
+    assert not again(session, 1).renew, "the new one is not to blame"
+
+
+def test_a_stream_that_says_nothing_is_left_and_what_is_open_goes_out_again() -> None:
+    session = receiving(7, silence=15)
+    assert session.step(10, 0) == Listen(5)
+    session.silence(14.9)
+    assert isinstance(session.step(14.9, 0), Listen), "not yet"
+    session.silence(15)
+    assert session.step(15, 0) == HangUp("nothing was heard of round 7 for 15 s")
+    session.broke(Failure("CANCELLED", "by us"), 15)
+    assert session.step(15, 0) == Join(7, 1, 20, GIVE_UP - 15, renew=True)
+    session.joined(2)
+    assert session.step(16, 0) == Send(7)
+    assert session.step(16, 0) == Listen(15), "which counts anew from then"
+
+
+@pytest.mark.parametrize("how", ["waiting", "stale targets"])
+def test_a_stream_that_says_anything_is_not_left(how: str) -> None:
+    session = receiving(7, silence=15)
+    for now in range(10, 90, 10):
+        if how == "waiting":
+            session.waiting(7, ["mlp"], now)
+        else:
+            assert not session.targets(6, now)
+        assert session.step(now, 0) == Listen(min(15, GIVE_UP - now))
+
+
+def test_silence_between_rounds_is_none() -> None:
+    """A step, an evaluation or a checkpoint may take as long as it likes."""
+    session = receiving(7, silence=15)
+    assert session.targets(7, 1)
+    session.silence(50)
+    session.mend(50)
+    assert session.step(50, 0) == HangUp()
+    session.broke(GONE, 50)
+    session.joined(2)
+    assert session.send(8)
+    session.receive(8, 90)
+    session.silence(91)
+    assert session.step(91, 0) == Listen(14)
 
 
 # --- between rounds, and the end
@@ -293,7 +433,7 @@ def test_any_other_goodbye_is_tried_once_while_the_stream_stands(active: bool) -
 
 
 def test_join_comes_first() -> None:
-    session = Session("host:1", CONNECT, GIVE_UP)
+    session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     assert not session.send(0)
     session.receive(0, 0)
     with pytest.raises(RuntimeError, match="send and receive come after join"):

@@ -26,6 +26,7 @@ __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "u
 _log = logging.getLogger(__name__)
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
 _LOADING = 12  # times training.hang_after: a download, or an index of millions of files
+_PING = 2 / 3  # of exchange.keepalive, by which the server pings: the worker can do something about a dead link
 _STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
 
 
@@ -114,6 +115,8 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
+        silence_after=3 * experiment.exchange.waiting_notice + 2,
+        keepalive=experiment.exchange.keepalive * _PING,
         stop=stop,
         security=options.security,
     )

@@ -1,12 +1,14 @@
 """A student's checkpoints: one safetensors file each, written atomically; nothing is ever unpickled.
 
-The file holds the model's and the optimiser's tensors, and everything else as JSON in its header. The newest two are
-kept: should the newest be torn (a full disk, a power cut), the one before it is used.
+The file holds the model's and the optimiser's tensors, and everything else as JSON in its header, with a digest of it
+all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: should the newest be
+torn or damaged (a full disk, a power cut, a bad disk), the one before it is used.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ from codistill_worker.errors import ConfigurationError
 __all__ = ["Checkpoint", "CheckpointStore"]
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _NEWEST = "checkpoint.safetensors"
 _PREVIOUS = "checkpoint.previous.safetensors"
 _BEST = "best.safetensors"
@@ -77,7 +79,7 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{_NEWEST}.part"
         newest = self.folder / _NEWEST
-        there = _round_of(newest)
+        there = None if self._torn else _round_of(newest)
         if there is not None and there > checkpoint.round:
             raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
         _write(checkpoint, part)
@@ -169,6 +171,10 @@ def read(path: Path) -> Checkpoint:
                 )
             # Copies, as these lie in the mapped file, which others may cut short.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        if header.get("digest") != _digest(header["codistill"], tensors):
+            raise ConfigurationError(
+                f"checkpoint {path} is damaged: its content does not have the digest that it was written with"
+            )
         return Checkpoint(
             student=about["student"],
             identity=about["identity"],
@@ -207,12 +213,23 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         "progress": checkpoint.progress,
     }
     # Tied weights are one storage under two names, which safetensors refuses; each gets its own copy.
-    content = save({name: value.clone() for name, value in tensors.items()}, {"codistill": json.dumps(about)})
+    copies = {name: value.clone() for name, value in tensors.items()}
+    text = json.dumps(about)
+    content = save(copies, {"codistill": text, "digest": _digest(text, copies)})
     # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 over everything that a checkpoint says."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

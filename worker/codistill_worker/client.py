@@ -19,12 +19,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY, handshake
+from codistill.checksums import is_whole, seal, seal_session
 from codistill.exit_codes import ExitCode
+from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_worker.errors import Interrupted, WorkerError
 from codistill_worker.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
 
@@ -37,11 +39,13 @@ _TELL_SECONDS = 5.0
 _LOOK_SECONDS = 2.0
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
+_DAMAGED = "was damaged on the way: its checksum is missing or wrong"
+
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),  # the server is trusted to send targets of any size
     ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
+    ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),  # of pings with which gRPC measures the link
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Left alone, the channel would wait up to two minutes between two attempts, and fail every call meanwhile.
@@ -59,6 +63,9 @@ class GrpcExchange:
         address: the server's "HOST:PORT".
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds to wait for one round's targets, or for a server that went away.
+        silence_after: seconds without targets or a notice after which a stream is taken to have lost what was sent on it,
+            although it stands; longer than the time between the server's notices.
+        keepalive: seconds between the pings that find a server which vanished without a word.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
         security: TLS and token.
 
@@ -72,15 +79,18 @@ class GrpcExchange:
         *,
         connect_timeout: float,
         give_up_after: float,
+        silence_after: float = 20.0,
+        keepalive: float = 20.0,
         stop: threading.Event,
         security: Security | None = None,
     ) -> None:
         self._security = security or Security()
         self._address = address
         self._stop = stop
-        self._channel = self._security.channel(address, _OPTIONS)
-        self._stub = DistillationStub(self._channel)
-        self._session = Session(address, connect_timeout, give_up_after)
+        self._options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive))]
+        self._channel = self._security.channel(address, self._options)
+        self._stub = _Stub(self._channel)
+        self._session = Session(address, connect_timeout, give_up_after, silence_after)
         self._worker = secrets.randbits(64)
         self._request = pb.JoinRequest()
         self._response = pb.JoinResponse()
@@ -139,7 +149,7 @@ class GrpcExchange:
             self._session.mend(time.monotonic())
             self._carry_out()
         self._reports.send(
-            self._session.number, lambda request: self._stub.Report.future(request, timeout=CALL_SECONDS)
+            self._session.number, lambda request: self._stub.report.future(request, timeout=CALL_SECONDS)
         )
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
@@ -194,7 +204,7 @@ class GrpcExchange:
                     if targets is not None:
                         return targets
                 case HangUp():
-                    self._broke(self._hang_up())
+                    self._broke(self._hang_up(), step.why)
                 case Goodbye():
                     self._say_goodbye()
 
@@ -203,7 +213,9 @@ class GrpcExchange:
         self._request.worker, self._request.session = self._worker, step.session
         again = self._session.number
         try:
-            self._response = self._stub.Join(self._request, timeout=step.timeout)
+            if step.renew:
+                self._renew_channel()
+            self._response = _join_response(self._stub.join(self._request, timeout=step.timeout))
             self._stream = _Stream(self._stub, self._response.session)
         except grpc.RpcError as error:
             if time.monotonic() - self._told >= _TELL_SECONDS:
@@ -214,6 +226,11 @@ class GrpcExchange:
             self._session.joined(self._response.session)
             if again:
                 _log.info("connected to %s again", self._address)
+
+    def _renew_channel(self) -> None:
+        self._channel.close()
+        self._channel = self._security.channel(self._address, self._options)
+        self._stub = _Stub(self._channel)
 
     def _look(self, failure: Failure, step: Join) -> Failure:
         """Looks at the port where a failure is not plain, and returns it with what was found.
@@ -258,14 +275,14 @@ class GrpcExchange:
             return reply.targets
         return None
 
-    def _broke(self, error: grpc.RpcError) -> None:
+    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
         self._told = time.monotonic()
         failure = _failure(error)
         self._session.broke(failure, time.monotonic())
-        _log.warning("the connection to %s broke: %s; reconnecting", self._address, failure.details)
+        _log.warning("the connection to %s broke: %s; reconnecting", self._address, why or failure.details)
 
     def _hang_up(self) -> grpc.RpcError:
         """Ends the stream, if it has not ended, and returns how it did."""
@@ -276,13 +293,13 @@ class GrpcExchange:
                     pass
             except grpc.RpcError as error:
                 return error
-        return _StreamEnded()
+        return _Broken("the server ended the stream")
 
     def _say_goodbye(self) -> None:
         self._goodbye.session = self._session.number
         try:
-            self._reports.flush(self._session.number, lambda request: self._stub.Report(request, timeout=CALL_SECONDS))
-            self._stub.Leave(self._goodbye, timeout=CALL_SECONDS)
+            self._reports.flush(self._session.number, lambda request: self._stub.report(request, timeout=CALL_SECONDS))
+            self._stub.leave(self._goodbye, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             failure = _failure(error)
             self._session.goodbye_failed(failure, time.monotonic())
@@ -295,14 +312,30 @@ class GrpcExchange:
             raise Interrupted
 
 
+class _Stub:
+    """The server's calls: what is sent is sealed, what comes is taken as it came, as damage must not look like a refusal."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        service = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+
+        def unary(name: str) -> Any:
+            return channel.unary_unary(f"/{service}/{name}", request_serializer=seal, response_deserializer=None)
+
+        self.join = unary("Join")
+        self.report = unary("Report")
+        self.leave = unary("Leave")
+        self.exchange: Any = channel.stream_stream(f"/{service}/Exchange", None, None)
+
+
 class _Stream:
     """One Exchange call, read by a thread that ends with it."""
 
-    def __init__(self, stub: DistillationStub, session: int) -> None:
+    def __init__(self, stub: _Stub, session: int) -> None:
         self._outgoing: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.ExchangeReply | grpc.RpcError] = queue.SimpleQueue()
-        requests: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
-        self._call: Any = stub.Exchange(requests, metadata=((SESSION_KEY, str(session)),))
+        contributions: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
+        requests = (seal(contribution, str(session)) for contribution in contributions)
+        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, seal_session(session)),))
         self._thread = threading.Thread(target=self._read, name="codistill-replies", daemon=True)
         self._thread.start()
 
@@ -334,22 +367,50 @@ class _Stream:
 
     def _read(self) -> None:
         try:
-            for reply in self._call:
-                self._incoming.put(reply)
+            for raw in self._call:
+                if not is_whole(raw):
+                    self._incoming.put(_Damaged(f"a reply of {len(raw)} bytes {_DAMAGED}"))
+                    self._call.cancel()
+                    return
+                self._incoming.put(pb.ExchangeReply.FromString(raw))
         except grpc.RpcError as error:
             self._incoming.put(error)
         else:
-            self._incoming.put(_StreamEnded())
+            self._incoming.put(_Broken("the server ended the stream"))
 
 
-class _StreamEnded(grpc.RpcError):
-    """The server ended the stream without a status that says why."""
+class _Broken(grpc.RpcError):
+    """The connection cannot be used any more, and no status of the server's says why."""
+
+    def __init__(self, details: str) -> None:
+        self._details = details
+        super().__init__(details)
 
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
-        return "the server ended the stream"
+        return self._details
+
+
+class _Damaged(_Broken):
+    """What came is not what the server sent."""
+
+
+def _join_response(raw: bytes) -> pb.JoinResponse:
+    """Returns a response from its bytes.
+
+    Raises:
+        _Damaged: they are not what the server sent.
+    """
+    damaged = _Damaged(f"a JoinResponse of {len(raw)} bytes {_DAMAGED}")
+    try:
+        response = pb.JoinResponse.FromString(raw)
+    except DecodeError:
+        raise damaged from None
+    if response.HasField("checksum") and not is_whole(raw):
+        raise damaged
+    return response
 
 
 class _Reports:
@@ -412,4 +473,5 @@ def _failure(error: grpc.RpcError) -> Failure:
     details = said.details() if callable(getattr(error, "details", None)) else str(error)
     trailing = dict(getattr(error, "trailing_metadata", tuple)() or ())
     superseded = code is grpc.StatusCode.ABORTED and SUPERSEDED_KEY in trailing
-    return Failure(code.name, " ".join(str(details).split()), superseded, _PUSHBACK_KEY in trailing)
+    text = " ".join(str(details).split())
+    return Failure(code.name, text, superseded, _PUSHBACK_KEY in trailing, isinstance(error, _Damaged))

@@ -6,6 +6,9 @@ tells what came of it, until the step is :class:`Done` or the targets are there.
 exit code. So the same decisions are driven by gRPC, and by a simulation with a clock of its own.
 
 Everything that is wanted has one deadline, and a server that is away in the meantime does not move it.
+
+A server that let this worker join is an aggregation server. So a status that denies it, later on, comes from damage on the
+way, if it does not come again and again; and what was sent on a stream that says nothing is taken to be lost.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ _SHORTEST_LISTEN = 0.2
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 _TEMPORARY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+# What a server, or gRPC itself, makes of bytes that it cannot understand.
+_STRANGE = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
+_STRANGE_ENDINGS = 5
 _NAMELESS = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL")
 
 
@@ -39,6 +45,7 @@ class Failure:
         details: its text, on one line.
         superseded: whether it says that a newer worker has taken the student over.
         pushback: whether it says after how long to come back.
+        damaged: whether what came is not what the server sent.
         advice: what a person is to do about a server that stays away.
     """
 
@@ -46,12 +53,18 @@ class Failure:
     details: str
     superseded: bool = False
     pushback: bool = False
+    damaged: bool = False
     advice: str = "check that `codistill serve` runs there"
 
     @property
     def temporary(self) -> bool:
         """Whether to try the same again."""
         return self.code in _TEMPORARY or self.pushback
+
+    @property
+    def strange(self) -> bool:
+        """Whether it may come from damage on the way, if the server is one of ours."""
+        return self.code in _STRANGE and not self.pushback
 
 
 # Steps
@@ -66,12 +79,15 @@ class Join:
         session: the session that it had last; 0 for none.
         timeout: seconds that the call may take.
         left: seconds until the server is given up.
+        renew: whether to open another connection for it: on the one that there is bytes were damaged or lost, and what is
+            sent on it next may be lost too.
     """
 
     first_round: int
     session: int
     timeout: float
     left: float
+    renew: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,13 @@ class Pause:
 
 @dataclass(frozen=True)
 class HangUp:
-    """Cancel the stream, pass over what was not read, and say :meth:`Session.broke` with how it had ended."""
+    """Cancel the stream, pass over what was not read, and say :meth:`Session.broke` with how it had ended.
+
+    Attributes:
+        why: what is wrong with a stream that stands; empty if it is over.
+    """
+
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,18 +150,21 @@ class Session:
         address: the server's, for messages.
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds for one round's targets, or for a server that went away.
+        silence_after: seconds without targets or a notice after which a stream is taken to have lost what was sent on it,
+            although it stands; longer than the time between the server's notices.
 
     Attributes:
         number: the session that Join opened last; 0 before.
         standing: whether its stream stands, as far as is known.
     """
 
-    def __init__(self, address: str, connect_timeout: float, give_up_after: float) -> None:
+    def __init__(self, address: str, connect_timeout: float, give_up_after: float, silence_after: float) -> None:
         self.number = 0
         self.standing = False
         self._address = address
         self._connect_timeout = connect_timeout
         self._give_up_after = give_up_after
+        self._silence_after = silence_after
         self._asked = False
         self._goal = _Goal.NOTHING
         self._started = self._until = 0.0
@@ -150,6 +175,10 @@ class Session:
         self._open: int | None = None
         self._unsent = False
         self._hang_up = False
+        self._silent = ""
+        self._heard = 0.0
+        self._renew = False
+        self._strange = 0
         self._away_since = 0.0
         self._pause = 0.0
         self._pause_after_break = 0.0
@@ -176,6 +205,7 @@ class Session:
     def receive(self, number: int, now: float) -> None:
         """Wants the targets of a round; :meth:`targets` tells when they are there."""
         self._awaited = number
+        self._heard = now
         self._missing = ()
         self._want(_Goal.RECEIVE, self._give_up_after, now)
 
@@ -222,18 +252,20 @@ class Session:
             seconds, self._pause = min(self._pause, _LONGEST_PAUSE), 0.0
             return Pause(seconds * (0.5 + jitter))
         if self._hang_up:
-            return HangUp()
+            return HangUp(self._silent)
         if not self.standing:
             if not self._asked:
                 raise RuntimeError("send and receive come after join")
             left = self._until - now
-            return Join(self._next_round, self.number, max(min(left, CALL_SECONDS), _SHORTEST_CALL), left)
+            renew, self._renew = self._renew, False
+            return Join(self._next_round, self.number, max(min(left, CALL_SECONDS), _SHORTEST_CALL), left, renew)
         if self._unsent and self._open is not None:
             self._unsent = False
+            self._heard = now
             return Send(self._open)
         match self._goal:
             case _Goal.RECEIVE:
-                return Listen(max(self._until - now, _SHORTEST_LISTEN))
+                return Listen(max(min(self._until, self._heard + self._silence_after) - now, _SHORTEST_LISTEN))
             case _Goal.LEAVE:
                 return Goodbye()
             case _:
@@ -256,10 +288,11 @@ class Session:
         """
         if failure.superseded:
             raise WorkerError(failure.details, ExitCode.SUPERSEDED)
-        if not failure.temporary:
+        if not failure.temporary and not self._may_be_damage(failure):
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
+        self._renew = failure.damaged or failure.strange or failure.code == "DEADLINE_EXCEEDED"
         self._pause = min(self._pause_after_join, self._until - now)
         self._pause_after_join *= 2
 
@@ -272,6 +305,7 @@ class Session:
         Raises:
             WorkerError: they are not, and the wait is over.
         """
+        self._heard, self._strange = now, 0
         if self._goal is not _Goal.RECEIVE or number != self._awaited:
             self.silence(now)
             return False
@@ -286,18 +320,24 @@ class Session:
         Raises:
             WorkerError: the wait is over.
         """
+        self._heard, self._strange = now, 0
         if number == self._awaited:
             self._missing = tuple(students)
         self.silence(now)
 
     def silence(self, now: float) -> None:
-        """Takes in that the stream brought nothing of use.
+        """Takes in that the stream brought nothing of use; one that was silent for too long is left.
 
         Raises:
             WorkerError: the wait is over.
         """
-        if self._goal is _Goal.RECEIVE and now >= self._until:
+        if self._goal is not _Goal.RECEIVE:
+            return
+        if now >= self._until:
             raise self._gave_up(now)
+        if self.standing and now >= self._heard + self._silence_after:
+            self._hang_up = self._renew = True
+            self._silent = f"nothing was heard of round {self._awaited} for {now - self._heard:.0f} s"
 
     def broke(self, failure: Failure, now: float) -> None:
         """Takes in that the stream ended.
@@ -306,11 +346,14 @@ class Session:
             WorkerError: joining again would not help, or the wait is over.
         """
         self.standing = self._hang_up = False
+        self._silent = ""
         self._away_since = now
         if failure.superseded:
             raise WorkerError(failure.details, ExitCode.SUPERSEDED)
-        if failure.code not in ("ABORTED", "CANCELLED") and not failure.temporary:
+        passing = failure.temporary or failure.code in ("ABORTED", "CANCELLED")
+        if not passing and not self._may_be_damage(failure):
             raise self._refused(failure)
+        self._renew |= failure.damaged or failure.strange
         if self._goal is _Goal.RECEIVE:
             self.silence(now)
             # The first time at once; but a server that takes joins and breaks every stream needs a pause.
@@ -330,12 +373,21 @@ class Session:
         if not self._finished:
             self._goal = _Goal.NOTHING
             return
-        if failure.code != "ABORTED" and not failure.temporary:
+        passing = failure.temporary or failure.code == "ABORTED"
+        if not passing and not self._may_be_damage(failure):
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
         self._pause = _FIRST_PAUSE
         self._hang_up = True
+        self._renew |= failure.strange or failure.code == "DEADLINE_EXCEEDED"
+
+    def _may_be_damage(self, failure: Failure) -> bool:
+        """Returns whether a failure may come from damage on the way, and counts it."""
+        if not self.number or not failure.strange:
+            return False
+        self._strange += 1
+        return self._strange < _STRANGE_ENDINGS
 
     def _want(self, goal: _Goal, seconds: float, now: float) -> None:
         self._goal = goal

@@ -22,6 +22,12 @@ Status codes, for every rpc below:
                        milliseconds.
   UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
                        Nothing of the message was read; do not retry.
+
+Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
+messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
+CRC-32 (as zlib and Ethernet have it) of all the message's bytes before it. A damaged message is never believed: it is
+refused with ABORTED on the stream and with UNAVAILABLE elsewhere, so that it is sent again. On the stream a message
+without a checksum is a damaged one; elsewhere the checksum may be left out.
 """
 
 import builtins
@@ -245,6 +251,7 @@ class JoinRequest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks; it must equal the server's."""
     student: builtins.str
@@ -270,6 +277,8 @@ class JoinRequest(google.protobuf.message.Message):
     has taken over since, is refused with ABORTED and the trailing metadata codistill-superseded: however long it was
     cut off, it does not take the student back.
     """
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def data(self) -> global___DataFingerprint:
         """data describes the data set that the worker loaded."""
@@ -292,9 +301,11 @@ class JoinRequest(google.protobuf.message.Message):
         device: builtins.str = ...,
         worker: builtins.int = ...,
         session: builtins.int = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["data", b"data"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "worker", b"worker"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinRequest = JoinRequest
 
@@ -333,20 +344,26 @@ class JoinResponse(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     FRONTIER_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session identifies the session in every later call. A later session of the same student has a larger number."""
     frontier: builtins.int
     """frontier is the first round that is not closed."""
     run: builtins.str
     """run is the run's name."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     def __init__(
         self,
         *,
         session: builtins.int = ...,
         frontier: builtins.int = ...,
         run: builtins.str = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["frontier", b"frontier", "run", b"run", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "frontier", b"frontier", "run", b"run", "session", b"session"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinResponse = JoinResponse
 
@@ -410,8 +427,13 @@ class Contribution(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     BATCH_FIELD_NUMBER: builtins.int
     HELD_OUT_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     round: builtins.int
     """round is the round contributed to."""
+    checksum: builtins.int
+    """checksum covers the session's number in decimal and then the message's bytes before it, so that a contribution is
+    never taken for another student's; see Damage above.
+    """
     @property
     def batch(self) -> global___Samples:
         """batch holds the samples of this training step; every student's ids and labels must be the same."""
@@ -426,9 +448,11 @@ class Contribution(google.protobuf.message.Message):
         round: builtins.int = ...,
         batch: global___Samples | None = ...,
         held_out: global___Samples | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["batch", b"batch", "held_out", b"held_out"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch", b"batch", "held_out", b"held_out", "round", b"round"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "batch", b"batch", "checksum", b"checksum", "held_out", b"held_out"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "batch", b"batch", "checksum", b"checksum", "held_out", b"held_out", "round", b"round"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___Contribution = Contribution
 
@@ -440,6 +464,9 @@ class ExchangeReply(google.protobuf.message.Message):
 
     TARGETS_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def targets(self) -> global___Targets:
         """targets answers a contribution."""
@@ -453,9 +480,13 @@ class ExchangeReply(google.protobuf.message.Message):
         *,
         targets: global___Targets | None = ...,
         waiting: global___Waiting | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "kind", b"kind", "targets", b"targets", "waiting", b"waiting"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["targets", "waiting"] | None: ...
 
 global___ExchangeReply = ExchangeReply
@@ -581,6 +612,7 @@ class ReportRequest(google.protobuf.message.Message):
     MEASUREMENTS_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session is the session that Join opened."""
     round: builtins.int
@@ -593,6 +625,8 @@ class ReportRequest(google.protobuf.message.Message):
     """step_seconds is the median time of a training step since the last report, waiting included; 0 where unknown."""
     wait_seconds: builtins.float
     """wait_seconds is the median time a step waited for its targets since the last report; 0 where unknown."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def measurements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Measurement]:
         """measurements holds what was measured since the last report."""
@@ -607,8 +641,11 @@ class ReportRequest(google.protobuf.message.Message):
         measurements: collections.abc.Iterable[global___Measurement] | None = ...,
         step_seconds: builtins.float = ...,
         wait_seconds: builtins.float = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "round", b"round", "session", b"session", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "durable_round", b"durable_round", "epoch", b"epoch", "measurements", b"measurements", "round", b"round", "session", b"session", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___ReportRequest = ReportRequest
 
@@ -633,20 +670,26 @@ class LeaveRequest(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     session: builtins.int
     """session is the session that Join opened."""
     reason: global___LeaveReason.ValueType
     """reason is why the worker leaves."""
     message: builtins.str
     """message is one line for the run's events; the error where reason is FAILED."""
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     def __init__(
         self,
         *,
         session: builtins.int = ...,
         reason: global___LeaveReason.ValueType = ...,
         message: builtins.str = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "message", b"message", "reason", b"reason", "session", b"session"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___LeaveRequest = LeaveRequest
 
@@ -880,7 +923,7 @@ class Event(google.protobuf.message.Message):
     """unix_seconds is when, in seconds since 1970-01-01 UTC."""
     kind: builtins.str
     """kind is a short stable word: joined, left, finished, failed, disconnected, superseded, evicted, absent,
-    returned, below quorum, refused, rejected, resumed.
+    returned, below quorum, refused, rejected, damaged, resumed.
     """
     student: builtins.str
     """student is whom it concerns; empty where it concerns the run."""

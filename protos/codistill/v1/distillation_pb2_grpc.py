@@ -83,12 +83,14 @@ class DistillationServicer(object):
 
     def Exchange(self, request_iterator, context):
         """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-        the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-        stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-        once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-        is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-        with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-        one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+        the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+        session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+        method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+        answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+        seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+        round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+        round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+        it with INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,6 +22,12 @@ Status codes, for every rpc below:
                        milliseconds.
   UNAUTHENTICATED      the metadata hold no token, or not the server's: the key authorization is to hold "Bearer TOKEN".
                        Nothing of the message was read; do not retry.
+
+Damage. TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the
+messages that decide numbers end in a *checksum*: a field that the sender puts behind everything else on the wire, the
+CRC-32 (as zlib and Ethernet have it) of all the message's bytes before it. A damaged message is never believed: it is
+refused with ABORTED on the stream and with UNAVAILABLE elsewhere, so that it is sent again. On the stream a message
+without a checksum is a damaged one; elsewhere the checksum may be left out.
 """
 
 import abc
@@ -57,12 +63,14 @@ class DistillationStub:
         codistill.v1.distillation_pb2.ExchangeReply,
     ]
     """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-    the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-    stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-    once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-    is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-    with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-    one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+    the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+    session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+    method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+    answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+    seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+    round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+    round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+    it with INVALID_ARGUMENT.
     """
 
     Report: grpc.UnaryUnaryMultiCallable[
@@ -112,12 +120,14 @@ class DistillationAsyncStub:
         codistill.v1.distillation_pb2.ExchangeReply,
     ]
     """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-    the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-    stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-    once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-    is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-    with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-    one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+    the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+    session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+    method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+    answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+    seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+    round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+    round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+    it with INVALID_ARGUMENT.
     """
 
     Report: grpc.aio.UnaryUnaryMultiCallable[
@@ -171,12 +181,14 @@ class DistillationServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[codistill.v1.distillation_pb2.ExchangeReply], collections.abc.AsyncIterator[codistill.v1.distillation_pb2.ExchangeReply]]:
         """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-        the session's number in decimal. A worker opens it right after Join, also for a method that exchanges nothing: the
-        stream's end is how the server notices that a worker died. Each contribution is answered by the targets of its round,
-        once that round is closed; until then a Waiting notice is sent every few seconds. A contribution to a closed round
-        is answered at once with the targets decided then. A contribution to a round past the frontier ends the stream
-        with ABORTED and names the round expected; one whose samples are not the round's ends it with FAILED_PRECONDITION;
-        one with values that are not finite, or of the wrong dtype or shape, ends it with INVALID_ARGUMENT.
+        the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
+        session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
+        method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
+        answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
+        seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
+        round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
+        round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
+        it with INVALID_ARGUMENT.
         """
 
     @abc.abstractmethod
