@@ -93,6 +93,9 @@ def exit_codes_page() -> str:
         "times, unless the same error comes back at once. Where it gives up, it passes on the codes 3, 4, 5, 6, 7, 10 and 11 of",
         "the process that failed first; any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
         "",
+        "Ctrl-C or SIGTERM is how `codistill serve` is ended: it lets calls under way finish, closes its journal, and ends with",
+        "0, whether the run is complete or not. Started again, it goes on with the journal.",
+        "",
     ]
     return "\n".join(lines)
 

@@ -49,6 +49,7 @@ DEFAULT_SERVER = "127.0.0.1:50551"
 
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
+LastingDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME by default.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
 InProcessOption = Annotated[
     bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
@@ -124,7 +125,7 @@ def run(
     from codistill_deploy import report as reports
 
     try:
-        code = _run_one(loaded, folder, loaded.name, experiment.parent, stop, resume, in_process, wire, restarts)
+        code = _run_one(loaded, folder, loaded.name, experiment, stop, resume, in_process, wire, restarts)
     except CommandError:
         if folder.metrics_file.exists():  # a run that began and failed has a report that says how
             _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
@@ -159,7 +160,8 @@ def compare(
     wire = _Wire(None if in_process else _read_security_for_both())
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
-        return _run_one(variant, place, title, experiment.parent, stop, resume, in_process, wire)
+        begun = resume and place.experiment_file.exists()
+        return _run_one(variant, place, title, experiment, stop, begun, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
@@ -181,7 +183,7 @@ def compare(
 def serve(
     experiment: ExperimentArgument,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
-    run_dir: RunDirOption = None,
+    run_dir: LastingDirOption = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
@@ -197,10 +199,12 @@ def serve(
     from codistill_server.app import ServeOptions
     from codistill_server.app import serve as run_server
 
-    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
+    _check_addresses(listen, metrics)
+    folder.join(loaded)
     options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
     raise typer.Exit(run_server(loaded, options, stop))
 
@@ -212,7 +216,7 @@ def work(
     server: Annotated[
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
-    run_dir: RunDirOption = None,
+    run_dir: LastingDirOption = None,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -222,15 +226,17 @@ def work(
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_worker.app import WorkOptions
+    from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
     sys.path.insert(0, str(Path.cwd()))
     sys.path.insert(0, str(experiment.resolve().parent))
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
-    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    check_student(loaded, student)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
+    folder.join(loaded, [student])
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
@@ -247,11 +253,16 @@ def status(
     tls_ca: TlsCaOption = None,
     token_file: TokenFileOption = None,
 ) -> None:
-    """Show who is at which round, and who is waited for."""
+    """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
     from codistill.security import read
     from codistill_deploy.discovery import find_server
-    from codistill_deploy.status import add_supervision, ask, show
+    from codistill_deploy.status import add_supervision, ask, recorded, show
 
+    if server is None and run_dir is not None and not as_json:
+        line = recorded(RunFolder(run_dir))
+        if line is not None:
+            _console.print(line, soft_wrap=True)
+            return
     address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
     state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
@@ -371,11 +382,20 @@ def _read_security_for_both(
     return security
 
 
+def _check_addresses(listen: str, metrics: str | None) -> None:
+    """Checks the form of a server's addresses before its folder is made."""
+    from codistill_server.app import parse_address
+
+    parse_address(listen, "--listen")
+    if metrics is not None:
+        parse_address(metrics, "--metrics")
+
+
 def _run_one(
     experiment: Experiment,
     folder: RunFolder,
     title: str,
-    search_path: Path,
+    source: Path,
     stop: threading.Event,
     resume: bool,
     in_process: bool,
@@ -388,8 +408,10 @@ def _run_one(
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
 
+    search_path = source.parent
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
-    check(experiment)
+    _check_addresses(wire.listen, wire.metrics)
+    check(experiment, str(source))
     folder.check(experiment, resume=resume)
     with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
         folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from codistill.experiment import Experiment
-from codistill_worker import models
+from collections.abc import Callable, Iterator
+
+from codistill.experiment import Experiment, ExperimentError
+from codistill_worker import data, models
 from codistill_worker.app import choose_device
+from codistill_worker.errors import ConfigurationError
 
 __all__ = ["check"]
 
 
-def check(experiment: Experiment) -> None:
-    """Checks that every student's model is known and its device there.
+def check(experiment: Experiment, source: str = "experiment") -> None:
+    """Checks that every student's model is known, its device there, and the data set where it is said to be.
+
+    Args:
+        experiment: what is to be run.
+        source: names the experiment in errors.
 
     Raises:
-        ConfigurationError: one is not; the text names it and what is allowed.
+        ExperimentError: something is not so; a line for each names the field and what is allowed.
     """
+    problems = list(dict.fromkeys(_problems(experiment)))
+    if problems:
+        raise ExperimentError(source, problems)
+
+
+def _problems(experiment: Experiment) -> Iterator[str]:
+    yield from _of(lambda: data.check(experiment.data))
     for position, student in enumerate(experiment.students):
-        models.check(student.model)
-        choose_device(experiment.plan(student.name).training.device, position)
+        for problem in _of(lambda: models.check(student.model, student.model_args)):  # noqa: B023 - called at once
+            named = problem if problem.startswith("model") else f"model: {student.model!r}: {problem}"
+            yield f"students.{position}.{named}"
+        device = experiment.plan(student.name).training.device
+        own = f"students.{position}." if student.training.device is not None else ""
+        yield from (f"{own}{problem}" for problem in _of(lambda: choose_device(device, position)))  # noqa: B023
+
+
+def _of(check_one: Callable[[], object]) -> Iterator[str]:
+    try:
+        check_one()
+    except ConfigurationError as error:
+        yield str(error)

@@ -6,6 +6,7 @@ journal.sqlite          the closed rounds (the server's)
 metrics.jsonl           what was measured, events.jsonl what happened (the server's; codistill.records)
 supervisor.jsonl        which processes ended, and were started again (the command's)
 run.lock                held by the command and every process that it started; server.lock by a server
+start.lock              held by a server or a worker while it makes the folder a run's
 server.json             the server's address, while it is up
 server.log
 students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
@@ -19,9 +20,10 @@ import fcntl
 import json
 import os
 import platform
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +36,8 @@ from codistill_deploy.errors import CommandError
 __all__ = ["RunFolder", "write_atomically"]
 
 _POLL_SECONDS = 0.1
+_JOURNAL = "journal.sqlite"
+_RECORDS = ("metrics.jsonl", "events.jsonl", "supervisor.jsonl")
 _PACKAGES = ("torch", "grpcio", "protobuf", "numpy")
 
 
@@ -48,6 +52,11 @@ class RunFolder:
         """Returns a new folder below `runs`, named after the run and the time."""
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         return cls(Path("runs") / f"{name}-{stamp}")
+
+    @classmethod
+    def lasting(cls, name: str) -> RunFolder:
+        """Returns the folder below `runs` that a server or a worker finds again when it is started again by hand."""
+        return cls(Path("runs") / name)
 
     @property
     def experiment_file(self) -> Path:
@@ -122,30 +131,44 @@ class RunFolder:
             raise CommandError(f"{self.path} is not a run folder: it has no {self.experiment_file.name}")
         return load(self.experiment_file)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on with: a checkpoint, a closed round, or a server at work."""
+        return (
+            any((self.path / "students").glob("*/*.safetensors")) or _holds_rounds(self.path / _JOURNAL) or self.served
+        )
+
+    @property
+    def served(self) -> bool:
+        """Whether a server is at work in the folder."""
+        return _is_locked(self.path / "server.lock")
+
+    @property
+    def held(self) -> bool:
+        """Whether a run, or a process of one, is at work in the folder."""
+        return _is_locked(self.path / "run.lock")
+
     def check(self, experiment: Experiment, *, resume: bool) -> None:
         """Checks that an experiment may be run in the folder.
 
+        A folder in which nothing was trained yet stops nobody: its experiment may be corrected and started again.
+
         Raises:
-            CommandError: the folder holds another run, or holds this one and `resume` is not given.
+            CommandError: the folder holds another run, or holds this one and `resume` is not given, or `resume` is given
+                and it holds none.
         """
-        if self.experiment_file.exists():
+        if not self.experiment_file.exists():
+            if resume:
+                raise CommandError(
+                    f"run folder {self.path} holds no run to go on with; give the --run-dir of one, or leave out --resume "
+                    "to start one there"
+                )
+        elif self.begun:
             if not resume:
                 raise CommandError(
                     f"run folder {self.path} already holds a run; give --resume to go on with it, or another --run-dir"
                 )
-            had, has = identity(self.experiment()), identity(experiment)
-            differs = difference(had, has)
-            if differs is not None and extends(had, has):
-                if experiment.exchange.journal.keep != "all":
-                    raise CommandError(
-                        f"run folder {self.path}: students were added to its experiment, which needs a journal of every "
-                        "round; set exchange.journal.keep: all from the run's start, or give another --run-dir"
-                    )
-            elif differs is not None:
-                raise CommandError(
-                    f"run folder {self.path} belongs to another experiment: "
-                    f"{differs.replace('this worker', 'this experiment')}; give another --run-dir"
-                )
+            self._check_same(experiment)
 
     def start(self, experiment: Experiment, *, mode: str, resume: bool) -> None:
         """Makes the folder ready for a run, or for going on with the run that it holds.
@@ -153,20 +176,76 @@ class RunFolder:
         Args:
             experiment: the experiment to run.
             mode: "grpc" or "in-process".
-            resume: go on with the run in the folder, if there is one.
+            resume: go on with the run in the folder.
 
         Raises:
-            CommandError: the folder holds another run, or holds this one and `resume` is not given.
+            CommandError: as :meth:`check`, or the folder cannot be written.
         """
         self.check(experiment, resume=resume)
+        with self._writing():
+            if not self.begun:
+                self._discard()
+            self._write(experiment, mode, experiment.names)
+
+    def join(self, experiment: Experiment, students: Iterable[str] = ()) -> None:
+        """Makes the folder a run's for a server or a worker that is started by itself; others may do the same meanwhile.
+
+        Where it is this run's already, nothing is changed but for students that were added to the experiment.
+
+        Args:
+            experiment: the experiment to run.
+            students: those whose files will be in the folder.
+
+        Raises:
+            CommandError: the folder holds another run, or cannot be written.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / "start.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self.experiment_file.exists():
+                    if identity(self.experiment()) == identity(experiment):
+                        return
+                    if self.begun:
+                        self._check_same(experiment)
+                    else:
+                        self._discard()
+                self._write(experiment, "grpc", students)
+
+    def _check_same(self, experiment: Experiment) -> None:
+        had, has = identity(self.experiment()), identity(experiment)
+        differs = difference(had, has)
+        if differs is not None and extends(had, has):
+            if experiment.exchange.journal.keep != "all":
+                raise CommandError(
+                    f"run folder {self.path}: students were added to its experiment, which needs a journal of every "
+                    "round; set exchange.journal.keep: all from the run's start, or give another --run-dir"
+                )
+        elif differs is not None:
+            raise CommandError(
+                f"run folder {self.path} belongs to another experiment: "
+                f"{differs.replace('this worker', 'this experiment')}; give another --run-dir"
+            )
+
+    def _discard(self) -> None:
+        """Removes what a run left that came to nothing."""
+        for name in (*(f"{_JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")), *_RECORDS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _write(self, experiment: Experiment, mode: str, students: Iterable[str]) -> None:
+        (self.path / "students").mkdir(parents=True, exist_ok=True)
+        for name in students:
+            self.student(name).mkdir(exist_ok=True)
+        _sync_folder(self.path / "students")
+        write_atomically(self.path / "run.json", json.dumps(_about(mode), indent=2) + "\n")
+        # Last, as it makes the folder a run's.
+        write_atomically(self.experiment_file, experiment.to_yaml())
+        _sync_folder(self.path.parent)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None, None, None]:
         try:
-            for name in experiment.names:
-                self.student(name).mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.path / "students")
-            write_atomically(self.path / "run.json", json.dumps(_about(mode), indent=2) + "\n")
-            # Last, as it makes the folder a run's.
-            write_atomically(self.experiment_file, experiment.to_yaml())
-            _sync_folder(self.path.parent)
+            yield
         except OSError as error:
             raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
 
@@ -201,6 +280,27 @@ def _locked(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_locked(path: Path) -> bool:
+    """Returns whether a process holds the lock on a file; there need be no such file."""
+    try:
+        with path.open() as file:
+            return not _locked(file.fileno())
+    except OSError:
+        return False
+
+
+def _holds_rounds(journal: Path) -> bool:
+    """Returns whether a journal holds a closed round, or may: nothing is thrown away that cannot be read."""
+    if not journal.exists():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(journal)) as database:
+            tables = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'rounds'").fetchone()
+            return tables != (0,) and database.execute("SELECT 1 FROM rounds LIMIT 1").fetchone() is not None
+    except sqlite3.Error:
+        return True
 
 
 def _about(mode: str) -> dict[str, object]:

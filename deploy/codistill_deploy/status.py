@@ -1,7 +1,8 @@
-"""Asks a server where its run stands."""
+"""Tells where a run stands: asks its server, or reads what one left that does not run any more."""
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -17,10 +18,11 @@ from codistill.security import REFUSALS, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import SUPERVISOR_FILE
+from codistill_deploy.history import SUPERVISOR_FILE, History, read
+from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import status_table
 
-__all__ = ["add_supervision", "ask", "show"]
+__all__ = ["add_supervision", "ask", "recorded", "show"]
 
 _SECONDS = 5.0
 _EVENTS = 5
@@ -55,6 +57,49 @@ def ask(address: str, security: Security | None = None) -> pb.Run:
         "folder with --run-dir",
         ExitCode.UNREACHABLE,
     )
+
+
+def recorded(folder: RunFolder) -> str | None:
+    """Returns one line on the run whose records a folder holds and that no server serves; None where there is none.
+
+    Raises:
+        ExperimentError: its experiment cannot be used.
+        CommandError: its records cannot be read.
+    """
+    if folder.served or not folder.experiment_file.exists() or not folder.metrics_file.exists():
+        return None
+    try:
+        history = read(folder.path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"run folder {folder.path} cannot be read: {error}") from error
+    experiment = history.experiment
+    reached = max(
+        (
+            *(span.last + 1 for span in history.rounds),
+            *(each.round for student in history.students for each in (*student.pace, *student.train, *student.test)),
+        ),
+        default=0,
+    )
+    if history.complete:
+        stage = f"complete at round {reached}"
+    elif folder.held:
+        stage = f"under way without a server, at round {reached} of {history.total_rounds or '?'} when it last reported"
+    else:
+        stage = f"stopped at round {reached} of {history.total_rounds or '?'}; go on with: {_again(history, folder)}"
+    return f"{experiment.name} ({experiment.distillation.title}): {stage}"
+
+
+def _again(history: History, folder: RunFolder) -> str:
+    """Returns the command that goes on with a run: the one that started it, which knows where models and data are."""
+    command = list(history.info.command)
+    if command[1:2] not in (["run"], ["serve"]):
+        mode = ["--in-process"] if history.info.mode == "in-process" else []
+        command = ["codistill", "run", str(folder.experiment_file), *mode]
+    if not any(part == "--run-dir" or part.startswith("--run-dir=") for part in command):
+        command += ["--run-dir", str(folder.path)]
+    if command[1] == "run" and "--resume" not in command:
+        command.append("--resume")
+    return shlex.join(command)
 
 
 def add_supervision(run: pb.Run, folder: Path) -> None:

@@ -36,4 +36,4 @@ class ExitCode(IntEnum):
     HUNG = 11
     """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long."""
     INTERRUPTED = 130
-    """Ctrl-C or SIGTERM; every student was saved first."""
+    """Ctrl-C or SIGTERM; every student was saved first. Not for ``codistill serve``, which ends with 0 when it is told to."""

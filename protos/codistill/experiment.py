@@ -52,6 +52,23 @@ KEEPALIVE_ANSWER = 10.0
 
 _OPERATIONAL: dict[str, Any] = {"operational": True}
 _REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_DEVICE = r"^(auto|cpu|cuda|cuda:\d+)$"
+_IN_WORDS: Mapping[str, str] = {
+    _NAME: "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit",
+    _DEVICE: "input should be auto, cpu, cuda or cuda:N",
+}
+_WANTED: Mapping[str, str] = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a section of keys and values",
+    "model_type": "a section of keys and values",
+}
+_UNION_PART = re.compile(r"literal\[.*\]|constrained-\w+")
 
 
 class ExperimentError(ValueError):
@@ -72,15 +89,38 @@ class DatasetInfo(BaseModel):
     channels: int | None
     size: int | None
     about: str
+    train: int | None = None
+    test: int | None = None
+    divided: bool = False
+    """Whether train and test are drawn from one pool, so that more of one is less of the other."""
 
 
 DATASETS: Mapping[str, DatasetInfo] = {
-    "digits": DatasetInfo(classes=10, channels=1, size=8, about="scikit-learn's 1,797 handwritten digits; no download"),
-    "mnist": DatasetInfo(classes=10, channels=1, size=28, about="torchvision's MNIST"),
-    "fashion_mnist": DatasetInfo(classes=10, channels=1, size=28, about="torchvision's Fashion-MNIST"),
-    "cifar10": DatasetInfo(classes=10, channels=3, size=32, about="torchvision's CIFAR-10"),
-    "cifar100": DatasetInfo(classes=100, channels=3, size=32, about="torchvision's CIFAR-100"),
-    "imagenet": DatasetInfo(classes=1000, channels=3, size=None, about="torchvision's ImageNet; needs `image_size`"),
+    "digits": DatasetInfo(
+        classes=10,
+        channels=1,
+        size=8,
+        train=1_347,
+        test=450,
+        divided=True,
+        about="scikit-learn's 1,797 handwritten digits; no download",
+    ),
+    "mnist": DatasetInfo(classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's MNIST"),
+    "fashion_mnist": DatasetInfo(
+        classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's Fashion-MNIST"
+    ),
+    "cifar10": DatasetInfo(classes=10, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-10"),
+    "cifar100": DatasetInfo(
+        classes=100, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-100"
+    ),
+    "imagenet": DatasetInfo(
+        classes=1000,
+        channels=3,
+        size=None,
+        train=1_281_167,
+        test=50_000,
+        about="torchvision's ImageNet; needs `image_size`",
+    ),
     "image_folder": DatasetInfo(
         classes=None,
         channels=3,
@@ -91,7 +131,7 @@ DATASETS: Mapping[str, DatasetInfo] = {
 
 
 class _InconsistentError(ValueError):
-    """What a validator of several fields found: `problems` holds a line for each, its path included."""
+    """What a validator of several fields found: `problems` holds a line for each, with its path within the section."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -99,7 +139,8 @@ class _InconsistentError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    # Strict: true and "3" are no numbers, however well they would convert. YAML has lists only, so tuples are not.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Augment(_Section):
@@ -117,9 +158,9 @@ class Augment(_Section):
 class Normalize(_Section):
     """Channel statistics, of pixel values scaled to 0..1."""
 
-    mean: tuple[float, ...] = Field(description="Mean of each channel.", min_length=1)
+    mean: tuple[float, ...] = Field(description="Mean of each channel.", min_length=1, strict=False)
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        description="Standard deviation of each channel.", min_length=1
+        description="Standard deviation of each channel.", min_length=1, strict=False
     )
 
     @model_validator(mode="after")
@@ -132,7 +173,11 @@ class Normalize(_Section):
 class Data(_Section):
     """What the students learn."""
 
-    dataset: str = Field(description="One of `" + "`, `".join(DATASETS) + "`, or `package.module:callable`.")
+    dataset: str = Field(
+        description="One of `"
+        + "`, `".join(DATASETS)
+        + "`, or `package.module:callable`, which every process calls and which must return the same in each: seed whatever it draws."
+    )
     root: str = Field(
         default="data",
         description="Folder that holds the data set's files; not used by `digits`.",
@@ -223,10 +268,16 @@ class Optimizer(_Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of `sgd`; not used by `adamw`.")
     nesterov: bool = Field(default=False, description="Nesterov momentum of `sgd`.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="Decay rates of `adamw`'s moments."
+        default=(0.9, 0.999), description="Decay rates of `adamw`'s moments.", strict=False
     )
     weight_decay: float = Field(default=5e-4, ge=0, description="Weight decay.")
     decay_norm_and_bias: bool = Field(default=True, description="Decay biases and normalisation weights too.")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Optimizer:
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise _InconsistentError(["nesterov: true, but momentum is 0; leave it out, or set momentum above 0"])
+        return self
 
 
 class Schedule(_Section):
@@ -238,7 +289,7 @@ class Schedule(_Section):
     warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of linear rise from 0 to the peak.")
     min_lr: float = Field(default=0.0, ge=0, description="Where `cosine` ends.")
     milestones: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(), description="Epochs at which `steps` lowers the rate."
+        default=(), description="Epochs at which `steps` lowers the rate.", strict=False
     )
     gamma: float = Field(default=0.1, gt=0, le=1, description="What `steps` multiplies the rate by.")
 
@@ -266,7 +317,7 @@ class Training(_Section):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        pattern=_DEVICE,
         description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
         json_schema_extra=_OPERATIONAL,
     )
@@ -300,6 +351,19 @@ class Training(_Section):
         description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop.",
         json_schema_extra=_OPERATIONAL,
     )
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Training:
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise _InconsistentError(
+                [
+                    (
+                        f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g} is not allowed; allowed is less than the "
+                        f"{self.epochs} of training.epochs, or the rate never gets to its peak"
+                    )
+                ]
+            )
+        return self
 
 
 class Independent(_Section):
@@ -455,7 +519,7 @@ class TrainingOverrides(_Section):
     clip_norm: float | None = Field(default=None, gt=0, description="As in `training`.")
     device: str | None = Field(
         default=None,
-        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        pattern=_DEVICE,
         description="As in `training`.",
         json_schema_extra=_OPERATIONAL,
     )
@@ -481,7 +545,7 @@ class Student(_Section):
     """One student: a model, and whatever it does differently from the others."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        pattern=_NAME,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
     )
     model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
@@ -522,7 +586,7 @@ class StudentPlan(_Section):
 class Experiment(_Section):
     """One run: what is learnt, by whom, and how they teach one another."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Names the run folder and the metrics.")
+    name: str = Field(pattern=_NAME, description="Names the run folder and the metrics.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Everything random in a run follows from it.")
     data: Data = Field(description="What the students learn.")
     training: Training = Field(description="How they learn.")
@@ -533,6 +597,7 @@ class Experiment(_Section):
     students: tuple[Student, ...] = Field(
         min_length=1,
         max_length=256,
+        strict=False,
         description="Who learns. The order is that of every table, and of an ensemble's reduction.",
     )
 
@@ -546,9 +611,13 @@ class Experiment(_Section):
     def _problems(self) -> Iterator[str]:
         seen: dict[str, int] = {}
         for position, student in enumerate(self.students):
-            first = seen.setdefault(student.name, position)
+            first = seen.setdefault(student.name.casefold(), position)
             if first != position:
-                yield f"students.{position}.name: {student.name!r} is the name of students.{first} already; give each its own"
+                alike = "" if student.name == self.students[first].name else ", as file systems may tell no case apart"
+                yield (
+                    f"students.{position}.name: {student.name!r} is the name of students.{first} already{alike}; give "
+                    "each its own"
+                )
         if self.distillation.exchanges and len(self.students) < 2:
             yield (
                 f"distillation.method: {self.distillation.method!r} needs at least 2 students, there is {len(self.students)}; "
@@ -562,13 +631,7 @@ class Experiment(_Section):
             yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {len(self.students)} students"
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
-        if self.data.train_size is not None:
-            trained = self.data.train_size - self.data.held_out
-            if trained < self.training.batch_size:
-                yield (
-                    f"training.batch_size: {self.training.batch_size} is larger than the {max(trained, 0)} training samples "
-                    "(data.train_size less data.held_out)"
-                )
+        yield from self._data_problems()
         for position, student in enumerate(self.students):
             if isinstance(self.distillation, Dml) and student.distillation.temperature is not None:
                 yield (
@@ -579,6 +642,35 @@ class Experiment(_Section):
                 self._plan(student)
             except ValidationError as error:
                 yield from (f"students.{position}.{line}" for line in _lines(error, StudentPlan))
+
+    def _data_problems(self) -> Iterator[str]:
+        """Yields what does not fit the data set, as far as its size is known without loading it."""
+        data, known = self.data, DATASETS.get(self.data.dataset)
+        if data.normalize is not None and known is not None and known.channels is not None:
+            given = len(data.normalize.mean)
+            if given != known.channels:
+                yield f"data.normalize: {given} channels, but the images of {data.dataset} have {known.channels}"
+        train, test = (known.train, known.test) if known is not None else (None, None)
+        if known is not None and train is not None and test is not None:
+            wanted = data.train_size or train
+            most = train + test - 1 if known.divided else train
+            if wanted > most:
+                yield f"data.train_size: {wanted} is more than {data.dataset} has to train on; allowed: 1 to {most}"
+                return
+            left = train + test - wanted if known.divided else test
+            if (data.test_size or 0) > left:
+                yield f"data.test_size: {data.test_size} is more than {data.dataset} has to test on; allowed: 1 to {left}"
+        samples = data.train_size or train
+        if samples is None:
+            return
+        trained = max(samples - data.held_out, 0)
+        if data.train_size is None and not trained:
+            yield f"data.held_out: {data.held_out} leaves nothing of {samples} training samples; allowed: 0 to {samples - 1}"
+        elif trained < self.training.batch_size:
+            yield (
+                f"training.batch_size: {self.training.batch_size} is larger than the {trained} training samples "
+                f"({'data.train_size' if data.train_size else f'{samples} of {data.dataset}'} less data.held_out)"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -812,19 +904,43 @@ def _validated(document: dict[Any, Any], source: str) -> Experiment:
 
 
 def _lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    errors = cast("list[dict[str, Any]]", error.errors())
     lines: list[str] = []
-    for each in error.errors():
-        cause = each.get("ctx", {}).get("error")
-        lines += (
-            cause.problems if isinstance(cause, _InconsistentError) else [_line(cast("dict[str, Any]", each), root)]
-        )
+    alternatives: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in errors:
+        *within, last = each["loc"] or ("",)
+        if _UNION_PART.fullmatch(str(last)):  # a line for the field, not one for each type that it may have
+            kept = alternatives.setdefault(tuple(within), {**each, "loc": tuple(within), "alternatives": []})
+            kept["alternatives"].append(each)
+            if len(kept["alternatives"]) > 1:
+                lines[-1] = _line(kept, root)
+                continue
+            each = kept  # noqa: PLW2901
+        if each["type"] == "too_short" and any(_is_inside(other["loc"], each["loc"]) for other in errors):
+            continue  # what is in the list is wrong, not how much
+        cause = (each.get("ctx") or {}).get("error")
+        if isinstance(cause, _InconsistentError):
+            prefix = "".join(f"{part}." for part in _shown_path(each["loc"]))
+            lines += [f"{prefix}{problem}" for problem in cause.problems]
+        else:
+            lines.append(_line(each, root))
     return lines
 
 
+def _is_inside(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
+
+
+def _shown_path(location: tuple[Any, ...]) -> list[Any]:
+    """Returns a path as the file has it: without the method, which pydantic puts between the section and its key."""
+    path = list(location)
+    if path[:1] == ["distillation"]:
+        del path[1:2]
+    return path
+
+
 def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
-    location = list(error["loc"])
-    if location[:1] == ["distillation"]:
-        del location[1:2]  # the method, which pydantic puts between the section and its key
+    location = _shown_path(error["loc"])
     path = ".".join(str(part) for part in location)
     value = error.get("input")
     kind = error["type"]
@@ -847,11 +963,30 @@ def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
             if path and not isinstance(value, dict | BaseModel)
             else f"{path}: {message}".removeprefix(": ")
         )
-    return f"{path}: {_shown(value)} is not allowed: {_first_lower(str(error['msg']))}"
+    return f"{path}: {_shown(value)} is not allowed: {_reason(error)}"
 
 
-def _first_lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _reason(error: dict[str, Any]) -> str:
+    """Returns why a value is not allowed, in words of the file and not of the library that reads it."""
+    context: dict[str, Any] = error.get("ctx") or {}
+    if "alternatives" in error:
+        first, *others = map(_reason, error["alternatives"])
+        return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
+    match error["type"]:
+        case "string_pattern_mismatch":
+            return _IN_WORDS.get(context["pattern"], f"it must match {context['pattern']}")
+        case "too_short" | "too_long":
+            bound = (
+                f"at least {context['min_length']}" if "min_length" in context else f"at most {context['max_length']}"
+            )
+            return f"input should have {bound} item{'' if bound.endswith(' 1') else 's'}"
+        case "invalid_key":
+            return "keys should be text"
+        case kind if kind in _WANTED:
+            return f"input should be {_WANTED[kind]}"
+        case _:
+            text = str(error["msg"])
+            return text[:1].lower() + text[1:]
 
 
 def _shown(value: Any) -> str:

@@ -332,7 +332,7 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ServerError(
-                f"run folder {run_dir}: another server runs in it; stop that one, or choose another"
+                f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
             ) from None
         with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
             (run_dir / ADDRESS_FILE).unlink(missing_ok=True)

@@ -510,12 +510,14 @@ class Coordinator:
                 f"data.classes: the run has {self._classes}, this worker {request.data.classes}",
             )
         theirs = _course(request)
+        dataset = self.experiment.data.dataset
+        drawn = f"; {dataset!r} must return the same in every process: seed whatever it draws" if ":" in dataset else ""
         for field, value in self._settled.items():
             if theirs[field] != value:
                 raise Refused(
                     Status.FAILED_PRECONDITION,
                     f"{field}: the run has {value}, this worker {theirs[field]}; all students need the same data set, "
-                    "in the same order",
+                    f"in the same order{drawn}",
                 )
 
     def _settle(self, request: pb.JoinRequest) -> None:

@@ -207,7 +207,7 @@ def weights_from_covariance(covariance: Tensor) -> Tensor:
     Raises:
         ValueError: `covariance` is not such a matrix.
     """
-    C = covariance.detach()
+    C = _checked_tensor(covariance, "covariance").detach()
     if C.dtype != torch.float64 or C.ndim != 2 or C.shape[0] != C.shape[1] or len(C) == 0:
         raise ValueError(f"covariance: {_describe(C)} is not allowed; allowed is float64 [K, K] with K at least 1")
     if not bool(torch.isfinite(C).all()) or not torch.allclose(C, C.T) or bool((C.diagonal() < 0).any()):
@@ -239,7 +239,7 @@ def weighted_sum(logits: Tensor, weights: Tensor) -> Tensor:
         ValueError: `weights` are not such.
     """
     logits = _checked_logits(logits)
-    weights = weights.detach()
+    weights = _checked_tensor(weights, "weights").detach()
     if not weights.is_floating_point() or weights.shape != logits.shape[:1]:
         raise ValueError(f"weights: {_describe(weights)} is not allowed; allowed is a floating dtype [{len(logits)}]")
     if not bool(torch.isfinite(weights).all()):
@@ -379,7 +379,16 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def _checked_tensor(value: object, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(  # noqa: TRY004 - one type of error for all that is wrong with an argument
+            f"{name}: {type(value).__name__} is not allowed; allowed is a torch.Tensor, as torch.as_tensor makes it"
+        )
+    return value
+
+
 def _checked_logits(logits: Tensor) -> Tensor:
+    _checked_tensor(logits, "logits")
     if logits.ndim != 3 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(
             f"logits: {_describe(logits)} is not allowed; allowed is a floating dtype [K, B, C] "
@@ -400,6 +409,7 @@ def _checked_logits(logits: Tensor) -> Tensor:
 
 def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     _, B, C = logits.shape
+    _checked_tensor(labels, "labels")
     if labels.dtype != torch.int64 or labels.shape != (B,):
         raise ValueError(f"labels: {_describe(labels)} is not allowed; allowed is int64 [{B}], one for each sample")
     wrong = torch.nonzero((labels < 0) | (labels >= C))

@@ -478,9 +478,9 @@ class Rounds:
                 Refuse(
                     Status.FAILED_PRECONDITION,
                     f"student {student!r} resumes at round {event.first_round}, but this server's journal ends at "
-                    f"round {self._frontier}: start the server with the run's whole journal; if its end is lost (a power cut: "
-                    "see exchange.journal.durability), remove the student's checkpoint.safetensors, so that it goes on "
-                    "from the one before it",
+                    f"round {self._frontier}: start the server with the --run-dir of the run's whole journal; if its end is "
+                    "lost (a power cut: see exchange.journal.durability), remove the student's checkpoint.safetensors, so "
+                    "that it goes on from the one before it",
                 )
             ]
         if self.rules.exchanges and event.first_round < self._oldest:
@@ -488,7 +488,8 @@ class Rounds:
                 Refuse(
                     Status.FAILED_PRECONDITION,
                     f"student {student!r} needs round {event.first_round}, but the journal keeps rounds from "
-                    f"{self._oldest} on: resume it from its newest checkpoint, or run with exchange.journal.keep: all",
+                    f"{self._oldest} on: start it with the --run-dir that holds its newest checkpoint, or run with "
+                    "exchange.journal.keep: all",
                 )
             ]
         actions: list[Action] = []

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from codistill.experiment import Exchange, Experiment, Journal, Student, identity
+from codistill.experiment import Exchange, Experiment, Student, identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
+from codistill_server.app import JOURNAL_FILE
+from codistill_server.journal import ClosedRound, Journal
+from codistill_server.rounds import Samples
 
 
 @pytest.fixture
@@ -38,9 +43,16 @@ def test_start_writes_the_resolved_experiment_and_where_it_ran(experiment: Exper
     assert folder.student("b").is_dir()
 
 
+def train(folder: RunFolder) -> None:
+    """Leaves what makes a run one to go on with."""
+    folder.student("a").mkdir(parents=True, exist_ok=True)
+    (folder.student("a") / "checkpoint.safetensors").touch()
+
+
 def test_a_folder_with_a_run_is_not_taken_twice(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
+    train(folder)
     with pytest.raises(CommandError, match=f"{tmp_path} already holds a run; give --resume"):
         folder.start(experiment, mode="grpc", resume=False)
     folder.start(experiment, mode="grpc", resume=True)
@@ -51,6 +63,7 @@ def test_resuming_with_another_experiment_names_the_field_and_both_values(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
+    train(folder)
     with pytest.raises(CommandError, match="experiment field seed: the run has 0, this experiment has 9"):
         folder.start(experiment.replace(seed=9), mode="grpc", resume=True)
 
@@ -70,15 +83,73 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
     more = (*experiment.students, Student(name="c", model="vit"))
     folder = RunFolder(tmp_path / "needed")
     folder.start(experiment, mode="grpc", resume=False)
+    train(folder)
     with pytest.raises(CommandError, match=r"students were added .* exchange\.journal\.keep: all"):
         folder.start(experiment.replace(students=more), mode="grpc", resume=True)
 
-    keeping = experiment.replace(exchange=Exchange(journal=Journal(keep="all")))
+    keeping = experiment.replace(exchange=Exchange.model_validate({"journal": {"keep": "all"}}))
     folder = RunFolder(tmp_path / "all")
     folder.start(keeping, mode="grpc", resume=False)
+    train(folder)
     folder.start(keeping.replace(students=more), mode="grpc", resume=True)
     assert folder.experiment().names == ("a", "b", "c")
     assert folder.student("c").is_dir()
+
+
+def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(
+        CommandError, match="holds no run to go on with; give the --run-dir of one, or leave out --resume"
+    ):
+        RunFolder(tmp_path / "typo").start(experiment, mode="grpc", resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_run_that_trained_nothing_does_not_stop_the_corrected_one(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(experiment, mode="grpc", resume=False)
+    Journal(tmp_path / JOURNAL_FILE, identity(experiment)).close()
+    folder.metrics_file.touch()
+    folder.start(experiment.replace(seed=9), mode="grpc", resume=False)
+    assert folder.experiment().seed == 9
+    assert not folder.metrics_file.exists()
+
+    journal = Journal(tmp_path / JOURNAL_FILE, identity(folder.experiment()))  # another's is gone
+    journal.append(ClosedRound(0, Samples(b"", b""), {}))
+    journal.close()
+    with pytest.raises(CommandError, match="already holds a run; give --resume"):
+        folder.start(experiment, mode="grpc", resume=False)
+
+
+def test_a_journal_that_cannot_be_read_is_not_thrown_away(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(experiment, mode="grpc", resume=False)
+    (tmp_path / JOURNAL_FILE).write_bytes(b"this is no journal" * 100)
+    with pytest.raises(CommandError, match="already holds a run"):
+        folder.start(experiment, mode="grpc", resume=False)
+
+
+def test_a_server_at_work_keeps_its_folder(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.join(experiment)
+    with (tmp_path / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CommandError, match="experiment field seed: the run has 0, this experiment has 9"):
+            folder.join(experiment.replace(seed=9), ["a"])
+    folder.join(experiment.replace(seed=9), ["a"])
+    assert folder.experiment().seed == 9
+
+
+def test_servers_and_workers_started_by_hand_make_one_folder_a_runs(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with ThreadPoolExecutor(8) as pool:
+        for each in [pool.submit(folder.join, experiment, students) for students in ([], ["a"], ["b"]) for _ in "12"]:
+            each.result()
+    assert folder.experiment() == experiment
+    about = folder.path / "run.json"
+    assert json.loads(about.read_text())["mode"] == "grpc"
+    written = about.stat().st_mtime_ns
+    folder.join(experiment, ["a"])
+    assert about.stat().st_mtime_ns == written, "what was started first stands there"
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
@@ -166,7 +237,7 @@ def test_a_start_that_was_killed_anywhere_can_be_resumed(
                 done = True
             steps = 1_000_000
             monkeypatch.undo()
-        folder.start(experiment, mode="grpc", resume=True)
+        folder.start(experiment, mode="grpc", resume=folder.experiment_file.exists())
         assert identity(folder.experiment()) == identity(experiment)
         if done:
             assert last > 8

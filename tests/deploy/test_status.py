@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import threading
 from collections.abc import Generator
@@ -15,14 +16,16 @@ import pytest
 from rich.console import Console
 
 from codistill.exit_codes import ExitCode
-from codistill.records import Happened
+from codistill.experiment import parse
+from codistill.records import Happened, Joined, Measured
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import SUPERVISOR_FILE
+from codistill_deploy.history import SUPERVISOR_FILE, RunInfo
 from codistill_deploy.local import watch
-from codistill_deploy.status import add_supervision, ask, show
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.status import add_supervision, ask, recorded, show
 from support_certificates import TOKEN, Certificates
 
 
@@ -170,3 +173,57 @@ def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / SUPERVISOR_FILE).write_text("nonsense\n")
     with pytest.raises(CommandError, match=rf"{SUPERVISOR_FILE}.*line 1"):
         add_supervision(state(), tmp_path)
+
+
+def left_by(folder: RunFolder, command: list[str], *, rounds: int, epoch: float) -> str:
+    """Returns what is told of a run that got so far and whose server is gone."""
+    experiment = parse(
+        "name: tiny\ndata: {dataset: digits}\ntraining: {epochs: 4}\n"
+        "distillation: {method: independent}\nstudents: [{name: a, model: mlp}]\n"
+    )
+    folder.join(experiment)
+    (folder.path / "run.json").write_text(RunInfo(command=tuple(command)).model_dump_json())
+    done = {"student": "a", "split": "test", "round": rounds, "epoch": epoch, "accuracy": 0.9, "loss": 0.1}
+    records = (
+        Joined(time=0, student="a", model="mlp", parameters=1, device="cpu", total_rounds=40),
+        Measured.model_validate({"time": 1, **done}),
+    )
+    folder.metrics_file.write_text("".join(f"{record.model_dump_json()}\n" for record in records))
+    line = recorded(folder)
+    assert line is not None
+    return line
+
+
+def test_a_run_that_is_over_is_told_from_its_records(tmp_path: Path) -> None:
+    line = left_by(RunFolder(tmp_path), ["codistill", "run", "my run.yaml"], rounds=40, epoch=4)
+    assert line == "tiny (independent): complete at round 40"
+
+
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        (["codistill", "run", "my run.yaml"], "codistill run 'my run.yaml' --run-dir {} --resume"),
+        (["codistill", "run", "a.yaml", "--run-dir=b", "--resume"], "codistill run a.yaml --run-dir=b --resume"),
+        (["codistill", "serve", "a.yaml"], "codistill serve a.yaml --run-dir {}"),
+        (["codistill", "compare", "a.yaml"], "codistill run {}/experiment.yaml --run-dir {} --resume"),
+    ],
+)
+def test_a_run_that_was_stopped_is_told_with_how_to_go_on(command: list[str], again: str, tmp_path: Path) -> None:
+    line = left_by(RunFolder(tmp_path), command, rounds=20, epoch=2)
+    wanted = again.replace("{}", str(tmp_path))
+    assert line == f"tiny (independent): stopped at round 20 of 40; go on with: {wanted}"
+
+
+def test_a_run_without_a_server_is_not_taken_for_a_stopped_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.hold():
+        line = left_by(folder, [], rounds=20, epoch=2)
+    assert line == "tiny (independent): under way without a server, at round 20 of 40 when it last reported"
+
+
+def test_a_server_at_work_is_asked_and_an_empty_folder_tells_nothing(tmp_path: Path) -> None:
+    assert recorded(RunFolder(tmp_path)) is None
+    left_by(RunFolder(tmp_path), [], rounds=20, epoch=2)
+    with (tmp_path / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert recorded(RunFolder(tmp_path)) is None

@@ -578,7 +578,7 @@ def _then_hold(messages: Iterator[pb.Contribution], hold: threading.Event) -> It
 def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
     with (tmp_path / "server.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ServerError, match="another server runs in it; stop that one, or choose another"):
+        with pytest.raises(ServerError, match="another server runs in it; stop that one, or give another --run-dir"):
             serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))
 
 

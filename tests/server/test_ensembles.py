@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -498,3 +499,18 @@ def test_pooled_probabilities_are_what_one_more_student_gets_of_its_peers(temper
     torch.testing.assert_close(m, peers[-1])
     torch.testing.assert_close(constant, constants[-1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(m.sum(-1), torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda array: ensembles.naive(array, torch.zeros(2, dtype=torch.int64)), "logits"),
+        (lambda array: ensembles.min_logit(torch.zeros(3, 2, 5), array), "labels"),
+        (lambda array: ensembles.weighted_sum(torch.zeros(3, 2, 5), array), "weights"),
+        (ensembles.weights_from_covariance, "covariance"),
+    ],
+    ids=["logits", "labels", "weights", "covariance"],
+)
+def test_what_is_no_tensor_is_refused(call: Callable[[Any], object], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: ndarray is not allowed; allowed is a torch.Tensor"):
+        call(np.zeros((3, 2, 5)))

@@ -150,8 +150,9 @@ class TestJoin:
             Refuse(
                 Status.FAILED_PRECONDITION,
                 "student 'ant' resumes at round 5, but this server's journal ends at round 4: start the server with "
-                "the run's whole journal; if its end is lost (a power cut: see exchange.journal.durability), remove the "
-                "student's checkpoint.safetensors, so that it goes on from the one before it",
+                "the --run-dir of the run's whole journal; if its end is lost (a power cut: see "
+                "exchange.journal.durability), remove the student's checkpoint.safetensors, so that it goes on from the "
+                "one before it",
             )
         ]
 
@@ -160,8 +161,8 @@ class TestJoin:
         assert rounds.apply(Join("ant", 2), 0.0) == [
             Refuse(
                 Status.FAILED_PRECONDITION,
-                "student 'ant' needs round 2, but the journal keeps rounds from 3 on: resume it from its newest "
-                "checkpoint, or run with exchange.journal.keep: all",
+                "student 'ant' needs round 2, but the journal keeps rounds from 3 on: start it with the "
+                "--run-dir that holds its newest checkpoint, or run with exchange.journal.keep: all",
             )
         ]
         assert rounds.presence["ant"] is Presence.EXPECTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import textwrap
@@ -51,7 +52,7 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "unknown model": (
         {"students": [{"name": "a", "model": "resnet19"}, STUDENTS[1]]},
-        ["resnet19", "resnet20"],
+        ["experiment.yaml: students.0.model", "resnet19", "resnet20"],
     ),
 }
 
@@ -64,6 +65,14 @@ def test_an_experiment_that_cannot_be(case: str, tmp_path: Path) -> None:
     assert code == ExitCode.CONFIGURATION, output
     refused(output, *fragments)
     assert not (tmp_path / "run").exists(), "nothing is started for a wrong experiment"
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    path = experiment_file(tmp_path)
+    code, output = run("run", path, "--run-dir", tmp_path / "run", "--listen", "here", cwd=tmp_path, timeout=60)
+    assert code == ExitCode.CONFIGURATION, output
+    refused(output, "--listen: 'here' is not an address", "HOST:PORT")
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -142,6 +151,11 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
         other = experiment_file(tmp_path / "other", data=data, training__optimizer__lr=0.25)
         work = ["--student", "mlp", "--run-dir", tmp_path / "run"]
         code, output = run("work", other, *work, cwd=tmp_path)
+        assert code == ExitCode.CONFIGURATION, output
+        refused(output, "training.optimizer.lr", "the run has 0.05", "--run-dir")
+        address = json.loads((tmp_path / "run" / "server.json").read_text())["address"]
+        elsewhere = ["--student", "mlp", "--run-dir", tmp_path / "elsewhere", "--server", address]
+        code, output = run("work", other, *elsewhere, cwd=tmp_path)
         assert code == ExitCode.REFUSED, output
         refused(output, "training.optimizer.lr", "the run has 0.05", "this worker has 0.25")
 
@@ -157,7 +171,7 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
         cnn = ["--student", "cnn", "--run-dir", tmp_path / "run"]
         code, output = run("work", path, *cnn, cwd=tmp_path, env=environment(ORDER="-1"))
         assert code == ExitCode.REFUSED, output
-        refused(output, "data.digest", "the run has", "this worker")
+        refused(output, "data.digest", "the run has", "this worker", "'ordered:make' must return the same")
         digests = re.findall(r"[0-9a-f]{64}", output.splitlines()[-1])
         assert len(set(digests)) == 2, "both values are named"
     finally:

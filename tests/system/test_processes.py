@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from codistill_deploy.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import PlainView
 from system.support import (
+    EXPERIMENT,
     assert_bit_equal,
     experiment_file,
     processes_of,
@@ -133,3 +135,29 @@ def test_status_names_who_is_waited_for(folder: Path) -> None:
     assert "mlp" in output
     output = ended(process)
     assert process.returncode == 0, output
+
+
+def test_a_server_and_a_worker_started_by_hand_leave_folders_of_a_run(tmp_path: Path) -> None:
+    """Each on a machine of its own, without --run-dir: the server's is enough for a report, the worker's for weights."""
+    path = experiment_file(
+        tmp_path, training__epochs=1, distillation={"method": "independent"}, students=EXPERIMENT["students"][:1]
+    )
+    machines = tmp_path / "server", tmp_path / "worker"
+    for machine in machines:
+        machine.mkdir()
+    server = start("serve", path, "--listen", "127.0.0.1:0", cwd=machines[0])
+    try:
+        announced = machines[0] / "runs" / "small" / "server.json"
+        wait_for(lambda: announced.exists() or server.poll() is not None, "the server is up")
+        address = json.loads(announced.read_text())["address"]
+        code, output = run("work", path, "--student", "mlp", "--server", address, cwd=machines[1])
+        assert code == 0, output
+    finally:
+        output = ended(server)
+    assert server.returncode == 0, output
+    code, output = run("report", "runs/small", cwd=machines[0])
+    assert code == 0, output
+    assert (machines[0] / "runs" / "small" / "report.html").exists()
+    code, output = run("export", "runs/small", "--student", "mlp", cwd=machines[1])
+    assert code == 0, output
+    assert (machines[1] / "exported" / "mlp.safetensors").exists()

@@ -21,7 +21,7 @@ from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
 from codistill_worker.learner import Learner
 
-__all__ = ["WorkOptions", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
+__all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -50,6 +50,18 @@ class WorkOptions:
 def student_folder(run_dir: Path, student: str) -> Path:
     """Returns where a student's files are."""
     return run_dir / "students" / student
+
+
+def check_student(experiment: Experiment, name: str) -> None:
+    """Checks that an experiment has a student.
+
+    Raises:
+        ConfigurationError: it has none of that name.
+    """
+    if name not in experiment.names:
+        raise ConfigurationError(
+            f"student: {name!r} is not one of the experiment's; allowed: {', '.join(experiment.names)}"
+        )
 
 
 def choose_device(wanted: str, position: int) -> torch.device:
@@ -94,10 +106,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     """
     stop = stop or threading.Event()
     _stop_on_signals(stop)
-    if options.student not in experiment.names:
-        raise ConfigurationError(
-            f"student: {options.student!r} is not one of the experiment's; allowed: {', '.join(experiment.names)}"
-        )
+    check_student(experiment, options.student)
     plan = experiment.plan(options.student)
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()

@@ -6,12 +6,22 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from codistill_worker.errors import ConfigurationError
 
-__all__ = ["accepted", "is_reference", "load"]
+__all__ = ["accepted", "explained", "is_reference", "load", "some"]
+
+_SHOWN = 8
+_NOT_THE_USERS = (
+    str(Path(__file__).parent),
+    "<frozen",
+    *(sysconfig.get_path(each) for each in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -30,8 +40,8 @@ def load(reference: str, field: str) -> Callable[..., Any]:
         field: the experiment's field that holds the reference, for errors.
 
     Raises:
-        ConfigurationError: the text has another form, there is no such module, the module has no such name, or what
-            it names cannot be called. An error inside the module itself comes out as it is.
+        ConfigurationError: the text has another form, there is no such module, the module cannot be imported, has no
+            such name, or what it names cannot be called.
     """
     form = _FORM.fullmatch(reference)
     if form is None:
@@ -42,10 +52,13 @@ def load(reference: str, field: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
-            raise  # the module is there; something that it imports is not
+            # The module is there; something that it imports is not.
+            raise ConfigurationError(f"{field}: {reference!r}: {explained(error)}") from error
         raise ConfigurationError(
             f"{field}: {reference!r}: there is no module {missing!r}; install it, or add its folder to PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise ConfigurationError(f"{field}: {reference!r}: {explained(error)}") from error
     found = getattr(module, name, None)
     if callable(found):
         return cast("Callable[..., Any]", found)
@@ -56,8 +69,27 @@ def load(reference: str, field: str) -> Callable[..., Any]:
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigurationError(
         f"{field}: {reference!r}: module {module_name!r} has no {name!r}; {hint}"
-        f"It has: {', '.join(sorted(candidates)) or 'nothing to call'}"
+        f"It has: {some(sorted(candidates)) or 'nothing to call'}"
     )
+
+
+def explained(error: BaseException) -> str:
+    """Returns an error of a user's code as one line: what it is, and at which line of the user's it was raised."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{kind}: {text}"  # which names the file and the line already
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)] or frames
+    place = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    return f"{kind}{place}{': ' if text else ''}{text}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns names for a message: all of a few, else the first ones and how many more there are."""
+    if len(names) <= 2 * _SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
 
 
 def accepted(function: Callable[..., Any]) -> set[str] | None:

@@ -9,6 +9,6 @@
 from __future__ import annotations
 
 from codistill_worker.data.dataset import Dataset, Split, check_batch
-from codistill_worker.data.loading import load
+from codistill_worker.data.loading import check, load
 
-__all__ = ["Dataset", "Split", "check_batch", "load"]
+__all__ = ["Dataset", "Split", "check", "check_batch", "load"]

@@ -12,7 +12,7 @@ import torch
 from codistill.experiment import Data
 from codistill_worker import references
 from codistill_worker.data.sources import Arrays
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, WorkerError
 
 __all__ = ["from_callable"]
 
@@ -26,17 +26,18 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     [N, H, W], square; labels as integers of shape [N] from 0 to `data.classes`-1; each a tensor or an array.
 
     Raises:
-        ConfigurationError: it cannot be imported or called so, or returns something else. An error of its own comes out
-            as it is, with a note that says who called it.
+        ConfigurationError: it cannot be imported or called so, or returns something else.
+        WorkerError: it raised an error of its own.
     """
     where = f"data.dataset: {data.dataset!r}"
     function = references.load(data.dataset, "data.dataset")
     arguments = _arguments(function, data, where)
     try:
         returned = function(*arguments)
-    except Exception as error:
-        error.add_note(f"raised by {where}")
+    except torch.OutOfMemoryError:
         raise
+    except Exception as error:
+        raise WorkerError(f"{where}: {references.explained(error)}") from error
     parts = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if parts is None or len(parts) != 4:
         size = f" of {len(parts)}" if parts is not None else ""

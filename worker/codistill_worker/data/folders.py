@@ -11,7 +11,7 @@ from codistill.experiment import Data
 from codistill_worker.data.sources import Files
 from codistill_worker.errors import ConfigurationError
 
-__all__ = ["SUFFIXES", "image_folder"]
+__all__ = ["SUFFIXES", "image_folder", "splits"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -29,15 +29,7 @@ def image_folder(data: Data) -> tuple[Files, Files]:
         ConfigurationError: a folder is missing or empty, the splits have different classes, or there are not
             `data.classes` of them.
     """
-    root = Path(data.root)
-    train = root / "train"
-    test = next((path for path in (root / "test", root / "val") if path.is_dir()), None)
-    if not train.is_dir() or test is None:
-        missing = "train" if not train.is_dir() else "test (or val)"
-        raise ConfigurationError(
-            f"data.root: {data.root}: has no folder {missing}; {data.dataset} needs train/CLASS/* and test/CLASS/* "
-            "(or val) there. Set data.root to the folder that holds them"
-        )
+    train, test = splits(data)
     names, expected = _classes(train), data.class_count
     if (other := _classes(test)) != names:
         alone = sorted({*names} ^ {*other})
@@ -51,6 +43,24 @@ def image_folder(data: Data) -> tuple[Files, Files]:
         )
     assert data.image_size is not None  # noqa: S101 - the schema asks for it
     return _files(train, names, data.image_size), _files(test, names, data.image_size)
+
+
+def splits(data: Data) -> tuple[Path, Path]:
+    """Returns the folders of the training and the test images.
+
+    Raises:
+        ConfigurationError: one is not there.
+    """
+    root = Path(data.root)
+    train = root / "train"
+    test = next((path for path in (root / "test", root / "val") if path.is_dir()), None)
+    if not train.is_dir() or test is None:
+        missing = "train" if not train.is_dir() else "test (or val)"
+        raise ConfigurationError(
+            f"data.root: {data.root}: has no folder {missing}; {data.dataset} needs train/CLASS/* and test/CLASS/* "
+            "(or val) there. Set data.root to the folder that holds them"
+        )
+    return train, test
 
 
 def _classes(folder: Path) -> list[str]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 
 from codistill.experiment import DATASETS, Data
+from codistill_worker import references
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set
 from codistill_worker.data.callables import from_callable
 from codistill_worker.data.dataset import Dataset, Split
-from codistill_worker.data.folders import image_folder
+from codistill_worker.data.folders import image_folder, splits
 from codistill_worker.data.sources import Source
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.randomness import derive, permutation
 
-__all__ = ["load"]
+__all__ = ["check", "load"]
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +90,23 @@ def load(data: Data, device: torch.device) -> Dataset:
         height=height,
         width=width,
     )
+
+
+def check(data: Data) -> None:
+    """Checks, without loading it, that a data set is where the section says, as far as can be told at once.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if data.dataset not in DATASETS:
+        references.load(data.dataset, "data.dataset")
+    elif data.dataset == "image_folder" or (data.dataset == "imagenet" and not data.download):
+        splits(data)
+    elif data.dataset in TORCHVISION and not data.download and not Path(data.root).is_dir():
+        raise ConfigurationError(
+            f"data.root: {data.root}: there is no such folder; set data.download: true to download {data.dataset} to it, "
+            "or data.root to the folder that has it"
+        )
 
 
 def _found(data: Data) -> tuple[Source, Source]:

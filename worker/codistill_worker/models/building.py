@@ -49,23 +49,31 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(_BUILTIN)
 
 
-def check(reference: str) -> None:
-    """Checks a model's name without building it.
+def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
+    """Checks a model's name without building it, and the names of its arguments where they can be known.
 
     Raises:
-        ConfigurationError: there is no such model, or what it comes from is not installed.
+        ConfigurationError: there is no such model, what it comes from is not installed, or it does not take an argument.
     """
     source, _, name = reference.partition(":")
     if reference in _BUILTIN:
+        refuse_unknown(args or {}, _arguments(_BUILTIN[reference]))
         return
     if source == "torchvision":
         names = torchvision_names()
         if name not in names:
-            raise unknown(f"torchvision has no classifier {name!r}", name, names, f"Allowed: {', '.join(names)}")
+            raise unknown(
+                f"torchvision has no classifier {name!r}",
+                name,
+                names,
+                f"Allowed: {references.some(names)}, as torchvision.models.list_models() lists them",
+            )
     elif source == "timm":
         timm_name(name)
     elif references.is_reference(reference):
-        references.load(reference, "model")
+        names = references.accepted(references.load(reference, "model"))
+        if names is not None:
+            refuse_unknown(args or {}, sorted(names - _SHAPE))
     else:
         raise unknown(
             f"there is no model {reference!r}",
@@ -113,9 +121,14 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
     return model
 
 
-def _builtin(factory: partial[nn.Module], shape: Mapping[str, int], args: Mapping[str, Any]) -> nn.Module:
+def _arguments(factory: partial[nn.Module]) -> list[str]:
+    """Returns the names of the arguments that an experiment may give a built-in model."""
     parameters = inspect.signature(factory.func).parameters
-    refuse_unknown(args, [each for each in parameters if each not in _SHAPE and each not in factory.keywords])
+    return [each for each in parameters if each not in _SHAPE and each not in factory.keywords]
+
+
+def _builtin(factory: partial[nn.Module], shape: Mapping[str, int], args: Mapping[str, Any]) -> nn.Module:
+    refuse_unknown(args, _arguments(factory))
     checked: Callable[..., nn.Module] = validate_call(config=ConfigDict(strict=True))(factory.func)
     try:
         return checked(**shape, **factory.keywords, **args)
@@ -130,10 +143,13 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
     try:
         with _evaluating(model), torch.no_grad():
             output = model(images)
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
+        why = references.explained(error) if own else str(error) or type(error).__name__
         raise ConfigurationError(
-            f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: "
-            f"{str(error) or type(error).__name__}; "
+            f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: {why}; "
             "choose another model, or other model_args or data.image_size"
         ) from error
     wanted = f"[2, {classes}]"

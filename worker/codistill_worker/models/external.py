@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from codistill_worker import references
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, WorkerError
 from codistill_worker.models import stems
 from codistill_worker.vision import timm, torchvision
 
@@ -118,8 +119,8 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
     Of `classes`, `channels` and `size` it is given those that its signature has; an argument that it lacks is an error.
 
     Raises:
-        ConfigurationError: it cannot be imported, does not take an argument, or returns no module. An error of its own
-            comes out as it is, with a note that says who called it.
+        ConfigurationError: it cannot be imported, does not take an argument, or returns no module.
+        WorkerError: it raised an error of its own.
     """
     function = references.load(reference, "model")
     given = {"classes": classes, "channels": channels, "size": size}
@@ -129,9 +130,10 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
         given = {name: value for name, value in given.items() if name in names}
     try:
         model = function(**given | dict(args))
-    except Exception as error:
-        error.add_note(f"raised by model: {reference!r}")
+    except torch.OutOfMemoryError:
         raise
+    except Exception as error:
+        raise WorkerError(f"model: {reference!r}: {references.explained(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
     return model
