@@ -31,7 +31,7 @@ DOCUMENT: dict[str, Any] = {
         "epochs": 3,
         "batch_size": 16,
         "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
-        "schedule": {"name": "cosine", "warmup_epochs": 1},
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
         "evaluation_batch_size": 13,
         "checkpoint_every": 1000,
     },
