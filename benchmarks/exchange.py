@@ -47,7 +47,8 @@ from rich.console import Console
 from rich.table import Table
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import identity, parse
+from codistill.experiment import parse
+from codistill.identity import identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.discovery import find_server

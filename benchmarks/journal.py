@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator

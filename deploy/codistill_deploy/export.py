@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from codistill.experiment import identity
+from codistill.identity import identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_worker import data, models

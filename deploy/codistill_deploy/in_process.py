@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Augment, Experiment, identity
+from codistill.experiment import Augment, Experiment
+from codistill.identity import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
 from codistill_deploy.run_folder import RunFolder

@@ -30,7 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from codistill import __version__
-from codistill.experiment import Experiment, difference, extends, identity, load
+from codistill.experiment import Experiment, load
+from codistill.identity import difference, extends, identity
 from codistill_deploy.errors import CommandError
 
 __all__ = ["RunFolder", "write_atomically"]

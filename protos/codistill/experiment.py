@@ -1,8 +1,8 @@
-"""The experiment file: its schema, its reading and its identity.
+"""The experiment file: its schema and its reading.
 
 An experiment is a YAML file that is read into :class:`Experiment`. Unknown keys are refused, every error names the
 path, the value and what is allowed. Everything that decides a run's numbers is in it, so two processes whose
-:func:`identity` agree compute the same thing; fields marked *operational* (a device, a time-out) may differ between
+:func:`codistill.identity.identity` agree compute the same thing; fields marked *operational* (a device, a time-out) may differ between
 them and are left out of the identity.
 """
 
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from codistill.complaints import DEVICE, NAME, InconsistentError, lines, shown
 
 __all__ = [
     "DATASETS",
@@ -40,9 +40,6 @@ __all__ = [
     "Student",
     "StudentPlan",
     "Training",
-    "difference",
-    "extends",
-    "identity",
     "load",
     "parse",
 ]
@@ -52,23 +49,6 @@ KEEPALIVE_ANSWER = 10.0
 
 _OPERATIONAL: dict[str, Any] = {"operational": True}
 _REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-_DEVICE = r"^(auto|cpu|cuda|cuda:\d+)$"
-_IN_WORDS: Mapping[str, str] = {
-    _NAME: "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit",
-    _DEVICE: "input should be auto, cpu, cuda or cuda:N",
-}
-_WANTED: Mapping[str, str] = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a section of keys and values",
-    "model_type": "a section of keys and values",
-}
-_UNION_PART = re.compile(r"literal\[.*\]|constrained-\w+")
 
 
 class ExperimentError(ValueError):
@@ -128,14 +108,6 @@ DATASETS: Mapping[str, DatasetInfo] = {
         about="`root`/train/CLASS/* and `root`/test/CLASS/* (or val); needs `classes` and `image_size`",
     ),
 }
-
-
-class _InconsistentError(ValueError):
-    """What a validator of several fields found: `problems` holds a line for each, with its path within the section."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(problems))
 
 
 class _Section(BaseModel):
@@ -276,7 +248,7 @@ class Optimizer(_Section):
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optimizer:
         if self.name == "sgd" and self.nesterov and not self.momentum:
-            raise _InconsistentError(["nesterov: true, but momentum is 0; leave it out, or set momentum above 0"])
+            raise InconsistentError(["nesterov: true, but momentum is 0; leave it out, or set momentum above 0"])
         return self
 
 
@@ -317,7 +289,7 @@ class Training(_Section):
     )
     device: str = Field(
         default="auto",
-        pattern=_DEVICE,
+        pattern=DEVICE,
         description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
         json_schema_extra=_OPERATIONAL,
     )
@@ -355,7 +327,7 @@ class Training(_Section):
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Training:
         if self.schedule.warmup_epochs >= self.epochs:
-            raise _InconsistentError(
+            raise InconsistentError(
                 [
                     (
                         f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g} is not allowed; allowed is less than the "
@@ -519,7 +491,7 @@ class TrainingOverrides(_Section):
     clip_norm: float | None = Field(default=None, gt=0, description="As in `training`.")
     device: str | None = Field(
         default=None,
-        pattern=_DEVICE,
+        pattern=DEVICE,
         description="As in `training`.",
         json_schema_extra=_OPERATIONAL,
     )
@@ -545,7 +517,7 @@ class Student(_Section):
     """One student: a model, and whatever it does differently from the others."""
 
     name: str = Field(
-        pattern=_NAME,
+        pattern=NAME,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
     )
     model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
@@ -568,7 +540,7 @@ class Student(_Section):
                 json.dumps(item, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{key}: {_shown(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
+                    f"{key}: {shown(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
                     "lists and maps of them"
                 ) from error
         return value
@@ -586,7 +558,7 @@ class StudentPlan(_Section):
 class Experiment(_Section):
     """One run: what is learnt, by whom, and how they teach one another."""
 
-    name: str = Field(pattern=_NAME, description="Names the run folder and the metrics.")
+    name: str = Field(pattern=NAME, description="Names the run folder and the metrics.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Everything random in a run follows from it.")
     data: Data = Field(description="What the students learn.")
     training: Training = Field(description="How they learn.")
@@ -605,7 +577,7 @@ class Experiment(_Section):
     def _consistent(self) -> Experiment:
         problems = list(self._problems())
         if problems:
-            raise _InconsistentError(problems)
+            raise InconsistentError(problems)
         return self
 
     def _problems(self) -> Iterator[str]:
@@ -641,7 +613,7 @@ class Experiment(_Section):
             try:
                 self._plan(student)
             except ValidationError as error:
-                yield from (f"students.{position}.{line}" for line in _lines(error, StudentPlan))
+                yield from (f"students.{position}.{line}" for line in lines(error, StudentPlan))
 
     def _data_problems(self) -> Iterator[str]:
         """Yields what does not fit the data set, as far as its size is known without loading it."""
@@ -747,49 +719,6 @@ def parse(text: str, source: str = "experiment") -> Experiment:
     return _validated(cast("dict[Any, Any]", document), source)
 
 
-def identity(experiment: Experiment) -> str:
-    """Returns what of an experiment must be the same everywhere, as canonical JSON."""
-    return json.dumps(_identity_of(experiment), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def difference(ours: str, theirs: str) -> str | None:
-    """Returns one line on the first field in which two identities differ, or None if they are equal.
-
-    Args:
-        ours: the run's identity.
-        theirs: the other one's; it may be any text, as it comes from outside.
-    """
-    if ours == theirs:
-        return None
-    left, right = _document_in(ours), _document_in(theirs)
-    if left is None or right is None:
-        return "experiment: what was sent is not the JSON of an experiment"
-    differs = _first_difference(left, right)
-    if differs is not None:
-        path, have, has = differs
-        shown = _cut(path if path.isprintable() else ascii(path))
-        return f"experiment field {shown}: the run has {_cut(have)}, this worker has {_cut(has)}"
-    return "experiment: written differently"
-
-
-def extends(older: str, newer: str) -> bool:
-    """Returns whether an identity is another one's with students added after the others, and nothing else changed.
-
-    Args:
-        older: the identity without them.
-        newer: the identity that may have more students.
-    """
-    try:
-        before, after = json.loads(older), json.loads(newer)
-        had, has = before.pop("students"), after.pop("students")
-        return bool(before == after and len(has) > len(had) and has[: len(had)] == had)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-_MISSING = object()
-_NOTHING = "nothing"
-_Path: TypeAlias = "tuple[_Path, str] | None"
 _T = TypeVar("_T")
 
 
@@ -837,188 +766,8 @@ def _name_or_reference(value: str, known: Mapping[str, _T], what: str) -> str:
     raise ValueError(f"unknown {what}; {hint}: {', '.join(known)}, or package.module:callable")
 
 
-def _identity_of(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return {
-            name: _identity_of(getattr(value, name))
-            for name, field in type(value).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
-        }
-    if isinstance(value, tuple | list):
-        return [_identity_of(item) for item in cast("list[Any]", value)]
-    if isinstance(value, dict):
-        return {str(key): _identity_of(item) for key, item in cast("dict[Any, Any]", value).items()}
-    return value
-
-
-def _document_in(text: str) -> dict[str, Any] | None:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) and document else None
-
-
-def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
-    """Returns the path of the first field that differs and both values as JSON, or None.
-
-    Only the path that is returned is ever written out: of a document from outside with long keys, all paths together
-    would take the square of its size. Nor does it recurse, as such a document may be nested as deep as JSON is read.
-    """
-    pending: list[tuple[_Path, Any, Any]] = [(None, ours, theirs)]
-    while pending:
-        path, left, right = pending.pop()
-        inner, other = _items(left), _items(right)
-        if (inner or left is _MISSING) and (other or right is _MISSING):
-            keys = sorted({*inner, *other}, reverse=True)
-            pending += [((path, key), inner.get(key, _MISSING), other.get(key, _MISSING)) for key in keys]
-            continue
-        have = _NOTHING if inner or left is _MISSING else json.dumps(left)
-        has = _NOTHING if other or right is _MISSING else json.dumps(right)
-        if have != has:
-            return _written(path), have, has
-    return None
-
-
-def _items(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return cast("dict[str, Any]", value)
-    if isinstance(value, list):
-        return {str(index): item for index, item in enumerate(cast("list[Any]", value))}
-    return {}
-
-
-def _written(path: _Path) -> str:
-    keys: list[str] = []
-    while path is not None:
-        path, key = path
-        keys.append(key)
-    return ".".join(reversed(keys))
-
-
 def _validated(document: dict[Any, Any], source: str) -> Experiment:
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        raise ExperimentError(source, _lines(error, Experiment)) from error
-
-
-def _lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    errors = cast("list[dict[str, Any]]", error.errors())
-    lines: list[str] = []
-    alternatives: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for each in errors:
-        *within, last = each["loc"] or ("",)
-        if _UNION_PART.fullmatch(str(last)):  # a line for the field, not one for each type that it may have
-            kept = alternatives.setdefault(tuple(within), {**each, "loc": tuple(within), "alternatives": []})
-            kept["alternatives"].append(each)
-            if len(kept["alternatives"]) > 1:
-                lines[-1] = _line(kept, root)
-                continue
-            each = kept  # noqa: PLW2901
-        if each["type"] == "too_short" and any(_is_inside(other["loc"], each["loc"]) for other in errors):
-            continue  # what is in the list is wrong, not how much
-        cause = (each.get("ctx") or {}).get("error")
-        if isinstance(cause, _InconsistentError):
-            prefix = "".join(f"{part}." for part in _shown_path(each["loc"]))
-            lines += [f"{prefix}{problem}" for problem in cause.problems]
-        else:
-            lines.append(_line(each, root))
-    return lines
-
-
-def _is_inside(path: tuple[Any, ...], outer: tuple[Any, ...]) -> bool:
-    return len(path) > len(outer) and path[: len(outer)] == outer
-
-
-def _shown_path(location: tuple[Any, ...]) -> list[Any]:
-    """Returns a path as the file has it: without the method, which pydantic puts between the section and its key."""
-    path = list(location)
-    if path[:1] == ["distillation"]:
-        del path[1:2]
-    return path
-
-
-def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
-    location = _shown_path(error["loc"])
-    path = ".".join(str(part) for part in location)
-    value = error.get("input")
-    kind = error["type"]
-    context: dict[str, Any] = error.get("ctx") or {}
-    if kind == "extra_forbidden":
-        allowed = sorted(_fields_at(root, location[:-1], error["loc"]))
-        close = difflib.get_close_matches(str(location[-1]), allowed, 1)
-        hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
-        return f"{path}: unknown key; {hint}: {', '.join(allowed)}"
-    if kind == "missing":
-        return f"{path}: is needed and not given"
-    if kind == "union_tag_invalid":
-        return f"{path}.method: {context.get('tag')!r} is not a method; allowed: independent, dml, kdcl"
-    if kind == "union_tag_not_found":
-        return f"{path}.method: is needed and not given; allowed: independent, dml, kdcl"
-    if kind == "value_error":
-        message = str(error["msg"]).removeprefix("Value error, ")
-        return (
-            f"{path}: {_shown(value)}: {message}"
-            if path and not isinstance(value, dict | BaseModel)
-            else f"{path}: {message}".removeprefix(": ")
-        )
-    return f"{path}: {_shown(value)} is not allowed: {_reason(error)}"
-
-
-def _reason(error: dict[str, Any]) -> str:
-    """Returns why a value is not allowed, in words of the file and not of the library that reads it."""
-    context: dict[str, Any] = error.get("ctx") or {}
-    if "alternatives" in error:
-        first, *others = map(_reason, error["alternatives"])
-        return " or ".join([first, *(other.removeprefix("input should be ") for other in others)])
-    match error["type"]:
-        case "string_pattern_mismatch":
-            return _IN_WORDS.get(context["pattern"], f"it must match {context['pattern']}")
-        case "too_short" | "too_long":
-            bound = (
-                f"at least {context['min_length']}" if "min_length" in context else f"at most {context['max_length']}"
-            )
-            return f"input should have {bound} item{'' if bound.endswith(' 1') else 's'}"
-        case "invalid_key":
-            return "keys should be text"
-        case kind if kind in _WANTED:
-            return f"input should be {_WANTED[kind]}"
-        case _:
-            text = str(error["msg"])
-            return text[:1].lower() + text[1:]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _fields_at(root: type[BaseModel], path: list[Any], full: tuple[Any, ...]) -> set[str]:
-    """Returns the keys allowed at a path; `full` still holds the union tags that `path` was shown without."""
-    candidates: list[type[BaseModel]] = [root]
-    for part in path:
-        if isinstance(part, int):
-            continue
-        inner: list[type[BaseModel]] = []
-        for model in candidates:
-            if part in model.model_fields:
-                inner += _models_in(model.model_fields[part].annotation)
-        candidates = inner
-    tagged = [
-        model for model in candidates if "method" in model.model_fields and model.model_fields["method"].default in full
-    ]
-    return {name for model in tagged or candidates for name in model.model_fields}
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
-        return [model for inner in get_args(annotation) for model in _models_in(inner)]
-    return []
+        raise ExperimentError(source, lines(error, Experiment)) from error

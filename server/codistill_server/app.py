@@ -25,7 +25,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog

@@ -20,7 +20,8 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.checksums import seal
-from codistill.experiment import Experiment, difference, identity
+from codistill.experiment import Experiment
+from codistill.identity import difference, identity
 from codistill.tensors import TensorError, check, decode, encode, encoded_size
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from codistill.experiment import difference, extends
+from codistill.identity import difference, extends
 from codistill_server.rounds import Restored, Samples, StudentRecord
 
 __all__ = ["ClosedRound", "Journal", "JournalError"]
@@ -88,7 +88,7 @@ class Journal:
 
         Args:
             path: the file; None keeps the journal in memory, for runs in one process.
-            identity: the experiment's :func:`codistill.experiment.identity`; a journal of another experiment is refused.
+            identity: the experiment's :func:`codistill.identity.identity`; a journal of another experiment is refused.
             durability: whether a closed round survives the processes' death only, or the machine's.
             may_grow: take over the journal of an experiment to which students were added since.
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from codistill.experiment import Exchange, Experiment, Student, identity
+from codistill.experiment import Exchange, Experiment, Student
+from codistill.identity import identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_server.app import JOURNAL_FILE

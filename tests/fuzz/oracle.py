@@ -17,7 +17,8 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from codistill.experiment import Experiment, identity, parse
+from codistill.experiment import Experiment, parse
+from codistill.identity import identity
 from codistill.security import Security, Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator

@@ -11,7 +11,8 @@ import yaml
 
 from codistill import PROTOCOL_VERSION
 from codistill.checksums import seal
-from codistill.experiment import Experiment, identity, parse
+from codistill.experiment import Experiment, parse
+from codistill.identity import identity
 from codistill.records import Happened, Record
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb

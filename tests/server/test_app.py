@@ -26,7 +26,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from codistill import SESSION_KEY
 from codistill.checksums import seal_session
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.records import Happened, read
 from codistill.security import Security, SecurityError
 from codistill.v1 import distillation_pb2 as pb

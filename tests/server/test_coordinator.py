@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, Independent, identity
+from codistill.experiment import Experiment, Independent
+from codistill.identity import identity
 from codistill.records import Happened, RoundsClosed
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb

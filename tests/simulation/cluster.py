@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity, parse
+from codistill.experiment import Experiment, parse
+from codistill.identity import identity
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds import Decide
 from codistill_worker.session import Failure, Session

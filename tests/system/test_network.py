@@ -19,7 +19,8 @@ import torch
 from codistill import PROTOCOL_VERSION, SESSION_KEY
 from codistill.checksums import seal, seal_session
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity, load
+from codistill.experiment import Experiment, load
+from codistill.identity import identity
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub

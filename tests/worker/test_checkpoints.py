@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill_worker import checkpoints
 from codistill_worker.checkpoints import Checkpoint, CheckpointStore, read
 from codistill_worker.errors import ConfigurationError

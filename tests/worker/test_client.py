@@ -16,7 +16,8 @@ import torch
 from codistill import PROTOCOL_VERSION, SESSION_KEY, SUPERSEDED_KEY
 from codistill.checksums import is_whole, seal, session_in
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server

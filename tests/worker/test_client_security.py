@@ -14,7 +14,8 @@ import pytest
 
 from codistill import PROTOCOL_VERSION
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker.client import GrpcExchange

@@ -12,7 +12,8 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, identity
+from codistill.experiment import Experiment
+from codistill.identity import identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog

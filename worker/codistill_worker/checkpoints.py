@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from codistill.experiment import difference, extends
+from codistill.identity import difference, extends
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "CheckpointStore"]
@@ -39,7 +39,7 @@ class Checkpoint:
 
     Attributes:
         student: its name.
-        identity: the :func:`codistill.experiment.identity` of the experiment that it belongs to.
+        identity: the :func:`codistill.identity.identity` of the experiment that it belongs to.
         round: the first round that it has not trained.
         model: the model's state dict.
         optimizer: the optimiser's state dict.

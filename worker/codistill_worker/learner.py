@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, StudentPlan, identity
+from codistill.experiment import Experiment, StudentPlan
+from codistill.identity import identity
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
