@@ -196,16 +196,16 @@ def serve(
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
-    from codistill_server.app import ServeOptions
+    from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
-    _check_addresses(listen, metrics)
-    folder.join(loaded)
     options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
+    check(options)
+    folder.join(loaded)
     raise typer.Exit(run_server(loaded, options, stop))
 
 
@@ -382,15 +382,6 @@ def _read_security_for_both(
     return security
 
 
-def _check_addresses(listen: str, metrics: str | None) -> None:
-    """Checks the form of a server's addresses before its folder is made."""
-    from codistill_server.app import parse_address
-
-    parse_address(listen, "--listen")
-    if metrics is not None:
-        parse_address(metrics, "--metrics")
-
-
 def _run_one(
     experiment: Experiment,
     folder: RunFolder,
@@ -407,10 +398,13 @@ def _run_one(
     from codistill_deploy.local import LocalOptions, run_local
     from codistill_deploy.preflight import check
     from codistill_deploy.views import make_view
+    from codistill_server.app import ServeOptions
+    from codistill_server.app import check as check_server
 
     search_path = source.parent
     sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
-    _check_addresses(wire.listen, wire.metrics)
+    security = wire.security or Security()
+    check_server(ServeOptions(wire.listen, folder.path, wire.metrics, wire.insecure, security=security))
     check(experiment, str(source))
     folder.check(experiment, resume=resume)
     with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
@@ -429,7 +423,7 @@ def _run_one(
                 search_path=search_path,
                 restarts=restarts,
                 keep=(lock,),
-                security=wire.security or Security(),
+                security=security,
                 insecure=wire.insecure,
             )
             return run_local(experiment, folder, view, stop, options)

@@ -40,7 +40,7 @@ from codistill_server.quiet import quiet
 from codistill_server.recorder import Recorder
 from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 
-__all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "parse_address", "serve"]
+__all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +99,25 @@ def parse_address(text: str, field: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def check(options: ServeOptions) -> None:
+    """Checks what can be found wrong with a server's settings before anything is made.
+
+    Raises:
+        ServerError: an address is none, or can be reached from other machines although nothing protects it.
+        SecurityError: a certificate or key cannot be used.
+    """
+    host, _ = parse_address(options.listen, "--listen")
+    if options.metrics is not None:
+        parse_address(options.metrics, "--metrics")
+    security = options.security
+    security.server_credentials()
+    if not (_is_loopback(host) or security.serves_tls or security.token is not None or options.insecure):
+        raise ServerError(
+            f"--listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, give "
+            f"{TLS_CERT} and {TLS_KEY}, or {TOKEN_FILE}; or give --insecure where the network is trusted"
+        )
+
+
 def serve(experiment: Experiment, options: ServeOptions, stop: threading.Event | None = None) -> ExitCode:
     """Serves one run until it is complete, or until SIGTERM, SIGINT or `stop`.
 
@@ -121,9 +140,10 @@ class _Server:
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
-        host, port = parse_address(options.listen, "listen")
+        check(options)
+        host, port = parse_address(options.listen, "--listen")
         credentials = options.security.server_credentials()
-        _check_exposure(host, options)
+        _warn_of_half_a_protection(host, options.security)
         with _only_server_in(options.run_dir), quiet(), Watchdog() as self._watchdog:
             self._begin("starting")
             return await self._serve(host, port, credentials, stop)
@@ -340,20 +360,12 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
         yield
 
 
-def _check_exposure(host: str, options: ServeOptions) -> None:
-    """Refuses to be reached from other machines without protection; warns of half of one."""
-    security = options.security
+def _warn_of_half_a_protection(host: str, security: Security) -> None:
     if _is_loopback(host):
         return
-    if not security.serves_tls and security.token is None:
-        if not options.insecure:
-            raise ServerError(
-                f"listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, give "
-                f"{TLS_CERT} and {TLS_KEY}, or {TOKEN_FILE}; or give --insecure where the network is trusted"
-            )
-    elif not security.serves_tls:
+    if not security.serves_tls and security.token is not None:
         _log.warning("without TLS the token and all data can be read on the way; give %s and %s", TLS_CERT, TLS_KEY)
-    elif security.ca is None and security.token is None:
+    elif security.serves_tls and security.ca is None and security.token is None:
         _log.warning("TLS alone keeps nobody out; give %s for mutual TLS, or %s", TLS_CA, TOKEN_FILE)
 
 
