@@ -159,10 +159,15 @@ class DistillationService:
         self._ending.set()
 
     async def tick(self) -> None:
-        """Lets the coordinator's time go by, until cancelled."""
+        """Lets the coordinator's time go by, until cancelled or until the run cannot go on."""
         while True:
             await asyncio.sleep(_TICK)
-            self._coordinator.tick()
+            try:
+                self._coordinator.tick()
+            except Exception as error:  # noqa: BLE001 - a deadline closes rounds in here; without ticks none would again
+                self._on_failure(error)
+                self.end()
+                return
 
     def _unary(
         self, request_type: type[_Request], call: Callable[[_Request], Message]

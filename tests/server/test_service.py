@@ -922,6 +922,22 @@ class TestFaults:
 
         drive(test)
 
+    def test_so_does_one_that_its_deadline_closes(self) -> None:
+        """Were the ticks to end unnoticed, no deadline would ever close a round again."""
+        experiment = make_experiment(
+            distillation={"ensemble": "min_logit"}, exchange={"on_absence": "proceed", "round_deadline": 0.2}
+        )
+
+        async def test() -> None:
+            async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
+                first, _ = await served.students()
+                await first.send(0)
+                await until(lambda: bool(served.failures))
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+                assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
     @pytest.mark.parametrize("heavy", [True, False])
     def test_so_does_any_other_fault_in_making_targets(self, monkeypatch: pytest.MonkeyPatch, heavy: bool) -> None:
         """Nobody is left to wait for a round that cannot be decided."""
