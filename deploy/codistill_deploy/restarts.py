@@ -32,6 +32,7 @@ _NEVER = {
     ExitCode.SUPERSEDED: "another worker trains this student",
 }
 _NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
+_WAITS = (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -103,8 +104,8 @@ def decide(ending: Ending, history: Sequence[Ending], limit: int, *, determinist
 
 
 def _since_it_ran_well(endings: Sequence[Ending]) -> Sequence[Ending]:
-    """Returns the endings from the last one on that came after a long life."""
-    long_lives = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL]
+    """Returns the endings from the last one on that came after a long life; one that ended in a long wait was none."""
+    long_lives = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL and ending.code not in _WAITS]
     return endings[long_lives[-1] :] if long_lives else endings
 
 

@@ -531,10 +531,9 @@ class Rounds:
                 f"round {contribution.round} is not kept any more; the journal keeps rounds from {self._oldest} on"
             )
             return self._end(session, Status.FAILED_PRECONDITION, message)
-        back = self._comes_back(student, contribution.round, session, now)
-        self._heard[session] = now
         if contribution.round < self._frontier:
-            self._answered[session] = now
+            back = self._comes_back(student, contribution.round, session, now)
+            self._heard[session] = self._answered[session] = now
             return [*back, Answer(session, student, contribution)]
         opened = self._open
         problem = self._mismatch(student, contribution)
@@ -546,6 +545,8 @@ class Rounds:
             opened.contributions.clear()
             opened.arrived.clear()
             opened.opened = None
+        back = self._comes_back(student, contribution.round, session, now)
+        self._heard[session] = now
         opened.waiters[session] = contribution
         opened.notified[session] = now
         if opened.deciding:
@@ -599,9 +600,11 @@ class Rounds:
         )
 
     def _mismatch(self, student: str, contribution: Contribution) -> str | None:
-        for peer, other in self._open.contributions.items():
-            if peer == student:
-                continue
+        opened = self._open
+        peers = {peer: other for peer, other in opened.contributions.items() if peer != student}
+        if not peers and opened.deciding:  # what is being decided cannot be changed by the only one who sent it
+            peers = opened.contributions
+        for peer, other in peers.items():
             if other.samples != contribution.samples:
                 return (
                     f"round {contribution.round}: student {student!r} has {other.samples.difference(contribution.samples)}, "

@@ -105,6 +105,16 @@ def test_what_a_server_meets_twice_it_need_not_meet_again() -> None:
     assert isinstance(decide(error, [error] * 10, 10, deterministic=False), GiveUp)
 
 
+@pytest.mark.parametrize("code", [ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE])
+def test_a_long_wait_is_no_long_life(code: ExitCode) -> None:
+    """With the default limits a wait alone takes as long as a process must run to get its restarts back."""
+    waited = Ending(code, "gave up after 600 s: round 7 still waits for cnn", ran=605.0)
+    assert isinstance(decide(waited, [], 10), Restart)
+    assert isinstance(decide(waited, [waited], 10), GiveUp)
+    others = [Ending(code, f"round {number}", ran=605.0) for number in range(10)]
+    assert isinstance(decide(waited, others, 10), GiveUp)
+
+
 def test_memory_may_be_there_the_next_time() -> None:
     error = Ending(ExitCode.OUT_OF_MEMORY, "student 'cnn' ran out of memory on cuda:0")
     assert isinstance(decide(error, [error] * 3, 10), Restart)
@@ -123,7 +133,8 @@ def test_a_process_that_never_runs_well_is_started_at_most_so_often(script: list
     history: list[Ending] = []
     since_well = 0
     for ending in script:
-        since_well = 0 if ending.ran >= RAN_WELL else since_well
+        waited = ending.code in (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)
+        since_well = 0 if ending.ran >= RAN_WELL and not waited else since_well
         decision = decide(ending, history, limit)
         if isinstance(decision, GiveUp):
             break

@@ -226,6 +226,27 @@ def test_one_that_waits_for_others_is_not_silent() -> None:
     assert not [action for action in run.tick(100) if isinstance(action, End) and action.student == "ant"]
 
 
+def test_an_absent_student_of_other_samples_is_not_awaited() -> None:
+    run = Driven()
+    run.lose("cat")
+    run.send("ant", 1)
+    other = Contribution(1, contribution(5).samples)
+    (end,) = run.core.apply(Contribute(run.sessions["cat"], other), run.now)
+    assert isinstance(end, End)
+    assert "cat" not in run.core.awaited
+
+
+def test_the_only_contribution_cannot_be_changed_while_it_is_being_decided() -> None:
+    run = Driven()
+    run.send("bee", 0)
+    assert isinstance(run.tick(3.0)[-1], Decide)
+    other = Contribution(0, contribution(5).samples)
+    (end,) = run.core.apply(Contribute(run.sessions["bee"], other), run.now)
+    assert isinstance(end, End)
+    assert end.status is Status.FAILED_PRECONDITION
+    assert [type(action) for action in run.decided()] == []
+
+
 def test_with_the_rule_to_wait_nothing_closes_a_round_early() -> None:
     run = Driven(Rules(NAMES))
     run.send("ant", 0)
