@@ -28,7 +28,7 @@ from codistill_server import methods
 from codistill_server.absence import Absence
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Absent,
     Admit,
     Answer,
@@ -50,12 +50,11 @@ from codistill_server.rounds import (
     Refuse,
     Remember,
     Returned,
-    Rounds,
-    Rules,
     Samples,
     Status,
     Tick,
 )
+from codistill_server.rounds import Rounds, Rules
 
 __all__ = ["Coordinator", "Outbox", "Refused", "Submit", "receive_limit", "run_inline"]
 

@@ -25,7 +25,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import JournalError
 from codistill_server.limits import Gate, Limits, TooMany
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 
 __all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
 

@@ -35,7 +35,7 @@ from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
-from codistill_server.rounds import Samples
+from codistill_server.round_events import Samples
 from server.support_server import contribution, join_request, make_experiment, sealed
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 

@@ -23,7 +23,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 from codistill_server.coordinator import Refused, receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.rounds import Presence, Status
+from codistill_server.round_events import Presence, Status
 from server.support_server import (
     BATCH,
     CLASSES,

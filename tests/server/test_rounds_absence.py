@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from codistill_server.absence import Absence
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Absent,
     Action,
     Admit,
@@ -34,21 +32,15 @@ from codistill_server.rounds import (
     Remember,
     Restored,
     Returned,
-    Rounds,
-    Rules,
-    Samples,
     Status,
     StudentRecord,
     Tick,
 )
+from codistill_server.rounds import Rounds, Rules
+from server.support_rounds import contribution, joined, machine_settings
 
 NAMES = ("ant", "bee", "cat")
 RULES = Rules(NAMES, waiting_notice=5.0, absence=Absence(quorum=2, round_deadline=3.0, evict_after=10.0))
-
-
-def contribution(number: int) -> Contribution:
-    ids = np.arange(10 * number, 10 * number + 3, dtype="<i8")
-    return Contribution(number, Samples(ids.tobytes(), np.zeros(3, "<i8").tobytes()))
 
 
 class Driven:
@@ -61,12 +53,8 @@ class Driven:
         for name in rules.students:
             self.join(name)
 
-    def join(self, name: str, first_round: int = 0) -> list[Action]:
-        actions = self.core.apply(Join(name, first_round), self.now)
-        admit = actions[-1]
-        assert isinstance(admit, Admit)
-        self.sessions[name] = admit.session
-        return actions
+    def join(self, name: str, first_round: int = 0) -> None:
+        self.sessions[name] = joined(self.core, name, first_round, self.now)
 
     def send(self, name: str, number: int) -> list[Action]:
         return self.core.apply(Contribute(self.sessions[name], contribution(number)), self.now)
@@ -402,10 +390,4 @@ class AbsenceMachine(RuleBasedStateMachine):
 
 
 TestAbsence = AbsenceMachine.TestCase
-TestAbsence.settings = settings(
-    max_examples=200,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-)
+TestAbsence.settings = machine_settings(examples=200, steps=50)

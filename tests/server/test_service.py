@@ -26,7 +26,7 @@ from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 from codistill_server.service import DistillationService, EventLoopSubmit, server_options
 from server.support_server import (
     BATCH,
