@@ -249,7 +249,7 @@ class Rounds:
             message = (
                 f"round {contribution.round} is not kept any more; the journal keeps rounds from {self._oldest} on"
             )
-            return self._end(session, Status.FAILED_PRECONDITION, message)
+            return self._turn_away(session, message, now)
         if contribution.round < self._frontier:
             back = self._comes_back(student, contribution.round, session, now)
             self._heard[session] = self._answered[session] = now
@@ -259,7 +259,7 @@ class Rounds:
         if problem is not None:
             peers = opened.contributions.keys() - {student}
             if opened.deciding or any(self._current.get(peer) in opened.waiters for peer in peers):
-                return self._end(session, Status.FAILED_PRECONDITION, problem)
+                return self._turn_away(session, problem, now)
             # Those who sent it are gone; were it kept, it would turn away even them when they come back put right.
             opened.contributions.clear()
             opened.arrived.clear()
@@ -390,7 +390,13 @@ class Rounds:
         self._drop(event.session, Presence.ABSENT)
         if student is None or not event.lost:
             return []
-        return self._give_up_on(student, f"what student {student!r} sends is of no use", now)
+        return self._give_up_on(student, _of_no_use(student), now)
+
+    def _turn_away(self, session: int, message: str, now: float) -> list[Action]:
+        """Ends a session because of what was sent on it, which would be sent again."""
+        student = self._sessions[session]
+        ended = self._end(session, Status.FAILED_PRECONDITION, message)
+        return [*ended, *self._give_up_on(student, _of_no_use(student), now)]
 
     def _give_up_on(self, student: str, reason: str, now: float) -> list[Action]:
         """Stops waiting for a student that will send nothing, where the rules allow to go on without one."""
@@ -452,3 +458,7 @@ class Rounds:
         return StudentRecord(
             student, self._last_sessions[student], self._durable[student], finished, self._workers[student]
         )
+
+
+def _of_no_use(student: str) -> str:
+    return f"what student {student!r} sends is of no use"

@@ -23,7 +23,6 @@ from codistill.checksums import has_checksum, is_whole, seal, session_in
 from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
-from codistill_server.journal import JournalError
 from codistill_server.limits import Gate, Limits, TooMany
 from codistill_server.round_events import Status
 
@@ -165,8 +164,7 @@ class DistillationService:
             try:
                 self._coordinator.tick()
             except Exception as error:  # noqa: BLE001 - a deadline closes rounds in here; without ticks none would again
-                self._on_failure(error)
-                self.end()
+                self._fail(error)
                 return
 
     def _unary(
@@ -181,8 +179,9 @@ class DistillationService:
                 await _abort(context, refused)
             except _Damaged as damaged:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
-            except JournalError as error:
-                await self._fail(context, error)
+            except Exception as error:  # noqa: BLE001 - a goodbye may close a round, which may be half decided now
+                self._fail(error)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{_GOING_DOWN}: {error}")
 
         return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
@@ -260,13 +259,12 @@ class DistillationService:
                 stream.refuse(refused)
                 return
             except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
-                self._on_failure(error)
-                self.end()
+                self._fail(error)
                 return
 
-    async def _fail(self, context: _Context, error: JournalError) -> NoReturn:
+    def _fail(self, error: Exception) -> None:
         self._on_failure(error)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        self.end()
 
 
 class EventLoopSubmit:

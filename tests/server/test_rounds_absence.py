@@ -16,7 +16,6 @@ from codistill_server.round_events import (
     Answer,
     Complete,
     Contribute,
-    Contribution,
     Decide,
     Decided,
     Disconnect,
@@ -171,6 +170,19 @@ def test_so_is_a_contribution_of_no_use() -> None:
     assert isinstance(decide, Decide)
 
 
+def test_so_are_samples_that_are_not_the_rounds() -> None:
+    run = Driven()
+    run.send("ant", 0)
+    run.send("bee", 0)
+    other = contribution(0, samples=contribution(5).samples)
+    end, absent, decide = run.core.apply(Contribute(run.sessions["cat"], other), run.now)
+    assert isinstance(end, End)
+    assert end.status is Status.FAILED_PRECONDITION
+    assert absent == Absent("cat", 0, "what student 'cat' sends is of no use")
+    assert isinstance(decide, Decide)
+    assert "cat" not in decide.contributions
+
+
 def test_a_broken_connection_is_waited_for_until_the_deadline() -> None:
     run = Driven()
     run.send("ant", 0)
@@ -218,7 +230,7 @@ def test_an_absent_student_of_other_samples_is_not_awaited() -> None:
     run = Driven()
     run.lose("cat")
     run.send("ant", 1)
-    other = Contribution(1, contribution(5).samples)
+    other = contribution(1, samples=contribution(5).samples)
     (end,) = run.core.apply(Contribute(run.sessions["cat"], other), run.now)
     assert isinstance(end, End)
     assert "cat" not in run.core.awaited
@@ -228,10 +240,11 @@ def test_the_only_contribution_cannot_be_changed_while_it_is_being_decided() -> 
     run = Driven()
     run.send("bee", 0)
     assert isinstance(run.tick(3.0)[-1], Decide)
-    other = Contribution(0, contribution(5).samples)
-    (end,) = run.core.apply(Contribute(run.sessions["bee"], other), run.now)
+    other = contribution(0, samples=contribution(5).samples)
+    end, absent = run.core.apply(Contribute(run.sessions["bee"], other), run.now)
     assert isinstance(end, End)
     assert end.status is Status.FAILED_PRECONDITION
+    assert isinstance(absent, Absent)
     assert [type(action) for action in run.decided()] == []
 
 

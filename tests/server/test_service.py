@@ -938,6 +938,36 @@ class TestFaults:
 
         drive(test)
 
+    @pytest.mark.parametrize("goes", ["Leave", "Join"])
+    def test_so_does_a_fault_in_a_call_that_closes_a_round(self, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The round is half decided; were the server to go on, it would never close."""
+        experiment = make_experiment(
+            distillation={"ensemble": "min_logit"}, exchange={"on_absence": "proceed", "evict_after": 30}
+        )
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                first, second = await served.students()
+
+                def fault(record: object) -> None:
+                    raise ZeroDivisionError("a fault of ours")
+
+                monkeypatch.setattr(served.coordinator._journal, "append", fault)
+                monkeypatch.setattr(served.coordinator._journal, "remember", fault)
+                await first.send(0)
+                await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
+                if goes == "Leave":
+                    call = served.stub.Leave(pb.LeaveRequest(session=second.session, reason=pb.LEAVE_REASON_STOPPED))
+                else:
+                    call = served.stub.Join(join_request(experiment, "bee"))
+                error = await error_of(call)
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "going down" in (error.details() or "")
+                assert [str(failure) for failure in served.failures] == ["a fault of ours"]
+                assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
     @pytest.mark.parametrize("heavy", [True, False])
     def test_so_does_any_other_fault_in_making_targets(self, monkeypatch: pytest.MonkeyPatch, heavy: bool) -> None:
         """Nobody is left to wait for a round that cannot be decided."""
