@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ JOURNAL_FILE = "journal.sqlite"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
+_LOCK_SECONDS = 1.0
 _SCRAPE_SECONDS = 5.0
 _BEAT_SECONDS = 0.25
 
@@ -342,22 +344,34 @@ class _Server:
 
 @contextlib.contextmanager
 def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
-    """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies."""
+    """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies.
+
+    Whoever looks whether a server runs takes the lock for an instant; so it is tried for a moment.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "server.lock").open("w")
     except OSError as error:
         raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ServerError(
-                f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
-            ) from None
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise ServerError(
+                    f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
+                )
+            time.sleep(_LOCK_SECONDS / 20)
         with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
             (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _warn_of_half_a_protection(host: str, security: Security) -> None:

@@ -583,6 +583,17 @@ def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
             serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))
 
 
+def test_who_only_looks_whether_a_server_runs_keeps_none_out(tmp_path: Path) -> None:
+    with (tmp_path / "server.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        look = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        look.start()
+        stop = threading.Event()
+        stop.set()
+        assert serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path), stop) is ExitCode.OK
+        look.join()
+
+
 def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
     address = tmp_path / "run" / ADDRESS_FILE
     address.parent.mkdir()
