@@ -215,6 +215,7 @@ def test_restarts_that_are_used_up_end_the_run(folder: Path) -> None:
 def own_model(folder: Path, body: str) -> list[object]:
     """Writes a model that does something at round 3; returns the students of an experiment with it."""
     module = f"""
+        import pathlib
         import time
         import torch
         class Model(torch.nn.Module):
@@ -242,6 +243,26 @@ def test_an_error_of_a_students_own_that_comes_back_ends_the_run(tmp_path: Path,
     assert "student 'own' ended with exit code 1: ValueError: no such thing in <object object at 0x" in error
     assert "not started again: the same error came twice in a row" in error
     assert processes_of(folder) == {}
+
+
+def test_a_worker_that_runs_out_of_memory_is_started_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch is refused what no machine has; the next time there is enough."""
+    body = 'torch.empty(1 << 60) if not (been := pathlib.Path("been")).exists() and not been.touch() else None'
+    run = Disturbed(folder, students=own_model(tmp_path, body), training__epochs=4)
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert run.restarted() == ["own"]
+    assert "ended with exit code 10: student 'own' ran out of memory on cpu: " in output
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    undisturbed = RunFolder(tmp_path / "undisturbed")
+    experiment = load(tmp_path / "experiment.yaml")
+    undisturbed.start(experiment, mode="in-process", resume=False)
+    assert run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert_bit_equal(weights(folder), weights(undisturbed.path))
 
 
 def test_a_model_that_hangs_is_ended_by_its_watchdog(tmp_path: Path, folder: Path) -> None:
