@@ -141,7 +141,7 @@ class Coordinator:
         clock: seconds that never go back.
 
     Attributes:
-        on_complete: called once when every student has finished.
+        on_complete: called when every student has finished; again if one joined again meanwhile.
     """
 
     def __init__(

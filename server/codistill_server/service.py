@@ -113,6 +113,9 @@ class DistillationService:
         coordinator: the run.
         on_failure: called with the error, when the run cannot go on.
         limits: how much one peer may ask for.
+
+    Attributes:
+        streams: how many streams of sessions are open.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class DistillationService:
     ) -> None:
         self._coordinator = coordinator
         self._on_failure = on_failure
+        self.streams = 0
         self._gate = Gate(limits or Limits())
         self._ending = asyncio.Event()
 
@@ -220,6 +224,7 @@ class DistillationService:
             self._coordinator.open_stream(session, stream)
         except Refused as refused:
             await _abort(context, refused)
+        self.streams += 1
         writing = asyncio.ensure_future(_write(stream, context))
         others = [
             asyncio.ensure_future(self._read(session, requests, stream)),
@@ -241,6 +246,7 @@ class DistillationService:
                     if self._ending.is_set():
                         await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
         finally:
+            self.streams -= 1
             writing.cancel()
             await asyncio.wait([writing])
 

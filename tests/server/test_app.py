@@ -32,6 +32,7 @@ from codistill.records import Happened, read
 from codistill.security import Security, SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_server import app
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
@@ -258,7 +259,52 @@ class TestServing:
             assert again.thread.is_alive(), "it stays where it is asked to"
         assert again.outcome == [ExitCode.OK]
 
-    def test_a_run_that_is_complete_already_ends_at_once(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("silent", [True, False])
+    def test_a_worker_that_heard_no_answer_to_its_goodbye_can_say_it_again(self, tmp_path: Path, silent: bool) -> None:
+        """Its link was silent and its stream still stands, or its connection broke and it comes back at once."""
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
+            stub, hold = DistillationStub(channel), threading.Event()
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            metadata = ((SESSION_KEY, seal_session(session)),)
+            stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
+            stream.initial_metadata()
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            if not silent:
+                hold.set()
+                assert list(stream) == []
+                session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            if silent:
+                served.thread.join(1.5)
+                assert served.thread.is_alive(), "its stream stands"
+                hold.set()
+                assert list(stream) == []
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            assert served.end() is ExitCode.OK
+
+    def test_a_worker_that_does_not_let_go_holds_no_server_for_ever(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(app, "_GOODBYE_SECONDS", 0.2)
+        experiment = make_experiment(("ant", "bee"))
+        with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
+            stub, hold = DistillationStub(channel), threading.Event()
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            metadata = ((SESSION_KEY, seal_session(session)),)
+            stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
+            stream.initial_metadata()
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            assert served.end() is ExitCode.OK
+            hold.set()
+            stream.cancel()
+
+    def test_a_run_that_is_complete_already_ends(self, tmp_path: Path) -> None:
         experiment = make_experiment()
         with serving(tmp_path, experiment) as served:
             _finish(served.address, experiment)
