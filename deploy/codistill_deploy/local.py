@@ -21,12 +21,12 @@ from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import RESTARTED, SUPERVISOR_FILE
 from codistill_deploy.restarts import DEFAULT_RESTARTS, RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervision import Launch, Member, Port
 from codistill_deploy.views import View
 from codistill_server.app import ADDRESS_FILE
+from codistill_server.history import RESTARTED, SUPERVISOR_FILE
 from codistill_server.recorder import Recorder
 
 __all__ = ["LocalOptions", "run_local", "watch"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from codistill.experiment import Experiment, ExperimentError, parse
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
-from codistill_deploy import history
-from codistill_deploy.history import RunInfo
+from codistill_server import history
+from codistill_server.history import RunInfo
 
 
 def experiment(epochs: int = 4) -> Experiment:

@@ -11,19 +11,19 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from codistill_deploy.report import palette
+from codistill_server.page import palette
 
 __all__ = ["embedded", "render", "script", "style"]
 
 
 def render(document: dict[str, Any]) -> str:
-    """Returns the page that shows a document; see :mod:`codistill_deploy.report.document` for its form.
+    """Returns the page that shows a document; see :mod:`codistill_server.page.document` for its form.
 
     The page's content security policy lets its own two scripts run and nothing else, and lets nothing be loaded.
     """
     kind = "comparison" if document["kind"] == "comparison" else "run"
     library = _text("vendor/uPlot.iife.min.js")
-    return Template(_text("assets/report.html")).substitute(
+    return Template(_text("assets/page.html")).substitute(
         title=escape(f"{document['title']}: codistill {kind}"),
         hashes=" ".join(_hash(each) for each in (library, script())),
         style=style(),
@@ -45,19 +45,19 @@ def embedded(document: dict[str, Any]) -> str:
 
 def script() -> str:
     """Returns the script that draws a document: ``codistill.render(document)``, again whenever there is a newer one."""
-    return _text("assets/report.js")
+    return _text("assets/page.js")
 
 
 def style() -> str:
     """Returns the style sheet, the charts' and the colours included."""
     light = f":root{{{palette.declarations(palette.LIGHT)}}}"
     dark = f"@media screen and (prefers-color-scheme:dark){{:root:not([data-print]){{{palette.declarations(palette.DARK)}}}}}"
-    return "\n".join((_text("vendor/uPlot.min.css"), light, dark, _text("assets/report.css")))
+    return "\n".join((_text("vendor/uPlot.min.css"), light, dark, _text("assets/page.css")))
 
 
 @cache
 def _text(name: str) -> str:
-    return resources.files("codistill_deploy.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("codistill_server.page").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(content: str) -> str:
