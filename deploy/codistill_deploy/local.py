@@ -55,7 +55,7 @@ class LocalOptions:
 
     Attributes:
         listen: the server's "HOST:PORT"; port 0 takes a free one.
-        metrics: the metrics' "HOST:PORT".
+        metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
         restarts: how often each process is started again; see :mod:`codistill_deploy.restarts`.
@@ -190,7 +190,8 @@ class _LocalRun:
         except (OSError, ValueError):
             return
         if self._options.announce:
-            self._view.note(f"server {server['address']}, metrics on http://{server['metrics']}/metrics")
+            web = f"http://{server['metrics']}"
+            self._view.note(f"live page: {web}/ (server {server['address']}, metrics on {web}/metrics)")
         arguments = (server["address"], self._view.update, over, self._options.security)
         self._watcher = threading.Thread(target=watch, args=arguments, name="codistill-watch", daemon=True)
         self._watcher.start()

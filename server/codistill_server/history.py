@@ -45,7 +45,7 @@ RESTARTED = "restarted"
 """The event of a process that ended and is started again."""
 
 _FILES = ("metrics.jsonl", "events.jsonl", SUPERVISOR_FILE)
-_CHUNK = 8 * 2**20
+_CHUNK = 2**20
 _UNMERGED = 50  # of the newest spans: a server that lost its last rounds closes them again
 
 
@@ -236,24 +236,31 @@ class Follower:
         return _version(self._read.values())
 
     def advance(self) -> History:
-        """Reads on, some megabytes at most, and returns the history so far.
+        """Reads all that was written since, and returns the history so far.
 
         Raises:
             ValueError: a line of the records, or ``run.json``, is not of its form.
             OSError: a file cannot be read.
         """
         for name in _FILES:
-            path = self._folder / name
-            if _size(path) <= self._read[name]:
-                continue
-            with path.open("rb") as file:
-                file.seek(self._read[name])
-                content = file.read(_CHUNK)
-            for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
-                self._collected.add(records.parse(line, path, self._lines[name] + 1))
-                self._read[name] += len(line)
-                self._lines[name] += 1
+            while self._read_on(name):
+                pass
         return self._collected.history(RunInfo.read(self._folder))
+
+    def _read_on(self, name: str) -> bool:
+        """Takes in the next lines of a file; returns whether there were any."""
+        path = self._folder / name
+        if _size(path) <= self._read[name]:
+            return False
+        with path.open("rb") as file:
+            file.seek(self._read[name])
+            content = file.read(_CHUNK)
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        for line in lines:
+            self._collected.add(records.parse(line, path, self._lines[name] + 1))
+            self._read[name] += len(line)
+            self._lines[name] += 1
+        return bool(lines)
 
 
 class _Series(Generic[_R]):
@@ -392,7 +399,7 @@ def waited_for(spans: Sequence[RoundsClosed]) -> dict[str, StudentWait]:
         for name, wait in span.waits.items():
             rounds[name] += wait.rounds
             seconds[name] = seconds.get(name, 0.0) + wait.seconds
-    return {name: StudentWait(rounds=rounds[name], seconds=seconds[name]) for name in seconds}
+    return {name: StudentWait.model_construct(rounds=rounds[name], seconds=seconds[name]) for name in seconds}
 
 
 def median_wait(spans: Sequence[RoundsClosed]) -> float | None:
