@@ -119,8 +119,6 @@ class WebServer:
 class _Handler(BaseHTTPRequestHandler):
     answers: Mapping[str, Callable[[str, str], _Answer]]
     timeout = _READ_SECONDS
-    server_version = "codistill"
-    sys_version = ""
 
     def do_GET(self) -> None:
         """Answers with the body."""
@@ -139,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             made = answer(query, self.headers.get("Accept", ""))
         except Exception as error:  # noqa: BLE001 - whatever keeps it from being told, the run goes on
-            why = f"{path} cannot be told now: {error or type(error).__name__}\n"
+            why = f"{path} cannot be told now: {str(error) or type(error).__name__}\n"
             return _Answer(why.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
         if made.etag is not None and self.headers.get("If-None-Match") == made.etag:
             return _Answer(b"", made.kind, HTTPStatus.NOT_MODIFIED, made.etag, made.policy)
@@ -184,6 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
         allow = {"Allow": _METHODS} if refused is HTTPStatus.METHOD_NOT_ALLOWED else {}
         self.close_connection = True
         self._send(_Answer(line.encode(), status=refused, headers=allow), body=self.command != "HEAD")
+
+    def version_string(self) -> str:
+        """Names the server, and no versions."""
+        return "codistill"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         """Writes nothing: whoever knocks must not fill the disk."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -221,28 +227,118 @@ class Page(HTMLParser):
         return json.loads(text)
 
 
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+
+
 def loaded(path: Path, profile: Path, width: int = 1200) -> str:
     """Returns the page's DOM after its scripts have run."""
     assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += [
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        f"--user-data-dir={profile}",
-        f"--window-size={width},900",
-    ]
+    own = [f"--user-data-dir={profile}", f"--window-size={width},900"]
     result = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=90, check=True
+        [CHROMIUM, *FLAGS, *own, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=90, check=True
     )
     return result.stdout
+
+
+class Tab:
+    """A page in a browser, spoken to over two pipes (the DevTools protocol, a null byte after each message)."""
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._reading, self._writing = reading, writing
+        self._buffer = b""
+        self._number = 0
+        self._session = ""
+
+    def open(self, url: str) -> None:
+        """Loads a page."""
+        target = self._call("Target.createTarget", url=url)["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.until(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
+
+    def ask(self, expression: str) -> Any:
+        """Returns the value of an expression of the page's."""
+        result = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 40) -> Any:
+        """Waits until an expression of the page's is true, and returns its value."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            value = self.ask(expression)
+            if value:
+                return value
+            time.sleep(0.05)
+        raise AssertionError(
+            f"{expression}: not within {seconds} s; the page: {self.ask('document.body.innerText')[:3000]}"
+        )
+
+    def rows(self, table: str) -> list[list[str]]:
+        """Returns the texts of a table's cells, the head's first."""
+        cells = "[...row.cells].map((cell) => cell.textContent)"
+        return self.ask(f"[...document.querySelectorAll('#{table} tr')].map((row) => {cells})")
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session and not method.startswith("Target."):
+            message["sessionId"] = self._session
+        os.write(self._writing, json.dumps(message).encode() + b"\0")
+        while True:
+            text, found, rest = self._buffer.partition(b"\0")
+            if not found:
+                more = os.read(self._reading, 2**16)
+                assert more, "the browser has ended"
+                self._buffer += more
+                continue
+            self._buffer = rest
+            answer = json.loads(text)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+
+_WITH_PIPES = (
+    "import fcntl, os, sys\n"
+    "ends = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3]]\n"
+    "os.dup2(ends[0], 3), os.dup2(ends[1], 4)\n"
+    "os.execv(sys.argv[3], sys.argv[3:])\n"
+)
+
+
+@contextlib.contextmanager
+def opened_browser() -> Iterator[Tab]:
+    """Starts a browser, and ends it."""
+    assert CHROMIUM is not None
+    to_browser, writing = os.pipe()
+    reading, from_browser = os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        own = ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--window-size=1200,900"]
+        start = [sys.executable, "-I", "-S", "-c", _WITH_PIPES, str(to_browser), str(from_browser)]
+        process = subprocess.Popen(
+            [*start, CHROMIUM, *FLAGS, *own], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        made = Tab(reading, writing)
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(OSError):
+                made._call("Browser.close")
+            os.close(writing)
+            os.close(reading)
+            process.wait(20)
 
 
 def root(read: Page) -> dict[str, str | None]:
