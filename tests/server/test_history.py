@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -268,7 +269,7 @@ def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[i
     assert len(kept) <= limit
     assert kept[0] == 0
     assert kept[-1] == len(scores) - 1
-    assert len({later - earlier for earlier, later in zip(kept[:-1], kept[1:-1], strict=False)}) <= 1
+    assert len({later - earlier for earlier, later in itertools.pairwise(kept[:-1])}) <= 1
     assert student.test_count == len(scores)
     assert student.best is not None
     assert (student.best.accuracy, student.best.round) == (max(scores) / 40, scores.index(max(scores)))

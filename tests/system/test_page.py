@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.support_page import Page, Tab, browser, loaded, number, opened_browser
 from system.parts import CHANGES, STUDENTS
-from system.support import experiment_file, rounds_trained, start, wait_for
+from system.support import experiment_file, start, wait_for
 
 pytestmark = [pytest.mark.system, *browser]
 
@@ -26,7 +26,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "run"
         self._cwd = folder
-        self._path = experiment_file(folder, **{**CHANGES, "training__epochs": 30, "training__evaluate_every": 5})
+        self._path = experiment_file(folder, **{**CHANGES, "training__epochs": 60, "training__evaluate_every": 10})
         self._listen = self._web = "127.0.0.1:0"
         self.started: list[subprocess.Popen[str]] = []
         self.server = self.serve()
@@ -47,14 +47,14 @@ class Parts:
         return f"http://{self._web}/"
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Returns what the metrics say now, by a series' name and the values of its labels but the run's and the model's."""
+        """Returns what the metrics say now, by a series' name, its student and its split."""
         with urllib.request.urlopen(f"{self.url}metrics", timeout=20) as answer:  # noqa: S310 - our own server
             text = answer.read().decode()
         return {
             (
                 each.name.removeprefix("codistill_"),
-                *(v for k, v in each.labels.items() if k not in ("run", "model")),
-            ): each.value
+                *(each.labels[key] for key in ("student", "split") if key in each.labels),
+            ): (each.value)
             for family in text_string_to_metric_families(text)
             for each in family.samples
         }
@@ -84,7 +84,8 @@ def tab() -> Iterator[Tab]:
 def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: Parts, tab: Tab, tmp_path: Path) -> None:
     tab.open(parts.url)
     tab.ask("window.loads = 'no reload'")
-    wait_for(lambda: rounds_trained(parts.folder) >= 30, "the run goes")
+    wanted = {("student_accuracy_ratio", name, split) for name in STUDENTS for split in ("train", "test")}
+    wait_for(lambda: wanted <= parts.metrics().keys(), "every student was tested")
     parts.workers["cnn"].send_signal(signal.SIGSTOP)  # so that the numbers stand still
     told = tab.until(
         "(document.getElementById('state').textContent.match(/^Waiting for cnn in round [0-9]+, for/) || [''])[0]"
