@@ -44,7 +44,7 @@ SUPERVISOR_FILE = "supervisor.jsonl"
 RESTARTED = "restarted"
 """The event of a process that ended and is started again."""
 
-_FILES = ("metrics.jsonl", "events.jsonl", SUPERVISOR_FILE)
+_FILES: tuple[str, ...] = ("metrics.jsonl", "events.jsonl", SUPERVISOR_FILE)
 _CHUNK = 2**20
 _UNMERGED = 50  # of the newest spans: a server that lost its last rounds closes them again
 

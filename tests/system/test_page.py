@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.support_page import Page, Tab, browser, loaded, number, opened_browser
 from system.parts import CHANGES, STUDENTS
-from system.support import experiment_file, start, wait_for
+from system.support import experiment_file, run, start, wait_for
 
 pytestmark = [pytest.mark.system, *browser]
 
@@ -119,8 +119,8 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
     assert number(ensemble) == pytest.approx(100 * metrics["ensemble_accuracy_ratio", "train"], abs=0.005001)
 
     # The file that stays shows the same.
-    reported = start("report", parts.folder, cwd=tmp_path)
-    assert reported.wait(60) == 0
+    code, printed = run("report", parts.folder, cwd=tmp_path)
+    assert code == 0, printed
     shown = Page(loaded(parts.folder / "report.html", tmp_path / "profile"))
     for table in ("students", "waits", "disagreement", "events"):
         assert shown.tables[table] == tab.rows(table), table
