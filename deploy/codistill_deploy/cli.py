@@ -103,7 +103,9 @@ def run(
     resume: ResumeOption = False,
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
-    metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    metrics: Annotated[
+        str, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics.")
+    ] = "127.0.0.1:0",
     insecure: InsecureOption = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
@@ -184,7 +186,9 @@ def serve(
     experiment: ExperimentArgument,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
     run_dir: LastingDirOption = None,
-    metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics; none by default.")
+    ] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
