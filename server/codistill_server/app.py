@@ -75,6 +75,7 @@ class ServeOptions:
         stay: go on serving after the run is complete, until stopped.
         security: TLS and token.
         limits: how much one peer may ask for.
+        on_complete: called in a thread of its own once the run is complete, before the server goes down.
     """
 
     listen: str
@@ -85,6 +86,7 @@ class ServeOptions:
     stay: bool = False
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
+    on_complete: Callable[[], None] | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -137,6 +139,7 @@ class _Server:
         self._failure: Exception | None = None
         self._done = asyncio.Event()
         self._watchdog = Watchdog()
+        self._concluding: asyncio.Task[None] | None = None
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
@@ -258,7 +261,9 @@ class _Server:
             return Recorder(self._options.run_dir), journal
         except OSError as error:
             journal.close()
-            raise ServerError(f"run folder {self._options.run_dir} cannot be written: {error.strerror}") from error
+            raise ServerError(
+                f"run folder {self._options.run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
 
     def _serve_metrics(self, observations: Observations, coordinator: Coordinator) -> tuple[Callable[[], None], str]:
         """Starts the endpoint of the metrics; returns how to end it, and its address."""
@@ -327,10 +332,18 @@ class _Server:
         self._done.set()
 
     def _complete(self) -> None:
-        if self._options.stay:
-            _log.info("the run is complete; serving on until stopped")
-        else:
-            _log.info("the run is complete")
+        _log.info("the run is complete%s", "; serving on until stopped" if self._options.stay else "")
+        if self._concluding is None:
+            self._concluding = asyncio.create_task(self._conclude())
+
+    async def _conclude(self) -> None:
+        """Does what is to be done once the run is complete; what fails of it is told, and fails no run."""
+        if self._options.on_complete is not None:
+            try:
+                await asyncio.to_thread(self._options.on_complete)
+            except Exception as error:  # noqa: BLE001 - the run is whole, whatever it is
+                _log.error("%s", error)
+        if not self._options.stay:
             self._done.set()
 
     def _fail(self, error: Exception) -> None:
@@ -347,7 +360,9 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "server.lock").open("w")
     except OSError as error:
-        raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
+        raise ServerError(
+            f"run folder {run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
