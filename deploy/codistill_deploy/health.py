@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from codistill.exit_codes import ExitCode
 from codistill.security import Security
@@ -29,8 +30,6 @@ def check_server(address: str, security: Security | None = None) -> str:
         CommandError: it does not.
         SecurityError: a certificate or key cannot be used.
     """
-    from grpc_health.v1 import health_pb2, health_pb2_grpc  # the server's; a worker alone does not have it
-
     with (security or Security()).channel(address) as channel:
         try:
             stub = cast("Any", health_pb2_grpc).HealthStub(channel)  # its stubs do not know its calls
