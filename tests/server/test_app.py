@@ -275,8 +275,8 @@ class TestServing:
             assert called == []
             _finish(served.address, experiment)
             until(lambda: called, "it is done while the server serves on")
-        with serving(tmp_path, experiment, on_complete=lambda: called.append("second")) as again:
-            assert again.end() is ExitCode.OK
+        options = ServeOptions("127.0.0.1:0", tmp_path / "run", on_complete=lambda: called.append("second"))
+        assert serve(experiment, options) is ExitCode.OK
         assert called == ["first", "second"], "and once more by its successor, which does not know"
 
     def test_what_fails_of_it_fails_no_run(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
