@@ -98,7 +98,7 @@ class GrpcExchange:
         self._open: pb.Contribution | None = None
         self._goodbye = pb.LeaveRequest()
         self._told = 0.0
-        self._reports = _Reports()
+        self._reports = _Reports(self._session.answered)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Opens the session and its stream.
@@ -414,9 +414,14 @@ def _join_response(raw: bytes) -> pb.JoinResponse:
 
 
 class _Reports:
-    """Reports under way: one at a time, and nothing measured is lost while the server is away."""
+    """Reports under way: one at a time, and nothing measured is lost while the server is away.
 
-    def __init__(self) -> None:
+    Args:
+        arrived: called when one has arrived.
+    """
+
+    def __init__(self, arrived: Callable[[], None]) -> None:
+        self._arrived = arrived
         self._pending: pb.ReportRequest | None = None
         self._sent: pb.ReportRequest | None = None
         self._call: Any = None
@@ -447,6 +452,7 @@ class _Reports:
             self._pending.session = session
             call(self._pending)
             self._pending = None
+            self._arrived()
 
     def undelivered(self) -> Sequence[pb.Measurement]:
         """Returns the measurements that are not known to have arrived."""
@@ -459,7 +465,9 @@ class _Reports:
         if self._call is None:
             return
         failed = self._call.exception()
-        if failed is not None and self._sent is not None:
+        if failed is None:
+            self._arrived()
+        elif self._sent is not None:
             lost, newer = self._sent, self._pending
             self._pending = lost
             if newer is not None:
