@@ -204,7 +204,7 @@ class _Server:
             service.end()
             await self._stop(server, _DRAIN_SECONDS)
         finally:
-            for task in (ticking, beating, listening, self._seeing_off):
+            for task in (ticking, beating, listening, self._concluding):
                 if task is not None:
                     task.cancel()
             self._begin("going down")

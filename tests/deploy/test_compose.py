@@ -78,6 +78,13 @@ def test_the_server_serves_on_and_writes_the_report() -> None:
     assert DOCKERFILE.count("EXPOSE 50551 9464") == 1
 
 
+def test_the_baseline_is_the_same_students_alone() -> None:
+    alone = load(ROOT / "examples" / "digits-alone.yaml").model_dump()
+    together = EXPERIMENT.model_dump()
+    assert {key for key in together if alone[key] != together[key]} == {"name", "distillation"}
+    assert alone["distillation"]["method"] == "independent"
+
+
 def test_images_are_pinned() -> None:
     foreign = [service["image"] for service in SERVICES.values() if "build" not in service]
     bases = [line.split()[1] for line in DOCKERFILE.splitlines() if line.startswith("FROM ") and ":" in line]
