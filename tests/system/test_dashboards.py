@@ -67,6 +67,7 @@ class Prometheus:
         )
 
     def ready(self) -> bool:
+        assert self.process.poll() is None, "Prometheus has ended"
         with (
             contextlib.suppress(OSError),
             urllib.request.urlopen(f"{self._url}/-/ready", timeout=20) as answer,  # noqa: S310 - as below
@@ -99,6 +100,7 @@ class Prometheus:
         self.process.kill()
         self.process.wait()
         self._log.close()
+        print(f"--- prometheus\n{(self.folder / 'prometheus.log').read_text()}")  # for a test that fails
 
 
 def free_port() -> int:
