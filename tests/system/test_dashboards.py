@@ -24,7 +24,7 @@ from system.support import EXPERIMENT, experiment_file, start, wait_for
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian's package) is not installed"),
 ]
 
@@ -129,7 +129,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         servers: dict[str, dict[str, Any]] = {}
         for name in RUNS:
             path = folder / name / "run" / "server.json"
-            servers[name] = json.loads(wait_for(lambda path=path: path.exists() and path.read_text(), f"{name} is up"))
+            servers[name] = json.loads(
+                wait_for(lambda path=path: path.exists() and path.read_text(), f"{name} is up", 120)
+            )
         made = Prometheus(folder, [*(each["metrics"] for each in servers.values()), f"127.0.0.1:{free_port()}"])
         stack.callback(made.close)
         wait_for(made.ready, "Prometheus is up")
