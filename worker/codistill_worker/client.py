@@ -173,9 +173,7 @@ class GrpcExchange:
 
     def close(self) -> None:
         """Frees the connection."""
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
+        self._let_go()
         self._channel.close()
 
     @property
@@ -275,10 +273,13 @@ class GrpcExchange:
             return reply.targets
         return None
 
-    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
+    def _let_go(self) -> None:
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
+
+    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
+        self._let_go()
         self._told = time.monotonic()
         failure = _failure(error)
         self._session.broke(failure, time.monotonic())
@@ -306,6 +307,7 @@ class GrpcExchange:
             _log.warning("the server was not told that this worker leaves: %s", failure.details)
         else:
             self._session.left()
+            self._let_go()  # the server may wait for that
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
