@@ -262,7 +262,9 @@ def _open_recorder(folder: Path) -> Recorder:
     try:
         return Recorder(folder, events=SUPERVISOR_FILE, metrics=None)
     except OSError as error:
-        raise CommandError(f"run folder {folder} cannot be written: {error.strerror}") from error
+        raise CommandError(
+            f"run folder {folder} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+        ) from error
 
 
 def watch(

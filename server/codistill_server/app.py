@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -81,6 +81,7 @@ class ServeOptions:
         stay: go on serving after the run is complete, until stopped.
         security: TLS and token.
         limits: how much one peer may ask for.
+        on_complete: called in a thread of its own once the run is complete, before the server goes down.
     """
 
     listen: str
@@ -91,6 +92,7 @@ class ServeOptions:
     stay: bool = False
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
+    on_complete: Callable[[], None] | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -142,7 +144,7 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
-        self._seeing_off: asyncio.Task[None] | None = None
+        self._concluding: asyncio.Task[None] | None = None
         self._watchdog = Watchdog()
         self._page: LivePage | None = None
 
@@ -205,7 +207,7 @@ class _Server:
             service.end()
             await asyncio.gather(self._stop(server, _DRAIN_SECONDS), self._farewell())
         finally:
-            for task in (ticking, beating, listening, self._seeing_off):
+            for task in (ticking, beating, listening, self._concluding):
                 if task is not None:
                     task.cancel()
             self._begin("going down")
@@ -266,7 +268,9 @@ class _Server:
             return Recorder(self._options.run_dir), journal
         except OSError as error:
             journal.close()
-            raise ServerError(f"run folder {self._options.run_dir} cannot be written: {error.strerror}") from error
+            raise ServerError(
+                f"run folder {self._options.run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
 
     def _serve_web(self, observations: Observations, coordinator: Coordinator) -> WebServer | None:
         """Starts the port of page and metrics, if it is wanted."""
@@ -337,11 +341,18 @@ class _Server:
         self._done.set()
 
     def _complete(self, coordinator: Coordinator, service: DistillationService) -> None:
-        if self._options.stay:
-            _log.info("the run is complete; serving on until stopped")
-        else:
-            _log.info("the run is complete")
-            self._seeing_off = asyncio.get_running_loop().create_task(self._see_off(coordinator, service))
+        _log.info("the run is complete%s", "; serving on until stopped" if self._options.stay else "")
+        self._concluding = asyncio.get_running_loop().create_task(self._conclude(coordinator, service))
+
+    async def _conclude(self, coordinator: Coordinator, service: DistillationService) -> None:
+        """Does what is to be done once the run is complete; what fails of it is told, and fails no run."""
+        if self._options.on_complete is not None:
+            try:
+                await asyncio.to_thread(self._options.on_complete)
+            except Exception as error:  # noqa: BLE001 - the run is whole, whatever it is
+                _log.error("%s", error)
+        if not self._options.stay:
+            await self._see_off(coordinator, service)
 
     async def _see_off(self, coordinator: Coordinator, service: DistillationService) -> None:
         """Ends the server of a complete run once its workers are gone, and none has come back for a moment.
@@ -377,7 +388,9 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "server.lock").open("w")
     except OSError as error:
-        raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
+        raise ServerError(
+            f"run folder {run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+        ) from error
     with file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _locked(file.fileno()):
