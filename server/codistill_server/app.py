@@ -75,6 +75,7 @@ class ServeOptions:
         stay: go on serving after the run is complete, until stopped.
         security: TLS and token.
         limits: how much one peer may ask for.
+        advertise: the host by which others reach the server, where that is not the one that it listens on.
     """
 
     listen: str
@@ -85,6 +86,7 @@ class ServeOptions:
     stay: bool = False
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
+    advertise: str | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -293,7 +295,7 @@ class _Server:
     def _announce(self, host: str, port: int, metrics: str, limit: int) -> None:
         run = self._options.run_dir
         # A server on every address is reached from here by the loopback's; a certificate can hold that one.
-        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        reached = self._options.advertise or {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         written = json.dumps({"address": _address(reached, port), "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")
