@@ -161,7 +161,7 @@ def ray(
         float, typer.Option(min=0, help="Seconds to wait for CPUs and GPUs that are not there.")
     ] = 600.0,
     gpus_per_student: Annotated[
-        float | None, typer.Option(min=0.01, max=8, help="GPUs of each student that uses one; below 1 it shares one.")
+        float | None, typer.Option(min=0.01, max=1, help="GPUs of each student that uses one; below 1 it shares one.")
     ] = None,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,

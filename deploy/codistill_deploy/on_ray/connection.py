@@ -47,7 +47,7 @@ def connected(address: str | None, cpus: int) -> Generator[Any, None, None]:
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
         if address is None:
             # Its sockets lie there, and their paths must be short; so it is not put below TMPDIR.
-            made = tempfile.TemporaryDirectory(prefix="codistill-ray-", dir="/tmp", ignore_cleanup_errors=True)  # noqa: S108
+            made = tempfile.TemporaryDirectory(prefix="codistill-ray-", dir="/tmp", ignore_cleanup_errors=True)
             options |= _own(Path(stack.enter_context(made)), cpus)
         elif "://" in address:
             raise CommandError(
@@ -56,10 +56,7 @@ def connected(address: str | None, cpus: int) -> Generator[Any, None, None]:
             )
         elif address != "auto" and os.environ.get("RAY_USE_TLS", "0") == "0":
             _look(address)
-        try:
-            ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise CommandError(_MISSING) from error
+        ray = _import()
         told = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
@@ -94,6 +91,15 @@ def credentials(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
                 f"{MODE} is token, and {TOKEN} is not set and {path} cannot be read; {_WRONG_TOKEN}"
             ) from None
     return (("authorization", f"Bearer {token}"),)
+
+
+def _import() -> Any:
+    """Returns the module `ray`. In a checkout without Ray, Python takes the folder deploy/ray for one that is empty."""
+    with contextlib.suppress(ImportError):
+        ray: Any = importlib.import_module("ray")
+        if hasattr(ray, "init"):
+            return ray
+    raise CommandError(_MISSING)
 
 
 def _own(folder: Path, cpus: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -280,11 +280,10 @@ class _Life:
         node = "its node" if place is None else f"its node {place.address}"
         if getattr(error, "preempted", False):
             return f"{node} was drained or pre-empted"
-        alive: Mapping[str, bool] = {each["NodeID"]: each["Alive"] for each in self._ray.nodes()}
-        gone = "node" in str(error) and "has died" in str(error)
-        if gone or (place is not None and not alive.get(place.node, False)):
+        alive = {each["NodeID"] for each in self._ray.nodes() if each["Alive"]}
+        if "its node has died" in str(error) or (place is not None and place.node not in alive):
             return f"{node} died"
-        return f"its actor on {'a node' if place is None else place.address} died"
+        return f"its actor on {node.removeprefix('its ')} died"
 
 
 def _line(error: Exception) -> str:

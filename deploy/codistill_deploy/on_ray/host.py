@@ -19,7 +19,7 @@ from codistill.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
 from codistill_deploy.processes import Launch, Process
 from codistill_deploy.restarts import Ending
-from codistill_deploy.run_folder import RunFolder, holding
+from codistill_deploy.run_folder import holding
 
 __all__ = ["ADVERTISE_VARIABLE", "MARKER_FILE", "Host", "Place", "Serving", "Task"]
 

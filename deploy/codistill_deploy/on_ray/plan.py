@@ -97,7 +97,7 @@ def shortage(asked: Sequence[Bundle], nodes: Sequence[Mapping[str, float]], free
     if not homeless:
         return f"others use what it needs: {there}"
     who = "; ".join(f"{bundle.title} needs {amount(bundle.resources)}" for bundle in homeless)
-    return f"there is no node for {who}, on one node each; {there}"
+    return f"{who}, and no node has that left for it; {there}"
 
 
 def amount(resources: Mapping[str, float]) -> str:
