@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -149,3 +151,23 @@ def test_where_a_server_listens(
         monkeypatch.setenv(ADVERTISE_VARIABLE, named)
     assert Host(node).run(task("import sys; print(*sys.argv[1:])", serving=serving)).code == 0
     assert (tmp_path / "log.txt").read_text().strip() == expected
+
+
+def test_it_ends_with_the_ray_of_its_node(tmp_path: Path) -> None:
+    actor = (
+        "import time; from codistill_deploy.on_ray.host import Host; Host(); print('up', flush=True); time.sleep(600)"
+    )
+    raylet = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {actor!r}]).pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", raylet], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "up\n"
+        parent.kill()
+    wait_for(lambda: not is_running(pid), "the actor ends")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -32,14 +32,10 @@ def main() -> None:
     # The head trains nothing, so that each of the others can be lost.
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "temp_dir": sys.argv[1]}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = {raylet(node): node for node in (cluster.add_node(num_cpus=CPUS) for _ in range(NODES))}
-    print(json.dumps({"address": cluster.address, "jobs": f"http://127.0.0.1:{port}", "nodes": [*nodes]}), flush=True)
+    nodes = [raylet(cluster.add_node(num_cpus=CPUS)) for _ in range(NODES)]
+    print(json.dumps({"address": cluster.address, "jobs": f"http://127.0.0.1:{port}", "nodes": nodes}), flush=True)
     for line in sys.stdin:
-        what, _, number = line.strip().partition(" ")
-        if what == "kill":
-            cluster.remove_node(nodes.pop(int(number)), allow_graceful=False)
-            print(json.dumps({}), flush=True)
-        elif what == "left":
+        if line.strip() == "left":
             ray.init(address=cluster.address, log_to_driver=False)
             groups = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
             free = ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"]

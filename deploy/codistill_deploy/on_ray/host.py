@@ -29,6 +29,7 @@ MARKER_FILE = "driver.json"
 """What the driver writes into the run's folder, and every node must see there."""
 
 _POLL_SECONDS = 0.05
+_ORPHAN_SECONDS = 0.5
 _SEEN_SECONDS = 15.0  # a network file system may show a new file late
 _PREDECESSOR_SECONDS = 90.0  # a node that was lost may live on, and a file server keeps a lost node's locks for a while
 
@@ -97,6 +98,8 @@ class Host:
 
     def __init__(self, address: str | None = None) -> None:
         self._given = address
+        if address is None:
+            _end_with_raylet()
         self._guard = threading.Lock()
         self._process: Process | None = None
         self._asked_to_end = False
@@ -169,6 +172,21 @@ class Host:
 
         here = ray.get_runtime_context().get_node_id()
         return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
+
+
+def _end_with_raylet() -> None:
+    """Ends this actor when its node's Ray has died, of which the actor is a child.
+
+    Ray takes the actor for dead then, and yet lets it live for as long as a call of it runs. Its process follows it.
+    """
+    raylet = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == raylet:
+            time.sleep(_ORPHAN_SECONDS)
+        os._exit(ExitCode.INTERRUPTED)
+
+    threading.Thread(target=wait, name="codistill-raylet", daemon=True).start()
 
 
 def _advertised(serving: Serving) -> Serving:
