@@ -106,7 +106,7 @@ class Crew:
         try:
             self._recorder = _open_recorder(self._folder.path)
             for member in self._members:
-                member.start(time.monotonic())
+                _start(member)
             self._watch(over, announce)
             return self._supervise(server, workers, stop)
         finally:
@@ -212,6 +212,13 @@ class Crew:
             )
         code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED
         return CommandError(f"{member.title} {ending}{why} (log: {member.log})", code)
+
+
+def _start(member: Member) -> None:
+    try:
+        member.start(time.monotonic())
+    except OSError as error:
+        raise CommandError(f"{member.title} cannot be started: {error}", ExitCode.WORKER_FAILED) from error
 
 
 def _open_recorder(folder: Path) -> Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from codistill_deploy.restarts import Ending
 __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
+_LOG_TAIL = 65536
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,13 @@ class Process:
         self._log_file.close()
 
     def _last_error(self) -> str:
-        """Returns the last error line that it printed, or its last line."""
-        with self._log.open("rb") as file:
-            file.seek(self._log_start)
-            lines = file.read().decode(errors="replace").splitlines()
+        """Returns the last error line that it printed, or its last line; it is near the log's end."""
+        try:
+            with self._log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, end - _LOG_TAIL))
+                lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"its log cannot be read: {error.strerror}"
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         return errors[-1] if errors else (lines[-1].strip() if lines else "it printed nothing")

@@ -96,7 +96,11 @@ class Member:
         return self._ends and self.code == 0
 
     def start(self, now: float) -> None:
-        """Begins a life of it."""
+        """Begins a life of it.
+
+        Raises:
+            OSError: there is no memory, no process or no disk space for it.
+        """
         self.close()
         self._started, self._due = now, None
         self._life = self._begin()
