@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,15 +34,17 @@ def as_map(output: Tensor) -> Tensor:
     """Returns a layer's output as [B, channels, height, width].
 
     Tokens are laid out as the square that they were cut from, without a class token before them; where their number
-    has no root they are a map of N×1. A vector is a map of 1×1.
+    has no root they are a map of N×1. A vector is a map of 1×1. Images are square and so are maps of them, which tells
+    where the channels are.
 
     Args:
-        output: [B, D], [B, N, D] or [B, channels, height, width].
+        output: [B, D], [B, N, D], [B, channels, height, width] or [B, height, width, channels].
     """
     if output.ndim == 2:
         return output[:, :, None, None]
     if output.ndim == 4:
-        return output
+        _, first, second, third = output.shape
+        return output.permute(0, 3, 1, 2) if first == second != third else output
     tokens = output.shape[1]
     side = math.isqrt(tokens)
     if side and side**2 in (tokens, tokens - 1):
@@ -57,8 +59,8 @@ def pooled(output: Tensor) -> Tensor:
         output: as :func:`as_map` takes it.
     """
     maps = as_map(output)
-    size = [min(side, _LARGEST) for side in maps.shape[2:]]
-    return functional.adaptive_avg_pool2d(maps, size)
+    height, width = maps.shape[2:]
+    return functional.adaptive_avg_pool2d(maps, (min(height, _LARGEST), min(width, _LARGEST)))
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -93,26 +95,18 @@ def stage_layers(model: nn.Module, count: int, *, channels: int, size: int) -> t
     Raises:
         ConfigurationError: the trunk has fewer steps.
     """
-    steps = dict(_trunk(model))
-    depth = 0
     passed: dict[int, list[tuple[str, bool]]] = {}
+    with _weights_called(model) as called, ExitStack() as hooks:
+        for name, module in _trunk(model):
 
-    def weighs(*_: Any) -> None:
-        nonlocal depth
-        depth += 1
+            def passes(module: nn.Module, given: Any, output: Any, name: str = name) -> None:
+                del module, given
+                if isinstance(output, Tensor) and output.ndim in (2, 3, 4) and output.is_floating_point():
+                    passed.setdefault(len(called), []).append((name, as_map(output)[0, 0].numel() > 1))
 
-    def passes(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim in (2, 3, 4) and output.is_floating_point():
-            passed.setdefault(depth, []).append((name, as_map(output)[0, 0].numel() > 1))
-
-    handles = [module.register_forward_pre_hook(weighs) for module in model.modules() if _has_weights(module)]
-    for name, module in steps.items():
-        handles.append(module.register_forward_hook(lambda _, __, output, name=name: passes(name, output)))
-    try:
+            hooks.callback(module.register_forward_hook(passes).remove)
         _tried(model, channels, size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    depth = len(called)
     depths = sorted(each for each in passed if 0 < each < depth)
     if len(depths) < count:
         raise ConfigurationError(
@@ -208,7 +202,8 @@ class Observed(nn.Module):
         inputs: list[Tensor] = []
         handle = None
         if self._embedded is not None:
-            handle = self._embedded.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+            last = self.student.get_submodule(self._embedded)
+            handle = last.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
         try:
             logits, layers = self._layers(images)
         finally:
@@ -277,7 +272,7 @@ def _node(name: str, modes: tuple[list[str], list[str]]) -> tuple[str, str]:
             what = "gives the logits and is no hidden layer" if inside else "is not there"
             outer = list(dict.fromkeys(".".join(node.split(".")[:2]) for node in nodes[:-1]))
             shown = ", ".join(outer[:_LISTED]) + (f" and {len(outer) - _LISTED} more" if len(outer) > _LISTED else "")
-            close = difflib.get_close_matches(name, nodes[:-1] + outer, 3)
+            close = difflib.get_close_matches(name, list(dict.fromkeys(nodes[:-1] + outer)), 3)
             hint = f"did you mean {' or '.join(repr(each) for each in close)}? " if close and not inside else ""
             raise ConfigurationError(
                 f"hidden layers: {name!r} {what}; {hint}The model has: {shown}, and what is in them"
@@ -291,7 +286,7 @@ def _check(name: str, output: Any) -> None:
         what = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ConfigurationError(
             f"hidden layers: {name!r} gives {what} for 2 images; allowed are floating-point [2, D], [2, N, D] and "
-            "[2, channels, height, width]: name another layer"
+            "[2, channels, height, width]; name another layer"
         )
 
 
@@ -308,21 +303,28 @@ def _classifier(maps: Tensor, classes: int) -> nn.Module:
     )
 
 
-def _last_with_weights(model: nn.Module, channels: int, size: int) -> nn.Module:
-    called: list[nn.Module] = []
-    handles = [
-        module.register_forward_pre_hook(lambda module, _: called.append(module))
-        for module in model.modules()
-        if _has_weights(module)
-    ]
-    try:
+def _last_with_weights(model: nn.Module, channels: int, size: int) -> str:
+    with _weights_called(model) as called:
         _tried(model, channels, size)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not called:
         raise ConfigurationError("embedding: the model has no layer with weights; choose another model or method")
     return called[-1]
+
+
+@contextmanager
+def _weights_called(model: nn.Module) -> Generator[list[str]]:
+    """Gives a list that each layer with weights adds its name to when it is called."""
+    called: list[str] = []
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+
+            def calls(module: nn.Module, given: Any, name: str = name) -> None:
+                del module, given
+                called.append(name)
+
+            if _has_weights(module):
+                hooks.callback(module.register_forward_pre_hook(calls).remove)
+        yield called
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -194,8 +194,8 @@ class VariationalInformation(nn.Module):
                 smaller height and the smaller width.
         """
         features, target = _wide(features), _wide(target.detach())
-        size = [min(sides) for sides in zip(features.shape[2:], target.shape[2:], strict=True)]
-        features, target = (functional.adaptive_avg_pool2d(each, size) for each in (features, target))
+        height, width = (min(sides) for sides in zip(features.shape[2:], target.shape[2:], strict=True))
+        features, target = (functional.adaptive_avg_pool2d(each, (height, width)) for each in (features, target))
         variance = self.variance()[:, None, None]
         return (0.5 * ((self.mean(features) - target) ** 2 / variance + variance.log())).mean()
 
