@@ -55,6 +55,7 @@ class StudentView:
     missed_rounds: int = 0
     joins: int = 0
     absent_since: int | None = None
+    teacher: bool = False
 
 
 @dataclass
@@ -63,6 +64,7 @@ class _Span:
 
     started: float
     first: int
+    last: int
     waits: list[float] = field(default_factory=list[float])
     last_rounds: dict[str, int] = field(default_factory=dict[str, int])
     last_seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -103,7 +105,10 @@ class Observations:
         self.name = experiment.name
         self.method = experiment.distillation.title
         self.exchanges = experiment.distillation.exchanges
-        self.students = {student.name: StudentView(student.name, student.model) for student in experiment.students}
+        taking_part = (*experiment.students, *experiment.teachers)
+        self.students = {each.name: StudentView(each.name, each.model) for each in taking_part}
+        for name in experiment.teacher_names:
+            self.students[name].teacher = True
         self.total_rounds = 0
         self.rounds_per_epoch = 0
         self.closed_rounds = 0
@@ -214,8 +219,10 @@ class Observations:
         order = sorted(arrived, key=lambda name: arrived[name])
         wait = arrived[order[-1]] - arrived[order[0]]
         if self._span is None:
-            self._span = _Span(self._last_closing if self._last_closing is not None else arrived[order[0]], number)
+            started = self._last_closing if self._last_closing is not None else arrived[order[0]]
+            self._span = _Span(started, number, number)
         span = self._span
+        span.last = number
         span.waits.append(wait)
         if len(order) > 1:
             last = order[-1]
@@ -240,7 +247,7 @@ class Observations:
 
     def _closed_without_targets(self, number: int, contributions: int) -> None:
         if self._last_without_targets != number - 1:
-            message = f"round {number} closed with {contributions} contributions, below the quorum: no targets"
+            message = f"round {number} closed with {contributions} contributions, below the quorum or without a teacher: no targets"
             self.event("below quorum", message=message)
         self._last_without_targets = number
         self.rounds_without_targets += 1
@@ -294,7 +301,7 @@ class Observations:
             self.event(what, student, f"{others} more")
         self._untold.clear()
         if self._span is not None:
-            self._write_span(self._span.first + len(self._span.waits) - 1, self._clock())
+            self._write_span(self._span.last, self._clock())
 
     def rounds_per_second(self) -> float:
         """Returns the rate of closed rounds over the last seconds."""
@@ -314,7 +321,7 @@ class Observations:
         return pb.Run(
             name=self.name,
             method=self.method,
-            frontier=frontier if self.exchanges else min(view.round for view in views),
+            frontier=self._frontier(frontier),
             total_rounds=self.total_rounds,
             students=[
                 pb.StudentStatus(
@@ -331,6 +338,7 @@ class Observations:
                     wait_seconds=view.wait_seconds,
                     missed_rounds=view.missed_rounds,
                     joins=view.joins,
+                    teacher=view.teacher,
                 )
                 for view in views
             ],
@@ -349,6 +357,12 @@ class Observations:
             complete=all(each is Presence.FINISHED for each in presence.values()),
             uptime_seconds=self._clock() - self._started,
         )
+
+    def _frontier(self, exchanged: int) -> int:
+        """Returns the run's frontier; where the last rounds exchange nothing, it does not go beyond the run."""
+        if not self.exchanges:
+            return min(view.round for view in self.students.values())
+        return min(exchanged, self.total_rounds) if self.total_rounds else exchanged
 
     def _write_span(self, last: int, now: float) -> None:
         span = self._span
