@@ -12,24 +12,16 @@ from codistill.rhythm import EVERY_ROUND, Rhythm
 from codistill.sections import REFERENCE, Section, plain_values
 
 __all__ = [
-    "BornAgain",
     "CrossArchitecture",
     "Custom",
-    "Dcm",
     "Distillation",
     "DistillationOverrides",
     "Dml",
-    "Fddml",
-    "Hddml",
     "Independent",
     "Kd",
     "Kdcl",
     "LogitRegression",
     "Method",
-    "Rkd",
-    "RkdAngle",
-    "RkdDistance",
-    "Vid",
 ]
 
 _MANY = 256

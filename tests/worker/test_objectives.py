@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from codistill.experiment import Distillation, Dml, Independent, Kdcl
+from codistill.distillation import Distillation, Dml, Independent, Kdcl
 from codistill_worker.objectives import Loss, WorkerHalf, create, divergence
 
 B, C, K = 3, 4, 3

@@ -13,7 +13,7 @@ __all__ = ["CrossArchitectureHalf", "DmlHalf", "KdclHalf"]
 class KdclHalf(LogitsHalf):
     """CE + λ·T²·KL(softmax(target/T) ‖ softmax(z/T)), KDCL (Guo et al. 2020), the loss of every student."""
 
-    publishes = ("logits",)
+    publishes: tuple[str, ...] = ("logits",)
 
     def __init__(self, settings: Kdcl, subject: Subject) -> None:
         super().__init__(subject)
@@ -25,9 +25,7 @@ class KdclHalf(LogitsHalf):
         """Returns the loss of one step; the target is `logits`, [B, C]."""
         logits = step.outputs["logits"]
         cross_entropy = losses.cross_entropy(logits, step.labels)
-        term = self._weight * losses.distillation(
-            logits, target=step.targets["logits"], temperature=self._temperature
-        )
+        term = self._weight * losses.distillation(logits, target=step.targets["logits"], temperature=self._temperature)
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
@@ -39,7 +37,7 @@ class DmlHalf(LogitsHalf):
     of m is rounded by itself; dividing by their sum makes m a distribution again.
     """
 
-    publishes = ("logits",)
+    publishes: tuple[str, ...] = ("logits",)
 
     def __init__(self, settings: Dml, subject: Subject) -> None:
         super().__init__(subject)
@@ -50,9 +48,7 @@ class DmlHalf(LogitsHalf):
         """Returns the loss of one step; the targets are `probabilities`, [B, C], and `divergence`, [B]."""
         logits, temperature = step.outputs["logits"], self._temperature
         cross_entropy = losses.cross_entropy(logits, step.labels)
-        term = self._weight * losses.mimicry(
-            logits, target=step.targets["probabilities"], temperature=temperature
-        )
+        term = self._weight * losses.mimicry(logits, target=step.targets["probabilities"], temperature=temperature)
         constant = self._weight * temperature**2 * step.targets["divergence"].detach().float().mean()
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach() + constant)
 
@@ -63,7 +59,7 @@ class CrossArchitectureHalf(LogitsHalf):
     m is the mean of all students' probabilities, this one's among them; w rises during training.
     """
 
-    publishes = ("logits",)
+    publishes: tuple[str, ...] = ("logits",)
 
     def __init__(self, settings: CrossArchitecture, subject: Subject) -> None:
         super().__init__(subject)
@@ -80,7 +76,5 @@ class CrossArchitectureHalf(LogitsHalf):
             rise=settings.rise,
         )
         cross_entropy = losses.cross_entropy(logits, step.labels)
-        term = weight * losses.mimicry(
-            logits, target=step.targets["probabilities"], temperature=settings.temperature
-        )
+        term = weight * losses.mimicry(logits, target=step.targets["probabilities"], temperature=settings.temperature)
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())

@@ -22,9 +22,7 @@ class KdHalf(LogitsHalf):
         """Returns the loss of one step; the target is `logits`, [B, C]."""
         logits = step.outputs["logits"]
         cross_entropy = losses.cross_entropy(logits, step.labels)
-        term = self._weight * losses.distillation(
-            logits, target=step.targets["logits"], temperature=self._temperature
-        )
+        term = self._weight * losses.distillation(logits, target=step.targets["logits"], temperature=self._temperature)
         return Loss((1 - self._weight) * cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
