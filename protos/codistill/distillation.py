@@ -57,7 +57,8 @@ class Method(Section):
     def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
         """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
         del epochs
-        method = f"distillation.method: {self.title!r}"
+        name = cast("str", getattr(self, "method"))  # noqa: B009 - as above
+        method = f"distillation.method: {name!r}"
         least, most = self.students
         if len(students) < least:
             yield (
@@ -73,9 +74,9 @@ class Method(Section):
                 "teachers: [{name: teacher, model: MODEL, weights: FILE}]"
             )
         elif len(teachers) > most and not most:
-            yield f"teachers: {', '.join(teachers)}, but method {self.title!r} has no use for a teacher; remove `teachers`"
+            yield f"teachers: {', '.join(teachers)}, but method {name!r} has no use for a teacher; remove `teachers`"
         elif len(teachers) > most:
-            yield f"teachers: there are {len(teachers)}, but method {self.title!r} takes {most}; remove some"
+            yield f"teachers: there are {len(teachers)}, but method {name!r} takes {most}; remove some"
 
 
 class Independent(Method):

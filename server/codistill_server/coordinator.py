@@ -282,13 +282,15 @@ class Coordinator:
             JournalError: the round cannot be written down; the run cannot go on.
         """
         self.observations.bytes_in += size
-        student = self._rounds.student_of(session) or "?"
+        student = self._rounds.student_of(session)
         try:
+            if student is None:
+                raise Refused(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
             contribution = self._read(student, message)
             self._apply(Contribute(session, contribution))
         except Refused as refused:
             self.observations.reject(refused.status)
-            self.observations.refusal("rejected", student if student != "?" else "", str(refused))
+            self.observations.refusal("rejected", student or "", str(refused))
             self._outboxes.pop(session, None)
             self._apply(Disconnect(session, lost=True))
             raise
@@ -465,7 +467,8 @@ class Coordinator:
             if "logits" in gathered.outputs:
                 self.observations.agreement(number, gathered.students, gathered.outputs["logits"], gathered.labels)
             taught = bool(targets.shared or targets.each)
-            self.observations.round_closed(number, decide.arrived, missing, targets=taught)
+            why = "below the quorum" if not decide.targets else "without its teacher"
+            self.observations.round_closed(number, decide.arrived, missing, targets=taught, why=why)
             self._apply(Decided(closed.round))
 
         self._submit(work, done, heavy=half.heavy)
@@ -605,6 +608,10 @@ class Coordinator:
             self._journal.settle(key, value)
 
     def _read(self, student: str, message: pb.Contribution) -> Contribution:
+        if self._half is None:
+            raise Refused(
+                Status.FAILED_PRECONDITION, "this run's method exchanges nothing; a contribution is not allowed"
+            )
         try:
             samples, outputs, labels = self._read_samples(
                 student, message.batch, "batch", message.round, self.experiment.training.batch_size
@@ -649,9 +656,9 @@ class Coordinator:
             if not (float(low) >= -_LARGEST_LOGIT and float(high) <= _LARGEST_LOGIT):
                 place = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
                 why = (
-                    "its weights are damaged"
+                    "the teacher's weights are damaged"
                     if student in self._teachers
-                    else "it has diverged, lower its learning rate"
+                    else "the student has diverged, lower its learning rate"
                 )
                 raise Refused(
                     Status.INVALID_ARGUMENT,

@@ -212,9 +212,15 @@ class Observations:
         self.event("returned", student, f"back at round {number}{missed}, {view.missed_rounds} rounds missed in all")
 
     def round_closed(
-        self, number: int, arrived: Mapping[str, float], missing: Sequence[str] = (), *, targets: bool = True
+        self,
+        number: int,
+        arrived: Mapping[str, float],
+        missing: Sequence[str] = (),
+        *,
+        targets: bool = True,
+        why: str = "below the quorum",
     ) -> None:
-        """Takes in that a round closed, when each contribution to it came in, and who missed it."""
+        """Takes in that a round closed, when each contribution to it came in, who missed it, and why without targets."""
         now = self._clock()
         order = sorted(arrived, key=lambda name: arrived[name])
         wait = arrived[order[-1]] - arrived[order[0]]
@@ -233,7 +239,7 @@ class Observations:
             self.students[name].missed_rounds += 1
             span.missed[name] += 1
         if not targets:
-            self._closed_without_targets(number, len(arrived))
+            self._closed_without_targets(number, len(arrived), why)
             span.without_targets += 1
         if self._last_closing is not None:
             self.on_round(wait, now - self._last_closing)
@@ -245,9 +251,9 @@ class Observations:
         if epoch_ends or now - span.started >= _SPAN_SECONDS:
             self._write_span(number, now)
 
-    def _closed_without_targets(self, number: int, contributions: int) -> None:
+    def _closed_without_targets(self, number: int, contributions: int, why: str) -> None:
         if self._last_without_targets != number - 1:
-            message = f"round {number} closed with {contributions} contributions, below the quorum or without a teacher: no targets"
+            message = f"round {number} closed with {contributions} contributions, {why}: no targets"
             self.event("below quorum", message=message)
         self._last_without_targets = number
         self.rounds_without_targets += 1

@@ -102,9 +102,13 @@ def test_what_is_published(tiny: Tiny, student: MakeStudent, load_data: Any) -> 
     assert published is not None
     assert (published.round, published.held_out) == (0, None)
     batch = published.batch
-    assert (batch.ids.dtype, batch.labels.dtype, batch.logits.dtype) == (torch.int64, torch.int64, torch.float32)
-    assert batch.logits.shape == (16, 10)
-    assert not batch.logits.requires_grad
+    assert (batch.ids.dtype, batch.labels.dtype, batch.arrays["logits"].dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
+    assert batch.arrays["logits"].shape == (16, 10)
+    assert not batch.arrays["logits"].requires_grad
     assert torch.equal(batch.labels, load_data(experiment.data).train.labels[batch.ids])
 
 

@@ -227,7 +227,7 @@ class Learner:
         if checkpoint is None:
             return
         try:
-            self.trainer.restore(checkpoint.round, checkpoint.model, checkpoint.extra, checkpoint.optimizer)
+            self.trainer.restore(checkpoint.round, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
         except (RuntimeError, ValueError, KeyError) as error:
             why = " ".join(str(error).split())
             raise ConfigurationError(
@@ -282,7 +282,7 @@ class Learner:
         )
 
     def _evaluate(self) -> None:
-        score = self.trainer.evaluate(lambda: self._begin("an evaluation"))
+        score = self.trainer.evaluate(self._dataset.test, lambda: self._begin("an evaluation"))
         self._measurements.append(
             pb.Measurement(split=pb.SPLIT_TEST, round=self.trainer.round, accuracy=score.accuracy, loss=score.loss)
         )

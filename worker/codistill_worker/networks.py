@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from codistill.experiment import Experiment, Training
 from codistill_worker import augmentation, models, objectives
-from codistill_worker.data import Dataset
+from codistill_worker.data import Dataset, Split
 
 __all__ = [
     "Score",
@@ -77,17 +77,21 @@ def teacher_shapes(experiment: Experiment, shape: Mapping[str, int]) -> Mapping[
 
 @dataclass(frozen=True)
 class Score:
-    """How a model does on the test split: share of correct samples, and mean cross-entropy in nats."""
+    """How a model does on a split: share of correct samples, and mean cross-entropy in nats."""
 
     accuracy: float
     loss: float
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, training: Training, device: torch.device, on_batch: Callable[[], None]
+    model: nn.Module,
+    dataset: Dataset,
+    split: Split,
+    training: Training,
+    device: torch.device,
+    on_batch: Callable[[], None],
 ) -> Score:
-    """Measures a model on the test split, without augmentation; calls `on_batch` before each batch."""
-    split = dataset.test
+    """Measures a model on a split of a data set, without augmentation; calls `on_batch` before each batch."""
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)

@@ -214,7 +214,12 @@ class Teaching:
     def _evaluate(self) -> None:
         set_threads(self._plan.training)
         score = evaluate(
-            self._model, self._dataset, self._plan.training, self._device, lambda: self._begin("an evaluation")
+            self._model,
+            self._dataset,
+            self._dataset.test,
+            self._plan.training,
+            self._device,
+            lambda: self._begin("an evaluation"),
         )
         self._measurements.append(
             pb.Measurement(split=pb.SPLIT_TEST, round=0, accuracy=score.accuracy, loss=score.loss)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, Optimizer, Schedule, StudentPlan
 from codistill_worker import augmentation, models, objectives
-from codistill_worker.data import Dataset
+from codistill_worker.data import Dataset, Split
 from codistill_worker.errors import WorkerError
 from codistill_worker.networks import (
     Score,
@@ -250,17 +251,18 @@ class Trainer:
                 getattr(module, name).copy_(before)
         self._begun = None
 
-    def evaluate(self, on_batch: Callable[[], None] = lambda: None) -> Score:
-        """Measures the student on the test split, without augmentation.
+    def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
+        """Measures the student on a split, without augmentation.
 
         Args:
+            split: the samples.
             on_batch: called before each batch.
 
         Raises:
             WorkerError: the loss is not finite any more.
         """
         self._set_threads()
-        score = evaluate(self.model, self._dataset, self._plan.training, self.device, on_batch)
+        score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
             raise diverged(self.student, self.round, f"its loss is {score.loss}")
         return score
@@ -273,8 +275,8 @@ class Trainer:
         self,
         round_number: int,
         model: Mapping[str, torch.Tensor],
-        extra: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, Any],
+        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         """Goes to where a checkpoint was taken; what is given stays as it is.
 
