@@ -212,7 +212,7 @@ def serve(
 @app.command()
 def work(
     experiment: ExperimentArgument,
-    student: Annotated[str, typer.Option(help="The student to train.")],
+    student: Annotated[str, typer.Option(help="The student to train, or the teacher to run.")],
     server: Annotated[
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
@@ -222,7 +222,7 @@ def work(
     tls_ca: TlsCaOption = None,
     token_file: TokenFileOption = None,
 ) -> None:
-    """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
+    """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.discovery import find_server
@@ -236,7 +236,7 @@ def work(
     check_student(loaded, student)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
-    folder.join(loaded, [student])
+    folder.join(loaded, [student] if student in loaded.names else [])
     stop = threading.Event()
     follow_parent(stop)
     address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from codistill.distillation import Distillation
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Distillation, Experiment
+from codistill.experiment import Experiment
 from codistill_deploy.comparison import ComparisonIndex, IndexedRun
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""A run on this machine: the server and one worker process per student, kept alive and ended together."""
+"""A run on this machine: the server and one worker process per student and teacher, kept alive and ended together."""
 
 from __future__ import annotations
 
@@ -144,12 +144,12 @@ class _LocalRun:
         serve = ["serve", *run, "--listen", self._listen.address, "--metrics", self._metrics.address, "--stay"]
         serve += ["--insecure"] if options.insecure else []
         server = Member("the server", "", [*command, *serve], folder.server_log, launch, ends=False)
-        workers = [
-            Member(
-                f"student {name!r}", name, [*command, "work", *run, "--student", name], folder.student_log(name), launch
-            )
-            for name in self._experiment.names
-        ]
+
+        def worker(kind: str, name: str, log: Path) -> Member:
+            return Member(f"{kind} {name!r}", name, [*command, "work", *run, "--student", name], log, launch)
+
+        workers = [worker("student", name, folder.student_log(name)) for name in self._experiment.names]
+        workers += [worker("teacher", name, folder.teacher_log(name)) for name in self._experiment.teacher_names]
         self._members = [server, *workers]
         return server, workers
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from codistill.distillation import Dml, Independent, Kdcl
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Dml, Experiment, ExperimentError, Independent, Kdcl
+from codistill.experiment import Experiment, ExperimentError
 from codistill_deploy.compare import compare, with_method
 from codistill_deploy.comparison import ComparisonIndex
 from codistill_deploy.errors import CommandError

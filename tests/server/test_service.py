@@ -15,7 +15,8 @@ import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.checksums import is_whole, seal, seal_session
-from codistill.experiment import Distillation, Experiment
+from codistill.distillation import Distillation
+from codistill.experiment import Experiment
 from codistill.identity import identity
 from codistill.records import Record
 from codistill.tensors import encode

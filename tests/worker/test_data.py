@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import logging
 import pickle
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 from PIL import Image
 
 from codistill.experiment import Data
-from codistill_worker.data import Dataset, check_batch, load, loading, sources
+from codistill_worker.data import Dataset, builtin, check_batch, load, loading, sources
 from codistill_worker.data.builtin import _alone
 from codistill_worker.data.dataset import MemorySplit, StreamedSplit
 from codistill_worker.data.sources import decode_image
@@ -55,6 +58,28 @@ def test_digits_are_split_in_two() -> None:
 
     expected = torch.from_numpy(np.rint(load_digits().data * 255 / 16).astype(np.uint8))
     assert sorted(whole.tolist()) == sorted(expected.tolist())
+
+
+def test_digits_come_without_an_import_of_scikit_learn_and_are_its_own_in_order(tmp_path: Path) -> None:
+    code = (
+        "import sys; from codistill_worker.data import builtin; from codistill.experiment import Data; builtin.digits(); "
+        "print({'sklearn', 'scipy'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    import sklearn
+
+    values, classes = builtin._digits_of(Path(sklearn.__file__).parent)
+    asked_values, asked_classes = builtin._digits_of(tmp_path)  # where there is no such file
+    assert np.array_equal(values, asked_values)
+    assert np.array_equal(classes, asked_classes)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigurationError, match="'digits' needs scikit-learn, which is not installed; install it with"
+    ):
+        digits()
 
 
 def test_three_quarters_of_the_digits_are_trained_on_by_default() -> None:

@@ -59,7 +59,7 @@ def test_a_round_is_one_forward_pass_of_each_student(tiny: Any, student: Any, me
 
     def round_of_all() -> None:
         for published, trainer in [(each.begin(), each) for each in trainers]:
-            logits = published.batch.logits
+            logits = published.batch.arrays["logits"]
             trainer.finish(
                 {"logits": logits}
                 if method == "kdcl"
@@ -72,7 +72,7 @@ def test_a_round_is_one_forward_pass_of_each_student(tiny: Any, student: Any, me
 def test_a_step_moves_its_own_student_alone(tiny: Any, student: Any) -> None:
     trainers = [student(tiny(students=STUDENTS, distillation={"method": "kdcl"}), each["name"]) for each in STUDENTS]
     published = [each.begin() for each in trainers]
-    target = torch.stack([each.batch.logits for each in published]).mean(0)
+    target = torch.stack([each.batch.arrays["logits"] for each in published]).mean(0)
     assert not target.requires_grad
     assert others_are_left_alone(lambda: trainers[0].finish({"logits": target}), [each.model for each in trainers[1:]])
 
