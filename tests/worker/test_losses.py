@@ -539,6 +539,7 @@ def test_a_target_that_rounding_moved_is_made_a_distribution_again() -> None:
     "loss",
     [
         pytest.param(lambda t: losses.distillation(Z, target=t, temperature=2), id="distillation"),
+        pytest.param(lambda t: losses.divergence(softmax(t), torch.log_softmax(Z, -1)), id="divergence"),
         pytest.param(lambda t: losses.mimicry(Z, target=softmax(t)), id="mimicry"),
         pytest.param(lambda t: losses.logit_regression(Z, target=t), id="logit_regression"),
         pytest.param(lambda t: losses.relational_distance(Z, target=t), id="relational_distance"),
