@@ -68,12 +68,14 @@ class Subject:
         shape: classes, channels and size, as a model is built with.
         teacher_shapes: returns the shapes of the teacher's outputs without the samples, for halves that learn a mapping
             onto them. It builds the teacher's model to see, so only those should ask.
+        seed: of what a half draws, 63 bits; while a half is made, torch's own generator follows from it too.
     """
 
     name: str
     model: nn.Module
     shape: Mapping[str, int]
     teacher_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    seed: int = 0
 
 
 class WorkerHalf(Protocol):
