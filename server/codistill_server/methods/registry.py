@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 from codistill.distillation import Distillation
 from codistill_server.methods import custom, layered, mutual, taught
-from codistill_server.methods.mechanism import EMBEDDING, FEATURES, ServerHalf
+from codistill_server.methods.mechanism import EMBEDDING, FEATURES, LOGITS, ServerHalf
 
 __all__ = ["create"]
 
-_Names: TypeAlias = Sequence[str]
+
+@dataclass(frozen=True)
+class _Run:
+    """What a half is made for."""
+
+    settings: Any
+    students: Sequence[str]
+    teachers: Sequence[str]
 
 
-def _features(settings: Any) -> ServerHalf:
-    return taught.Taught({f"features/{number}": FEATURES for number in range(1, settings.stages + 1)})
+def _features(run: _Run) -> ServerHalf:
+    return taught.Taught({f"features/{number}": FEATURES for number in range(1, run.settings.stages + 1)})
 
 
-def _embedding() -> ServerHalf:
+def _embedding(run: _Run) -> ServerHalf:
+    del run
     return taught.Taught({"embedding": EMBEDDING})
 
 
-_HALVES: Mapping[str, Callable[[Any, _Names, _Names], ServerHalf]] = {
-    "kd": lambda *_: taught.Taught(),
-    "logit_regression": lambda *_: taught.Taught(),
-    "born_again": lambda _, students, teachers: taught.BornAgain(students, teachers),
-    "vid": lambda settings, *_: _features(settings),
-    "rkd_distance": lambda *_: _embedding(),
-    "rkd_angle": lambda *_: _embedding(),
-    "rkd": lambda *_: _embedding(),
-    "fddml": lambda _, students, __: taught.TaughtMutual(students),
-    "hddml": lambda _, students, __: taught.TaughtMutual(students[:1]),
-    "dml": lambda settings, *_: mutual.Mutual(settings.temperature),
-    "dcm": lambda settings, *_: layered.Dense(settings.stages),
-    "kdcl": lambda settings, *_: mutual.ensemble_of(settings),
-    "cross_architecture": lambda settings, *_: mutual.Mean(settings.temperature),
-    "custom": lambda settings, *_: custom.load(settings),
+def _logits(run: _Run) -> ServerHalf:
+    del run
+    return taught.Taught({"logits": LOGITS})
+
+
+_HALVES: Mapping[str, Callable[[_Run], ServerHalf]] = {
+    "kd": _logits,
+    "logit_regression": _logits,
+    "born_again": lambda run: taught.BornAgain(run.students, run.teachers),
+    "vid": _features,
+    "rkd_distance": _embedding,
+    "rkd_angle": _embedding,
+    "rkd": _embedding,
+    "fddml": lambda run: taught.TaughtMutual(run.students),
+    "hddml": lambda run: taught.TaughtMutual(run.students[:1]),
+    "dml": lambda run: mutual.Mutual(run.settings.temperature),
+    "dcm": lambda run: layered.Dense(run.settings.stages),
+    "kdcl": lambda run: mutual.ensemble_of(run.settings),
+    "cross_architecture": lambda run: mutual.Mean(run.settings.temperature),
+    "custom": lambda run: custom.load(run.settings),
 }
 
 
-def create(distillation: Distillation, students: _Names = (), teachers: _Names = ()) -> ServerHalf | None:
+def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> ServerHalf | None:
     """Returns the server half of an experiment's method; None if it exchanges nothing.
 
     Args:
@@ -51,4 +65,4 @@ def create(distillation: Distillation, students: _Names = (), teachers: _Names =
     Raises:
         LoadError: it is a user's own, and cannot be loaded or is no half.
     """
-    return _HALVES[distillation.method](distillation, students, teachers) if distillation.exchanges else None
+    return _HALVES[distillation.method](_Run(distillation, students, teachers)) if distillation.exchanges else None

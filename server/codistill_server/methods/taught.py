@@ -16,8 +16,8 @@ class Taught:
     heavy = False
     student: Mapping[str, Output] = {}
 
-    def __init__(self, outputs: Mapping[str, Output] | None = None) -> None:
-        self.teacher = {"logits": LOGITS} if outputs is None else outputs
+    def __init__(self, outputs: Mapping[str, Output]) -> None:
+        self.teacher = outputs
 
     def targets(self, gathered: Gathered) -> Targets:
         """Returns the teacher's outputs, for all."""
@@ -71,9 +71,7 @@ class TaughtMutual:
         probabilities, _ = ensembles.peer_probabilities(gathered.outputs["logits"])
         each: dict[str, Arrays] = {}
         for position, student in enumerate(gathered.students):
-            teachers = gathered.teachers.values() if student in self._taught else ()
-            each[student] = {
-                "probabilities": probabilities[position],
-                **{"logits": outputs["logits"] for outputs in teachers},
-            }
+            taught = list(gathered.teachers.values()) if student in self._taught else []
+            of_teacher = {"logits": taught[0]["logits"]} if taught else {}
+            each[student] = {"probabilities": probabilities[position], **of_teacher}
         return Targets(each=each)
