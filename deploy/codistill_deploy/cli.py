@@ -122,15 +122,28 @@ def run(
     stop = _stop_on_signals()
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
+    from codistill_deploy import generations
     from codistill_deploy import report as reports
 
-    try:
-        code = _run_one(loaded, folder, loaded.name, experiment, stop, resume, in_process, wire, restarts)
-    except CommandError:
-        if folder.metrics_file.exists():  # a run that began and failed has a report that says how
-            _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
-        raise
-    _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
+    runs = [(loaded, folder)]
+    if generations.in_sequence(loaded):
+        runs = list(generations.planned(loaded, folder.path))
+    code = ExitCode.OK
+    for number, (one, place) in enumerate(runs, 1):
+        title = loaded.name if len(runs) == 1 else f"{loaded.name}, generation {number} of {len(runs)}"
+        if len(runs) > 1 and resume and generations.is_trained(place):
+            _console.print(f"{title}: trained already")
+            continue
+        again = resume and (len(runs) == 1 or place.experiment_file.exists())
+        try:
+            code = _run_one(one, place, title, experiment, stop, again, in_process, wire, restarts)
+        except CommandError:
+            if place.metrics_file.exists():  # a run that began and failed has a report that says how
+                _console.print(f"report: {reports.write(place.path)}", soft_wrap=True)
+            raise
+        _console.print(f"report: {reports.write(place.path)}", soft_wrap=True)
+        if code is not ExitCode.OK:
+            break
     if code is ExitCode.INTERRUPTED:
         again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")
         _console.print(f"stopped; go on with: {again}", soft_wrap=True)
@@ -196,9 +209,12 @@ def serve(
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
+    from codistill_deploy.generations import refuse
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
+    refuse(loaded)
+    _find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
@@ -226,11 +242,12 @@ def work(
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.discovery import find_server
+    from codistill_deploy.generations import refuse
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
-    sys.path.insert(0, str(Path.cwd()))
-    sys.path.insert(0, str(experiment.resolve().parent))
+    refuse(loaded)
+    _find_modules_beside(experiment)
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     check_student(loaded, student)
@@ -402,7 +419,7 @@ def _run_one(
     from codistill_server.app import check as check_server
 
     search_path = source.parent
-    sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
+    _find_modules_beside(source)
     security = wire.security or Security()
     check_server(ServeOptions(wire.listen, folder.path, wire.metrics, wire.insecure, security=security))
     check(experiment, str(source))
@@ -429,6 +446,11 @@ def _run_one(
             return run_local(experiment, folder, view, stop, options)
         finally:
             view.finish()
+
+
+def _find_modules_beside(experiment: Path) -> None:
+    """Lets `package.module:callable` be found in the working folder and in the experiment file's."""
+    sys.path[:0] = [str(experiment.resolve().parent), str(Path.cwd())]
 
 
 def _stop_on_signals() -> threading.Event:

@@ -92,6 +92,7 @@ class StudentHistory:
     joins: int = 0
     """How often it joined: once, and again after each restart, resumption or broken connection."""
     missed_rounds: int = 0
+    teacher: bool = False
     """How many rounds closed without it."""
 
     @property
@@ -129,7 +130,7 @@ class History:
     @property
     def complete(self) -> bool:
         """Whether every student was tested after the last epoch."""
-        return all(student.final is not None for student in self.students)
+        return all(student.final is not None for student in self.students if not student.teacher)
 
     @property
     def closed_rounds(self) -> int:
@@ -177,7 +178,7 @@ def collect(
     paced: dict[str, dict[int, Paced]] = {}
     spans: list[RoundsClosed] = []
     happened: list[Happened] = []
-    names = dict.fromkeys(experiment.names)
+    names = dict.fromkeys(experiment.participants)
     times: list[float] = []
     joins: Counter[str] = Counter()
     for record in (*metrics, *events):
@@ -198,11 +199,12 @@ def collect(
             case Happened():
                 happened.append(record)
 
-    models = {student.name: student.model for student in experiment.students}
+    models = {each.name: each.model for each in (*experiment.students, *experiment.teachers)}
     students: list[StudentHistory] = []
     for name in names:
         test = _by_round(measured.get((name, "test"), {}))
-        done = bool(test) and test[-1].epoch >= experiment.training.epochs - 1e-6
+        teacher = name in experiment.teacher_names  # is evaluated once, and is what it will be
+        done = bool(test) and (teacher or test[-1].epoch >= experiment.training.epochs - 1e-6)
         join = joined.get(name)
         students.append(
             StudentHistory(
@@ -216,6 +218,7 @@ def collect(
                 final=test[-1] if done else None,
                 restarts=sum(event.what == RESTARTED and event.student == name for event in happened),
                 joins=joins[name],
+                teacher=teacher,
                 missed_rounds=sum(span.missed.get(name, 0) for span in spans),
             )
         )

@@ -12,16 +12,24 @@ from codistill.rhythm import EVERY_ROUND, Rhythm
 from codistill.sections import REFERENCE, Section, plain_values
 
 __all__ = [
+    "BornAgain",
     "CrossArchitecture",
     "Custom",
+    "Dcm",
     "Distillation",
     "DistillationOverrides",
     "Dml",
+    "Fddml",
+    "Hddml",
     "Independent",
     "Kd",
     "Kdcl",
     "LogitRegression",
     "Method",
+    "Rkd",
+    "RkdAngle",
+    "RkdDistance",
+    "Vid",
 ]
 
 _MANY = 256
@@ -33,11 +41,12 @@ class Method(Section):
     Attributes:
         students: how many students the method is for, least and most.
         teachers: how many teachers.
-        layers_of: whose layers the field `layers` or `embedding` names: nobody's, or those of `students`, or `all`.
+        reads_layers: whether it reads what models compute on their way to the logits.
     """
 
     students: ClassVar[tuple[int, int]] = (1, _MANY)
     teachers: ClassVar[tuple[int, int]] = (0, 0)
+    reads_layers: ClassVar[bool] = False
 
     @property
     def exchanges(self) -> bool:
@@ -113,6 +122,134 @@ class LogitRegression(Method):
     )
     weight: float = Field(default=1.0, ge=0, description="Weight of the mean squared difference.")
     label_weight: float = Field(default=0.0, ge=0, description="Weight of the cross-entropy with the labels.")
+
+
+class BornAgain(Method):
+    """Born-again networks (Furlanello et al. 2018): every student learns from its own previous generation.
+
+    Without `teachers`, `codistill run` trains the generations one after the other: the first on the labels alone, each
+    later one taught by the one before. With `teachers`, one for each student in the students' order and of the same
+    model, it is one generation.
+    """
+
+    teachers: ClassVar[tuple[int, int]] = (0, _MANY)
+
+    method: Literal["born_again"] = Field(default="born_again", description="Generations that teach the next.")
+    generations: int = Field(
+        default=2, ge=1, le=100, description="How many are trained in sequence; 1 where `teachers` are given."
+    )
+    weight: float = Field(default=1.0, ge=0, description="Weight of the divergence from the teacher.")
+    temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
+
+    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
+        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
+        yield from super().problems(students, teachers, epochs)
+        if teachers and self.generations != 1:
+            yield (
+                f"distillation.generations: {self.generations}, but `teachers` are the generation before; set it to 1, or "
+                "remove `teachers`"
+            )
+        elif teachers and len(teachers) != len(students):
+            yield f"teachers: there are {len(teachers)}, but `born_again` needs one for each of the {len(students)} students"
+        elif not teachers and self.generations < 2:
+            yield "distillation.generations: 1 is not allowed without `teachers`; allowed: 2 to 100"
+
+
+class _Layered(Method):
+    """A method that reads hidden layers."""
+
+    reads_layers: ClassVar[bool] = True
+
+    stages: int = Field(default=2, ge=1, le=8, description="How many hidden layers of each model are read.")
+    layers: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="By the name of a student or teacher, the names of its layers, shallow ones first; of one that is not named, layers that divide its depth evenly.",
+    )
+
+    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
+        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
+        yield from super().problems(students, teachers, epochs)
+        everybody = [*students, *teachers]
+        for name, layers in self.layers.items():
+            if name not in everybody:
+                yield f"distillation.layers.{name}: there is nobody of this name; allowed: {', '.join(everybody)}"
+            elif len(layers) != self.stages:
+                yield (
+                    f"distillation.layers.{name}: {len(layers)} layers are not allowed; allowed are the {self.stages} of "
+                    "distillation.stages"
+                )
+
+
+class Vid(_Layered):
+    """Variational information distillation (Ahn et al. 2019): hidden layers are to tell of the teacher's."""
+
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+
+    method: Literal["vid"] = Field(default="vid", description="Hidden layers that tell of the teacher's.")
+    weight: float = Field(default=1.0, ge=0, description="λ, the weight of each layer's term.")
+
+
+class RkdDistance(Method):
+    """Relational distillation of distances (Park et al. 2019) between the embeddings of a batch's samples."""
+
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    reads_layers: ClassVar[bool] = True
+
+    method: Literal["rkd_distance"] = Field(default="rkd_distance", description="Distances among embeddings.")
+    distance_weight: float = Field(default=25.0, ge=0, description="Weight of the distances' term.")
+
+
+class RkdAngle(Method):
+    """Relational distillation of angles (Park et al. 2019) between the embeddings of a batch's samples."""
+
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    reads_layers: ClassVar[bool] = True
+
+    method: Literal["rkd_angle"] = Field(default="rkd_angle", description="Angles among embeddings.")
+    angle_weight: float = Field(default=50.0, ge=0, description="Weight of the angles' term.")
+
+
+class Rkd(Method):
+    """Relational distillation of distances and angles (Park et al. 2019) between embeddings."""
+
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    reads_layers: ClassVar[bool] = True
+
+    method: Literal["rkd"] = Field(default="rkd", description="Distances and angles among embeddings.")
+    distance_weight: float = Field(default=25.0, ge=0, description="Weight of the distances' term.")
+    angle_weight: float = Field(default=50.0, ge=0, description="Weight of the angles' term.")
+
+
+class _TaughtMutual(Method):
+    students: ClassVar[tuple[int, int]] = (2, 2)
+    teachers: ClassVar[tuple[int, int]] = (1, 1)
+
+    weight: float = Field(default=1.0, ge=0, description="λ, the weight of the teacher's term.")
+    peer_weight: float = Field(default=1.0, ge=0, description="β, the weight of the other student's term.")
+    temperature: float = Field(default=1.0, gt=0, description="T of the teacher's term, which is multiplied by T².")
+
+
+class Fddml(_TaughtMutual):
+    """Full deep distillation mutual learning (Lukman & Yang 2022): two students learn from a teacher and each other."""
+
+    method: Literal["fddml"] = Field(default="fddml", description="A teacher for both of two students.")
+
+
+class Hddml(_TaughtMutual):
+    """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the first student only."""
+
+    method: Literal["hddml"] = Field(default="hddml", description="A teacher for the first of two students.")
+
+
+class Dcm(_Layered):
+    """Dense cross-layer mutual distillation (Yao & Sun 2020): classifiers on hidden layers teach one another too."""
+
+    students: ClassVar[tuple[int, int]] = (2, _MANY)
+
+    method: Literal["dcm"] = Field(default="dcm", description="Mutual learning of classifiers at several stages.")
+    auxiliary_weight: float = Field(default=1.0, ge=0, description="α, of the auxiliary classifiers' cross-entropies.")
+    same_weight: float = Field(default=1.0, ge=0, description="β, of the divergences at the same stage.")
+    other_weight: float = Field(default=1.0, ge=0, description="γ, of the divergences from other stages.")
 
 
 class Dml(Method):
@@ -228,7 +365,22 @@ class Custom(_Sometimes):
 
 
 Distillation = Annotated[
-    Independent | Kd | LogitRegression | Dml | Kdcl | CrossArchitecture | Custom, Field(discriminator="method")
+    Independent
+    | Kd
+    | LogitRegression
+    | BornAgain
+    | Vid
+    | RkdDistance
+    | RkdAngle
+    | Rkd
+    | Fddml
+    | Hddml
+    | Dml
+    | Dcm
+    | Kdcl
+    | CrossArchitecture
+    | Custom,
+    Field(discriminator="method"),
 ]
 
 

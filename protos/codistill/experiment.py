@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from codistill.complaints import DEVICE, NAME, InconsistentError, lines
-from codistill.distillation import CrossArchitecture, Distillation, DistillationOverrides, Dml, Kdcl
+from codistill.distillation import BornAgain, CrossArchitecture, Distillation, DistillationOverrides, Dml, Kdcl
 from codistill.sections import OPERATIONAL, REFERENCE, Section, plain_values
 
 __all__ = [
@@ -558,6 +558,13 @@ class Experiment(Section):
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
         yield from self._data_problems()
+        if isinstance(method, BornAgain):
+            for position, (student, teacher) in enumerate(zip(self.students, self.teachers, strict=False)):
+                if (student.model, student.model_args) != (teacher.model, teacher.model_args):
+                    yield (
+                        f"teachers.{position}.model: {teacher.model!r} with {teacher.model_args}, but `born_again` has the "
+                        f"student's own architecture: {student.model!r} with {student.model_args}"
+                    )
         for position, student in enumerate(self.students):
             if isinstance(method, Dml | CrossArchitecture) and student.distillation.temperature is not None:
                 yield (

@@ -170,7 +170,7 @@ class Coordinator:
         self._journal = journal
         self._submit = submit
         self._clock = clock
-        self._half = methods.create(experiment.distillation)
+        self._half = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._state: Mapping[str, torch.Tensor] = _load_state(journal.last_state())
         self._settled: Mapping[str, int | str] = json.loads(journal.settled("data") or "{}")
         self._classes = experiment.data.class_count

@@ -46,7 +46,7 @@ def targets(settings: Distillation, seed: int = 5, rows: int = B) -> dict[str, t
 
 
 def half_of(method: Distillation) -> WorkerHalf:
-    return create(method, Subject("a", nn.Identity(), {}, dict))
+    return create(method, Subject("a", nn.Identity(), {"classes": C, "channels": 1, "size": 8}, dict))
 
 
 METHODS: dict[str, Distillation] = {

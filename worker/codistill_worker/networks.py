@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-def image_shape(dataset: Dataset) -> dict[str, int]:
+def image_shape(dataset: Dataset) -> objectives.ImageShape:
     """Returns classes, channels and size of a data set, as a model is built with."""
     return {"classes": dataset.classes, "channels": dataset.channels, "size": dataset.height}
 
@@ -57,7 +57,7 @@ def view_of(experiment: Experiment, name: str) -> str:
     return "" if experiment.shared_view else name
 
 
-def output_shapes(network: nn.Module, shape: Mapping[str, int], device: torch.device) -> dict[str, tuple[int, ...]]:
+def output_shapes(network: nn.Module, shape: objectives.ImageShape, device: torch.device) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a network's named outputs, without the samples, by running it on two empty images."""
     images = torch.zeros(2, shape["channels"], shape["size"], shape["size"], device=device)
     network.eval()
@@ -67,7 +67,7 @@ def output_shapes(network: nn.Module, shape: Mapping[str, int], device: torch.de
     return found
 
 
-def teacher_shapes(experiment: Experiment, shape: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
+def teacher_shapes(experiment: Experiment, shape: objectives.ImageShape) -> Mapping[str, tuple[int, ...]]:
     """Returns the shapes of what the experiment's first teacher publishes; its model is built for it, without weights."""
     plan = experiment.teacher_plan(experiment.teacher_names[0])
     model = models.build(plan.teacher.model, **shape, args=plan.teacher.model_args, seed=0)

@@ -140,11 +140,9 @@ class Trainer:
         )
         self.model: nn.Module = placed(model, device, training)
         teachers = partial(teacher_shapes, experiment, shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive(experiment.seed, "objective", self.student))
-            self._half = objectives.create(
-                plan.distillation, objectives.Subject(self.student, self.model, shape, teachers)
-            )
+        seed = derive(experiment.seed, "objective", self.student)
+        subject = objectives.Subject(self.student, self.model, shape, teachers, seed)
+        self._half = objectives.create(plan.distillation, subject)
         self.extra: nn.Module = self._half.extra.to(device)
         self.shapes = {
             name: dims

@@ -7,12 +7,24 @@ functions in :mod:`codistill_worker.losses`.
 
 from __future__ import annotations
 
-from codistill_worker.objectives.mechanism import Arrays, Logits, Loss, Step, Subject, WorkerHalf, labels_alone
+from codistill_worker.objectives.alone import LogitsHalf
+from codistill_worker.objectives.mechanism import (
+    Arrays,
+    ImageShape,
+    Logits,
+    Loss,
+    Step,
+    Subject,
+    WorkerHalf,
+    labels_alone,
+)
 from codistill_worker.objectives.registry import create, teacher_network
 
 __all__ = [
     "Arrays",
+    "ImageShape",
     "Logits",
+    "LogitsHalf",
     "Loss",
     "Step",
     "Subject",

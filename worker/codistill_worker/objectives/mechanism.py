@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Arrays", "Logits", "Loss", "Step", "Subject", "WorkerHalf", "labels_alone"]
+__all__ = ["Arrays", "ImageShape", "Logits", "Loss", "Step", "Subject", "WorkerHalf", "labels_alone"]
 
 Arrays: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -58,6 +58,14 @@ class Step:
     epochs: int = 1
 
 
+class ImageShape(TypedDict):
+    """What a model is built for; a size is height and width."""
+
+    classes: int
+    channels: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Subject:
     """Whom a half is made for.
@@ -65,15 +73,17 @@ class Subject:
     Attributes:
         name: the student's or teacher's.
         model: its model, on its device: [B, channels, size, size] to [B, C].
-        shape: classes, channels and size, as a model is built with.
+        shape: what the model was built for.
         teacher_shapes: returns the shapes of the teacher's outputs without the samples, for halves that learn a mapping
             onto them. It builds the teacher's model to see, so only those should ask.
+        seed: of what a half draws, 63 bits; while a half is made, torch's own generator follows from it too.
     """
 
     name: str
     model: nn.Module
-    shape: Mapping[str, int]
+    shape: ImageShape
     teacher_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    seed: int = 0
 
 
 class WorkerHalf(Protocol):
