@@ -14,7 +14,7 @@ from codistill.distillation import Distillation, Method
 from codistill.experiment import parse
 from codistill_server import methods
 from codistill_server.methods import Gathered
-from support import run
+from system.support import run
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -122,15 +122,13 @@ def test_links_lead_to_headings() -> None:
 
 def test_the_pair_of_ones_own_runs(tmp_path: Path) -> None:
     """The very text of the page, with real processes."""
-    code, experiment = (
-        re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml")
-    )
+    code, experiment = (re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml"))
     assert code is not None
     assert experiment is not None
     assert len((code.group(1) + experiment.group(1)).splitlines()) < 40
     (tmp_path / "median.py").write_text(code.group(1))
     (tmp_path / "median.yaml").write_text(experiment.group(1))
-    done = run("run", "median.yaml", "--run-dir", "ran", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code_of_exit, output = run("run", "median.yaml", "--run-dir", "ran", cwd=tmp_path)
+    assert code_of_exit == 0, output
     students = [each["name"] for each in yaml.safe_load(experiment.group(1))["students"]]
     assert sorted(each.name for each in (tmp_path / "ran" / "students").iterdir()) == sorted(students)

@@ -88,7 +88,7 @@ def distillation(logits: Tensor, *, target: Tensor, temperature: float) -> Tenso
 def mimicry(logits: Tensor, *, target: Tensor, temperature: float = 1.0) -> Tensor:
     """Returns T²·KL(t ‖ softmax(z/T)), for a target that is a probability already.
 
-    Source: Zhang et al. 2018, 'Deep Mutual Learning', eq. 5, at T = 1.
+    Source: Zhang et al. 2018, 'Deep Mutual Learning', the mimicry loss, at T = 1.
 
     Args:
         logits: the student's z, [B, C].
@@ -122,7 +122,7 @@ def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
     either side changes nothing. Distances that are 0 stay 0 and have no gradient; where all are, ψ is 0: so one sample
     alone, and two batches each of one repeated sample, lose 0.
 
-    Source: Park et al. 2019, 'Relational Knowledge Distillation', eq. 5 to 7.
+    Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-D.
 
     Args:
         embedding: the student's x, [B, D].
@@ -140,7 +140,7 @@ def relational_angle(embedding: Tensor, *, target: Tensor) -> Tensor:
     the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
     nothing; one sample alone, and two batches each of one repeated sample, lose 0. Takes memory for B²·D + B³ values.
 
-    Source: Park et al. 2019, 'Relational Knowledge Distillation', eq. 8 and 9.
+    Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-A.
 
     Args:
         embedding: the student's x, [B, D].
@@ -159,7 +159,8 @@ class VariationalInformation(nn.Module):
     student's optimiser and belong to no exported model. −log q(t | x) of a Gaussian q, without its constant ½·log 2π;
     minimising it raises a lower bound on the information that the student's layer has of the teacher's.
 
-    Source: Ahn et al. 2019, 'Variational Information Distillation for Knowledge Transfer', eq. 4 to 6.
+    Source: Ahn et al. 2019, 'Variational Information Distillation for Knowledge Transfer', with the
+    variance of each channel learnt.
 
     Args:
         channels: of the student's map, C.
@@ -213,11 +214,12 @@ def taught_mutual(
     """Returns CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
     Full deep distillation mutual learning has a teacher for both students, half for the first alone: the second is
-    given None, and learns from the labels and its peer. A printed form of the formulas has KL(p_2 ‖ p_1) in the loss of
-    both students; here each mimics its peer, KL(peer ‖ self).
+    given None, and learns from the labels and its peer.
 
-    Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as surveys give it. That
-    'half' is the first student is this project's reading.
+    Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as Wang 2023, 'Research on
+    Knowledge Distillation Regularization Methods', eq. 12 to 16, gives it. There the losses of both students have
+    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That 'half' is the first student is this project's
+    reading.
 
     Args:
         logits: the student's z, [B, C].
