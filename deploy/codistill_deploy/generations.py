@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from codistill.distillation import BornAgain, Independent
@@ -51,7 +52,7 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
     assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked in_sequence
     places = [RunFolder(folder / f"generation-{number}") for number in range(1, method.generations + 1)]
     yield experiment.replace(distillation=Independent()), places[0]
-    for number, (before, place) in enumerate(zip(places, places[1:], strict=False), 2):
+    for number, (before, place) in enumerate(pairwise(places), 2):
         teachers = tuple(
             Teacher(
                 name=f"{student.name[:56]}.{number - 1}",
