@@ -1,0 +1,54 @@
+"""A run with a process for the server and each participant, started cheaply.
+
+A process that has imported torch is forked for each, so a start costs a tenth of that of the command. What runs in them
+is what the command runs: :func:`codistill_server.app.serve` and :func:`codistill_worker.app.work`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from codistill.experiment import Experiment
+from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
+from codistill_worker.app import WorkOptions, work
+from system.support import wait_for
+
+_START = multiprocessing.get_context("forkserver")
+_START.set_forkserver_preload(["codistill_server.app", "codistill_worker.app", "system.forked"])
+_SECONDS = 60
+
+
+def _serve(experiment: Experiment, folder: Path) -> None:
+    raise SystemExit(serve(experiment, ServeOptions("127.0.0.1:0", folder)))
+
+
+def _work(experiment: Experiment, name: str, address: str, folder: Path) -> None:
+    raise SystemExit(work(experiment, WorkOptions(name, address, folder)))
+
+
+def run_forked(experiment: Experiment, folder: Path) -> None:
+    """Runs an experiment to its end; every process must end well."""
+    processes = {"the server": _START.Process(target=_serve, args=(experiment, folder))}
+    try:
+        processes["the server"].start()
+        file = folder / ADDRESS_FILE
+        wait_for(file.exists, "the server's address")
+        address = str(json.loads(file.read_text())["address"])
+        for name in experiment.participants:
+            processes[name] = _START.Process(target=_work, args=(experiment, name, address, folder))
+            processes[name].start()
+        for process in processes.values():
+            process.join(_SECONDS)
+        assert {name: process.exitcode for name, process in processes.items()} == dict.fromkeys(processes, 0)
+    finally:
+        _end(list(processes.values()))
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
