@@ -19,7 +19,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Submit, run_inline
 from codistill_server.journal import Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
 TRAIN_SAMPLES, EPOCHS = 12, 4
@@ -88,7 +88,7 @@ def general_experiment(**sections: Any) -> Experiment:
 
 
 def join_request(experiment: Experiment, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
-    """Returns what a worker says of itself; `data__FIELD` changes its data set."""
+    """Returns what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
     request = pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         student=student,
@@ -100,6 +100,10 @@ def join_request(experiment: Experiment, student: str, first_round: int = 0, /, 
         parameters=10,
         device="cpu",
     )
+    if "outputs" in changes:
+        request.outputs.clear()
+        for name, dims in changes.pop("outputs").items():
+            request.outputs[name].dims.extend(dims)
     for key, value in changes.items():
         *path, field = key.split("__")
         setattr(getattr(request, path[0]) if path else request, field, value)

@@ -20,6 +20,7 @@ from codistill_worker.checkpoints import CheckpointStore
 from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
 from codistill_worker.learner import Learner
+from codistill_worker.memory import ran_out
 from codistill_worker.teaching import Teaching
 
 __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
@@ -132,8 +133,10 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 return _train(Teaching(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
             store = CheckpointStore(student_folder(options.run_dir, options.student))
             return _train(Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
-    except torch.OutOfMemoryError as error:
-        line = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
         raise WorkerError(
             f"student {options.student!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
             "training.precision: bfloat16",
