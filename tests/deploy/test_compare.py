@@ -36,7 +36,7 @@ def test_the_experiments_own_settings_hold_for_its_own_method(experiment: Experi
 
 
 def test_an_unknown_method_names_the_known_ones(experiment: Experiment) -> None:
-    with pytest.raises(CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, dml, kdcl"):
+    with pytest.raises(CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, kd, logit_regression"):
         with_method(experiment, "kdlc")
 
 

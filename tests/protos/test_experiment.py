@@ -107,7 +107,10 @@ class TestDefaults:
 TOP = "data, distillation, exchange, name, seed, students, teachers, training"
 OVERRIDES = "channels_last, clip_norm, device, optimizer, precision, schedule, threads"
 OPTIMIZER = "betas, decay_norm_and_bias, lr, momentum, name, nesterov, weight_decay"
-METHOD_ALLOWED = "allowed: independent, kd, logit_regression, dml, kdcl, cross_architecture, custom"
+METHOD_ALLOWED = (
+    "allowed: independent, kd, logit_regression, born_again, vid, rkd_distance, rkd_angle, rkd, fddml, hddml, dml, dcm, "
+    "kdcl, cross_architecture, custom"
+)
 KDCL = {"method": "kdcl"}
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
