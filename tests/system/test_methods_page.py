@@ -8,13 +8,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
 
 from codistill.distillation import Distillation, Method
 from codistill.experiment import parse
 from codistill_server import methods
 from codistill_server.methods import Gathered
-from system.support import run
+from system.support import assert_bit_equal, run, weights
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -121,14 +120,16 @@ def test_links_lead_to_headings() -> None:
 
 
 def test_the_pair_of_ones_own_runs(tmp_path: Path) -> None:
-    """The very text of the page, with real processes."""
+    """The very text of the page, with real processes and in one; both end with the same bits."""
     code, experiment = (re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml"))
     assert code is not None
     assert experiment is not None
     assert len((code.group(1) + experiment.group(1)).splitlines()) < 40
     (tmp_path / "median.py").write_text(code.group(1))
     (tmp_path / "median.yaml").write_text(experiment.group(1))
-    code_of_exit, output = run("run", "median.yaml", "--run-dir", "ran", cwd=tmp_path)
-    assert code_of_exit == 0, output
-    students = [each["name"] for each in yaml.safe_load(experiment.group(1))["students"]]
-    assert sorted(each.name for each in (tmp_path / "ran" / "students").iterdir()) == sorted(students)
+    for folder, options in (("processes", []), ("one", ["--in-process"])):
+        ended, output = run("run", "median.yaml", "--run-dir", folder, *options, cwd=tmp_path)
+        assert ended == 0, output
+    found = weights(tmp_path / "processes")
+    assert list(found) == ["cnn", "mlp", "small"]
+    assert_bit_equal(found, weights(tmp_path / "one"))

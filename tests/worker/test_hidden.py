@@ -149,6 +149,22 @@ def test_restored_weights_and_buffers_are_those_that_are_read() -> None:
     assert all(torch.equal(value, expected[name]) for name, value in wrapped.eval()(images).items())
 
 
+def test_an_abandoned_round_leaves_no_trace_where_hidden_layers_are_read(
+    tiny: Any, student: Any, state: Any, same: Any
+) -> None:
+    """Batch statistics move in the traced form, and must be put back in it."""
+    experiment = tiny(distillation={"method": "dcm"})
+    trainer = student(experiment, "cnn")
+    before = state(trainer)
+    first = trainer.begin()
+    assert not same(state(trainer), before)
+    trainer.abandon()
+    assert same(state(trainer), before)
+    again = trainer.begin()
+    assert list(first.batch.arrays) == ["logits/stage1", "logits/stage2", "logits"]
+    assert same(first.batch.arrays, again.batch.arrays)
+
+
 def test_every_loss_reaches_the_weights_below_it_and_no_others() -> None:
     for output, reached in {
         "features/1": {"student.0"},

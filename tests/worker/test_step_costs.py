@@ -12,18 +12,22 @@ import pytest
 import torch
 from torch import nn
 
+from codistill_server.methods import Gathered, create
 from codistill_worker import losses
+from codistill_worker.trainer import Published, Trainer
 
+MORE = {"cross_architecture": {"every": 1}}
 STUDENTS = [{"name": name, "model": "mlp", "model_args": {"hidden": 8}} for name in ("a", "b", "c")]
 
 
 class Counter:
-    """Counts the forward passes of models."""
+    """Counts the forward passes of models: how often the first layer of each is called."""
 
     def __init__(self, *models: nn.Module) -> None:
         self.calls = 0
         for model in models:
-            model.register_forward_hook(self._called)
+            first = next(each for each in model.modules() if isinstance(each, nn.Linear))
+            first.register_forward_hook(self._called)
 
     def _called(self, *_: Any) -> None:
         self.calls += 1
@@ -48,33 +52,52 @@ def one_pass_each(step: Callable[[], object], models: list[nn.Module]) -> bool:
     return counter.calls == len(models)
 
 
+def begun(trainer: Trainer) -> Published:
+    published = trainer.begin()
+    assert published is not None
+    return published
+
+
 def others_are_left_alone(step: Callable[[], object], others: list[nn.Module]) -> bool:
     step()
     return all(parameter.grad is None for model in others for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["dml", "kdcl"])
+def together(tiny: Any, student: Any, method: str) -> tuple[list[Trainer], Callable[[list[Published]], list[Any]]]:
+    """Returns the students' trainers, and what makes each one's targets of what all have published."""
+    experiment = tiny(students=STUDENTS, distillation={"method": method, **MORE.get(method, {})})
+    half = create(experiment.distillation, experiment.names, ())
+    assert half is not None
+
+    def targets(published: list[Published]) -> list[Any]:
+        gathered = Gathered(
+            students=experiment.names,
+            outputs={name: torch.stack([each.batch.arrays[name] for each in published]) for name in half.student},
+            labels=published[0].batch.labels,
+        )
+        made = half.targets(gathered)
+        return [(made.each or {}).get(name, made.shared) for name in experiment.names]
+
+    return [student(experiment, name) for name in experiment.names], targets
+
+
+@pytest.mark.parametrize("method", ["dml", "kdcl", "cross_architecture", "dcm"])
 def test_a_round_is_one_forward_pass_of_each_student(tiny: Any, student: Any, method: str) -> None:
-    trainers = [student(tiny(students=STUDENTS, distillation={"method": method}), each["name"]) for each in STUDENTS]
+    trainers, targets = together(tiny, student, method)
 
     def round_of_all() -> None:
-        for published, trainer in [(each.begin(), each) for each in trainers]:
-            logits = published.batch.arrays["logits"]
-            trainer.finish(
-                {"logits": logits}
-                if method == "kdcl"
-                else {"probabilities": logits.softmax(-1), "divergence": torch.zeros(len(logits))}
-            )
+        for trainer, given in zip(trainers, targets([begun(each) for each in trainers]), strict=True):
+            trainer.finish(given)
 
     assert one_pass_each(round_of_all, [each.model for each in trainers])
 
 
-def test_a_step_moves_its_own_student_alone(tiny: Any, student: Any) -> None:
-    trainers = [student(tiny(students=STUDENTS, distillation={"method": "kdcl"}), each["name"]) for each in STUDENTS]
-    published = [each.begin() for each in trainers]
-    target = torch.stack([each.batch.arrays["logits"] for each in published]).mean(0)
-    assert not target.requires_grad
-    assert others_are_left_alone(lambda: trainers[0].finish({"logits": target}), [each.model for each in trainers[1:]])
+@pytest.mark.parametrize("method", ["dml", "kdcl", "cross_architecture", "dcm"])
+def test_a_step_moves_its_own_student_alone(tiny: Any, student: Any, method: str) -> None:
+    trainers, targets = together(tiny, student, method)
+    given = targets([begun(each) for each in trainers])
+    assert not any(array.requires_grad for arrays in given for array in arrays.values())
+    assert others_are_left_alone(lambda: trainers[0].finish(given[0]), [each.model for each in trainers[1:]])
 
 
 def test_both_mistakes_would_be_found() -> None:
