@@ -78,3 +78,20 @@ def test_an_example_ends_with_the_same_bits_in_one_process(
         ours, theirs = weights(many / each), weights(workplace / "one" / name / each)
         assert {student: int(tensors["round"]) for student, tensors in ours.items()} == {"mlp": 6, "cnn": 6}
         assert_bit_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "killed"), [("kd", "teacher"), ("dcm", "cnn"), ("cross_architecture", "mlp")])
+def test_whoever_is_killed_the_bits_are_the_same(
+    name: str, killed: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher comes back at the frontier, a student with what its method trains besides it, in whatever round."""
+    monkeypatch.chdir(workplace)
+    changes: dict[str, Any] = {"training": {"epochs": 60, "checkpoint_every": 0.2}}
+    if name == "cross_architecture":
+        changes |= {"distillation": {"start_epoch": 0.5, "every": 3}}
+    path = shrunk(name, workplace, **changes)
+    in_process(path, workplace / "undisturbed" / name)
+    folder = workplace / "killed" / name
+    folder.mkdir(parents=True)
+    run_forked(load(path), folder, kill=killed, after=15)
+    assert_bit_equal(weights(folder), weights(workplace / "undisturbed" / name))
