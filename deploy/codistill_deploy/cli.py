@@ -103,7 +103,9 @@ def run(
     resume: ResumeOption = False,
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
-    metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    metrics: Annotated[
+        str, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics.")
+    ] = "127.0.0.1:0",
     insecure: InsecureOption = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
@@ -197,10 +199,13 @@ def serve(
     experiment: ExperimentArgument,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
     run_dir: LastingDirOption = None,
-    metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics; none by default.")
+    ] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -219,7 +224,22 @@ def serve(
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
-    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security)
+
+    def write_report() -> None:
+        from codistill_deploy import report as reports
+
+        _log.info("report: %s", reports.write(folder.path))
+
+    options = ServeOptions(
+        listen,
+        folder.path,
+        metrics,
+        insecure,
+        reflection,
+        stay,
+        security,
+        on_complete=write_report if report else None,
+    )
     check(options)
     folder.join(loaded)
     raise typer.Exit(run_server(loaded, options, stop))
@@ -241,7 +261,6 @@ def work(
     """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
-    from codistill_deploy.discovery import find_server
     from codistill_deploy.generations import refuse
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
@@ -256,8 +275,11 @@ def work(
     folder.join(loaded, [student] if student in loaded.names else [])
     stop = threading.Event()
     follow_parent(stop)
-    address = server or find_server(folder.path, loaded.exchange.connect_timeout, stop)
-    raise typer.Exit(run_worker(loaded, WorkOptions(student, address, folder.path, security), stop))
+    if server is None:
+        from codistill_deploy.discovery import find_server
+
+        server = find_server(folder.path, loaded.exchange.connect_timeout, stop)
+    raise typer.Exit(run_worker(loaded, WorkOptions(student, server, folder.path, security), stop))
 
 
 @app.command()
@@ -272,7 +294,6 @@ def status(
 ) -> None:
     """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
     from codistill.security import read
-    from codistill_deploy.discovery import find_server
     from codistill_deploy.status import add_supervision, ask, recorded, show
 
     if server is None and run_dir is not None and not as_json:
@@ -280,8 +301,11 @@ def status(
         if line is not None:
             _console.print(line, soft_wrap=True)
             return
-    address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
-    state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
+    if server is None and run_dir is not None:
+        from codistill_deploy.discovery import find_server
+
+        server = find_server(run_dir, 0, threading.Event())
+    state = ask(server or DEFAULT_SERVER, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
         add_supervision(state, run_dir)
     if as_json:
@@ -291,6 +315,26 @@ def status(
         sys.stdout.write(json.dumps(fields, indent=2) + "\n")
         return
     show(state, _console)
+
+
+@app.command()
+def health(
+    server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_SERVER,
+    student: Annotated[
+        str | None, typer.Option(help="Ask whether this student's worker is there, or has finished.")
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
+) -> None:
+    """End with 0 if the server serves, or if it has the student; for a container's healthcheck."""
+    from codistill.security import read
+    from codistill_deploy.health import check_server, check_student
+
+    security = read(tls_cert, tls_key, tls_ca, token_file)
+    line = check_server(server, security) if student is None else check_student(server, student, security)
+    _console.print(line, soft_wrap=True)
 
 
 @app.command()

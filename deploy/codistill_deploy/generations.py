@@ -9,8 +9,8 @@ from pathlib import Path
 from codistill.distillation import BornAgain, Independent
 from codistill.experiment import Experiment, Teacher
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import read
 from codistill_deploy.run_folder import RunFolder
+from codistill_server.history import read
 from codistill_worker.app import student_folder
 from codistill_worker.randomness import derive
 

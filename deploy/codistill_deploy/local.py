@@ -21,12 +21,12 @@ from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import RESTARTED, SUPERVISOR_FILE
 from codistill_deploy.restarts import DEFAULT_RESTARTS, RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervision import Launch, Member, Port
 from codistill_deploy.views import View
 from codistill_server.app import ADDRESS_FILE
+from codistill_server.history import RESTARTED, SUPERVISOR_FILE
 from codistill_server.recorder import Recorder
 
 __all__ = ["LocalOptions", "run_local", "watch"]
@@ -55,7 +55,7 @@ class LocalOptions:
 
     Attributes:
         listen: the server's "HOST:PORT"; port 0 takes a free one.
-        metrics: the metrics' "HOST:PORT".
+        metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
         restarts: how often each process is started again; see :mod:`codistill_deploy.restarts`.
@@ -190,7 +190,8 @@ class _LocalRun:
         except (OSError, ValueError):
             return
         if self._options.announce:
-            self._view.note(f"server {server['address']}, metrics on http://{server['metrics']}/metrics")
+            web = f"http://{server['metrics']}"
+            self._view.note(f"live page: {web}/ (server {server['address']}, metrics on {web}/metrics)")
         arguments = (server["address"], self._view.update, over, self._options.security)
         self._watcher = threading.Thread(target=watch, args=arguments, name="codistill-watch", daemon=True)
         self._watcher.start()
@@ -261,7 +262,9 @@ def _open_recorder(folder: Path) -> Recorder:
     try:
         return Recorder(folder, events=SUPERVISOR_FILE, metrics=None)
     except OSError as error:
-        raise CommandError(f"run folder {folder} cannot be written: {error.strerror}") from error
+        raise CommandError(
+            f"run folder {folder} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+        ) from error
 
 
 def watch(

@@ -110,7 +110,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "run.lock").open("w")
         except OSError as error:
-            raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            raise CommandError(
+                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
         with file:
             deadline = time.monotonic() + seconds
             told = False
@@ -255,7 +257,9 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            raise CommandError(
+                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
