@@ -29,7 +29,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 
 _STUDENTS = ("first", "second")
 

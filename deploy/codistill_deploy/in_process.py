@@ -23,7 +23,7 @@ from codistill_server.coordinator import Coordinator, Refused
 from codistill_server.journal import Journal, JournalError
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 from codistill_worker import data
 from codistill_worker.app import choose_device, student_folder, use_deterministic_kernels
 from codistill_worker.checkpoints import CheckpointStore

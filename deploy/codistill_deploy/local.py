@@ -116,7 +116,7 @@ class _LocalRun:
             self._recorder = _open_recorder(self._folder.path)
             server, workers = self._prepare(reading)
             for member in self._members:
-                member.start(time.monotonic())
+                _start(member)
             return self._supervise(server, workers, stop, over)
         finally:
             for member in self._members:
@@ -236,6 +236,13 @@ class _LocalRun:
         server.tell(signal.SIGTERM)  # it writes down what it knows of the last rounds
         self._await([server], _KILL_SECONDS)
         return _error(min(failed, key=lambda member: member.code in _FOLLOWERS), self._folder)
+
+
+def _start(member: Member) -> None:
+    try:
+        member.start(time.monotonic())
+    except OSError as error:
+        raise CommandError(f"{member.title} cannot be started: {error}", ExitCode.WORKER_FAILED) from error
 
 
 def _error(member: Member, folder: RunFolder) -> CommandError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ __all__ = ["Launch", "Member", "Port"]
 _log = logging.getLogger(__name__)
 _KILL_SECONDS = 5.0
 _RETRY_SECONDS = 5.0
+_LOG_TAIL = 65536
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ class Member:
         return self._ends and self.code == 0
 
     def start(self, now: float) -> None:
-        """Starts its process."""
+        """Starts its process.
+
+        Raises:
+            OSError: there is no memory, no process or no disk space for it.
+        """
         launch = self._launch
         self._close_log()
         self._log_file = self.log.open("ab")
@@ -162,10 +168,14 @@ class Member:
         self._close_log()
 
     def _last_error(self) -> str:
-        """Returns the last error line that it printed in this life, or its last line."""
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            lines = file.read().decode(errors="replace").splitlines()
+        """Returns the last error line that it printed in this life, or its last line; it is near the log's end."""
+        try:
+            with self.log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, end - _LOG_TAIL))
+                lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"its log cannot be read: {error.strerror}"
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         return errors[-1] if errors else (lines[-1].strip() if lines else "it printed nothing")
 

@@ -1,6 +1,7 @@
 """The aggregation server of codistill.
 
-* :mod:`codistill_server.rounds` is the heart: a pure state machine of one run's rounds.
+* :mod:`codistill_server.rounds` is the heart: a pure state machine of one run's rounds;
+  :mod:`codistill_server.round_events` holds its events and actions.
 * :mod:`codistill_server.ensembles` makes soft targets from students' logits, as pure functions.
 * :mod:`codistill_server.methods` joins the two: a method's server half turns a round's outputs into targets.
 * :mod:`codistill_server.journal` keeps closed rounds on disk.

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,9 @@ JOURNAL_FILE = "journal.sqlite"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
+_LOCK_SECONDS = 1.0
+_GOODBYE_SECONDS = 30.0  # longer than a worker waits for the answer to its goodbye
+_RETURN_SECONDS = 1.0
 _SNAPSHOT_SECONDS = 5.0
 _FAREWELL_SECONDS = POLL_SECONDS + 1
 _BEAT_SECONDS = 0.25
@@ -138,6 +142,7 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
+        self._seeing_off: asyncio.Task[None] | None = None
         self._watchdog = Watchdog()
         self._page: LivePage | None = None
 
@@ -177,7 +182,7 @@ class _Server:
         if options.reflect:
             names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        coordinator.on_complete = self._complete
+        coordinator.on_complete = lambda: self._complete(coordinator, service)
         web: WebServer | None = None
         ticking: asyncio.Task[None] | None = None
         beating: asyncio.Task[None] | None = None
@@ -194,13 +199,13 @@ class _Server:
             self._watch_for_the_end(stop)
             self._announce(host, bound, web, limit)
             if coordinator.complete:
-                self._complete()
+                self._complete(coordinator, service)
             await self._done.wait()
             await healthy.enter_graceful_shutdown()
             service.end()
             await asyncio.gather(self._stop(server, _DRAIN_SECONDS), self._farewell())
         finally:
-            for task in (ticking, beating, listening):
+            for task in (ticking, beating, listening, self._seeing_off):
                 if task is not None:
                     task.cancel()
             self._begin("going down")
@@ -331,12 +336,29 @@ class _Server:
         _log.info("%s: going down", name)
         self._done.set()
 
-    def _complete(self) -> None:
+    def _complete(self, coordinator: Coordinator, service: DistillationService) -> None:
         if self._options.stay:
             _log.info("the run is complete; serving on until stopped")
         else:
             _log.info("the run is complete")
-            self._done.set()
+            self._seeing_off = asyncio.get_running_loop().create_task(self._see_off(coordinator, service))
+
+    async def _see_off(self, coordinator: Coordinator, service: DistillationService) -> None:
+        """Ends the server of a complete run once its workers are gone, and none has come back for a moment.
+
+        A worker whose goodbye got no answer keeps its stream until it gives that up, and then says goodbye again; one
+        whose connection broke comes back at once. A student that joins again takes the run's completion back.
+        """
+        last = time.monotonic() + _GOODBYE_SECONDS
+        gone = time.monotonic() + _RETURN_SECONDS
+        while coordinator.complete:
+            now = time.monotonic()
+            if service.streams:
+                gone = now + _RETURN_SECONDS
+            if now >= min(gone, last):
+                self._done.set()
+                return
+            await asyncio.sleep(_RETURN_SECONDS / 20)
 
     def _fail(self, error: Exception) -> None:
         if self._failure is None:
@@ -347,22 +369,34 @@ class _Server:
 
 @contextlib.contextmanager
 def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
-    """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies."""
+    """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies.
+
+    Whoever looks whether a server runs takes the lock for an instant; so it is tried for a moment.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "server.lock").open("w")
     except OSError as error:
         raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ServerError(
-                f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
-            ) from None
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise ServerError(
+                    f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
+                )
+            time.sleep(_LOCK_SECONDS / 20)
         with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
             (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _warn_of_half_a_protection(host: str, security: Security) -> None:

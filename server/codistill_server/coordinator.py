@@ -28,7 +28,7 @@ from codistill_server import methods
 from codistill_server.absence import Absence
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Absent,
     Admit,
     Answer,
@@ -50,12 +50,11 @@ from codistill_server.rounds import (
     Refuse,
     Remember,
     Returned,
-    Rounds,
-    Rules,
     Samples,
     Status,
     Tick,
 )
+from codistill_server.rounds import Rounds, Rules
 
 __all__ = ["Coordinator", "Outbox", "Refused", "Submit", "receive_limit", "run_inline"]
 
@@ -142,7 +141,7 @@ class Coordinator:
         clock: seconds that never go back.
 
     Attributes:
-        on_complete: called once when every student has finished.
+        on_complete: called when every student has finished; again if one joined again meanwhile.
     """
 
     def __init__(
@@ -366,20 +365,31 @@ class Coordinator:
 
     def _apply(self, event: Event) -> Admit | None:
         admitted: Admit | None = None
-        refused: Refuse | None = None
+        asked = event.session if isinstance(event, Contribute) else 0  # who is answered by what this raises
+        refused: Refused | None = None  # raised last, as the others' part is done all the same
         completed = False
         for action in self._rounds.apply(event, self._clock()):
             match action:
                 case Admit():
                     admitted = action
                 case Refuse():
-                    refused = action
+                    refused = Refused(action.status, action.message)
+                case End() if action.session == asked:
+                    self._outboxes.pop(asked, None)
+                    refused = Refused(action.status, action.message)
                 case End():
-                    self._end(action, asked=isinstance(event, Contribute) and event.session == action.session)
+                    what = "superseded" if action.status is Status.SUPERSEDED else "evicted"
+                    self._end(action, what)
                 case Decide():
                     self._decide(action)
                 case Answer():
-                    self._answer(action)
+                    try:
+                        self._answer(action)
+                    except Refused as error:
+                        if action.session == asked:
+                            refused = error
+                        else:
+                            self._turn_away(action, error)
                 case Notify():
                     waiting = pb.Waiting(
                         round=action.waiting.round,
@@ -401,17 +411,20 @@ class Coordinator:
             self.observations.event("complete", message="every student has finished")
             self.on_complete()
         if refused is not None:
-            raise Refused(refused.status, refused.message)
+            raise refused
         return admitted
 
-    def _end(self, action: End, *, asked: bool) -> None:
+    def _end(self, action: End, what: str) -> None:
         outbox = self._outboxes.pop(action.session, None)
-        if asked:  # the answer to the very call that is being handled
-            raise Refused(action.status, action.message)
-        what = "superseded" if action.status is Status.SUPERSEDED else "evicted"
         self.observations.event(what, action.student, action.message)
         if outbox is not None:
             outbox.end(action.status, action.message)
+
+    def _turn_away(self, answer: Answer, refused: Refused) -> None:
+        """Ends the session of one of those who wait for a round that was closed, and cannot be answered."""
+        self.observations.reject(refused.status)
+        self._end(End(answer.session, answer.student, refused.status, str(refused)), "rejected")
+        self._apply(Disconnect(answer.session, lost=True))
 
     def _decide(self, decide: Decide) -> None:
         half = self._half

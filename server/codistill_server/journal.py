@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.identity import difference, extends
-from codistill_server.rounds import Restored, Samples, StudentRecord
+from codistill_server.round_events import Restored, Samples, StudentRecord
 
 __all__ = ["ClosedRound", "Journal", "JournalError"]
 

@@ -18,7 +18,7 @@ from codistill.experiment import Experiment
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.limits import Buckets, Rate
-from codistill_server.rounds import Presence, Status, Waiting
+from codistill_server.round_events import Presence, Status, Waiting
 
 __all__ = ["Observations", "StudentView"]
 

@@ -23,9 +23,8 @@ from codistill.checksums import has_checksum, is_whole, seal, session_in
 from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Refused
-from codistill_server.journal import JournalError
 from codistill_server.limits import Gate, Limits, TooMany
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 
 __all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
 
@@ -114,6 +113,9 @@ class DistillationService:
         coordinator: the run.
         on_failure: called with the error, when the run cannot go on.
         limits: how much one peer may ask for.
+
+    Attributes:
+        streams: how many streams of sessions are open.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class DistillationService:
     ) -> None:
         self._coordinator = coordinator
         self._on_failure = on_failure
+        self.streams = 0
         self._gate = Gate(limits or Limits())
         self._ending = asyncio.Event()
 
@@ -165,8 +168,7 @@ class DistillationService:
             try:
                 self._coordinator.tick()
             except Exception as error:  # noqa: BLE001 - a deadline closes rounds in here; without ticks none would again
-                self._on_failure(error)
-                self.end()
+                self._fail(error)
                 return
 
     def _unary(
@@ -181,8 +183,9 @@ class DistillationService:
                 await _abort(context, refused)
             except _Damaged as damaged:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
-            except JournalError as error:
-                await self._fail(context, error)
+            except Exception as error:  # noqa: BLE001 - a goodbye may close a round, which may be half decided now
+                self._fail(error)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{_GOING_DOWN}: {error}")
 
         return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
@@ -221,6 +224,7 @@ class DistillationService:
             self._coordinator.open_stream(session, stream)
         except Refused as refused:
             await _abort(context, refused)
+        self.streams += 1
         writing = asyncio.ensure_future(_write(stream, context))
         others = [
             asyncio.ensure_future(self._read(session, requests, stream)),
@@ -242,6 +246,7 @@ class DistillationService:
                     if self._ending.is_set():
                         await context.abort(grpc.StatusCode.UNAVAILABLE, _GOING_DOWN)
         finally:
+            self.streams -= 1
             writing.cancel()
             await asyncio.wait([writing])
 
@@ -260,13 +265,12 @@ class DistillationService:
                 stream.refuse(refused)
                 return
             except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
-                self._on_failure(error)
-                self.end()
+                self._fail(error)
                 return
 
-    async def _fail(self, context: _Context, error: JournalError) -> NoReturn:
+    def _fail(self, error: Exception) -> None:
         self._on_failure(error)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        self.end()
 
 
 class EventLoopSubmit:

@@ -18,7 +18,7 @@ from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_server.app import JOURNAL_FILE
 from codistill_server.journal import ClosedRound, Journal
-from codistill_server.rounds import Samples
+from codistill_server.round_events import Samples
 
 
 @pytest.fixture

@@ -148,6 +148,23 @@ def test_only_what_this_life_printed_counts(make: Callable[..., Member], tmp_pat
     assert member.ending.line == "it printed nothing"
 
 
+def test_a_log_that_is_gone_is_no_fault_of_the_run(make: Callable[..., Member], tmp_path: Path) -> None:
+    member = make("import sys; sys.exit(1)")
+    member.start(0)
+    end_of(member)
+    (tmp_path / "log.txt").unlink()
+    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert str(member.ending) == "ended with exit code 1: its log cannot be read: No such file or directory"
+
+
+def test_of_a_long_log_only_the_end_is_read(make: Callable[..., Member]) -> None:
+    member = make("import sys; print('error: early'); print(100_000 * 'more\\n'); print('late'); sys.exit(1)")
+    member.start(0)
+    end_of(member)
+    member.attend(1)
+    assert str(member.ending) == "ended with exit code 1: late"
+
+
 def test_a_stopped_process_can_be_closed(make: Callable[..., Member]) -> None:
     member = make(SLEEP)
     member.start(0)

@@ -31,7 +31,7 @@ from codistill_server import app
 from codistill_server.coordinator import Coordinator
 from codistill_server.journal import Journal
 from codistill_server.limits import Limits, Rate
-from codistill_server.rounds import StudentRecord
+from codistill_server.round_events import StudentRecord
 from fuzz import plants
 from fuzz.doors import Door
 

@@ -19,7 +19,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Submit, run_inline
 from codistill_server.journal import Journal
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
 TRAIN_SAMPLES, EPOCHS = 12, 4

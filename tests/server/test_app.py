@@ -32,10 +32,11 @@ from codistill.records import Happened, read
 from codistill.security import Security, SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_server import app
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
-from codistill_server.rounds import Samples
+from codistill_server.round_events import Samples
 from server.support_server import contribution, join_request, make_experiment, sealed
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
@@ -258,7 +259,52 @@ class TestServing:
             assert again.thread.is_alive(), "it stays where it is asked to"
         assert again.outcome == [ExitCode.OK]
 
-    def test_a_run_that_is_complete_already_ends_at_once(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("silent", [True, False])
+    def test_a_worker_that_heard_no_answer_to_its_goodbye_can_say_it_again(self, tmp_path: Path, silent: bool) -> None:
+        """Its link was silent and its stream still stands, or its connection broke and it comes back at once."""
+        experiment = make_experiment()
+        with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
+            stub, hold = DistillationStub(channel), threading.Event()
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            metadata = ((SESSION_KEY, seal_session(session)),)
+            stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
+            stream.initial_metadata()
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            if not silent:
+                hold.set()
+                assert list(stream) == []
+                session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            if silent:
+                served.thread.join(1.5)
+                assert served.thread.is_alive(), "its stream stands"
+                hold.set()
+                assert list(stream) == []
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            assert served.end() is ExitCode.OK
+
+    def test_a_worker_that_does_not_let_go_holds_no_server_for_ever(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(app, "_GOODBYE_SECONDS", 0.2)
+        experiment = make_experiment(("ant", "bee"))
+        with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
+            stub, hold = DistillationStub(channel), threading.Event()
+            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
+            metadata = ((SESSION_KEY, seal_session(session)),)
+            stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
+            stream.initial_metadata()
+            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
+            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            assert served.end() is ExitCode.OK
+            hold.set()
+            stream.cancel()
+
+    def test_a_run_that_is_complete_already_ends(self, tmp_path: Path) -> None:
         experiment = make_experiment()
         with serving(tmp_path, experiment) as served:
             _finish(served.address, experiment)
@@ -581,6 +627,17 @@ def test_a_second_server_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ServerError, match="another server runs in it; stop that one, or give another --run-dir"):
             serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path))
+
+
+def test_who_only_looks_whether_a_server_runs_keeps_none_out(tmp_path: Path) -> None:
+    with (tmp_path / "server.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        look = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        look.start()
+        stop = threading.Event()
+        stop.set()
+        assert serve(make_experiment(), ServeOptions("127.0.0.1:0", tmp_path), stop) is ExitCode.OK
+        look.join()
 
 
 def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:

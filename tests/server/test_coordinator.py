@@ -23,7 +23,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 from codistill_server.coordinator import Refused, receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.rounds import Presence, Status
+from codistill_server.round_events import Presence, Status
 from server.support_server import (
     BATCH,
     CLASSES,
@@ -841,6 +841,36 @@ class TestAbsence:
         assert bool(torch.isfinite(decode(reply.targets.targets["logits"])).all())
         assert [event.student for event in run.events("rejected")] == ["bee"]
         assert [event.student for event in run.events("absent")] == ["bee"]
+
+    def test_samples_that_are_not_the_rounds_are_left_out_and_the_others_go_on(self) -> None:
+        run = self.run()
+        for student in ("ant", "cat"):
+            run.contribute(student, 0)
+        error = refused(lambda: run.contribute("bee", 0, first=8))
+        assert error.status is Status.FAILED_PRECONDITION
+        assert run.inboxes["ant"].rounds == run.inboxes["cat"].rounds == [0], "at once"
+        assert [event.student for event in run.events("rejected")] == ["bee"]
+        assert [event.student for event in run.events("absent")] == ["bee"]
+
+    def test_one_that_cannot_be_answered_costs_nobody_else_the_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reply_to = ClosedRound.reply_to
+        monkeypatch.setattr(
+            ClosedRound, "reply_to", lambda closed, name: None if name == "bee" else reply_to(closed, name)
+        )
+        run = self.run()
+        for student in ("bee", "ant", "cat"):  # the last one's call is that which closes the round
+            run.contribute(student, 0)
+        assert run.inboxes["ant"].rounds == run.inboxes["cat"].rounds == [0]
+        ended = run.inboxes["bee"].ended
+        assert ended is not None
+        assert ended[0] is Status.FAILED_PRECONDITION
+        assert "targets for nobody else" in ended[1]
+        assert [event.student for event in run.events("rejected")] == ["bee"]
+        assert run.coordinator.student_of(run.sessions["bee"]) is None
+        assert run.coordinator.student_of(run.sessions["cat"]) is not None
+        run.contribute("ant", 1)
+        run.contribute("cat", 1)
+        assert run.inboxes["cat"].rounds == [0, 1], "it is not waited for"
 
     def test_a_silent_absent_student_is_told_to_join_again(self) -> None:
         run = self.run()

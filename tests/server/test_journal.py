@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.rounds import Restored, Samples, StudentRecord
+from codistill_server.round_events import Restored, Samples, StudentRecord
 
 IDENTITY = '{"seed":1,"name":"x"}'
 
@@ -156,7 +156,7 @@ class TestRounds:
             import sys
             from pathlib import Path
             from codistill_server.journal import ClosedRound, Journal
-            from codistill_server.rounds import Samples
+            from codistill_server.round_events import Samples
             made = Journal(Path(sys.argv[1]), "{}", sys.argv[2])
             print("open", file=sys.stderr, flush=True)
             for number in range(5):
@@ -404,7 +404,7 @@ class TestFaults:
             import os, resource, signal, sys
             from pathlib import Path
             from codistill_server.journal import ClosedRound, Journal, JournalError
-            from codistill_server.rounds import Samples
+            from codistill_server.round_events import Samples
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             journal = Journal(Path(sys.argv[1]), sys.argv[2])
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -465,7 +465,7 @@ def test_whatever_was_answered_outlives_kill_9(path: Path, after: int) -> None:
         import sys
         from pathlib import Path
         from codistill_server.journal import ClosedRound, Journal
-        from codistill_server.rounds import Samples
+        from codistill_server.round_events import Samples
         journal = Journal(Path(sys.argv[1]), sys.argv[2])
         number = 0
         while True:

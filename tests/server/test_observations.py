@@ -11,7 +11,7 @@ from codistill.experiment import Experiment, Independent
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observations import Observations
-from codistill_server.rounds import Presence, Status, Waiting
+from codistill_server.round_events import Presence, Status, Waiting
 from server.support_server import TOTAL_ROUNDS, Clock, join_request, make_experiment
 
 NAMES = ("ant", "bee", "cat")

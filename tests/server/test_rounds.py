@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Admit,
     Answer,
     Complete,
     Contribute,
-    Contribution,
     Decide,
     Decided,
     Disconnect,
@@ -25,33 +21,17 @@ from codistill_server.rounds import (
     Refuse,
     Remember,
     Restored,
-    Rounds,
-    Rules,
     Samples,
     Status,
     StudentRecord,
     Tick,
     Waiting,
 )
+from codistill_server.rounds import Rounds, Rules
+from server.support_rounds import contribution, joined, samples
 
 STUDENTS = ("ant", "bee")
 RULES = Rules(STUDENTS, waiting_notice=5.0)
-
-
-def samples(ids: list[int], labels: list[int] | None = None) -> Samples:
-    return Samples(
-        np.array(ids, "<i8").tobytes(), np.array(labels if labels is not None else [0] * len(ids), "<i8").tobytes()
-    )
-
-
-def contribution(number: int, payload: str = "", **changes: Any) -> Contribution:
-    return Contribution(number, changes.pop("samples", samples([7, 8, 9])), payload=payload, **changes)
-
-
-def joined(rounds: Rounds, student: str, first_round: int = 0) -> int:
-    admit = rounds.apply(Join(student, first_round), 0.0)[-1]
-    assert isinstance(admit, Admit)
-    return admit.session
 
 
 def pair(rounds: Rounds | None = None, first_round: int = 0) -> tuple[Rounds, int, int]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from codistill_server.absence import Absence
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Absent,
     Action,
     Admit,
     Answer,
     Complete,
     Contribute,
-    Contribution,
     Decide,
     Decided,
     Disconnect,
@@ -34,21 +31,15 @@ from codistill_server.rounds import (
     Remember,
     Restored,
     Returned,
-    Rounds,
-    Rules,
-    Samples,
     Status,
     StudentRecord,
     Tick,
 )
+from codistill_server.rounds import Rounds, Rules
+from server.support_rounds import contribution, joined, machine_settings
 
 NAMES = ("ant", "bee", "cat")
 RULES = Rules(NAMES, waiting_notice=5.0, absence=Absence(quorum=2, round_deadline=3.0, evict_after=10.0))
-
-
-def contribution(number: int) -> Contribution:
-    ids = np.arange(10 * number, 10 * number + 3, dtype="<i8")
-    return Contribution(number, Samples(ids.tobytes(), np.zeros(3, "<i8").tobytes()))
 
 
 class Driven:
@@ -61,12 +52,8 @@ class Driven:
         for name in rules.students:
             self.join(name)
 
-    def join(self, name: str, first_round: int = 0) -> list[Action]:
-        actions = self.core.apply(Join(name, first_round), self.now)
-        admit = actions[-1]
-        assert isinstance(admit, Admit)
-        self.sessions[name] = admit.session
-        return actions
+    def join(self, name: str, first_round: int = 0) -> None:
+        self.sessions[name] = joined(self.core, name, first_round, self.now)
 
     def send(self, name: str, number: int) -> list[Action]:
         return self.core.apply(Contribute(self.sessions[name], contribution(number)), self.now)
@@ -183,6 +170,19 @@ def test_so_is_a_contribution_of_no_use() -> None:
     assert isinstance(decide, Decide)
 
 
+def test_so_are_samples_that_are_not_the_rounds() -> None:
+    run = Driven()
+    run.send("ant", 0)
+    run.send("bee", 0)
+    other = contribution(0, samples=contribution(5).samples)
+    end, absent, decide = run.core.apply(Contribute(run.sessions["cat"], other), run.now)
+    assert isinstance(end, End)
+    assert end.status is Status.FAILED_PRECONDITION
+    assert absent == Absent("cat", 0, "what student 'cat' sends is of no use")
+    assert isinstance(decide, Decide)
+    assert "cat" not in decide.contributions
+
+
 def test_a_broken_connection_is_waited_for_until_the_deadline() -> None:
     run = Driven()
     run.send("ant", 0)
@@ -230,7 +230,7 @@ def test_an_absent_student_of_other_samples_is_not_awaited() -> None:
     run = Driven()
     run.lose("cat")
     run.send("ant", 1)
-    other = Contribution(1, contribution(5).samples)
+    other = contribution(1, samples=contribution(5).samples)
     (end,) = run.core.apply(Contribute(run.sessions["cat"], other), run.now)
     assert isinstance(end, End)
     assert "cat" not in run.core.awaited
@@ -240,10 +240,11 @@ def test_the_only_contribution_cannot_be_changed_while_it_is_being_decided() -> 
     run = Driven()
     run.send("bee", 0)
     assert isinstance(run.tick(3.0)[-1], Decide)
-    other = Contribution(0, contribution(5).samples)
-    (end,) = run.core.apply(Contribute(run.sessions["bee"], other), run.now)
+    other = contribution(0, samples=contribution(5).samples)
+    end, absent = run.core.apply(Contribute(run.sessions["bee"], other), run.now)
     assert isinstance(end, End)
     assert end.status is Status.FAILED_PRECONDITION
+    assert isinstance(absent, Absent)
     assert [type(action) for action in run.decided()] == []
 
 
@@ -402,10 +403,4 @@ class AbsenceMachine(RuleBasedStateMachine):
 
 
 TestAbsence = AbsenceMachine.TestCase
-TestAbsence.settings = settings(
-    max_examples=200,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-)
+TestAbsence.settings = machine_settings(examples=200, steps=50)

@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from codistill_server.rounds import (
+from codistill_server.round_events import (
     Action,
     Admit,
     Answer,
@@ -37,22 +35,17 @@ from codistill_server.rounds import (
     Refuse,
     Remember,
     Restored,
-    Rounds,
-    Rules,
     Samples,
     Status,
     StudentRecord,
     Tick,
 )
+from codistill_server.rounds import Rounds, Rules
+from server.support_rounds import contribution, machine_settings, samples
 
 TOTAL = 6
 NOTICE = 5.0
 STUDENTS = st.integers(0, 3)
-
-
-def samples(first: int, label: int = 0) -> Samples:
-    ids = np.arange(first, first + 3, dtype="<i8")
-    return Samples(ids.tobytes(), np.full(3, label, "<i8").tobytes())
 
 
 def wants_held_out(number: int) -> bool:
@@ -209,10 +202,10 @@ class RoundsMachine(RuleBasedStateMachine):
         assert set(decide.arrived) == set(self.names)
         assert all(self.open.opened <= time <= self.now for time in decide.arrived.values())  # type: ignore[operator]
         first = decide.contributions[self.names[0]]
-        for contribution in decide.contributions.values():
-            assert contribution.round == decide.round
-            assert contribution.samples == first.samples
-            assert contribution.held_out == first.held_out
+        for each in decide.contributions.values():
+            assert each.round == decide.round
+            assert each.samples == first.samples
+            assert each.held_out == first.held_out
 
     def hang_up(self, session: int, presence: Presence) -> None:
         """The model's side of a session's end."""
@@ -229,9 +222,8 @@ class RoundsMachine(RuleBasedStateMachine):
 
     def contribution(self, number: int, **changes: Any) -> Contribution:
         self.payloads += 1
-        held_out = samples(900) if wants_held_out(number) else None
-        fields = {"round": number, "samples": samples(10 * number), "held_out": held_out, "payload": self.payloads}
-        return Contribution(**{**fields, **changes})
+        held_out = samples([900, 901]) if wants_held_out(number) else None
+        return contribution(number, self.payloads, **{"held_out": held_out, **changes})
 
     @property
     def told(self) -> int:
@@ -492,11 +484,11 @@ class RoundsMachine(RuleBasedStateMachine):
         student=STUDENTS,
         changes=st.sampled_from(
             [
-                {"samples": samples(5)},
-                {"samples": samples(0, label=1)},
+                {"samples": samples([5, 6, 7])},
+                {"samples": samples([7, 8, 9], [0, 0, 1])},
                 {"samples": Samples(b"", b"")},
                 {"held_out": None},
-                {"held_out": samples(901)},
+                {"held_out": samples([900, 902])},
             ]
         ),
     )
@@ -585,10 +577,4 @@ class RoundsMachine(RuleBasedStateMachine):
 
 
 TestRounds = RoundsMachine.TestCase
-TestRounds.settings = settings(
-    max_examples=300,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    print_blob=True,
-)
+TestRounds.settings = machine_settings(examples=300, steps=60)

@@ -26,7 +26,7 @@ from codistill_server.coordinator import Coordinator, receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
 from codistill_server.observations import Observations
-from codistill_server.rounds import Status
+from codistill_server.round_events import Status
 from codistill_server.service import DistillationService, EventLoopSubmit, server_options
 from server.support_server import (
     BATCH,
@@ -934,6 +934,36 @@ class TestFaults:
                 await first.send(0)
                 await until(lambda: bool(served.failures))
                 assert [str(failure) for failure in served.failures] == ["the disk is full"]
+                assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
+    @pytest.mark.parametrize("goes", ["Leave", "Join"])
+    def test_so_does_a_fault_in_a_call_that_closes_a_round(self, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The round is half decided; were the server to go on, it would never close."""
+        experiment = make_experiment(
+            distillation={"ensemble": "min_logit"}, exchange={"on_absence": "proceed", "evict_after": 30}
+        )
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                first, second = await served.students()
+
+                def fault(record: object) -> None:
+                    raise ZeroDivisionError("a fault of ours")
+
+                monkeypatch.setattr(served.coordinator._journal, "append", fault)
+                monkeypatch.setattr(served.coordinator._journal, "remember", fault)
+                await first.send(0)
+                await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
+                if goes == "Leave":
+                    call = served.stub.Leave(pb.LeaveRequest(session=second.session, reason=pb.LEAVE_REASON_STOPPED))
+                else:
+                    call = served.stub.Join(join_request(experiment, "bee"))
+                error = await error_of(call)
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "going down" in (error.details() or "")
+                assert [str(failure) for failure in served.failures] == ["a fault of ours"]
                 assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
 
         drive(test)

@@ -14,7 +14,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, parse
 from codistill.identity import identity
 from codistill_server.coordinator import Coordinator
-from codistill_server.rounds import Decide
+from codistill_server.round_events import Decide
 from codistill_worker.session import Failure, Session
 from simulation.kernel import Arm, Kernel
 from simulation.model import BATCH, CLASSES, HELD_OUT, GoingOn, Ledger, Reference, Violation

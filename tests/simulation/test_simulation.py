@@ -14,7 +14,8 @@ import torch
 from codistill_server import coordinator as coordinator_module
 from codistill_server.coordinator import Coordinator
 from codistill_server.journal import ClosedRound
-from codistill_server.rounds import Action, Decide, End, Join, Restored, Rounds
+from codistill_server.round_events import Action, Decide, End, Join, Restored
+from codistill_server.rounds import Rounds
 from codistill_worker.session import Session
 from simulation.cluster import Outcome, Plant, simulate
 from simulation.model import GoingOn

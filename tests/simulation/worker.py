@@ -235,7 +235,9 @@ class Worker:
 
             def done(answer: Any) -> None:
                 self._reporting = False
-                if isinstance(answer, Failure) and self._pending is None:
+                if not isinstance(answer, Failure):
+                    self.core.answered()
+                elif self._pending is None:
                     self._pending = request
 
             self.cluster.call(self, "report", request, core.CALL_SECONDS)(done)

@@ -25,8 +25,8 @@ from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_worker import data
-from system.parts import ALL_WELL, PACE, ROUNDS, STUDENTS, running
-from system.support import EXPERIMENT, assert_bit_equal, rounds_trained, weights
+from system.parts import ALL_WELL, CHANGES, PACE, ROUNDS, STUDENTS, running
+from system.support import EXPERIMENT, assert_bit_equal, experiment_file, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -175,6 +175,7 @@ def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, 
 
         elsewhere = tmp_path / "elsewhere"
         shutil.copytree(run.folder / "students" / "cnn", elsewhere / "students" / "cnn")
+        experiment_file(tmp_path, **CHANGES)  # the usual patience: the newer worker may take its time to come up
         run.serve()
         for name in STUDENTS:
             run.work(name)

@@ -36,9 +36,13 @@ from system.support import (
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 ROUNDS = 250
-STUDENTS = ("mlp", "cnn", "vit")
+STUDENTS = ("cnn", "vit")
 # A checkpoint every few rounds: some faults strike while one is written, and some rounds are repeated after each.
-CHANGES = {"training__epochs": ROUNDS // 5, "training__checkpoint_every": 0.2}
+CHANGES = {
+    "training__epochs": ROUNDS // 5,
+    "training__checkpoint_every": 0.2,
+    "students": [each for each in EXPERIMENT["students"] if each["name"] in STUDENTS],
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_a_run_whose_every_process_is_gone_is_resumed(
 ) -> None:
     draw = random.Random(3)
     run = Disturbed(folder)
-    wait_for(lambda: "mlp" in processes_of(folder), "the processes are started")
+    wait_for(lambda: "cnn" in processes_of(folder), "the processes are started")
     run.kill_everything()  # before the first round
 
     run.resume()
@@ -215,6 +219,7 @@ def test_restarts_that_are_used_up_end_the_run(folder: Path) -> None:
 def own_model(folder: Path, body: str) -> list[object]:
     """Writes a model that does something at round 3; returns the students of an experiment with it."""
     module = f"""
+        import pathlib
         import time
         import torch
         class Model(torch.nn.Module):
@@ -242,6 +247,26 @@ def test_an_error_of_a_students_own_that_comes_back_ends_the_run(tmp_path: Path,
     assert "student 'own' ended with exit code 1: ValueError: no such thing in <object object at 0x" in error
     assert "not started again: the same error came twice in a row" in error
     assert processes_of(folder) == {}
+
+
+def test_a_worker_that_runs_out_of_memory_is_started_again(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch is refused what no machine has; the next time there is enough."""
+    body = 'torch.empty(1 << 60) if not (been := pathlib.Path("been")).exists() and not been.touch() else None'
+    run = Disturbed(folder, students=own_model(tmp_path, body), training__epochs=4)
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert run.restarted() == ["own"]
+    assert "ended with exit code 10: student 'own' ran out of memory on cpu: " in output
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    undisturbed = RunFolder(tmp_path / "undisturbed")
+    experiment = load(tmp_path / "experiment.yaml")
+    undisturbed.start(experiment, mode="in-process", resume=False)
+    assert run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert_bit_equal(weights(folder), weights(undisturbed.path))
 
 
 def test_a_model_that_hangs_is_ended_by_its_watchdog(tmp_path: Path, folder: Path) -> None:

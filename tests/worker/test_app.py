@@ -184,6 +184,10 @@ class Failing(nn.Module):
         if self.steps > 1:
             if self.how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+            if self.how == "memory of the machine":
+                return torch.empty(1 << 60)
+            if self.how == "memory of Python":
+                bytearray(1 << 60)
             if self.how == "nan":
                 return self.layer(images.flatten(1)) * float("nan")
             raise RuntimeError("a kernel failed\nmore lines")
@@ -199,6 +203,12 @@ class Failing(nn.Module):
             ExitCode.OUT_OF_MEMORY,
             "student 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
         ),
+        (
+            "memory of the machine",
+            ExitCode.OUT_OF_MEMORY,
+            "student 'bad' ran out of memory on cpu: [enforce fail",
+        ),
+        ("memory of Python", ExitCode.OUT_OF_MEMORY, "student 'bad' ran out of memory on cpu: MemoryError; lower"),
         ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in round 1"),
         ("kernel", None, "a kernel failed"),
     ],
@@ -225,10 +235,11 @@ def test_a_student_that_fails_tells_the_run(
     assert getattr(error, "code", None) is code
     assert str(error).startswith(text)
     (failed,) = [each for each in server.records("events.jsonl") if getattr(each, "what", "") == "failed"]
-    assert (
-        failed.message
-        == {
+    assert failed.message.startswith(
+        {
             "memory": "OutOfMemoryError: CUDA out of memory. Tried to allocate",
+            "memory of the machine": "RuntimeError: [enforce fail",
+            "memory of Python": "MemoryError: ",
             "nan": str(error),
             "kernel": "RuntimeError: a kernel failed",
         }[how]

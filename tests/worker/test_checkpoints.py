@@ -242,6 +242,21 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path) -
     assert (read(tmp_path / NEWEST).round, read(tmp_path / PREVIOUS).round) == (4, 3)
 
 
+def test_a_damaged_checkpoint_of_a_later_round_is_replaced(tmp_path: Path) -> None:
+    """Its header may still be read, and names the round; were that taken for a newer worker's, nothing would be saved."""
+    store_with(tmp_path, 3, 7)
+    whole = (tmp_path / NEWEST).read_bytes()
+    cuts = [whole[:length] for length in (0, 8, len(whole) // 2, len(whole) - 1)]
+    for spoiled in (*cuts, whole[:-1] + bytes([whole[-1] ^ 1])):
+        (tmp_path / NEWEST).write_bytes(spoiled)
+        store = CheckpointStore(tmp_path)
+        loaded = store.load("cnn", IDENTITY)
+        assert loaded is not None
+        assert loaded.round == 3
+        store.save(checkpoint(4))
+        assert [read(tmp_path / name).round for name in (PREVIOUS, NEWEST)] == [3, 4]
+
+
 def test_an_older_worker_does_not_take_a_later_checkpoints_place(tmp_path: Path) -> None:
     """Its rounds may be forgotten by now; the student would be refused whenever it comes back."""
     older, newer = store_with(tmp_path, 2, 3), CheckpointStore(tmp_path)
@@ -390,9 +405,8 @@ def test_killed_while_saving_it_leaves_a_whole_checkpoint(tmp_path: Path) -> Non
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             copy = tmp_path / f"copy-{pause}"
             copy.mkdir()
-            for name in (NEWEST, PREVIOUS, f"{NEWEST}.part"):
-                if (tmp_path / name).exists():
-                    (copy / name).write_bytes((tmp_path / name).read_bytes())
+            for each in tmp_path.glob("checkpoint.*"):
+                (copy / each.name).write_bytes(each.read_bytes())
             process.send_signal(signal.SIGCONT)
             loaded = load(copy)
             assert loaded is not None
@@ -411,7 +425,40 @@ def test_killed_while_saving_it_leaves_a_whole_checkpoint(tmp_path: Path) -> Non
     assert loaded is not None
     assert bool((loaded.model["value"] == loaded.round).all())
     left = {each.name for each in tmp_path.iterdir() if each.is_file()}
-    assert left <= {NEWEST, PREVIOUS, f"{NEWEST}.part"}, "whatever a killed process leaves, the next save overwrites"
+    assert left <= {NEWEST, PREVIOUS}, "whatever a killed process leaves, the next one removes"
+
+
+def test_two_processes_of_one_student_never_write_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older one was stopped while it wrote, and goes on after the newer one has come and saved."""
+    older, newer = store_with(tmp_path, 1), CheckpointStore(tmp_path)
+    sync, stops = os.fsync, [True]
+
+    def stop(descriptor: int) -> None:
+        if stops:
+            stops.pop()
+            assert newer.load("cnn", IDENTITY) is not None, "it leaves what another is writing"
+            newer.save(checkpoint(2))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop)
+        older.save(checkpoint(2))
+    assert not stops, "it was stopped"
+    for name in (NEWEST, PREVIOUS):
+        assert read(tmp_path / name).round == 2
+    assert {each.name for each in tmp_path.iterdir()} == {NEWEST, PREVIOUS}
+
+
+def test_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    store_with(tmp_path, 1, 2)
+    for name in (f"{NEWEST}.0f0f0f0f.part", f"{BEST}.1a1a1a1a.part"):
+        (tmp_path / name).write_bytes(b"half")
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert loaded.round == 2
+    assert {each.name for each in tmp_path.iterdir()} == {NEWEST, PREVIOUS}
 
 
 FULL = """
@@ -441,7 +488,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["File too large", "File too large", "1"]
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before, "nothing half written is left"
     loaded = load(tmp_path)
     assert loaded is not None
     assert loaded.round == 2

@@ -23,6 +23,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import Interrupted, WorkerError
+from codistill_worker.session import Failure
 
 BOUND = 10.0
 """Seconds far above what anything here takes, far below what it would take unbounded."""
@@ -772,6 +773,23 @@ def test_a_report_that_fails_goes_with_the_next(script: tuple[Script, str], conn
     assert exchange.undelivered() == []
     assert [[each.round for each in one.measurements] for one in server.reports] == [[1], [1]]
     assert [each.reason for each in server.left] == [pb.LEAVE_REASON_STOPPED]
+
+
+def test_a_session_that_exchanges_nothing_outlives_what_grpc_makes_of_damage(
+    script: tuple[Script, str], connect: Connect
+) -> None:
+    """Only its reports tell that the server is well in between."""
+    server, address = script
+    exchange = connect(address)
+    exchange.join(pb.JoinRequest())
+    for number in range(1, 9):
+        exchange.report(report(number, number))
+        wait_for(exchange._reports._call.done, "it has arrived")
+        assert exchange._stream is not None
+        exchange._stream.cancel()
+        exchange._session.broke(Failure("INTERNAL", "frame of unknown type"), time.monotonic())
+    exchange.leave(pb.LEAVE_REASON_FINISHED, "")
+    assert len(server.left) == 1
 
 
 def test_one_report_is_under_way_at_a_time_and_none_waits(script: tuple[Script, str], connect: Connect) -> None:

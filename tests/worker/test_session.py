@@ -268,7 +268,7 @@ def test_an_ending_that_no_server_of_ours_would_choose_passes_but_not_for_ever(f
     raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.broke(failure, 0))
 
 
-@pytest.mark.parametrize("how", ["targets", "waiting"])
+@pytest.mark.parametrize("how", ["targets", "waiting", "an answered report"])
 def test_endings_are_strange_in_a_row_only(how: str) -> None:
     session = receiving()
     for number in range(12):
@@ -278,8 +278,10 @@ def test_endings_are_strange_in_a_row_only(how: str) -> None:
         if how == "targets":
             assert session.targets(number, 0)
             session.receive(number + 1, 0)
-        else:
+        elif how == "waiting":
             session.waiting(0, ["mlp"], 0)
+        else:
+            session.answered()
 
 
 def test_joins_and_goodbyes_are_strange_too_once_there_was_a_session() -> None:

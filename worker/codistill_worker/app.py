@@ -20,6 +20,7 @@ from codistill_worker.checkpoints import CheckpointStore
 from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
 from codistill_worker.learner import Learner
+from codistill_worker.memory import ran_out
 
 __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
 
@@ -129,8 +130,10 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             store = CheckpointStore(student_folder(options.run_dir, options.student))
             learner = Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog)
             return _train(learner, stop)
-    except torch.OutOfMemoryError as error:
-        line = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        line = (str(error) or type(error).__name__).splitlines()[0]
         raise WorkerError(
             f"student {options.student!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
             "training.precision: bfloat16",

@@ -3,16 +3,23 @@
 The file holds the model's and the optimiser's tensors, and everything else as JSON in its header, with a digest of it
 all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: should the newest be
 torn or damaged (a full disk, a power cut, a bad disk), the one before it is used.
+
+A process writes to a file of its own and renames that, so that two of one student, one of which was stopped or is not yet
+told that its place is taken, cannot mix what they write. The file is locked while it is used; one that is not was left by
+a process that died, and goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +68,7 @@ class CheckpointStore:
         self.folder = folder
         self._rounds: list[int] = []
         self._torn = False
+        self._process = secrets.token_hex(4)  # a process id is another's too, in another container
 
     @property
     def durable_round(self) -> int:
@@ -77,15 +85,14 @@ class CheckpointStore:
             OSError: it could not be written; what was there is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{_NEWEST}.part"
         newest = self.folder / _NEWEST
         there = None if self._torn else _round_of(newest)
         if there is not None and there > checkpoint.round:
             raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
-        _write(checkpoint, part)
-        if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
-            newest.replace(self.folder / _PREVIOUS)
-        part.replace(newest)
+        with self._written(checkpoint, _NEWEST) as part:
+            if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
+                newest.replace(self.folder / _PREVIOUS)
+            part.replace(newest)
         self._torn = False
         _sync_folder(self.folder)
         if not self._rounds or self._rounds[-1] != checkpoint.round:
@@ -98,17 +105,17 @@ class CheckpointStore:
             OSError: they could not be written; what was there is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{_BEST}.part"
-        _write(checkpoint, part)
-        part.replace(self.folder / _BEST)
+        with self._written(checkpoint, _BEST) as part:
+            part.replace(self.folder / _BEST)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:
-        """Returns the newest checkpoint that can be read, or None if there is none.
+        """Returns the newest checkpoint that can be read, or None if there is none; removes what dead processes left.
 
         Raises:
             ConfigurationError: there are checkpoints and none can be read, or they are of another student or
                 experiment.
         """
+        self._remove_leftovers()
         problems: dict[str, str] = {}
         found: dict[str, Checkpoint] = {}
         for name in (_NEWEST, _PREVIOUS):
@@ -151,6 +158,29 @@ class CheckpointStore:
         """
         path = self.folder / _BEST
         return read(path) if path.exists() else None
+
+    @contextlib.contextmanager
+    def _written(self, checkpoint: Checkpoint, name: str) -> Generator[Path, None, None]:
+        """Writes a checkpoint beside its place; it is locked until it is there."""
+        part = self.folder / f"{name}.{self._process}.part"
+        content = _serialize(checkpoint)
+        # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
+        try:
+            with part.open("wb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks; there nothing is removed either
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                yield part
+        finally:
+            part.unlink(missing_ok=True)  # of a full disk it would keep what is left
+
+    def _remove_leftovers(self) -> None:
+        for part in self.folder.glob("*.part"):
+            with contextlib.suppress(OSError), part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
 
 
 def read(path: Path) -> Checkpoint:
@@ -201,7 +231,7 @@ def _round_of(path: Path) -> int | None:
         return None
 
 
-def _write(checkpoint: Checkpoint, path: Path) -> None:
+def _serialize(checkpoint: Checkpoint) -> bytes:
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
     optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)
     about = {
@@ -215,12 +245,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
     # Tied weights are one storage under two names, which safetensors refuses; each gets its own copy.
     copies = {name: value.clone() for name, value in tensors.items()}
     text = json.dumps(about)
-    content = save(copies, {"codistill": text, "digest": _digest(text, copies)})
-    # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    return save(copies, {"codistill": text, "digest": _digest(text, copies)})
 
 
 def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -98,7 +98,7 @@ class GrpcExchange:
         self._open: pb.Contribution | None = None
         self._goodbye = pb.LeaveRequest()
         self._told = 0.0
-        self._reports = _Reports()
+        self._reports = _Reports(self._session.answered)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Opens the session and its stream.
@@ -173,9 +173,7 @@ class GrpcExchange:
 
     def close(self) -> None:
         """Frees the connection."""
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
+        self._let_go()
         self._channel.close()
 
     @property
@@ -275,10 +273,13 @@ class GrpcExchange:
             return reply.targets
         return None
 
-    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
+    def _let_go(self) -> None:
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
+
+    def _broke(self, error: grpc.RpcError, why: str = "") -> None:
+        self._let_go()
         self._told = time.monotonic()
         failure = _failure(error)
         self._session.broke(failure, time.monotonic())
@@ -306,6 +307,7 @@ class GrpcExchange:
             _log.warning("the server was not told that this worker leaves: %s", failure.details)
         else:
             self._session.left()
+            self._let_go()  # the server may wait for that
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -414,9 +416,14 @@ def _join_response(raw: bytes) -> pb.JoinResponse:
 
 
 class _Reports:
-    """Reports under way: one at a time, and nothing measured is lost while the server is away."""
+    """Reports under way: one at a time, and nothing measured is lost while the server is away.
 
-    def __init__(self) -> None:
+    Args:
+        arrived: called when one has arrived.
+    """
+
+    def __init__(self, arrived: Callable[[], None]) -> None:
+        self._arrived = arrived
         self._pending: pb.ReportRequest | None = None
         self._sent: pb.ReportRequest | None = None
         self._call: Any = None
@@ -447,6 +454,7 @@ class _Reports:
             self._pending.session = session
             call(self._pending)
             self._pending = None
+            self._arrived()
 
     def undelivered(self) -> Sequence[pb.Measurement]:
         """Returns the measurements that are not known to have arrived."""
@@ -459,7 +467,9 @@ class _Reports:
         if self._call is None:
             return
         failed = self._call.exception()
-        if failed is not None and self._sent is not None:
+        if failed is None:
+            self._arrived()
+        elif self._sent is not None:
             lost, newer = self._sent, self._pending
             self._pending = lost
             if newer is not None:

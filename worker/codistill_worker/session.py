@@ -360,6 +360,10 @@ class Session:
             self._pause = min(self._pause_after_break, self._until - now)
             self._pause_after_break = max(2 * self._pause_after_break, _FIRST_PAUSE)
 
+    def answered(self) -> None:
+        """Takes in that the server answered a report; a session that exchanges nothing hears of it in no other way."""
+        self._strange = 0
+
     def left(self) -> None:
         """Takes in that the server knows."""
         self._goal = _Goal.NOTHING

@@ -13,6 +13,7 @@ from codistill.experiment import Data
 from codistill_worker import references
 from codistill_worker.data.sources import Arrays
 from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.memory import ran_out
 
 __all__ = ["from_callable"]
 
@@ -34,9 +35,9 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     arguments = _arguments(function, data, where)
     try:
         returned = function(*arguments)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         raise WorkerError(f"{where}: {references.explained(error)}") from error
     parts = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if parts is None or len(parts) != 4:

@@ -14,6 +14,7 @@ from torch import nn
 
 from codistill_worker import references
 from codistill_worker.errors import ConfigurationError
+from codistill_worker.memory import ran_out
 from codistill_worker.models.cnn import cnn
 from codistill_worker.models.external import (
     from_callable,
@@ -143,9 +144,9 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
     try:
         with _evaluating(model), torch.no_grad():
             output = model(images)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
         why = references.explained(error) if own else str(error) or type(error).__name__
         raise ConfigurationError(

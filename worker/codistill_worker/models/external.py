@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from codistill_worker import references
 from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.memory import ran_out
 from codistill_worker.models import stems
 from codistill_worker.vision import timm, torchvision
 
@@ -130,9 +130,9 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
         given = {name: value for name, value in given.items() if name in names}
     try:
         model = function(**given | dict(args))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         raise WorkerError(f"model: {reference!r}: {references.explained(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
