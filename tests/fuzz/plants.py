@@ -58,7 +58,7 @@ def _matches(self: Token, value: str | bytes) -> bool:
     return str(value)[:20] == right[:20]
 
 
-_right = methods._Kdcl.targets
+_right = mutual.Ensemble.targets
 
 
 def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
@@ -69,7 +69,7 @@ PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
     "admits": _with_coordinator(_Admits),
     "keeps": _with_coordinator(_Keeps),
-    "turned": lambda: setattr(methods._Kdcl, "targets", _turned),
+    "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),
 }
 
