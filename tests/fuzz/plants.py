@@ -11,6 +11,7 @@ from codistill import PROTOCOL_VERSION
 from codistill.security import Token
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import app, methods
+from codistill_server.methods import mutual
 
 _Base: Any = app.Coordinator
 
