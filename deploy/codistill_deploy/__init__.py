@@ -4,7 +4,7 @@
 * :mod:`codistill_deploy.local` runs an experiment with processes on this machine, :mod:`codistill_deploy.in_process`
   in one process, on the same core.
 * :mod:`codistill_deploy.compare` runs methods and seeds, :mod:`codistill_deploy.comparison` makes the table of it.
-* :mod:`codistill_deploy.run_folder` lays out a run's folder, :mod:`codistill_deploy.history` reads what a run recorded.
-* :mod:`codistill_deploy.report` makes the page, :mod:`codistill_deploy.views` the live table.
+* :mod:`codistill_deploy.run_folder` lays out a run's folder, :mod:`codistill_server.history` reads what a run recorded.
+* :mod:`codistill_deploy.report` writes reports, :mod:`codistill_deploy.views` shows the live table.
 * :mod:`codistill_deploy.export` writes weights for plain PyTorch.
 """

@@ -105,7 +105,9 @@ def run(
     resume: ResumeOption = False,
     in_process: InProcessOption = False,
     listen: Annotated[str, typer.Option(help="The server's HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:0",
-    metrics: Annotated[str, typer.Option(help="HOST:PORT of the Prometheus metrics.")] = "127.0.0.1:0",
+    metrics: Annotated[
+        str, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics.")
+    ] = "127.0.0.1:0",
     insecure: InsecureOption = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
@@ -155,7 +157,9 @@ def ray(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="The Prometheus metrics' port; by default one on the node's loopback."),
+        typer.Option(
+            min=1, max=65535, help="The live page's and the metrics' port; by default one on the node's loopback."
+        ),
     ] = None,
     wait_for_resources: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for CPUs and GPUs that are not there.")
@@ -258,13 +262,16 @@ def serve(
     experiment: ExperimentArgument,
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = DEFAULT_SERVER,
     run_dir: LastingDirOption = None,
-    metrics: Annotated[str | None, typer.Option(help="HOST:PORT of the Prometheus metrics; none by default.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the live page and the Prometheus metrics; none by default.")
+    ] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
     advertise: Annotated[
         str | None, typer.Option(help="The host by which others reach the server, written into the run's folder.")
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -280,7 +287,23 @@ def serve(
     stop = threading.Event()
     follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
-    options = ServeOptions(listen, folder.path, metrics, insecure, reflection, stay, security, advertise=advertise)
+
+    def write_report() -> None:
+        from codistill_deploy import report as reports
+
+        _log.info("report: %s", reports.write(folder.path))
+
+    options = ServeOptions(
+        listen,
+        folder.path,
+        metrics,
+        insecure,
+        reflection,
+        stay,
+        security,
+        on_complete=write_report if report else None,
+        advertise=advertise,
+    )
     check(options)
     folder.join(loaded)
     raise typer.Exit(run_server(loaded, options, stop))
@@ -340,7 +363,6 @@ def status(
 ) -> None:
     """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
     from codistill.security import read
-    from codistill_deploy.discovery import find_server
     from codistill_deploy.status import add_supervision, ask, recorded, show
 
     if server is None and run_dir is not None and not as_json:
@@ -348,8 +370,11 @@ def status(
         if line is not None:
             _console.print(line, soft_wrap=True)
             return
-    address = server or (find_server(run_dir, 0, threading.Event()) if run_dir is not None else DEFAULT_SERVER)
-    state = ask(address, read(tls_cert, tls_key, tls_ca, token_file))
+    if server is None and run_dir is not None:
+        from codistill_deploy.discovery import find_server
+
+        server = find_server(run_dir, 0, threading.Event())
+    state = ask(server or DEFAULT_SERVER, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
         add_supervision(state, run_dir)
     if as_json:
@@ -359,6 +384,26 @@ def status(
         sys.stdout.write(json.dumps(fields, indent=2) + "\n")
         return
     show(state, _console)
+
+
+@app.command()
+def health(
+    server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_SERVER,
+    student: Annotated[
+        str | None, typer.Option(help="Ask whether this student's worker is there, or has finished.")
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
+) -> None:
+    """End with 0 if the server serves, or if it has the student; for a container's healthcheck."""
+    from codistill.security import read
+    from codistill_deploy.health import check_server, check_student
+
+    security = read(tls_cert, tls_key, tls_ca, token_file)
+    line = check_server(server, security) if student is None else check_student(server, student, security)
+    _console.print(line, soft_wrap=True)
 
 
 @app.command()

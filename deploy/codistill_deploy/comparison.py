@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from codistill.experiment import ExperimentError
 from codistill.records import Measured
-from codistill_deploy import history
-from codistill_deploy.history import History
 from codistill_deploy.run_folder import write_atomically
+from codistill_server import history
+from codistill_server.history import History
 
 __all__ = [
     "BASELINE",

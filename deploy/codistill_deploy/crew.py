@@ -18,12 +18,12 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.discovery import Addresses, addresses
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import RESTARTED, SUPERVISOR_FILE
 from codistill_deploy.restarts import RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervision import Member
 from codistill_deploy.views import View
 from codistill_server.app import ADDRESS_FILE
+from codistill_server.history import RESTARTED, SUPERVISOR_FILE
 from codistill_server.recorder import Recorder
 
 __all__ = ["Crew", "watch"]
@@ -153,7 +153,8 @@ class Crew:
             nonlocal told
             found = addresses(self._folder.path)
             if announce and found is not None and found != told:
-                self._view.note(f"server {found.server}, metrics on http://{found.metrics}/metrics")
+                web = f"http://{found.metrics}"
+                self._view.note(f"live page: {web}/ (server {found.server}, metrics on {web}/metrics)")
                 told = found
             return None if found is None else found.server
 

@@ -28,7 +28,7 @@ class LocalOptions:
 
     Attributes:
         listen: the server's "HOST:PORT"; port 0 takes a free one.
-        metrics: the metrics' "HOST:PORT".
+        metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
         restarts: how often each process is started again; see :mod:`codistill_deploy.restarts`.

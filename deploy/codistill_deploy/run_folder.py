@@ -106,7 +106,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "run.lock").open("w")
         except OSError as error:
-            raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            raise CommandError(
+                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
         with lock:
             if not _lock(lock.fileno(), seconds, waiting):
                 raise CommandError(
@@ -242,7 +244,9 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise CommandError(f"run folder {self.path} cannot be written: {error.strerror}") from error
+            raise CommandError(
+                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from codistill.security import REFUSALS, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import SUPERVISOR_FILE, History, read
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import status_table
+from codistill_server.history import SUPERVISOR_FILE, History, read
 
 __all__ = ["add_supervision", "ask", "recorded", "show"]
 

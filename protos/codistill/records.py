@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-__all__ = ["Happened", "Joined", "Measured", "Paced", "Record", "RoundsClosed", "StudentWait", "read"]
+__all__ = ["Happened", "Joined", "Measured", "Paced", "Record", "RoundsClosed", "StudentWait", "parse", "read"]
 
 
 class _Record(BaseModel):
@@ -121,9 +121,16 @@ def read(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                yield _RECORD.validate_json(line)
-            except ValidationError as error:
-                raise ValueError(
-                    f"{path}: line {number} is not a record of a run: {error.errors()[0]['msg']}"
-                ) from error
+            yield parse(line, path, number)
+
+
+def parse(line: bytes, path: Path, number: int) -> Record:
+    """Returns the record that one line of a file holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return _RECORD.validate_json(line)
+    except ValidationError as error:
+        raise ValueError(f"{path}: line {number} is not a record of a run: {error.errors()[0]['msg']}") from error

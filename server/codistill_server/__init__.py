@@ -9,6 +9,8 @@
   writes the journal and hands out answers.
 * :mod:`codistill_server.observations` knows where the run stands; :mod:`codistill_server.metrics` shows it to
   Prometheus, and :mod:`codistill_server.recorder` writes it down.
+* :mod:`codistill_server.history` reads what was written down, :mod:`codistill_server.page` shows it in a browser, and
+  :mod:`codistill_server.web` is the HTTP port of page and metrics.
 * :mod:`codistill_server.guard` keeps out who has no token; :mod:`codistill_server.limits` holds everybody to a share.
 * :mod:`codistill_server.service` puts the coordinator on gRPC, :mod:`codistill_server.app` runs it as a process.
 """

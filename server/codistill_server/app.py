@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
-import prometheus_client
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -37,9 +36,11 @@ from codistill_server.journal import Journal, JournalError
 from codistill_server.limits import Limits
 from codistill_server.metrics import registry
 from codistill_server.observations import Observations
+from codistill_server.page.live import POLL_SECONDS, LivePage
 from codistill_server.quiet import quiet
 from codistill_server.recorder import Recorder
 from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
+from codistill_server.web import WebServer
 
 __all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
 
@@ -54,7 +55,8 @@ _DRAIN_SECONDS = 5.0
 _LOCK_SECONDS = 1.0
 _GOODBYE_SECONDS = 30.0  # longer than a worker waits for the answer to its goodbye
 _RETURN_SECONDS = 1.0
-_SCRAPE_SECONDS = 5.0
+_SNAPSHOT_SECONDS = 5.0
+_FAREWELL_SECONDS = POLL_SECONDS + 1
 _BEAT_SECONDS = 0.25
 
 
@@ -72,7 +74,7 @@ class ServeOptions:
 
     Attributes:
         listen: "HOST:PORT" for gRPC; port 0 takes a free one.
-        metrics: "HOST:PORT" for Prometheus; None for no metrics.
+        metrics: "HOST:PORT" for the live page and the metrics; None for neither.
         run_dir: where journal and records go.
         insecure: listen beyond this machine although nothing protects the port.
         reflect: serve gRPC reflection, so that generic clients can list the service.
@@ -80,6 +82,7 @@ class ServeOptions:
         security: TLS and token.
         limits: how much one peer may ask for.
         advertise: the host by which others reach the server, where that is not the one that it listens on.
+        on_complete: called in a thread of its own once the run is complete, before the server goes down.
     """
 
     listen: str
@@ -91,6 +94,7 @@ class ServeOptions:
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
     advertise: str | None = None
+    on_complete: Callable[[], None] | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -142,8 +146,9 @@ class _Server:
         self._options = options
         self._failure: Exception | None = None
         self._done = asyncio.Event()
-        self._seeing_off: asyncio.Task[None] | None = None
+        self._concluding: asyncio.Task[None] | None = None
         self._watchdog = Watchdog()
+        self._page: LivePage | None = None
 
     async def run(self, stop: threading.Event | None) -> ExitCode:
         options = self._options
@@ -182,13 +187,13 @@ class _Server:
             names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         coordinator.on_complete = lambda: self._complete(coordinator, service)
-        metrics: Callable[[], None] | None = None
+        web: WebServer | None = None
         ticking: asyncio.Task[None] | None = None
         beating: asyncio.Task[None] | None = None
         listening: asyncio.Task[None] | None = None
         try:
             bound = _listen(server, host, port, credentials)
-            metrics, metrics_address = self._serve_metrics(observations, coordinator)
+            web = self._serve_web(observations, coordinator)
             await server.start()
             for name in ("", _SERVICE):
                 await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -196,21 +201,21 @@ class _Server:
             beating = asyncio.create_task(self._beat(coordinator))
             listening = asyncio.create_task(self._listens(server))
             self._watch_for_the_end(stop)
-            self._announce(host, bound, metrics_address, limit)
+            self._announce(host, bound, web, limit)
             if coordinator.complete:
                 self._complete(coordinator, service)
             await self._done.wait()
             await healthy.enter_graceful_shutdown()
             service.end()
-            await self._stop(server, _DRAIN_SECONDS)
+            await asyncio.gather(self._stop(server, _DRAIN_SECONDS), self._farewell())
         finally:
-            for task in (ticking, beating, listening, self._seeing_off):
+            for task in (ticking, beating, listening, self._concluding):
                 if task is not None:
                     task.cancel()
             self._begin("going down")
             await self._stop(server, 0)
-            if metrics is not None:
-                metrics()
+            if web is not None:
+                web.close()
             submit.close()
             coordinator.close()
             recorder.close()
@@ -265,43 +270,49 @@ class _Server:
             return Recorder(self._options.run_dir), journal
         except OSError as error:
             journal.close()
-            raise ServerError(f"run folder {self._options.run_dir} cannot be written: {error.strerror}") from error
+            raise ServerError(
+                f"run folder {self._options.run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
 
-    def _serve_metrics(self, observations: Observations, coordinator: Coordinator) -> tuple[Callable[[], None], str]:
-        """Starts the endpoint of the metrics; returns how to end it, and its address."""
+    def _serve_web(self, observations: Observations, coordinator: Coordinator) -> WebServer | None:
+        """Starts the port of page and metrics, if it is wanted."""
         loop = asyncio.get_running_loop()
 
         async def snapshot() -> pb.Run:
             return coordinator.snapshot()
 
         def snapshot_from_elsewhere() -> pb.Run:
-            return asyncio.run_coroutine_threadsafe(snapshot(), loop).result(_SCRAPE_SECONDS)
+            return asyncio.run_coroutine_threadsafe(snapshot(), loop).result(_SNAPSHOT_SECONDS)
 
         made = registry(observations, snapshot_from_elsewhere)
         if self._options.metrics is None:
-            return (lambda: None), ""
-        host, port = parse_address(self._options.metrics, "metrics")
+            return None
+        host, port = parse_address(self._options.metrics, "--metrics")
+        self._page = LivePage(self._experiment, self._options.run_dir, snapshot_from_elsewhere)
         try:
-            server, thread = prometheus_client.start_http_server(port, host, made)
+            return WebServer(host, port, self._page, made)
         except OSError as error:
             raise ServerError(
-                f"metrics: {self._options.metrics} cannot be listened on: {error.strerror}; choose another address with "
-                "--metrics",
+                f"metrics: {self._options.metrics} cannot be listened on: {error.strerror}; choose another address for the "
+                "live page and the metrics with --metrics",
                 ExitCode.CONFIGURATION,
             ) from error
 
-        def end() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+    async def _farewell(self) -> None:
+        """Stays for long enough that the pages that watch learn how the run ended."""
+        if self._page is not None and self._failure is None:
+            self._page.end()
+            if self._page.watched:
+                await asyncio.sleep(_FAREWELL_SECONDS)
 
-        return end, f"{host}:{server.server_port}"
-
-    def _announce(self, host: str, port: int, metrics: str, limit: int) -> None:
+    def _announce(self, host: str, port: int, web: WebServer | None, limit: int) -> None:
         run = self._options.run_dir
-        # A server on every address is reached from here by the loopback's; a certificate can hold that one.
-        reached = self._options.advertise or {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-        written = json.dumps({"address": _address(reached, port), "metrics": metrics, "pid": os.getpid()})
+        advertise = self._options.advertise
+        metrics = ""
+        if web is not None and self._options.metrics is not None:
+            metrics = _reached(parse_address(self._options.metrics, "--metrics")[0], web.port, advertise)
+        address = _reached(host, port) if advertise is None else _address(advertise, port)
+        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")
         part.replace(run / ADDRESS_FILE)
@@ -312,7 +323,7 @@ class _Server:
             _address(host, port),
             _protection(self._options.security),
             limit / 2**20,
-            f"; metrics on http://{metrics}/metrics" if metrics else "",
+            f"; live page on http://{metrics}/, metrics on http://{metrics}/metrics" if metrics else "",
         )
 
     def _watch_for_the_end(self, stop: threading.Event | None) -> None:
@@ -334,11 +345,18 @@ class _Server:
         self._done.set()
 
     def _complete(self, coordinator: Coordinator, service: DistillationService) -> None:
-        if self._options.stay:
-            _log.info("the run is complete; serving on until stopped")
-        else:
-            _log.info("the run is complete")
-            self._seeing_off = asyncio.get_running_loop().create_task(self._see_off(coordinator, service))
+        _log.info("the run is complete%s", "; serving on until stopped" if self._options.stay else "")
+        self._concluding = asyncio.get_running_loop().create_task(self._conclude(coordinator, service))
+
+    async def _conclude(self, coordinator: Coordinator, service: DistillationService) -> None:
+        """Does what is to be done once the run is complete; what fails of it is told, and fails no run."""
+        if self._options.on_complete is not None:
+            try:
+                await asyncio.to_thread(self._options.on_complete)
+            except Exception as error:  # noqa: BLE001 - the run is whole, whatever it is
+                _log.error("%s", error)
+        if not self._options.stay:
+            await self._see_off(coordinator, service)
 
     async def _see_off(self, coordinator: Coordinator, service: DistillationService) -> None:
         """Ends the server of a complete run once its workers are gone, and none has come back for a moment.
@@ -374,7 +392,9 @@ def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / "server.lock").open("w")
     except OSError as error:
-        raise ServerError(f"run folder {run_dir} cannot be written: {error.strerror}") from error
+        raise ServerError(
+            f"run folder {run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+        ) from error
     with file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _locked(file.fileno()):
@@ -423,6 +443,14 @@ def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Ser
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reached(host: str, port: int, advertise: str | None = None) -> str:
+    """Returns how a server is reached: one on every address by the advertised host, or from here by the loopback's; a
+    certificate can hold that one.
+    """
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)  # noqa: S104
+    return _address(host if loopback is None else advertise or loopback, port)
 
 
 def _protection(security: Security) -> str:

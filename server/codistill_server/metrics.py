@@ -23,6 +23,13 @@ __all__ = ["registry"]
 _BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 _SPLITS = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
 _VISIBLE = (pb.STUDENT_STATE_PRESENT, pb.STUDENT_STATE_FINISHED)
+_STATES = {
+    pb.STUDENT_STATE_EXPECTED: "expected",
+    pb.STUDENT_STATE_PRESENT: "present",
+    pb.STUDENT_STATE_ABSENT: "absent",
+    pb.STUDENT_STATE_FINISHED: "finished",
+    pb.STUDENT_STATE_FAILED: "failed",
+}
 
 
 def registry(observations: Observations, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
@@ -141,6 +148,16 @@ class _RunCollector(Collector):
         for student in state.students:
             waited_for.add_metric([run, student.name], float(student.name in state.waiting_for))
         yield waited_for
+        states = gauge(
+            "student_state",
+            "1 for the state that a student is in, 0 for the others; failed is one that left with an error, as when it diverged.",
+            "student",
+            "state",
+        )
+        for student in state.students:
+            for number, name in _STATES.items():
+                states.add_metric([run, student.name, name], float(student.state == number))
+        yield states
 
         rounds = CounterMetricFamily("codistill_rounds", "Rounds closed by this server.", labels=["run"])
         rounds.add_metric([run], observations.closed_rounds)

@@ -4,15 +4,17 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
 from codistill_deploy.cli import app
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "work", "status"])
+@pytest.mark.parametrize("command", ["run", "serve", "work", "status", "health"])
 def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that_uses_it(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
@@ -47,3 +49,36 @@ def test_a_signal_while_the_process_ends_changes_nothing() -> None:
 def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:
     program = "import sys, codistill_deploy.cli; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+ONE_SIDE = {
+    "serve": (
+        ["--listen", "0.0.0.0:50551"],
+        ["torchvision", "timm", "sklearn", "PIL", "safetensors", "ray"],
+        "nothing protects the port",
+    ),
+    "work": (
+        ["--server", "127.0.0.1:1", "--student", "nobody"],
+        ["prometheus_client", "grpc_reflection", "ray"],
+        "'nobody' is not one of the experiment's",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ONE_SIDE)
+def test_each_side_runs_with_its_own_extra_alone(command: str, tmp_path: Path) -> None:
+    options, missing, said = ONE_SIDE[command]
+    students = [{"name": name, "model": "mlp"} for name in ("a", "b")]
+    experiment = {"name": "x", "data": {"dataset": "digits"}, "training": {"epochs": 1}, "students": students}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    program = textwrap.dedent(f"""
+        import sys
+        sys.modules.update(dict.fromkeys({missing!r}))
+        sys.argv = ["codistill", {command!r}, {str(path)!r}, *{options!r}]
+        from codistill_deploy.cli import main
+        main()
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert said in ended.stderr

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from codistill.experiment import parse
 from codistill.records import Joined, Measured, Record
-from codistill_deploy import comparison, history
+from codistill_deploy import comparison
 from codistill_deploy.comparison import Comparison, ComparisonIndex, IndexedRun, MethodRun
+from codistill_server import history
 
 SETTINGS = "name: tiny\ndata: {dataset: digits}\ntraining: {epochs: 2}\nstudents: [{name: a, model: mlp}, {name: b, model: cnn}]\n"
 

@@ -76,7 +76,9 @@ def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(experiment: Experiment, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CommandError, match=r"run folder .*file/run cannot be written: Not a directory"):
+    with pytest.raises(
+        CommandError, match=r"run folder .*file/run cannot be written: Not a directory; make it writable, or give"
+    ):
         RunFolder(tmp_path / "file" / "run").start(experiment, mode="grpc", resume=False)
 
 

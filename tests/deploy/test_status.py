@@ -23,9 +23,9 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill_deploy.crew import watch
 from codistill_deploy.errors import CommandError
-from codistill_deploy.history import SUPERVISOR_FILE, RunInfo
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.status import add_supervision, ask, recorded, show
+from codistill_server.history import SUPERVISOR_FILE, RunInfo
 from support_certificates import TOKEN, Certificates
 
 

@@ -230,7 +230,9 @@ class TestRefused:
         (tmp_path / "file").write_text("")
         assert "file/run" in str(refused(tmp_path / "file"))
         (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-        assert f"run folder {tmp_path / 'run'} cannot be written" in str(refused(tmp_path))
+        error = str(refused(tmp_path))
+        assert f"run folder {tmp_path / 'run'} cannot be written" in error
+        assert error.endswith("make it writable, or give another --run-dir")
 
 
 class TestServing:
@@ -311,6 +313,27 @@ class TestServing:
             served.end()
         code = serve(experiment, ServeOptions("127.0.0.1:0", tmp_path / "run"))
         assert code is ExitCode.OK
+
+    def test_what_is_asked_for_is_done_once_the_run_is_complete(self, tmp_path: Path) -> None:
+        experiment = make_experiment()
+        called: list[str] = []
+        with serving(tmp_path, experiment, stay=True, on_complete=lambda: called.append("first")) as served:
+            assert called == []
+            _finish(served.address, experiment)
+            until(lambda: called, "it is done while the server serves on")
+        options = ServeOptions("127.0.0.1:0", tmp_path / "run", on_complete=lambda: called.append("second"))
+        assert serve(experiment, options) is ExitCode.OK
+        assert called == ["first", "second"], "and once more by its successor, which does not know"
+
+    def test_what_fails_of_it_fails_no_run(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        def fail() -> None:
+            raise OSError("no report today")
+
+        experiment = make_experiment()
+        with serving(tmp_path, experiment, on_complete=fail) as served:
+            _finish(served.address, experiment)
+            assert served.end() is ExitCode.OK
+        assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["no report today"]
 
     def test_its_end_is_told_to_the_workers(self, tmp_path: Path) -> None:
         with serving(tmp_path) as served, grpc.insecure_channel(served.address) as channel:

@@ -51,7 +51,15 @@ class Scraped:
             for family in self.families.values()
             for sample in family.samples
             if student in (sample.labels.get("student"), sample.labels.get("first"), sample.labels.get("second"))
-        } - {"codistill_waited_for"}
+        } - {"codistill_waited_for", "codistill_student_state"}
+
+    def state_of(self, student: str) -> list[str]:
+        """Returns the states that a student is said to be in."""
+        return [
+            sample.labels["state"]
+            for sample in self.families["codistill_student_state"].samples
+            if sample.labels["student"] == student and sample.value == 1
+        ]
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_the_documented_names_are_all_there(scraped: Scraped) -> None:
 def test_labels_are_few_and_never_a_step(scraped: Scraped) -> None:
     labels = {label for family in scraped.families.values() for sample in family.samples for label in sample.labels}
     assert labels == {
-        "run", "student", "model", "split", "first", "second", "reason", "direction", "method", "version", "le"
+        "run", "student", "model", "split", "first", "second", "reason", "direction", "method", "version", "le", "state"
     }  # fmt: skip
     for family in scraped.families.values():
         for sample in family.samples:
@@ -176,6 +184,7 @@ def test_a_student_that_left_takes_its_series_along(scraped: Scraped, how: str) 
     else:
         run.leave("bee", pb.LEAVE_REASON_STOPPED if how == "stopped" else pb.LEAVE_REASON_FAILED)
     assert scraped.series_of("bee") == SERVERS_OWN
+    assert scraped.state_of("bee") == ["failed" if how == "failed" else "absent"]
     assert {name: scraped.series_of(name) for name in others} == others
     assert scraped.value("students_present") == 2
     run.join("bee", 2)
@@ -187,6 +196,7 @@ def test_one_that_finished_keeps_them(scraped: Scraped) -> None:
     scraped.run.leave("bee", pb.LEAVE_REASON_FINISHED)
     assert scraped.series_of("bee") == before
     assert [scraped.value(f"students_{which}") for which in ("present", "finished")] == [2, 1]
+    assert [scraped.state_of(name) for name in ("ant", "bee")] == [["present"], ["finished"]]
 
 
 def test_before_anybody_came_there_are_zeros_and_no_students() -> None:
@@ -198,6 +208,7 @@ def test_before_anybody_came_there_are_zeros_and_no_students() -> None:
     assert scraped.value("round_seconds_count") == 0
     assert scraped.value("ensemble_accuracy_ratio", split="train") is None
     assert scraped.series_of("ant") == SERVERS_OWN
+    assert scraped.state_of("ant") == ["expected"]
 
 
 def test_who_missed_which_rounds() -> None:

@@ -39,6 +39,7 @@ def test_processes_and_one_process_end_with_the_same_bits(method: str, tmp_path:
 
     code, output = run("run", path, "--run-dir", tmp_path / "grpc", cwd=tmp_path, timeout=200)
     assert code == 0, output
+    assert "live page: http://127.0.0.1:" in output
 
     experiment = load(path)
     folder = RunFolder(tmp_path / "in-process")

@@ -1,7 +1,7 @@
 """A run's or a comparison's report: one HTML file that shows what happened.
 
-:mod:`~codistill_deploy.report.document` turns what was read into one JSON document, and one script draws the page from
-that document alone, so a live page can hand the same script newer ones.
+It is the page that a server shows while a run goes, :mod:`codistill_server.page`, with the document inside. A comparison's
+document is made here, as no server knows of comparisons.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from codistill.experiment import ExperimentError
-from codistill_deploy import comparison, history
+from codistill_deploy import comparison
 from codistill_deploy.comparison import ComparisonIndex
 from codistill_deploy.errors import CommandError
-from codistill_deploy.report.document import comparison_document, run_document
+from codistill_deploy.report.document import comparison_document
 from codistill_deploy.report.figure import gain_svg
-from codistill_deploy.report.page import render
 from codistill_deploy.run_folder import write_atomically
+from codistill_server import history
+from codistill_server.page.document import run_document
+from codistill_server.page.rendering import render
 
-__all__ = ["ReportError", "comparison_document", "gain_svg", "render", "run_document", "write"]
+__all__ = ["ReportError", "comparison_document", "gain_svg", "write"]
 
 
 class ReportError(CommandError):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from html import escape
 
 from codistill_deploy.comparison import Comparison, Result, Spread
-from codistill_deploy.report import palette
+from codistill_server.page import palette
 
 __all__ = ["gain_svg"]
 

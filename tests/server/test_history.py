@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from codistill.experiment import Experiment, ExperimentError, parse
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
-from codistill_deploy import history
-from codistill_deploy.history import RunInfo
+from codistill_server import history
+from codistill_server.history import RunInfo
 
 
 def experiment(epochs: int = 4) -> Experiment:
@@ -236,3 +237,79 @@ def test_what_was_missed_is_summed_over_the_spans_that_stand() -> None:
     assert [student.missed_rounds for student in run.students] == [3, 3]
     assert [student.joins for student in run.students] == [2, 0]
     assert run.rounds_without_targets == 3
+
+
+def test_a_history_that_is_followed_is_the_one_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    follower = history.Follower(experiment(), tmp_path)
+    assert follower.advance().students[0].test == ()
+    lines = [
+        joined("a"),
+        measured("a", 10, 0.5),
+        span(0, 9, a=(3, 0.5)),
+        measured("a", 20, 0.7),
+        measured("a", 10, 0.6),
+    ]
+    for line in lines:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(line.model_dump_json() + "\n")
+        assert follower.version != follower.written
+        assert follower.advance() == history.read(tmp_path)
+        assert follower.version == follower.written
+    assert follower.advance().students[0].test_count == 2
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=300), st.integers(4, 12))
+def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[int], limit: int) -> None:
+    collected = history._Collected(experiment(), limit)
+    for number, score in enumerate(scores):
+        collected.add(measured("a", number, score / 40))
+    student = collected.history(RunInfo()).students[0]
+    kept = [each.round for each in student.test]
+    assert len(kept) <= limit
+    assert kept[0] == 0
+    assert kept[-1] == len(scores) - 1
+    assert len({later - earlier for earlier, later in itertools.pairwise(kept[:-1])}) <= 1
+    assert student.test_count == len(scores)
+    assert student.best is not None
+    assert (student.best.accuracy, student.best.round) == (max(scores) / 40, scores.index(max(scores)))
+
+
+def test_a_bounded_series_takes_a_resumed_students_repetitions_for_what_they_are() -> None:
+    collected = history._Collected(experiment(), 8)
+    for number in (*range(40), *range(25, 60)):
+        collected.add(measured("a", number, 0.5))
+    student = collected.history(RunInfo()).students[0]
+    assert student.test_count == 60
+    assert len(student.test) <= 8
+
+
+def test_merged_spans_keep_totals_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_UNMERGED", 2)
+    spans = [
+        span(
+            5 * number, 5 * number + 4, 0.001 * number, 3.0 if number == 7 else 0.1, a=(2, 0.25), b=(3, 0.5)
+        ).model_copy(update={"missed": {"b": 1}, "without_targets": 1, "ensemble_accuracy": number / 100})
+        for number in range(60)
+    ]
+    whole, bounded = history._Collected(experiment()), history._Collected(experiment(), 10)
+    for each in spans:
+        whole.add(each)
+        bounded.add(each)
+    one, other = whole.history(RunInfo()), bounded.history(RunInfo())
+    assert len(other.rounds) <= 10
+    assert other.rounds[-1] == one.rounds[-1]
+    assert other.waits == one.waits
+    for what in ("closed_rounds", "rounds_without_targets", "ensemble_accuracy"):
+        assert getattr(other, what) == getattr(one, what)
+    assert history.longest_wait(other.rounds) == 3.0
+    assert [each.missed_rounds for each in other.students] == [0, 60]
+
+
+def test_of_events_a_bounded_history_keeps_the_newest_and_counts_all_restarts() -> None:
+    collected = history._Collected(experiment(), 5)
+    for number in range(20):
+        collected.add(Happened(time=number, what=history.RESTARTED, student="a" if number % 2 else ""))
+    run = collected.history(RunInfo())
+    assert [event.time for event in run.events] == [15, 16, 17, 18, 19]
+    assert (run.server_restarts, run.students[0].restarts) == (10, 10)

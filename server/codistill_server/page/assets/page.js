@@ -1,5 +1,6 @@
-// Draws a report from its document alone. codistill.render(document) replaces what was drawn before, so a live page
-// calls it again with a newer document. All text goes in as text nodes, never as markup.
+// Draws a page from its document alone. codistill.render(document) changes what was drawn before where it differs, so that
+// a live page can call it again with a newer document and the reader keeps place, selection and zoom. codistill.now(state)
+// draws where a run that goes on stands. All text goes in as text nodes, never as markup.
 // When done, <html data-charts> holds the number of charts drawn; <html data-error> holds the first error, if any.
 "use strict";
 
@@ -10,7 +11,10 @@ const codistill = (() => {
   const PRINT_WIDTH = { normal: 320, small: 206 };
   const GAP = "\u202f";
   const hidden = new Set(); // names of series that the reader switched off; they stay off in the next document
+  const drawnIn = new WeakMap(); // figure -> its chart
   let charts = [];
+  let live = false; // whether a server sends newer documents
+  let best = new Map(); // student -> its best test accuracy, and how often its worker was started again
 
   // ---- text
 
@@ -171,9 +175,12 @@ const codistill = (() => {
       button.addEventListener("click", () => toggle(each.name));
       return { name: each.name, value, button, final: axis.text(each.y[last(each)]) };
     });
-    charts.push({ spec, axis, series, plot, at, entries, drawn: null, width: 0 });
-    return h("figure", {}, title, plot, h("ul", { class: entries.length > 6 ? "legend many" : "legend" }, at, entries.map((entry) => h("li", {}, entry.button))),
+    const figure = h("figure", {}, title, plot, h("ul", { class: entries.length > 6 ? "legend many" : "legend" }, at, entries.map((entry) => h("li", {}, entry.button))),
       spec.note ? h("figcaption", {}, spec.note) : null);
+    const item = { figure, spec, axis, series, plot, at, entries, drawn: null, width: 0 };
+    charts.push(item);
+    drawnIn.set(figure, item);
+    return figure;
   }
 
   function toggle(name) {
@@ -186,30 +193,52 @@ const codistill = (() => {
     }
   }
 
+  // What uPlot is given: of each line its numbers, bands' edges included, in the order in which draw() adds lines.
+  const joined = (series) => uPlot.join(series.flatMap((each) => [
+    ...(each.low && each.low.some(known) ? [[each.x, each.high], [each.x, each.low]] : []),
+    [each.x, each.y],
+    ...(each.look.over ? [[each.x, each.y]] : []),
+  ]));
+
+  // Whether a chart can show another's numbers: the same lines on the same axes.
+  const alike = (one, other) => one.spec.title === other.spec.title && one.spec.x === other.spec.x && one.series.length === other.series.length
+    && one.series.every((each, index) => each.name === other.series[index].name && !each.low && !other.series[index].low);
+
+  function refresh(item, newer) {
+    const { scales, data } = item.drawn;
+    const zoomed = data[0].length > 0 && (scales.x.min > data[0][0] || scales.x.max < data[0][data[0].length - 1]);
+    item.series = newer.series;
+    item.entries.forEach((entry, index) => { entry.final = newer.entries[index].final; });
+    item.plot.setAttribute("aria-label", newer.plot.getAttribute("aria-label"));
+    item.drawn.setData(joined(item.series), !zoomed);
+    if (zoomed) item.drawn.redraw();
+    item.update(item.drawn);
+    const [before, after] = [item, newer].map(({ figure }) => figure.querySelector("figcaption"));
+    if (before && after) before.textContent = after.textContent;
+    else if (after) item.figure.append(after);
+    else if (before) before.remove();
+  }
+
   function draw(item) {
     const { spec, axis, series, plot, at, entries } = item;
     const printing = root.hasAttribute("data-print");
     const width = printing ? PRINT_WIDTH[spec.small ? "small" : "normal"] : plot.clientWidth;
     const height = spec.small ? 210 : 270;
-    const tables = [];
     const lines = [{}];
     const bands = [];
     const shown = []; // index of each entry's line
-    const add = (each, values, options) => {
-      tables.push([each.x, values]);
-      return lines.push({ owner: each.name, label: each.name, show: !hidden.has(each.name), spanGaps: true, ...options }) - 1;
-    };
+    const add = (each, options) => lines.push({ owner: each.name, label: each.name, show: !hidden.has(each.name), spanGaps: true, ...options }) - 1;
     for (const each of series) {
       const colour = paint(each.look.colour);
       if (each.low && each.low.some(known)) {
         const edge = { stroke: "transparent", width: 0, points: { show: false } };
-        const high = add(each, each.high, edge);
-        const low = add(each, each.low, edge);
+        const high = add(each, edge);
+        const low = add(each, edge);
         bands.push({ series: [high, low], fill: `color-mix(in srgb, ${colour} 20%, transparent)` });
       }
       const options = { stroke: colour, width: each.width || 2, dash: each.look.dash, points: { size: 5, fill: colour, show: each.points } };
-      shown.push(add(each, each.y, options));
-      if (each.look.over) add(each, each.y, { ...options, stroke: paint(each.look.over), dash: [7, 7], points: { show: false } });
+      shown.push(add(each, options));
+      if (each.look.over) add(each, { ...options, stroke: paint(each.look.over), dash: [7, 7], points: { show: false } });
     }
     const range = axis.log
       ? (_, low, high) => (known(low) && known(high) ? [low / 1.15, high * 1.15] : [0.1, 1])
@@ -228,6 +257,7 @@ const codistill = (() => {
       });
     };
     plot.replaceChildren();
+    item.update = update;
     item.width = width;
     item.drawn = new uPlot({
       width, height, legend: { show: false }, series: lines, bands,
@@ -246,7 +276,7 @@ const codistill = (() => {
         }),
       ],
       hooks: { setCursor: [update] },
-    }, uPlot.join(tables), plot);
+    }, joined(series), plot);
   }
 
   function redraw() {
@@ -273,12 +303,7 @@ const codistill = (() => {
     const together = about.exchanges ? `together, by ${about.method}` : `each alone (${about.method})`;
     const versions = Object.entries(about.versions).map(([name, version]) => `${name} ${version}`).join(" · ");
     const behind = students.filter((student) => !student.final);
-    return [
-      h("header", {}, h("p", { class: "kicker" }, "codistill · run"), h("h1", {}, data.title),
-        h("p", { class: "lede" }, `${plural(students.length, "student")} ${students.length === 1 ? "learns" : "learn"} `, h("b", {}, about.dataset),
-          `${about.exchanges || students.length === 1 ? " " : ", "}${students.length === 1 && !about.exchanges ? `alone (${about.method})` : together}: ${plural(about.epochs, "epoch")} in batches of ${count(about.batch_size)}, seed ${about.seed}.`)),
-      behind.length ? h("div", { class: "warning", role: "status" }, `Not complete: ${list(behind.map((student) =>
-        `${student.name} ${student.latest ? `was last tested at epoch ${trimmed(student.latest.epoch, 4)}` : "has not been tested"}`))}; the last epoch is ${count(about.epochs)}.`) : null,
+    const summary = [
       runTiles(data),
       studentTable(students),
       facts([
@@ -294,9 +319,21 @@ const codistill = (() => {
         ["Machine", Object.entries(about.machine).map(([name, value]) => `${name}: ${value}`).join(" · "), true],
         ["Command", about.command.length ? h("code", {}, about.command.join(" ")) : null, true],
       ]),
+    ];
+    const drawn = [
       h("h2", {}, "Learning curves"),
       h("p", { class: "note hint" }, "Point at a chart to read every student’s value there; choose a name to hide or show it; drag to zoom, double-click to zoom out."),
       curves(students, rounds, about),
+    ];
+    const going = live && behind.length > 0; // then the curves come first: what else is of interest stands above them
+    return [
+      h("header", {}, h("p", { class: "kicker" }, "codistill · run"), h("h1", {}, data.title),
+        h("p", { class: "lede" }, `${plural(students.length, "student")} ${students.length === 1 ? "learns" : "learn"} `, h("b", {}, about.dataset),
+          `${about.exchanges || students.length === 1 ? " " : ", "}${students.length === 1 && !about.exchanges ? `alone (${about.method})` : together}: ${plural(about.epochs, "epoch")} in batches of ${count(about.batch_size)}, seed ${about.seed}.`)),
+      live ? h("section", { id: "now" }) : null,
+      behind.length && !live ? h("div", { class: "warning", role: "status" }, `Not complete: ${list(behind.map((student) =>
+        `${student.name} ${student.latest ? `was last tested at epoch ${trimmed(student.latest.epoch, 4)}` : "has not been tested"}`))}; the last epoch is ${count(about.epochs)}.`) : null,
+      ...(going ? [...drawn, h("h2", {}, "So far"), ...summary] : [...summary, ...drawn]),
       h("h2", {}, "Waiting"),
       waiting(data),
       h("h2", {}, "Disagreement"),
@@ -331,13 +368,14 @@ const codistill = (() => {
   function studentTable(students) {
     return table("students", "Students, tested after the last epoch (not the best one); where training did not get there, at the latest test.",
       h("tr", {}, head("Student"), head("Model"), head("Parameters", { class: "number" }), head("Device"), head("Test accuracy", { class: "number" }),
-        head("Cross-entropy, nats", { class: "number" }), head("Epoch", { class: "number" })),
+        head("Cross-entropy, nats", { class: "number" }), head("Epoch", { class: "number" }), head("Best test accuracy", { class: "number" })),
       students.map((student, number) => {
         const point = student.final || student.latest;
         return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name), h("td", {}, student.model), cell(count(student.parameters)),
           h("td", {}, student.device || "–"),
           cell([point ? percent(point.accuracy) : "–", point && known(point.accuracy) ? h("span", { class: "meter", "aria-hidden": "true" }, h("i", { style: { width: `${100 * point.accuracy}%`, background: `var(${look(number).colour})` } })) : ""]),
-          cell(point ? nats(point.loss) : "–"), cell(point ? trimmed(point.epoch, 6) : "–"));
+          cell(point ? nats(point.loss) : "–"), cell(point ? trimmed(point.epoch, 6) : "–"),
+          cell(student.best ? [percent(student.best.accuracy), h("span", { class: "spread" }, ` at ${trimmed(student.best.epoch, 6)}`)] : "–"));
       }));
   }
 
@@ -557,15 +595,127 @@ const codistill = (() => {
       }));
   }
 
+  // ---- a run that goes on
+
+  const STATES = { expected: "not here yet", training: "training", absent: "absent", finished: "finished", failed: "failed" };
+  const NOTICE_SECONDS = 3; // shorter waits are the rounds' own
+
+  // link: { lost: why nothing was heard, or null; since: when something was heard last, in ms since 1970 }
+  function now(state, link) {
+    const place = document.getElementById("now");
+    if (place) adopt(place, h("section", { id: "now", class: "now" }, nowLine(state, link), state ? nowDetails(state, link) : null));
+  }
+
+  const hour = (milliseconds) => new Date(milliseconds).toLocaleTimeString("en-GB");
+
+  function nowLine(state, { lost, since }) {
+    const line = (kind, name, ...text) => h("p", { class: `state ${kind}`, role: "status", id: "state" }, h("b", {}, name), " ", h("span", {}, ...text));
+    if (state && state.complete) return line("good", "Finished.", "Every student has trained all its rounds; this page is the run’s report.");
+    if (lost && state && state.ending) return line("bad", "Stopped.", `The server went down at ${hour(since)}. This page goes on by itself when it is started again.`);
+    if (lost) return line("bad", "Connection lost.", `${lost}. ${state ? `What is shown is of ${hour(since)}. ` : ""}Trying again every two seconds.`);
+    if (!state) return line("", "Connecting …");
+    if (state.ending) return line("bad", "Stopping.", "The server goes down.");
+    const { waiting } = state;
+    if (waiting.students.length && waiting.seconds >= NOTICE_SECONDS)
+      return line("bad", "Waiting", `for ${list(waiting.students)} in round ${count(state.round)}, for ${seconds(waiting.seconds, (number) => number.toFixed(0))}.`);
+    const left = state.rate > 0 && state.rounds ? (state.rounds - state.round) / state.rate : null;
+    return line("good", "Running.", state.rounds ? `Round ${count(state.round)} of ${count(state.rounds)}${known(left) && state.rate >= 0.01 ? `, about ${seconds(left, (number) => number.toFixed(0))} left at ${rate(state.rate)}` : ""}.` : "No student has joined yet.");
+  }
+
+  const rate = (value) => `${value >= 100 ? value.toFixed(0) : value.toPrecision(2)} rounds/s`;
+
+  function nowDetails(state, { lost }) {
+    if (state.complete) return [];
+    const { waiting, students } = state;
+    const awaited = new Set(waiting.seconds >= NOTICE_SECONDS ? waiting.students : []);
+    const figures = [
+      tile(state.rounds ? percent(state.round / state.rounds, 1) : "–", `of the rounds: ${count(state.round)} of ${count(state.rounds || null)}`, true),
+      tile(rate(state.rate), "closed, over the last seconds"),
+      tile(waiting.students.length ? seconds(waiting.seconds) : `0${GAP}s`, waiting.students.length ? `round ${count(state.round)} waits for ${list(waiting.students)}` : `nobody is waited for in round ${count(state.round)}`),
+      ...(known(state.ensemble) ? [tile(percent(state.ensemble), "accuracy of the ensemble on training samples, over the last epoch")] : []),
+    ];
+    const some = { missed: students.some((student) => student.missed_rounds), joins: students.some((student) => student.joins > 1), restarts: [...best.values()].some((each) => each.restarts) };
+    const rows = students.map((student, number) => {
+      const more = best.get(student.name) || {};
+      return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name),
+        h("td", {}, h("span", { class: `peer ${awaited.has(student.name) ? "awaited" : student.state}` }, awaited.has(student.name) ? `${STATES[student.state] || student.state}, waited for` : STATES[student.state] || student.state)),
+        cell(count(student.round)), cell(student.epoch.toFixed(1)), cell(percent(student.train)), cell(percent(student.test)), cell(percent(more.accuracy)),
+        cell(seconds(student.step)), cell(seconds(student.wait)),
+        some.missed ? cell(count(student.missed_rounds)) : null, some.restarts ? cell(count(more.restarts || 0)) : null, some.joins ? cell(count(student.joins)) : null);
+    });
+    const heads = h("tr", {}, head("Student"), head("State"), head("Round", { class: "number" }), head("Epoch", { class: "number" }), head("Training accuracy", { class: "number" }),
+      head("Test accuracy", { class: "number" }), head("Best test", { class: "number" }), head("Step", { class: "number" }), head("of it waiting", { class: "number" }),
+      some.missed ? head("Missed rounds", { class: "number" }) : null, some.restarts ? head("Restarts", { class: "number" }) : null, some.joins ? head("Joins", { class: "number" }) : null);
+    const events = h("ol", { class: "latest", id: "latest" }, [...state.events].reverse().map((event) => h("li", {}, h("time", { title: moment(event.time) }, hour(1000 * event.time)), " ",
+      h("code", {}, event.what), " ", event.student ? h("b", {}, event.student) : "", ` ${event.message}`)));
+    return h("div", { class: lost ? "stale" : null, id: "details" }, h("div", { class: "tiles" }, figures), table("peers", "Where every student is now.", heads, rows),
+      state.events.length ? [h("h3", {}, "Last events"), events] : null);
+  }
+
   // ---- the page
 
+  const keyOf = (node) => node.id || "";
+
+  // Makes `old` what `fresh` is, and touches only what differs, so that what the reader reads or holds stays.
+  function adopt(old, fresh) {
+    if (drawnIn.has(old) || drawnIn.has(fresh)) {
+      const [was, is] = [drawnIn.get(old), drawnIn.get(fresh)];
+      if (was && is && was.drawn && alike(was, is)) {
+        refresh(was, is);
+        charts[charts.indexOf(is)] = was;
+      } else {
+        old.replaceWith(fresh);
+      }
+      return;
+    }
+    if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) {
+      old.replaceWith(fresh);
+      return;
+    }
+    if (old.nodeType === Node.TEXT_NODE) {
+      if (old.data !== fresh.data) old.data = fresh.data;
+      return;
+    }
+    for (const { name } of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+    for (const { name, value } of [...fresh.attributes]) if (name !== "style" && old.getAttribute(name) !== value) old.setAttribute(name, value);
+    if (old.style && old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
+    adoptChildren(old, [...fresh.childNodes]);
+  }
+
+  function adoptChildren(parent, wanted) {
+    const keyed = new Map([...parent.childNodes].filter(keyOf).map((node) => [keyOf(node), node]));
+    let at = parent.firstChild;
+    for (const fresh of wanted) {
+      const old = keyOf(fresh) ? keyed.get(keyOf(fresh)) : at && !keyOf(at) && at.nodeName === fresh.nodeName ? at : null;
+      if (!old) {
+        parent.insertBefore(fresh, at);
+        continue;
+      }
+      if (old === at) at = at.nextSibling;
+      else parent.insertBefore(old, at);
+      if (old.id !== "now") adopt(old, fresh);
+    }
+    while (at) {
+      const next = at.nextSibling;
+      at.remove();
+      at = next;
+    }
+  }
+
+  function waitingForData({ title }) {
+    return [h("header", {}, h("p", { class: "kicker" }, "codistill · run"), h("h1", {}, title)), h("section", { id: "now" })];
+  }
+
   function render(data) {
-    for (const item of charts) if (item.drawn) item.drawn.destroy();
+    const before = charts;
     charts = [];
-    const content = data.kind === "comparison" ? comparison(data) : run(data);
-    document.getElementById("report").replaceChildren(...content.filter(Boolean),
-      h("footer", {}, "Made by codistill from the records in this folder. This page loads nothing from anywhere."));
-    for (const item of charts) draw(item);
+    live = live || data.kind === "live";
+    if (data.kind === "run") best = new Map(data.students.map((student) => [student.name, { accuracy: student.best ? student.best.accuracy : null, restarts: student.restarts }]));
+    const content = data.kind === "comparison" ? comparison(data) : data.kind === "run" ? run(data) : waitingForData(data);
+    adoptChildren(document.getElementById("report"), [...content.filter(Boolean),
+      h("footer", {}, live ? "Made by codistill from the records of this run, by its own server. This page loads nothing from anywhere else." : "Made by codistill from the records in this folder. This page loads nothing from anywhere.")]);
+    for (const item of before) if (item.drawn && !charts.includes(item)) item.drawn.destroy();
+    for (const item of charts) if (!item.drawn) draw(item);
     root.dataset.charts = String(charts.length);
   }
 
@@ -575,7 +725,7 @@ const codistill = (() => {
   window.addEventListener("beforeprint", () => { root.setAttribute("data-print", ""); redraw(); });
   window.addEventListener("afterprint", () => { root.removeAttribute("data-print"); redraw(); });
 
-  return { render };
+  return { render, now };
 })();
 
 codistill.render(JSON.parse(document.getElementById("document").textContent));

@@ -1,0 +1,177 @@
+"""The compose files and images, without an engine: they say what the command and the example can do."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from codistill import __version__
+from codistill.experiment import load
+from codistill_deploy.cli import DEFAULT_SERVER, app
+from codistill_deploy.restarts import DEFAULT_RESTARTS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text(encoding="utf-8")
+_VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+def read(name: str) -> dict[str, Any]:
+    """Returns a compose file with the defaults of its variables filled in."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return yaml.safe_load(_VARIABLE.sub(lambda found: found[2], text))
+
+
+COMPOSE = read("docker-compose.yml")
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+EXPERIMENT = load(ROOT / "examples" / "digits.yaml")
+GPU: dict[str, dict[str, Any]] = read("docker-compose.gpu.yml")["services"]
+LASTING = {name: service for name, service in SERVICES.items() if name != "token"}
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """Returns what the command makes of its arguments; fails where it would refuse them."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    name, *rest = arguments
+    sub = command.commands[name]
+    return sub.make_context(name, list(rest)).params
+
+
+def of_codistill() -> dict[str, list[str]]:
+    """Returns every command line of ours: of services, and of healthchecks."""
+    found = {name: SERVICES[name]["command"] for name in ("server", *EXPERIMENT.names)}
+    for name, service in SERVICES.items():
+        test = service["healthcheck"].get("test", [])
+        if test[1:2] == ["codistill"]:
+            found[f"{name}'s health"] = test[2:]
+    return found
+
+
+def test_there_is_a_worker_for_each_student_and_nothing_else_unexpected() -> None:
+    assert set(SERVICES) == {"token", "server", "prometheus", "grafana", *EXPERIMENT.names}
+    for name in EXPERIMENT.names:
+        assert parsed(SERVICES[name]["command"])["student"] == name
+        assert parsed(SERVICES[name]["healthcheck"]["test"][2:])["student"] == name
+
+
+@pytest.mark.parametrize(("name", "arguments"), of_codistill().items())
+def test_the_command_takes_its_arguments(name: str, arguments: list[str]) -> None:
+    given = parsed(arguments)
+    if "experiment" in given:
+        assert load(ROOT / given["experiment"]) == EXPERIMENT
+    if name in EXPERIMENT.names:
+        assert given["server"] == f"server:{DEFAULT_SERVER.rpartition(':')[2]}"
+
+
+def test_the_server_serves_on_and_writes_the_report() -> None:
+    given = parsed(SERVICES["server"]["command"])
+    assert given["stay"]
+    assert given["report"]
+    assert not given["insecure"], "the token protects it"
+    assert given["listen"].endswith(DEFAULT_SERVER.rpartition(":")[2]), "where its healthcheck asks"
+    assert DOCKERFILE.count("EXPOSE 50551 9464") == 1
+
+
+def test_the_baseline_is_the_same_students_alone() -> None:
+    alone = load(ROOT / "examples" / "digits-alone.yaml").model_dump()
+    together = EXPERIMENT.model_dump()
+    assert {key for key in together if alone[key] != together[key]} == {"name", "distillation"}
+    assert alone["distillation"]["method"] == "independent"
+
+
+def test_images_are_pinned() -> None:
+    foreign = [service["image"] for service in SERVICES.values() if "build" not in service]
+    bases = [line.split()[1] for line in DOCKERFILE.splitlines() if line.startswith("FROM ") and ":" in line]
+    assert len(bases) == 2
+    for image in (*foreign, *bases):
+        assert re.fullmatch(r"[\w/.-]+:v?\d+\.\d+\.\d+[\w.-]*", image), image
+    own = {service["image"] for service in (*SERVICES.values(), *GPU.values()) if "build" in service}
+    assert own == {
+        f"codistill-{name}" for name in (f"server:{__version__}", f"worker:{__version__}", f"worker:{__version__}-cuda")
+    }
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_every_service_is_checked_restarted_and_has_no_rights_to_spare(name: str) -> None:
+    service = SERVICES[name]
+    assert service["healthcheck"]["test"][0] == "CMD", "no shell in between"
+    assert service["restart"] == f"on-failure:{DEFAULT_RESTARTS}"
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+
+
+def test_who_waits_for_whom() -> None:
+    def awaited(name: str) -> dict[str, str]:
+        return {other: each["condition"] for other, each in SERVICES[name].get("depends_on", {}).items()}
+
+    assert awaited("server") == {"token": "service_completed_successfully"}
+    assert awaited("grafana") == {"prometheus": "service_healthy"}
+    for name in EXPERIMENT.names:
+        assert awaited(name) == {"server": "service_healthy"}
+
+
+def test_ports_are_on_loopback_alone() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"server", "prometheus", "grafana"}
+    for ports in published.values():
+        for port in ports:
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)
+
+
+def test_volumes_are_named_and_what_is_mounted_is_there() -> None:
+    for service in SERVICES.values():
+        for volume in service["volumes"]:
+            source, target, *mode = volume.split(":")
+            if source.startswith("./"):
+                assert (ROOT / source).exists()
+                assert mode == ["ro"]
+            else:
+                assert source in COMPOSE["volumes"]
+            assert target.startswith("/")
+    for name in ("server", *EXPERIMENT.names):
+        assert "runs:/codistill/runs" in SERVICES[name]["volumes"]
+        assert "token:/codistill/token:ro" in SERVICES[name]["volumes"]
+        assert SERVICES[name]["read_only"], "a run whose volume is missing must fail"
+
+
+def test_each_worker_has_a_gpu_of_its_own() -> None:
+    assert set(GPU) == set(EXPERIMENT.names)
+    devices = [service["deploy"]["resources"]["reservations"]["devices"] for service in GPU.values()]
+    assert len({device["device_ids"][0] for (device,) in devices}) == len(GPU)
+    for (device,) in devices:
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+        assert len(device["device_ids"]) == 1
+
+
+def test_processes_run_without_root_and_get_the_signal_themselves() -> None:
+    runtime = DOCKERFILE.partition(" AS runtime")[2]
+    assert "USER 10001:10001" in runtime
+    assert 'ENTRYPOINT ["codistill"]' in runtime
+    assert "STOPSIGNAL SIGTERM" in runtime
+    for name in ("server", *EXPERIMENT.names):
+        assert "entrypoint" not in SERVICES[name]
+
+
+def test_an_image_has_its_own_sides_packages_and_the_tested_versions() -> None:
+    installs = [line for line in DOCKERFILE.splitlines() if " install " in line and "pip" in line]
+    assert len(installs) == 3
+    assert all("-c constraints.txt" in line for line in installs)
+    assert [re.findall(r"'\.\[(\w+)\]'", line) for line in installs] == [[], ["server"], ["worker"]]
+    copied = {
+        word
+        for line in DOCKERFILE.splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for word in shlex.split(line)[1:-1]
+    }
+    kept = {
+        line[1:].split("/")[0]
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    }
+    assert copied == kept
