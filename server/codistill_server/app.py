@@ -446,9 +446,7 @@ def _address(host: str, port: int) -> str:
 
 
 def _reached(host: str, port: int, advertise: str | None = None) -> str:
-    """Returns how a server is reached: one on every address by the advertised host, or from here by the loopback's; a
-    certificate can hold that one.
-    """
+    """Returns how a server is reached: one on every address as advertised, else by the loopback's; a certificate can hold it."""
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)  # noqa: S104
     return _address(host if loopback is None else advertise or loopback, port)
 
