@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,9 +127,22 @@ def run(
     stop = _stop_on_signals()
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
-    code = _reported(
-        folder, lambda: _run_one(loaded, folder, loaded.name, experiment, stop, resume, in_process, wire, restarts)
-    )
+    from codistill_deploy import generations
+
+    runs = [(loaded, folder)]
+    if generations.in_sequence(loaded):
+        runs = list(generations.planned(loaded, folder.path))
+    code = ExitCode.OK
+    for number, (one, place) in enumerate(runs, 1):
+        title = loaded.name if len(runs) == 1 else f"{loaded.name}, generation {number} of {len(runs)}"
+        if len(runs) > 1 and resume and generations.is_trained(place):
+            _console.print(f"{title}: trained already")
+            continue
+        again = resume and (len(runs) == 1 or place.experiment_file.exists())
+        one_run = partial(_run_one, one, place, title, experiment, stop, again, in_process, wire, restarts)
+        code = _reported(place, one_run)
+        if code is not ExitCode.OK:
+            break
     if code is ExitCode.INTERRUPTED:
         again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")
         _console.print(f"stopped; go on with: {again}", soft_wrap=True)
@@ -157,9 +171,7 @@ def ray(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
     metrics_port: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=65535, help="The live page's and the metrics' port; by default one on the node's loopback."
-        ),
+        typer.Option(min=1, max=65535, help="The Prometheus metrics' port; by default one on the node's loopback."),
     ] = None,
     wait_for_resources: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for CPUs and GPUs that are not there.")
@@ -180,6 +192,7 @@ def ray(
     A server and one worker per student in actors, each with its CPUs and GPUs, and a report at the end.
     """
     loaded = load(experiment)
+    from codistill_deploy import generations
     from codistill_deploy.on_ray.driver import RayOptions, run_on_ray
     from codistill_deploy.on_ray.host import Serving
     from codistill_deploy.on_ray.plan import check_devices
@@ -199,7 +212,8 @@ def ray(
         experiment.parent,
         security,
     )
-    sys.path[:0] = [str(experiment.parent.resolve()), str(Path.cwd())]
+    generations.refuse(loaded)
+    _find_modules_beside(experiment)
     check(loaded, str(experiment), here=False)
     check_devices(loaded, str(experiment))
     again = folder.experiment_file.exists()
@@ -268,10 +282,10 @@ def serve(
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
     advertise: Annotated[
         str | None, typer.Option(help="The host by which others reach the server, written into the run's folder.")
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -280,9 +294,12 @@ def serve(
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
+    from codistill_deploy.generations import refuse
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
+    refuse(loaded)
+    _find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     stop = threading.Event()
     follow_parent(stop)
@@ -312,7 +329,7 @@ def serve(
 @app.command()
 def work(
     experiment: ExperimentArgument,
-    student: Annotated[str, typer.Option(help="The student to train.")],
+    student: Annotated[str, typer.Option(help="The student to train, or the teacher to run.")],
     server: Annotated[
         str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
     ] = None,
@@ -322,20 +339,21 @@ def work(
     tls_ca: TlsCaOption = None,
     token_file: TokenFileOption = None,
 ) -> None:
-    """Train one student against an aggregation server. A checkpoint in the run's folder is gone on with."""
+    """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
     loaded = load(experiment)
     from codistill.security import read
+    from codistill_deploy.generations import refuse
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
-    sys.path.insert(0, str(Path.cwd()))
-    sys.path.insert(0, str(experiment.resolve().parent))
+    refuse(loaded)
+    _find_modules_beside(experiment)
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     check_student(loaded, student)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
-    folder.join(loaded, [student])
+    folder.join(loaded, [student] if student in loaded.names else [])
     stop = threading.Event()
     follow_parent(stop)
     options = WorkOptions(student, server or "", folder.path, security)
@@ -531,7 +549,7 @@ def _run_one(
     from codistill_server.app import check as check_server
 
     search_path = source.parent
-    sys.path[:0] = [str(search_path.resolve()), str(Path.cwd())]
+    _find_modules_beside(source)
     security = wire.security or Security()
     check_server(ServeOptions(wire.listen, folder.path, wire.metrics, wire.insecure, security=security))
     check(experiment, str(source))
@@ -591,6 +609,11 @@ def _reported(folder: RunFolder, run: Callable[[], ExitCode]) -> ExitCode:
         raise
     _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
     return code
+
+
+def _find_modules_beside(experiment: Path) -> None:
+    """Lets `package.module:callable` be found in the working folder and in the experiment file's."""
+    sys.path[:0] = [str(experiment.resolve().parent), str(Path.cwd())]
 
 
 def _stop_on_signals() -> threading.Event:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from codistill.distillation import Distillation
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Distillation, Experiment
+from codistill.experiment import Experiment
 from codistill_deploy.comparison import ComparisonIndex, IndexedRun
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
@@ -17,13 +18,32 @@ from codistill_deploy.run_folder import RunFolder
 __all__ = ["compare", "with_method"]
 
 _DISTILLATION: TypeAdapter[Distillation] = TypeAdapter(Distillation)
-METHODS = ("independent", "dml", "kdcl", "kdcl/naive", "kdcl/linear", "kdcl/min_logit", "kdcl/general")
+METHODS = (
+    "independent",
+    "kd",
+    "logit_regression",
+    "vid",
+    "rkd_distance",
+    "rkd_angle",
+    "rkd",
+    "fddml",
+    "hddml",
+    "dml",
+    "dcm",
+    "kdcl",
+    "kdcl/naive",
+    "kdcl/linear",
+    "kdcl/min_logit",
+    "kdcl/general",
+    "cross_architecture",
+)
 
 
 def with_method(experiment: Experiment, method: str) -> Experiment:
     """Returns the experiment with another method.
 
-    The experiment's own settings hold where the method is its own; otherwise the method's defaults do.
+    The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A method that has
+    no teachers leaves out the experiment's.
 
     Args:
         experiment: what to run.
@@ -42,7 +62,9 @@ def with_method(experiment: Experiment, method: str) -> Experiment:
     if variant:
         settings["ensemble"] = variant
     try:
-        return experiment.replace(distillation=_DISTILLATION.validate_python(settings))
+        distillation = _DISTILLATION.validate_python(settings)
+        teachers = experiment.teachers if distillation.teachers[1] else ()
+        return experiment.replace(distillation=distillation, teachers=teachers)
     except ValidationError as error:
         raise CommandError(f"--methods: {method}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 

@@ -219,7 +219,7 @@ def summarise(runs: Iterable[MethodRun]) -> Comparison:
             incomplete.append(Incomplete(run.method, run.seed, run.path, run.problem))
             continue
         unfinished: list[str] = []
-        for student in run.history.students:
+        for student in (each for each in run.history.students if not each.teacher):
             model, parameters = described.get(student.name, (student.model, None))
             described[student.name] = (model, student.parameters if parameters is None else parameters)
             if student.final is None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Augment, Experiment
+from codistill.experiment import Augment, Experiment, TeacherPlan
 from codistill.identity import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
@@ -29,6 +29,7 @@ from codistill_worker.app import choose_device, student_folder, use_deterministi
 from codistill_worker.checkpoints import CheckpointStore
 from codistill_worker.errors import WorkerError
 from codistill_worker.learner import Learner
+from codistill_worker.teaching import Teaching
 
 __all__ = ["LocalExchange", "run_in_process"]
 
@@ -138,23 +139,28 @@ def _submit(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) 
     done(work())
 
 
-def _learners(experiment: Experiment, folder: RunFolder, coordinator: Coordinator, watchdog: Watchdog) -> list[Learner]:
+def _learners(
+    experiment: Experiment, folder: RunFolder, coordinator: Coordinator, watchdog: Watchdog
+) -> list[Learner | Teaching]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
-    learners: list[Learner] = []
-    for position, name in enumerate(experiment.names):
-        plan = experiment.plan(name)
+    learners: list[Learner | Teaching] = []
+    for position, name in enumerate(experiment.participants):
+        plan = experiment.teacher_plan(name) if name in experiment.teacher_names else experiment.plan(name)
         device = choose_device(plan.training.device, position)
         # Students differ in how they augment a data set, never in which; one copy a device serves them all.
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
         if key not in datasets:
             datasets[key] = data.load(plan.data, device)
-        store = CheckpointStore(student_folder(folder.path, name))
         exchange = LocalExchange(coordinator)
+        if isinstance(plan, TeacherPlan):
+            learners.append(Teaching(experiment, plan, datasets[key], device, exchange, watchdog=watchdog))
+            continue
+        store = CheckpointStore(student_folder(folder.path, name))
         learners.append(Learner(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
     return learners
 
 
-def _train(learners: list[Learner], coordinator: Coordinator, view: View, stop: threading.Event) -> ExitCode:
+def _train(learners: list[Learner | Teaching], coordinator: Coordinator, view: View, stop: threading.Event) -> ExitCode:
     while not all(learner.done for learner in learners):
         if stop.is_set():
             for learner in learners:
@@ -162,8 +168,8 @@ def _train(learners: list[Learner], coordinator: Coordinator, view: View, stop: 
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
         # Students resume at the rounds of their own checkpoints; those behind catch up from the journal.
-        behind = min(learner.trainer.round for learner in learners)
-        turn = [learner for learner in learners if learner.trainer.round == behind]
+        behind = min(learner.round for learner in learners)
+        turn = [learner for learner in learners if learner.round == behind]
         for learner in turn:
             learner.begin_round()
         for learner in turn:

@@ -1,4 +1,4 @@
-"""A run on this machine: the server and one worker process per student, kept alive and ended together."""
+"""A run on this machine: the server and one worker process per student and teacher, kept alive and ended together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.security import Security
+from codistill_deploy import parts
 from codistill_deploy.crew import Crew
-from codistill_deploy.parts import serve_arguments, work_arguments
 from codistill_deploy.processes import Launch, Process
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
@@ -73,7 +73,7 @@ def run_local(
         again = f"codistill run … --run-dir {folder.path} --resume"
         crew = Crew(experiment, folder, view, options.security, again=again)
         server = _server(folder, options, launch, listen.address, metrics.address)
-        workers = [_worker(folder, name, options, launch) for name in experiment.names]
+        workers = [_worker(part, folder, options, launch) for part in parts.workers(experiment, folder)]
         return crew.run(server, workers, stop, announce=options.announce)
     finally:
         os.close(writing)
@@ -91,7 +91,7 @@ def _environment(options: LocalOptions) -> dict[str, str]:
 
 
 def _server(folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str) -> Member:
-    serve = [*serve_arguments(folder), "--listen", listen, "--metrics", metrics]
+    serve = [*parts.serve_arguments(folder), "--listen", listen, "--metrics", metrics]
     serve += ["--insecure"] if options.insecure else []
     command = [sys.executable, *serve]
     return Member(
@@ -104,6 +104,6 @@ def _server(folder: RunFolder, options: LocalOptions, launch: Launch, listen: st
     )
 
 
-def _worker(folder: RunFolder, name: str, options: LocalOptions, launch: Launch) -> Member:
-    command, log = [sys.executable, *work_arguments(folder, name)], folder.student_log(name)
-    return Member(f"student {name!r}", name, lambda: Process(command, log, launch), log, options.restarts)
+def _worker(part: parts.Part, folder: RunFolder, options: LocalOptions, launch: Launch) -> Member:
+    command = [sys.executable, *parts.work_arguments(folder, part.name)]
+    return Member(part.title, part.name, lambda: Process(command, part.log, launch), part.log, options.restarts)

@@ -11,6 +11,7 @@ server.json             the server's address, while it is up
 driver.json             by which the nodes of a Ray cluster see that they share the folder; host.lock by the actor of a server or a student
 server.log
 students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
+teachers/NAME/          log.txt
 report.html
 """
 
@@ -83,6 +84,10 @@ class RunFolder:
     def student(self, name: str) -> Path:
         """The folder of one student."""
         return self.path / "students" / name
+
+    def teacher_log(self, name: str) -> Path:
+        """What a teacher's worker printed."""
+        return self.path / "teachers" / name / "log.txt"
 
     def student_log(self, name: str) -> Path:
         """What a student's worker printed."""
@@ -233,6 +238,8 @@ class RunFolder:
         (self.path / "students").mkdir(parents=True, exist_ok=True)
         for name in students:
             self.student(name).mkdir(exist_ok=True)
+        for name in experiment.teacher_names:
+            self.teacher_log(name).parent.mkdir(parents=True, exist_ok=True)
         _sync_folder(self.path / "students")
         write_atomically(self.path / "run.json", json.dumps(_about(mode), indent=2) + "\n")
         # Last, as it makes the folder a run's.

@@ -183,7 +183,7 @@ def status_table(run: pb.Run) -> Table:
         if student.name in run.waiting_for and run.waiting_seconds > _NOTICE_SECONDS:
             state, style = f"{state}, waited for", "yellow"
         table.add_row(
-            Text(student.name, style="bold"),
+            Text(f"{student.name} (teacher)" if student.teacher else student.name, style="bold"),
             student.model,
             Text(state, style=style),
             f"{student.round}",

@@ -96,9 +96,9 @@ def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{path}: is needed and not given"
     if kind == "union_tag_invalid":
-        return f"{path}.method: {context.get('tag')!r} is not a method; allowed: independent, dml, kdcl"
+        return f"{path}.method: {context.get('tag')!r} is not a method; allowed: {_methods(root)}"
     if kind == "union_tag_not_found":
-        return f"{path}.method: is needed and not given; allowed: independent, dml, kdcl"
+        return f"{path}.method: is needed and not given; allowed: {_methods(root)}"
     if kind == "value_error":
         message = str(error["msg"]).removeprefix("Value error, ")
         return (
@@ -107,6 +107,12 @@ def _line(error: dict[str, Any], root: type[BaseModel]) -> str:
             else f"{path}: {message}".removeprefix(": ")
         )
     return f"{path}: {shown(value)} is not allowed: {_reason(error)}"
+
+
+def _methods(root: type[BaseModel]) -> str:
+    """Returns the names of the methods that a section may choose."""
+    methods = _models_in(root.model_fields["distillation"].annotation)
+    return ", ".join(model.model_fields["method"].default for model in methods)
 
 
 def _reason(error: dict[str, Any]) -> str:

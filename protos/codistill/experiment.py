@@ -9,7 +9,6 @@ them and are left out of the identity.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -19,26 +18,26 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from codistill.complaints import DEVICE, NAME, InconsistentError, lines, shown
+from codistill.complaints import DEVICE, NAME, InconsistentError, lines
+from codistill.distillation import BornAgain, CrossArchitecture, Distillation, DistillationOverrides, Dml, Kdcl
+from codistill.sections import OPERATIONAL, REFERENCE, Section, plain_values
 
 __all__ = [
     "DATASETS",
     "KEEPALIVE_ANSWER",
     "Augment",
     "Data",
-    "Distillation",
-    "Dml",
     "Exchange",
     "Experiment",
     "ExperimentError",
-    "Independent",
     "Journal",
-    "Kdcl",
     "Normalize",
     "Optimizer",
     "Schedule",
     "Student",
     "StudentPlan",
+    "Teacher",
+    "TeacherPlan",
     "Training",
     "load",
     "parse",
@@ -46,9 +45,6 @@ __all__ = [
 
 KEEPALIVE_ANSWER = 10.0
 """Seconds that a peer has to answer a keepalive ping before its link is cut."""
-
-_OPERATIONAL: dict[str, Any] = {"operational": True}
-_REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
 class ExperimentError(ValueError):
@@ -110,13 +106,8 @@ DATASETS: Mapping[str, DatasetInfo] = {
 }
 
 
-class _Section(BaseModel):
-    # Strict: true and "3" are no numbers, however well they would convert. YAML has lists only, so tuples are not.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
-
-
-class Augment(_Section):
-    """How training images are varied. Every student draws its own crop and flip of the same sample."""
+class Augment(Section):
+    """How training images are varied."""
 
     crop_padding: int = Field(
         default=0,
@@ -125,9 +116,13 @@ class Augment(_Section):
         description="Pixels of zero padding around an image before a random crop of its own size; 0 for none.",
     )
     flip: bool = Field(default=False, description="Mirror an image left to right with probability ½.")
+    view: Literal["auto", "own", "shared"] = Field(
+        default="auto",
+        description="`own`: every student draws its own crop and flip of the same sample; `shared`: all see the same; `auto`: `shared` where a teacher teaches, `own` elsewhere.",
+    )
 
 
-class Normalize(_Section):
+class Normalize(Section):
     """Channel statistics, of pixel values scaled to 0..1."""
 
     mean: tuple[float, ...] = Field(description="Mean of each channel.", min_length=1, strict=False)
@@ -142,7 +137,7 @@ class Normalize(_Section):
         return self
 
 
-class Data(_Section):
+class Data(Section):
     """What the students learn."""
 
     dataset: str = Field(
@@ -153,12 +148,12 @@ class Data(_Section):
     root: str = Field(
         default="data",
         description="Folder that holds the data set's files; not used by `digits`.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     download: bool = Field(
         default=False,
         description="Let torchvision download the data set into `root` if it is not there.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     classes: int | None = Field(
         default=None,
@@ -197,14 +192,14 @@ class Data(_Section):
         default=4.0,
         gt=0,
         description="Decoded images up to this size are kept on the device as uint8; a larger set streams from disk.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     loader_workers: int = Field(
         default=2,
         ge=0,
         le=256,
         description="Threads that decode images where the set streams from disk.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
 
     @field_validator("dataset")
@@ -232,7 +227,7 @@ class Data(_Section):
         return count
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """The student's optimiser, one of torch.optim's."""
 
     name: Literal["sgd", "adamw"] = Field(default="sgd", description="`sgd` or `adamw`.")
@@ -252,7 +247,7 @@ class Optimizer(_Section):
         return self
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """How the learning rate moves, per round."""
 
     name: Literal["constant", "cosine", "steps"] = Field(
@@ -272,7 +267,7 @@ class Schedule(_Section):
         return self
 
 
-class Training(_Section):
+class Training(Section):
     """How a student learns."""
 
     epochs: int = Field(ge=1, le=1_000_000, description="Passes over the training samples.")
@@ -291,7 +286,7 @@ class Training(_Section):
         default="auto",
         pattern=DEVICE,
         description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="`bfloat16` runs the forward pass under autocast."
@@ -315,13 +310,13 @@ class Training(_Section):
         default=30.0,
         ge=0,
         description="Seconds between two checkpoints; 0 for one after every round. The last round is always saved.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     hang_after: float = Field(
         default=600.0,
         gt=0,
         description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
 
     @model_validator(mode="after")
@@ -338,64 +333,7 @@ class Training(_Section):
         return self
 
 
-class Independent(_Section):
-    """Every student alone, on the labels: the baseline of every comparison. Nothing is exchanged."""
-
-    method: Literal["independent"] = Field(default="independent", description="Each student alone.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="ε of y' = (1−ε)·onehot + ε/C.")
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether students publish anything."""
-        return False
-
-    @property
-    def title(self) -> str:
-        """The method with its variant."""
-        return self.method
-
-
-class _Exchanging(_Section):
-    @property
-    def exchanges(self) -> bool:
-        """Whether students publish anything."""
-        return True
-
-    @property
-    def title(self) -> str:
-        """The method with its variant."""
-        return cast("str", getattr(self, "method"))  # noqa: B009 - each subclass declares its own literal
-
-
-class Dml(_Exchanging):
-    """Deep mutual learning (Zhang et al. 2018): every student mimics the others' probabilities."""
-
-    method: Literal["dml"] = Field(default="dml", description="Deep mutual learning.")
-    weight: float = Field(default=1.0, ge=0, description="Weight of the mutual term.")
-    temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
-
-
-class Kdcl(_Exchanging):
-    """Collaborative learning (Guo et al. 2020): every student learns from one ensemble's soft target."""
-
-    method: Literal["kdcl"] = Field(default="kdcl", description="Collaborative learning with an ensemble.")
-    ensemble: Literal["naive", "linear", "min_logit", "general"] = Field(
-        default="min_logit",
-        description="How the target is made: the best student's logits; the best combination; the least margins; weights measured on held-out samples.",
-    )
-    weight: float = Field(default=1.0, ge=0, description="λ, the weight of the distillation term.")
-    temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")
-
-    @property
-    def title(self) -> str:
-        """The method with its variant."""
-        return f"{self.method}/{self.ensemble}"
-
-
-Distillation = Annotated[Independent | Dml | Kdcl, Field(discriminator="method")]
-
-
-class Journal(_Section):
+class Journal(Section):
     """The closed rounds on the server's disk."""
 
     durability: Literal["process", "power"] = Field(
@@ -408,7 +346,7 @@ class Journal(_Section):
     )
 
 
-class Exchange(_Section):
+class Exchange(Section):
     """How workers and server speak."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
@@ -419,51 +357,51 @@ class Exchange(_Section):
         default=30.0,
         gt=0,
         description="Seconds that a worker tries to reach a server that it has never reached.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     give_up_after: float = Field(
         default=600.0,
         gt=0,
         description="Seconds that a worker waits for one round's targets, or for a server that went away, before it ends.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     on_absence: Literal["wait", "proceed"] = Field(
         default="wait",
         description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits; `proceed`: it closes at its deadline without those that are away, and they catch up from the journal.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     quorum: int = Field(
         default=2,
         ge=2,
         description="With `proceed`: contributions that a round needs to be given targets; below it the students learn from the labels alone for that round.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     round_deadline: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default="auto",
         description="With `proceed`: seconds from a round's first contribution until it goes on without the absent; `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     evict_after: float = Field(
         default=30.0,
         gt=0,
         description="With `proceed`: seconds of silence after which an absent student's session is ended, and for which a student that has not joined yet is waited for.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     keepalive: float = Field(
         default=30.0,
         ge=5,
         le=240,
         description="Seconds between the pings that find a peer which vanished without a word; it has 10 s to answer.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     waiting_notice: float = Field(
         default=5.0,
         gt=0,
         description="Seconds between the server's notices to those who wait.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     journal: Journal = Field(
-        default_factory=Journal, description="The closed rounds on the server's disk.", json_schema_extra=_OPERATIONAL
+        default_factory=Journal, description="The closed rounds on the server's disk.", json_schema_extra=OPERATIONAL
     )
 
     @model_validator(mode="after")
@@ -483,7 +421,7 @@ class Exchange(_Section):
         return self
 
 
-class TrainingOverrides(_Section):
+class TrainingOverrides(Section):
     """What of `training` one student may have of its own."""
 
     optimizer: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.optimizer`.")
@@ -493,27 +431,20 @@ class TrainingOverrides(_Section):
         default=None,
         pattern=DEVICE,
         description="As in `training`.",
-        json_schema_extra=_OPERATIONAL,
+        json_schema_extra=OPERATIONAL,
     )
     precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
     channels_last: bool | None = Field(default=None, description="As in `training`.")
     threads: int | None = Field(default=None, ge=1, le=256, description="As in `training`.")
 
 
-class DataOverrides(_Section):
+class DataOverrides(Section):
     """What of `data` one student may have of its own."""
 
     augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
 
 
-class DistillationOverrides(_Section):
-    """What of `distillation` one student may have of its own."""
-
-    weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
-    temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
-
-
-class Student(_Section):
+class Student(Section):
     """One student: a model, and whatever it does differently from the others."""
 
     name: str = Field(
@@ -535,18 +466,51 @@ class Student(_Section):
     @field_validator("model_args")
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key, item in value.items():
-            try:
-                json.dumps(item, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{key}: {shown(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
-                    "lists and maps of them"
-                ) from error
-        return value
+        return plain_values(value)
 
 
-class StudentPlan(_Section):
+class TeacherTraining(Section):
+    """What of `training` a teacher has of its own: how it is run, as it learns nothing."""
+
+    device: str | None = Field(
+        default=None, pattern=DEVICE, description="As in `training`.", json_schema_extra=OPERATIONAL
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
+    channels_last: bool | None = Field(default=None, description="As in `training`.")
+    threads: int | None = Field(default=None, ge=1, le=256, description="As in `training`.")
+
+
+class Teacher(Section):
+    """One teacher: a model with weights that never change."""
+
+    name: str = Field(
+        pattern=NAME,
+        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have it.",
+    )
+    model: str = Field(description="As a student's.")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="As a student's.")
+    weights: str = Field(
+        description="A run's folder or one of its checkpoints, or a file of plain weights: `.safetensors`, or a state dict as `torch.save` writes it.",
+        json_schema_extra=OPERATIONAL,
+    )
+    training: TeacherTraining = Field(default_factory=TeacherTraining, description="How it is run.")
+
+    @field_validator("model_args")
+    @classmethod
+    def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return plain_values(value)
+
+
+class TeacherPlan(Section):
+    """One teacher's settings with every override applied; see :meth:`Experiment.teacher_plan`."""
+
+    teacher: Teacher
+    data: Data
+    training: Training
+    distillation: Distillation
+
+
+class StudentPlan(Section):
     """One student's settings with every override applied; see :meth:`Experiment.plan`."""
 
     student: Student
@@ -555,7 +519,7 @@ class StudentPlan(_Section):
     distillation: Distillation
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One run: what is learnt, by whom, and how they teach one another."""
 
     name: str = Field(pattern=NAME, description="Names the run folder and the metrics.")
@@ -572,6 +536,9 @@ class Experiment(_Section):
         strict=False,
         description="Who learns. The order is that of every table, and of an ensemble's reduction.",
     )
+    teachers: tuple[Teacher, ...] = Field(
+        default=(), max_length=256, strict=False, description="Whom they learn from, where the method has teachers."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -581,39 +548,49 @@ class Experiment(_Section):
         return self
 
     def _problems(self) -> Iterator[str]:
-        seen: dict[str, int] = {}
-        for position, student in enumerate(self.students):
-            first = seen.setdefault(student.name.casefold(), position)
-            if first != position:
-                alike = "" if student.name == self.students[first].name else ", as file systems may tell no case apart"
-                yield (
-                    f"students.{position}.name: {student.name!r} is the name of students.{first} already{alike}; give "
-                    "each its own"
-                )
-        if self.distillation.exchanges and len(self.students) < 2:
-            yield (
-                f"distillation.method: {self.distillation.method!r} needs at least 2 students, there is {len(self.students)}; "
-                "add one, or choose `independent`"
-            )
-        if (
-            self.exchange.on_absence == "proceed"
-            and self.distillation.exchanges
-            and self.exchange.quorum > len(self.students)
-        ):
-            yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {len(self.students)} students"
+        yield from self._name_problems()
+        method = self.distillation
+        yield from method.problems(self.names, self.teacher_names, self.training.epochs)
+        everybody = len(self.participants)
+        if self.exchange.on_absence == "proceed" and method.exchanges and self.exchange.quorum > everybody:
+            whom = "students and teachers" if self.teachers else "students"
+            yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {everybody} {whom}"
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
         yield from self._data_problems()
+        if isinstance(method, BornAgain):
+            for position, (student, teacher) in enumerate(zip(self.students, self.teachers, strict=False)):
+                if (student.model, student.model_args) != (teacher.model, teacher.model_args):
+                    yield (
+                        f"teachers.{position}.model: {teacher.model!r} with {teacher.model_args}, but `born_again` has the "
+                        f"student's own architecture: {student.model!r} with {student.model_args}"
+                    )
         for position, student in enumerate(self.students):
-            if isinstance(self.distillation, Dml) and student.distillation.temperature is not None:
+            if isinstance(method, Dml | CrossArchitecture) and student.distillation.temperature is not None:
                 yield (
-                    f"students.{position}.distillation.temperature: {student.distillation.temperature}, but `dml` softens "
-                    "all students' logits alike; set distillation.temperature"
+                    f"students.{position}.distillation.temperature: {student.distillation.temperature}, but `{method.method}` "
+                    "softens all students' logits alike; set distillation.temperature"
+                )
+            if self.shared_view and student.data.augment:
+                yield (
+                    f"students.{position}.data.augment: {', '.join(student.data.augment)}, but all see the same view of a "
+                    "sample; set data.augment, or data.augment.view: own"
                 )
             try:
                 self._plan(student)
             except ValidationError as error:
                 yield from (f"students.{position}.{line}" for line in lines(error, StudentPlan))
+
+    def _name_problems(self) -> Iterator[str]:
+        """Yields names that are given twice."""
+        seen: dict[str, tuple[str, str]] = {}
+        named = [(f"students.{position}", each.name) for position, each in enumerate(self.students)]
+        named += [(f"teachers.{position}", each.name) for position, each in enumerate(self.teachers)]
+        for place, name in named:
+            first, like = seen.setdefault(name.casefold(), (place, name))
+            if first != place:
+                alike = "" if name == like else ", as file systems may tell no case apart"
+                yield f"{place}.name: {name!r} is the name of {first} already{alike}; give each its own"
 
     def _data_problems(self) -> Iterator[str]:
         """Yields what does not fit the data set, as far as its size is known without loading it."""
@@ -649,6 +626,22 @@ class Experiment(_Section):
         """The students' names, in order."""
         return tuple(student.name for student in self.students)
 
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The teachers' names, in order."""
+        return tuple(teacher.name for teacher in self.teachers)
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """The names of all that take part in an exchange: the students, then the teachers."""
+        return (*self.names, *self.teacher_names)
+
+    @property
+    def shared_view(self) -> bool:
+        """Whether all see the same crop and flip of a sample."""
+        view = self.data.augment.view
+        return view == "shared" or (view == "auto" and bool(self.teachers))
+
     def plan(self, name: str) -> StudentPlan:
         """Returns the settings of one student, overrides applied.
 
@@ -670,6 +663,19 @@ class Experiment(_Section):
                 own = {key: value for key, value in own.items() if key in base}
             sections[section] = _merge(base, own)
         return StudentPlan.model_validate({"student": student, **sections})
+
+    def teacher_plan(self, name: str) -> TeacherPlan:
+        """Returns the settings of one teacher, overrides applied.
+
+        Raises:
+            KeyError: there is no teacher of that name.
+        """
+        teacher = next((each for each in self.teachers if each.name == name), None)
+        if teacher is None:
+            raise KeyError(name)
+        own = teacher.training.model_dump(exclude_none=True)
+        training = self.training.model_copy(update=own)
+        return TeacherPlan(teacher=teacher, data=self.data, training=training, distillation=self.distillation)
 
     def replace(self, **changes: Any) -> Experiment:
         """Returns the experiment with top-level fields replaced, validated again.
@@ -759,7 +765,7 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_or_reference(value: str, known: Mapping[str, _T], what: str) -> str:
-    if value in known or re.fullmatch(_REFERENCE, value):
+    if value in known or REFERENCE.fullmatch(value):
         return value
     close = difflib.get_close_matches(value, known, 1)
     hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"

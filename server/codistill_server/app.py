@@ -81,8 +81,8 @@ class ServeOptions:
         stay: go on serving after the run is complete, until stopped.
         security: TLS and token.
         limits: how much one peer may ask for.
-        advertise: the host by which others reach the server, where that is not the one that it listens on.
         on_complete: called in a thread of its own once the run is complete, before the server goes down.
+        advertise: the host by which others reach the server, where that is not the one that it listens on.
     """
 
     listen: str
@@ -93,8 +93,8 @@ class ServeOptions:
     stay: bool = False
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
-    advertise: str | None = None
     on_complete: Callable[[], None] | None = None
+    advertise: str | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -310,8 +310,9 @@ class _Server:
         advertise = self._options.advertise
         metrics = ""
         if web is not None and self._options.metrics is not None:
-            metrics = _reached(parse_address(self._options.metrics, "--metrics")[0], web.port, advertise)
-        address = _reached(host, port) if advertise is None else _address(advertise, port)
+            web_host, _ = parse_address(self._options.metrics, "--metrics")
+            metrics = _reached(web_host if advertise is None or _is_loopback(web_host) else advertise, web.port)
+        address = _reached(host if advertise is None else advertise, port)
         written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")

@@ -12,8 +12,8 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -22,6 +22,7 @@ from codistill import PROTOCOL_VERSION
 from codistill.checksums import seal
 from codistill.experiment import Experiment
 from codistill.identity import difference, identity
+from codistill.rhythm import Rhythm
 from codistill.tensors import TensorError, check, decode, encode, encoded_size
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
@@ -119,15 +120,24 @@ class _Payload:
 def receive_limit(experiment: Experiment) -> int:
     """Returns the size in bytes of the largest message that an experiment can need.
 
-    That is a contribution with its held-out samples, or a join with the experiment's identity, and 64 KiB on top for
-    names and lengths.
+    That is a contribution with its held-out samples and the largest outputs that the method takes, or a join with the
+    experiment's identity, and 64 KiB on top for names and lengths.
     """
+    half = methods.create(experiment.distillation)
     classes, dtype = experiment.data.class_count, experiment.exchange.dtype
     samples = [experiment.training.batch_size]
     if experiment.data.held_out:
         samples.append(experiment.data.held_out)
-    contribution = sum(2 * encoded_size([size], "int64") + encoded_size([size, classes], dtype) for size in samples)
-    return max(contribution, len(identity(experiment))) + 65536
+
+    def contribution(outputs: Mapping[str, methods.Output]) -> int:
+        shapes = [each.largest(classes) for each in outputs.values()]
+        return sum(
+            2 * encoded_size([size], "int64") + sum(encoded_size([size, *shape], dtype) for shape in shapes)
+            for size in samples
+        )
+
+    published = (half.student, half.teacher if experiment.teachers else {}) if half is not None else ()
+    return max(*map(contribution, published), len(identity(experiment)), 0) + 65536
 
 
 class Coordinator:
@@ -159,16 +169,19 @@ class Coordinator:
         self._journal = journal
         self._submit = submit
         self._clock = clock
-        self._half = methods.create(experiment.distillation)
+        self._half = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._state: Mapping[str, torch.Tensor] = _load_state(journal.last_state())
         self._settled: Mapping[str, int | str] = json.loads(journal.settled("data") or "{}")
         self._classes = experiment.data.class_count
         self._dtype = experiment.exchange.dtype
+        self._teachers = frozenset(experiment.teacher_names)
+        self._rhythm = self._rhythm_with(int(self._settled.get("data.train_samples", 0)))
+        self._shapes: dict[str, Mapping[str, list[int]]] = {}
         self._outboxes: dict[int, Outbox] = {}
         self._recent: OrderedDict[int, ClosedRound] = OrderedDict()
         restored = journal.restore()
         rules = Rules(
-            students=experiment.names,
+            students=experiment.participants,
             exchanges=experiment.distillation.exchanges,
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
@@ -179,11 +192,10 @@ class Coordinator:
         for record in restored.students:
             if record.student in observations.students:
                 view = observations.students[record.student]
-                view.durable_round = view.round = record.durable_round
+                view.durable_round = view.round = self._rhythm.round(record.durable_round)
         if restored.frontier:
-            observations.event(
-                "resumed", message=f"the journal holds rounds {restored.oldest} to {restored.frontier - 1}"
-            )
+            oldest, newest = self._rhythm.round(restored.oldest), self._rhythm.round(restored.frontier - 1)
+            observations.event("resumed", message=f"the journal holds rounds {oldest} to {newest}")
 
     @property
     def complete(self) -> bool:
@@ -197,8 +209,8 @@ class Coordinator:
 
     @property
     def frontier(self) -> int:
-        """The first round that is not closed."""
-        return self._rounds.frontier
+        """The first round that exchanges and is not closed."""
+        return self._rhythm.round(self._rounds.frontier)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Opens a session.
@@ -208,19 +220,26 @@ class Coordinator:
         """
         try:
             self._check_join(request)
-            admitted = self._apply(Join(request.student, request.first_round, request.worker, request.session))
+            rhythm = self._rhythm_with(request.data.train_samples)
+            # A teacher learns nothing, so it needs no round that is closed.
+            taught = request.student not in self._teachers
+            first = rhythm.exchanges_before(request.first_round) if taught else self._rounds.frontier
+            admitted = self._apply(Join(request.student, first, request.worker, request.session))
         except Refused as refused:
             who = request.student if request.student in self._rounds.presence else ""
             self.observations.refusal("refused", who, str(refused))
             raise
         assert admitted is not None  # noqa: S101 - a join is either refused or admitted
         self._settle(request)
+        self._rhythm = rhythm
         request.device = _printable(request.device[:_LONGEST_DEVICE])
         self.observations.joined(request)
         where = f" on {request.device}" if request.device else ""
         again = f", from round {request.first_round}" if request.first_round else ""
         self.observations.event("joined", request.student, f"joined{where}{again}")
-        return pb.JoinResponse(session=admitted.session, frontier=admitted.frontier, run=self.experiment.name)
+        return pb.JoinResponse(
+            session=admitted.session, frontier=rhythm.round(admitted.frontier), run=self.experiment.name
+        )
 
     def student_of(self, session: int) -> str | None:
         """Returns whose session this is, or None if it is over or never was."""
@@ -262,13 +281,15 @@ class Coordinator:
             JournalError: the round cannot be written down; the run cannot go on.
         """
         self.observations.bytes_in += size
-        student = self._rounds.student_of(session) or "?"
+        student = self._rounds.student_of(session)
         try:
+            if student is None:
+                raise Refused(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
             contribution = self._read(student, message)
             self._apply(Contribute(session, contribution))
         except Refused as refused:
             self.observations.reject(refused.status)
-            self.observations.refusal("rejected", student if student != "?" else "", str(refused))
+            self.observations.refusal("rejected", student or "", str(refused))
             self._outboxes.pop(session, None)
             self._apply(Disconnect(session, lost=True))
             raise
@@ -315,7 +336,7 @@ class Coordinator:
                         Status.INVALID_ARGUMENT,
                         f"measurements.{index}.{name}: {value} is not allowed; allowed are finite values",
                     )
-        self._apply(Progress(request.session, request.durable_round))
+        self._apply(Progress(request.session, self._rhythm.exchanges_before(request.durable_round)))
         assert student is not None  # noqa: S101 - else Progress was refused
         self.observations.reported(student, request)
 
@@ -354,7 +375,7 @@ class Coordinator:
     def snapshot(self) -> pb.Run:
         """Returns where the run stands."""
         waiting = self._rounds.waiting(self._clock())
-        return self.observations.snapshot(self._rounds.presence, self._rounds.frontier, waiting)
+        return self.observations.snapshot(self._rounds.presence, self.frontier, waiting)
 
     def close(self) -> None:
         """Writes down what is left and closes the journal."""
@@ -392,15 +413,15 @@ class Coordinator:
                             self._turn_away(action, error)
                 case Notify():
                     waiting = pb.Waiting(
-                        round=action.waiting.round,
+                        round=self._rhythm.round(action.waiting.round),
                         students=action.waiting.students,
                         seconds=action.waiting.seconds,
                     )
                     self._send(action.session, seal(pb.ExchangeReply(waiting=waiting)))
                 case Absent():
-                    self.observations.absent(action.student, action.round, action.reason)
+                    self.observations.absent(action.student, self._rhythm.round(action.round), action.reason)
                 case Returned():
-                    self.observations.returned(action.student, action.round)
+                    self.observations.returned(action.student, self._rhythm.round(action.round))
                 case Remember():
                     self._journal.remember(action.record)
                 case Forget():
@@ -432,29 +453,35 @@ class Coordinator:
         state = self._state
         first = next(iter(decide.contributions.values()))
 
+        number = self._rhythm.round(decide.round)
         contributors = tuple(decide.contributions)
-        missing = tuple(name for name in self.experiment.names if name not in decide.contributions)
+        missing = tuple(name for name in self.experiment.participants if name not in decide.contributions)
 
-        def work() -> tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]:
-            gathered = _gather(decide, state, outsiders=self._keep_all or bool(missing))
-            targets = half.targets(gathered) if decide.targets else methods.Targets(shared={}, state=state)
+        def work() -> tuple[ClosedRound, methods.Targets, methods.Gathered]:
+            gathered = self._gather(decide, state, outsiders=self._keep_all or bool(missing))
+            useful = decide.targets and bool(gathered.students)
+            targets = half.targets(gathered) if useful else replace(methods.NOTHING, state=state)
             closed = ClosedRound(
                 decide.round,
                 first.samples,
-                _replies(decide.round, targets, self._dtype),
-                _dump_state(decide.round, targets.state),
+                _replies(number, targets, self.experiment.teacher_names, self._dtype),
+                _dump_state(number, targets.state),
                 contributors,
             )
-            return closed, targets.state, gathered
+            return closed, targets, gathered
 
-        def done(result: tuple[ClosedRound, Mapping[str, torch.Tensor], methods.Gathered]) -> None:
-            closed, self._state, gathered = result
+        def done(result: tuple[ClosedRound, methods.Targets, methods.Gathered]) -> None:
+            closed, targets, gathered = result
+            self._state = targets.state
             self._journal.append(closed)
             self._recent[closed.round] = closed
             if len(self._recent) > _RECENT_ROUNDS:
                 self._recent.popitem(last=False)
-            self.observations.agreement(closed.round, gathered.students, gathered.outputs["logits"], gathered.labels)
-            self.observations.round_closed(closed.round, decide.arrived, missing, targets=decide.targets)
+            if "logits" in gathered.outputs:
+                self.observations.agreement(number, gathered.students, gathered.outputs["logits"], gathered.labels)
+            taught = bool(targets.shared or targets.each)
+            why = "below the quorum" if not decide.targets else "without its teacher"
+            self.observations.round_closed(number, decide.arrived, missing, targets=taught, why=why)
             self._apply(Decided(closed.round))
 
         self._submit(work, done, heavy=half.heavy)
@@ -462,19 +489,20 @@ class Coordinator:
     def _answer(self, answer: Answer) -> None:
         asked = answer.contribution
         closed = self._recent.get(asked.round) or self._journal.read(asked.round)
+        number = self._rhythm.round(asked.round)
         if closed is None:
-            raise Refused(Status.FAILED_PRECONDITION, f"round {asked.round} is not in the journal")
+            raise Refused(Status.FAILED_PRECONDITION, f"round {number} is not in the journal")
         if closed.samples != asked.samples:
             raise Refused(
                 Status.FAILED_PRECONDITION,
-                f"round {asked.round}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
+                f"round {number}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
                 "was closed: seed, data and batch size must be the same as then",
             )
         reply = closed.reply_to(answer.student)
         if reply is None:
             raise Refused(
                 Status.FAILED_PRECONDITION,
-                f"round {asked.round} was closed by {', '.join(closed.contributors)} with targets for nobody else; a student "
+                f"round {number} was closed by {', '.join(closed.contributors)} with targets for nobody else; a student "
                 "that joins later needs exchange.journal.keep: all from the run's start",
             )
         self._send(answer.session, reply)
@@ -509,15 +537,6 @@ class Coordinator:
         differs = difference(self._identity, request.experiment)
         if differs is not None:
             raise Refused(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
-        if self._half is not None:
-            outputs = {name: list(shape.dims) for name, shape in sorted(request.outputs.items())}
-            expected = {"logits": [self._classes]}
-            if outputs != expected:
-                raise Refused(
-                    Status.FAILED_PRECONDITION,
-                    f"outputs: this worker publishes {outputs}, method {self.experiment.distillation.title} "
-                    f"with {self._classes} classes takes {expected}",
-                )
         if request.data.classes != self._classes:
             raise Refused(
                 Status.FAILED_PRECONDITION,
@@ -533,16 +552,79 @@ class Coordinator:
                     f"{field}: the run has {value}, this worker {theirs[field]}; all students need the same data set, "
                     f"in the same order{drawn}",
                 )
+        self._check_outputs(request)
+        self._check_weights(request)
+
+    def _check_outputs(self, request: pb.JoinRequest) -> None:
+        """Sees that a worker publishes what the method takes, in the shapes that were settled."""
+        who, outputs = request.student, _shapes(request)
+        expected, classes = self._expected(who), self._classes
+        if self._half is None:
+            return
+        if outputs.keys() != expected.keys() or not all(
+            each.takes(outputs[name], classes) for name, each in expected.items()
+        ):
+            allowed = ", ".join(f"'{name}': {each.describe(classes)}" for name, each in sorted(expected.items()))
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"outputs: this worker publishes {outputs}, method {self.experiment.distillation.title} "
+                f"with {classes} classes takes {{{allowed}}}",
+            )
+        settled = self._journal.settled(self._outputs_key(who))
+        if settled is not None and json.loads(settled) != outputs:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"outputs: {who!r} publishes {outputs}, the run was settled to {json.loads(settled)}; its model must give "
+                "the same shapes as before, and all students the same",
+            )
+
+    def _check_weights(self, request: pb.JoinRequest) -> None:
+        """Sees that a teacher is the one that it was."""
+        settled = self._journal.settled(f"weights/{request.student}")
+        if request.student in self._teachers and settled not in (None, request.weights):
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"weights: the run has a teacher {request.student!r} with weights of digest {settled}, this worker's are "
+                f"{_printable(request.weights[:128])}; give its teachers.weights the file that the run began with",
+            )
+
+    def _expected(self, participant: str) -> Mapping[str, methods.Output]:
+        """Returns the outputs that a student or a teacher publishes."""
+        if self._half is None:
+            return {}
+        return self._half.teacher if participant in self._teachers else self._half.student
+
+    def _outputs_key(self, participant: str) -> str:
+        """Returns under which key shapes are settled: each teacher has its own, the students' are stacked."""
+        return f"outputs/{participant}" if participant in self._teachers else "outputs"
+
+    def _rhythm_with(self, train_samples: int) -> Rhythm:
+        """Returns which rounds exchange, with so many samples to train on."""
+        return self.experiment.distillation.rhythm(train_samples // self.experiment.training.batch_size)
 
     def _settle(self, request: pb.JoinRequest) -> None:
-        """Holds the run to the data of the first worker that it admits."""
+        """Holds the run to the data of the first worker that it admits, and to what nobody else says of its models."""
         if not self._settled:
             self._settled = _course(request)
             self._journal.settle("data", json.dumps(self._settled))
+        who = request.student
+        self._shapes[who] = _shapes(request)
+        if any(any(each.limits) for each in self._expected(who).values()):
+            self._settle_once(self._outputs_key(who), json.dumps(self._shapes[who]))
+        if who in self._teachers:
+            self._settle_once(f"weights/{who}", _printable(request.weights[:128]))
         self.observations.total_rounds = request.total_rounds
         self.observations.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
 
+    def _settle_once(self, key: str, value: str) -> None:
+        if self._journal.settled(key) is None:
+            self._journal.settle(key, value)
+
     def _read(self, student: str, message: pb.Contribution) -> Contribution:
+        if self._half is None:
+            raise Refused(
+                Status.FAILED_PRECONDITION, "this run's method exchanges nothing; a contribution is not allowed"
+            )
         try:
             samples, outputs, labels = self._read_samples(
                 student, message.batch, "batch", message.round, self.experiment.training.batch_size
@@ -558,33 +640,74 @@ class Coordinator:
                 )
         except TensorError as error:
             raise Refused(Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}") from error
+        if not self._rhythm.exchanges(message.round):
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"round {message.round} exchanges nothing; allowed: round {self._rhythm.start} and one in "
+                f"{self._rhythm.every} from there",
+            )
         payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
-        return Contribution(message.round, samples, held_out, payload)
+        return Contribution(self._rhythm.exchanges_before(message.round), samples, held_out, payload)
 
     def _read_samples(
         self, student: str, message: pb.Samples, field: str, number: int, size: int
     ) -> tuple[Samples, Mapping[str, torch.Tensor], torch.Tensor]:
         check(message.ids, f"{field}.ids", dtype="int64", shape=[size])
         check(message.labels, f"{field}.labels", dtype="int64", shape=[size])
-        if set(message.outputs) != {"logits"}:
-            raise TensorError(f"{field}.outputs: {sorted(message.outputs)} are not allowed; expected ['logits']")
-        logits = message.outputs["logits"]
-        check(logits, f"{field}.outputs.logits", dtype=self._dtype, shape=[size, self._classes])
+        shapes = self._shapes.get(student, {})
+        if set(message.outputs) != set(shapes):
+            raise TensorError(f"{field}.outputs: {sorted(message.outputs)} are not allowed; expected {sorted(shapes)}")
+        for name, dims in shapes.items():
+            check(message.outputs[name], f"{field}.outputs.{name}", dtype=self._dtype, shape=[size, *dims])
         labels = decode(message.labels)
         if not (int(labels.min()) >= 0 and int(labels.max()) < self._classes):
             bad = int(labels[(labels < 0) | (labels >= self._classes)][0])
             raise TensorError(f"{field}.labels: {bad} is not a class; allowed: 0 to {self._classes - 1}")
-        values = decode(logits)
-        low, high = torch.aminmax(values)  # both NaN where any value is
-        if not (float(low) >= -_LARGEST_LOGIT and float(high) <= _LARGEST_LOGIT):
-            row, column = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
-            raise Refused(
-                Status.INVALID_ARGUMENT,
-                f"student {student!r}, round {number}: {field}.outputs.logits[{row}, {column}] is "
-                f"{values[row, column].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: the "
-                "student has diverged, lower its learning rate",
-            )
-        return Samples(message.ids.data, message.labels.data), {"logits": values}, labels
+        outputs = {name: decode(message.outputs[name]) for name in shapes}
+        for name, values in outputs.items():
+            low, high = torch.aminmax(values)  # both NaN where any value is
+            if not (float(low) >= -_LARGEST_LOGIT and float(high) <= _LARGEST_LOGIT):
+                place = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
+                why = (
+                    "the teacher's weights are damaged"
+                    if student in self._teachers
+                    else "the student has diverged, lower its learning rate"
+                )
+                raise Refused(
+                    Status.INVALID_ARGUMENT,
+                    f"student {student!r}, round {number}: {field}.outputs.{name}{place} is "
+                    f"{values[tuple(place)].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: {why}",
+                )
+        return Samples(message.ids.data, message.labels.data), outputs, labels
+
+    def _gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
+        payloads = {name: cast("_Payload", each.payload) for name, each in decide.contributions.items()}
+        students = [payload for name, payload in payloads.items() if name not in self._teachers]
+        first = next(iter(payloads.values()))
+        of_students = students[0] if students else _Payload({}, first.labels, {}, None)
+        return methods.Gathered(
+            students=tuple(name for name in payloads if name not in self._teachers),
+            outputs={
+                name: torch.stack([each.outputs[name] for each in students]).float() for name in of_students.outputs
+            },
+            labels=first.labels,
+            teachers={
+                name: {key: value.float() for key, value in payload.outputs.items()}
+                for name, payload in payloads.items()
+                if name in self._teachers
+            },
+            held_out={
+                name: torch.stack([each.held_out[name] for each in students]).float() for name in of_students.held_out
+            },
+            held_out_labels=of_students.held_out_labels,
+            state=state,
+            outsiders=outsiders,
+        )
+
+
+def _shapes(request: pb.JoinRequest) -> dict[str, list[int]]:
+    """Returns the shapes of what a worker publishes, by name."""
+    return {name: list(shape.dims) for name, shape in sorted(request.outputs.items())}
 
 
 def _printable(text: str) -> str:
@@ -610,22 +733,9 @@ def _absence(experiment: Experiment) -> Absence | None:
     return Absence(exchange.quorum, deadline, exchange.evict_after)
 
 
-def _gather(decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
-    payloads = [cast("_Payload", contribution.payload) for contribution in decide.contributions.values()]
-    first = payloads[0]
-    return methods.Gathered(
-        students=tuple(decide.contributions),
-        outputs={name: torch.stack([each.outputs[name] for each in payloads]).float() for name in first.outputs},
-        labels=first.labels,
-        held_out={name: torch.stack([each.held_out[name] for each in payloads]).float() for name in first.held_out},
-        held_out_labels=first.held_out_labels,
-        state=state,
-        outsiders=outsiders,
-    )
-
-
-def _replies(number: int, targets: methods.Targets, dtype: str) -> Mapping[str, bytes]:
-    by_student = dict(targets.each or {})
+def _replies(number: int, targets: methods.Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
+    nothing: methods.Arrays = {}
+    by_student = {**(targets.each or {}), **dict.fromkeys(teachers, nothing)}
     if targets.shared is not None:
         by_student[""] = targets.shared
     return {

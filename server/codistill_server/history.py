@@ -105,6 +105,8 @@ class StudentHistory:
     """How often it joined: once, and again after each restart, resumption or broken connection."""
     missed_rounds: int = 0
     """How many rounds closed without it."""
+    teacher: bool = False
+    """Whether it only teaches."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -143,7 +145,7 @@ class History:
     @property
     def complete(self) -> bool:
         """Whether every student was tested after the last epoch."""
-        return all(student.final is not None for student in self.students)
+        return all(student.final is not None for student in self.students if not student.teacher)
 
     @property
     def closed_rounds(self) -> int:
@@ -316,7 +318,7 @@ class _Collected:
         self._happened: deque[Happened] = deque(maxlen=limit)
         self._restarts: Counter[str] = Counter()
         self._joins: Counter[str] = Counter()
-        self._names = dict.fromkeys(experiment.names)
+        self._names = dict.fromkeys(experiment.participants)
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -359,11 +361,13 @@ class _Collected:
         )
 
     def _student(self, name: str) -> StudentHistory:
-        models = {student.name: student.model for student in self._experiment.students}
+        experiment = self._experiment
+        models = {each.name: each.model for each in (*experiment.students, *experiment.teachers)}
         join = self._joined.get(name)
         train, test = self._series(name, "train"), self._series(name, "test")
         tested = test.records
-        done = bool(tested) and tested[-1].epoch >= self._experiment.training.epochs - 1e-6
+        teacher = name in experiment.teacher_names  # is evaluated once, and is what it will be
+        done = bool(tested) and (teacher or tested[-1].epoch >= experiment.training.epochs - 1e-6)
         best = test.best
         for each in tested:
             best = _better(best, each)
@@ -381,6 +385,7 @@ class _Collected:
             test_count=test.count,
             restarts=self._restarts[name],
             joins=self._joins[name],
+            teacher=teacher,
             missed_rounds=sum(span.missed.get(name, 0) for span in self._spans),
         )
 

@@ -55,6 +55,7 @@ class StudentView:
     missed_rounds: int = 0
     joins: int = 0
     absent_since: int | None = None
+    teacher: bool = False
 
 
 @dataclass
@@ -63,6 +64,7 @@ class _Span:
 
     started: float
     first: int
+    last: int
     waits: list[float] = field(default_factory=list[float])
     last_rounds: dict[str, int] = field(default_factory=dict[str, int])
     last_seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -103,7 +105,10 @@ class Observations:
         self.name = experiment.name
         self.method = experiment.distillation.title
         self.exchanges = experiment.distillation.exchanges
-        self.students = {student.name: StudentView(student.name, student.model) for student in experiment.students}
+        taking_part = (*experiment.students, *experiment.teachers)
+        self.students = {each.name: StudentView(each.name, each.model) for each in taking_part}
+        for name in experiment.teacher_names:
+            self.students[name].teacher = True
         self.total_rounds = 0
         self.rounds_per_epoch = 0
         self.closed_rounds = 0
@@ -207,15 +212,23 @@ class Observations:
         self.event("returned", student, f"back at round {number}{missed}, {view.missed_rounds} rounds missed in all")
 
     def round_closed(
-        self, number: int, arrived: Mapping[str, float], missing: Sequence[str] = (), *, targets: bool = True
+        self,
+        number: int,
+        arrived: Mapping[str, float],
+        missing: Sequence[str] = (),
+        *,
+        targets: bool = True,
+        why: str = "below the quorum",
     ) -> None:
-        """Takes in that a round closed, when each contribution to it came in, and who missed it."""
+        """Takes in that a round closed, when each contribution to it came in, who missed it, and why without targets."""
         now = self._clock()
         order = sorted(arrived, key=lambda name: arrived[name])
         wait = arrived[order[-1]] - arrived[order[0]]
         if self._span is None:
-            self._span = _Span(self._last_closing if self._last_closing is not None else arrived[order[0]], number)
+            started = self._last_closing if self._last_closing is not None else arrived[order[0]]
+            self._span = _Span(started, number, number)
         span = self._span
+        span.last = number
         span.waits.append(wait)
         if len(order) > 1:
             last = order[-1]
@@ -226,7 +239,7 @@ class Observations:
             self.students[name].missed_rounds += 1
             span.missed[name] += 1
         if not targets:
-            self._closed_without_targets(number, len(arrived))
+            self._closed_without_targets(number, len(arrived), why)
             span.without_targets += 1
         if self._last_closing is not None:
             self.on_round(wait, now - self._last_closing)
@@ -238,9 +251,9 @@ class Observations:
         if epoch_ends or now - span.started >= _SPAN_SECONDS:
             self._write_span(number, now)
 
-    def _closed_without_targets(self, number: int, contributions: int) -> None:
+    def _closed_without_targets(self, number: int, contributions: int, why: str) -> None:
         if self._last_without_targets != number - 1:
-            message = f"round {number} closed with {contributions} contributions, below the quorum: no targets"
+            message = f"round {number} closed with {contributions} contributions, {why}: no targets"
             self.event("below quorum", message=message)
         self._last_without_targets = number
         self.rounds_without_targets += 1
@@ -294,7 +307,7 @@ class Observations:
             self.event(what, student, f"{others} more")
         self._untold.clear()
         if self._span is not None:
-            self._write_span(self._span.first + len(self._span.waits) - 1, self._clock())
+            self._write_span(self._span.last, self._clock())
 
     def rounds_per_second(self) -> float:
         """Returns the rate of closed rounds over the last seconds."""
@@ -314,7 +327,7 @@ class Observations:
         return pb.Run(
             name=self.name,
             method=self.method,
-            frontier=frontier if self.exchanges else min(view.round for view in views),
+            frontier=self._frontier(frontier),
             total_rounds=self.total_rounds,
             students=[
                 pb.StudentStatus(
@@ -331,6 +344,7 @@ class Observations:
                     wait_seconds=view.wait_seconds,
                     missed_rounds=view.missed_rounds,
                     joins=view.joins,
+                    teacher=view.teacher,
                 )
                 for view in views
             ],
@@ -349,6 +363,12 @@ class Observations:
             complete=all(each is Presence.FINISHED for each in presence.values()),
             uptime_seconds=self._clock() - self._started,
         )
+
+    def _frontier(self, exchanged: int) -> int:
+        """Returns the run's frontier; where the last rounds exchange nothing, it does not go beyond the run."""
+        if not self.exchanges:
+            return min(view.round for view in self.students.values())
+        return min(exchanged, self.total_rounds) if self.total_rounds else exchanged
 
     def _write_span(self, last: int, now: float) -> None:
         span = self._span

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from codistill.distillation import Dml, Independent, Kdcl
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Dml, Experiment, ExperimentError, Independent, Kdcl
+from codistill.experiment import Experiment, ExperimentError
 from codistill_deploy.compare import compare, with_method
 from codistill_deploy.comparison import ComparisonIndex
 from codistill_deploy.errors import CommandError
@@ -35,7 +36,9 @@ def test_the_experiments_own_settings_hold_for_its_own_method(experiment: Experi
 
 
 def test_an_unknown_method_names_the_known_ones(experiment: Experiment) -> None:
-    with pytest.raises(CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, dml, kdcl"):
+    with pytest.raises(
+        CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, kd, logit_regression"
+    ):
         with_method(experiment, "kdlc")
 
 

@@ -9,17 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from codistill.experiment import (
-    DATASETS,
-    Dml,
-    Experiment,
-    ExperimentError,
-    Independent,
-    Kdcl,
-    Student,
-    load,
-    parse,
-)
+from codistill.distillation import Dml, Independent, Kdcl
+from codistill.experiment import DATASETS, Experiment, ExperimentError, Student, load, parse
 from codistill.identity import identity
 from protos.support_experiment import changed, document, experiment
 
@@ -113,10 +104,13 @@ class TestDefaults:
         assert ", ".join(DATASETS) == DATASET_NAMES
 
 
-TOP = "data, distillation, exchange, name, seed, students, training"
+TOP = "data, distillation, exchange, name, seed, students, teachers, training"
 OVERRIDES = "channels_last, clip_norm, device, optimizer, precision, schedule, threads"
 OPTIMIZER = "betas, decay_norm_and_bias, lr, momentum, name, nesterov, weight_decay"
-METHOD_ALLOWED = "allowed: independent, dml, kdcl"
+METHOD_ALLOWED = (
+    "allowed: independent, kd, logit_regression, born_again, vid, rkd_distance, rkd_angle, rkd, fddml, hddml, dml, dcm, "
+    "kdcl, cross_architecture, custom"
+)
 KDCL = {"method": "kdcl"}
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
@@ -178,7 +172,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"students.0.data": {"augment": {"flipp": True}}},
-        ["students.0.data.augment.flipp: unknown key; did you mean 'flip'? Allowed: crop_padding, flip"],
+        ["students.0.data.augment.flipp: unknown key; did you mean 'flip'? Allowed: crop_padding, flip, view"],
     ),
     ({"students.0.data": {"root": "x"}}, ["students.0.data.root: unknown key; allowed: augment"]),
     (
@@ -467,13 +461,19 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("text", "problem"),
         [
-            ("", "is empty; expected the keys name, seed, data, training, distillation, exchange, students"),
+            ("", "is empty; expected the keys name, seed, data, training, distillation, exchange, students, teachers"),
             (
                 "# only a comment\n",
-                "is empty; expected the keys name, seed, data, training, distillation, exchange, students",
+                "is empty; expected the keys name, seed, data, training, distillation, exchange, students, teachers",
             ),
-            ("- 1\n", "is a list; expected the keys name, seed, data, training, distillation, exchange, students"),
-            ("digits\n", "is a str; expected the keys name, seed, data, training, distillation, exchange, students"),
+            (
+                "- 1\n",
+                "is a list; expected the keys name, seed, data, training, distillation, exchange, students, teachers",
+            ),
+            (
+                "digits\n",
+                "is a str; expected the keys name, seed, data, training, distillation, exchange, students, teachers",
+            ),
             ("a: [1,\n", "is not YAML: expected the node content, but found '<stream end>' at line 2, column 1"),
             ("a: 1\n\tb: 2\n", "is not YAML: found character '\\t' that cannot start any token at line 2, column 1"),
             ("a: *b\n", "is not YAML: found undefined alias 'b' at line 1, column 4"),
@@ -608,8 +608,8 @@ class TestReplace:
                 "distillation.method: 'kdcl' needs at least 2 students, there is 1; add one, or choose `independent`",
             ),
             (
-                {"distillation": {"method": "kd"}},
-                f"distillation.method: 'kd' is not a method; {METHOD_ALLOWED}",
+                {"distillation": {"method": "okd"}},
+                f"distillation.method: 'okd' is not a method; {METHOD_ALLOWED}",
             ),
         ],
     )

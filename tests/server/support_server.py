@@ -88,7 +88,7 @@ def general_experiment(**sections: Any) -> Experiment:
 
 
 def join_request(experiment: Experiment, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
-    """Returns what a worker says of itself; `data__FIELD` changes its data set."""
+    """Returns what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
     request = pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         student=student,
@@ -100,6 +100,10 @@ def join_request(experiment: Experiment, student: str, first_round: int = 0, /, 
         parameters=10,
         device="cpu",
     )
+    if "outputs" in changes:
+        request.outputs.clear()
+        for name, dims in changes.pop("outputs").items():
+            request.outputs[name].dims.extend(dims)
     for key, value in changes.items():
         *path, field = key.split("__")
         setattr(getattr(request, path[0]) if path else request, field, value)

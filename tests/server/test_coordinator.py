@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, Independent
+from codistill.distillation import Independent
+from codistill.experiment import Experiment
 from codistill.identity import identity
 from codistill.records import Happened, RoundsClosed
 from codistill.tensors import decode, encode

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.experiment import Distillation, Dml, Independent, Kdcl
+from codistill.distillation import Distillation, Dml, Independent, Kdcl
 from codistill_server import ensembles, methods
 from codistill_server.methods import Gathered
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill.experiment import Experiment, Independent
+from codistill.distillation import Independent
+from codistill.experiment import Experiment
 from codistill.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observations import Observations

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import threading
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import grpc
 import grpc.aio
@@ -15,7 +15,8 @@ import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.checksums import is_whole, seal, seal_session
-from codistill.experiment import Distillation, Experiment
+from codistill.distillation import Distillation
+from codistill.experiment import Experiment
 from codistill.identity import identity
 from codistill.records import Record
 from codistill.tensors import encode
@@ -243,7 +244,7 @@ class TestHeavyWork:
         release, threads = threading.Event(), list[str]()
 
         class Held:
-            heavy = half.heavy
+            heavy, student, teacher = half.heavy, half.student, half.teacher
 
             def targets(self, gathered: methods.Gathered) -> methods.Targets:
                 threads.append(threading.current_thread().name)
@@ -894,8 +895,14 @@ class TestWatchRun:
         drive(test)
 
 
-def _returning(half: methods.ServerHalf) -> Callable[[Distillation], methods.ServerHalf]:
-    return lambda _: half
+def _returning(half: methods.ServerHalf) -> Callable[..., methods.ServerHalf]:
+    def create(
+        distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()
+    ) -> methods.ServerHalf:
+        del distillation, students, teachers
+        return half
+
+    return create
 
 
 class _BrokenJournal(Journal):
@@ -973,6 +980,9 @@ class TestFaults:
         """Nobody is left to wait for a round that cannot be decided."""
 
         class Broken:
+            student: ClassVar = {"logits": methods.LOGITS}
+            teacher: ClassVar = {}
+
             def __init__(self) -> None:
                 self.heavy = heavy
 

@@ -34,7 +34,7 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "out of range": ({"training__optimizer__lr": -1}, ["training.optimizer.lr", "-1", "greater than 0"]),
     "unknown method": (
         {"distillation": {"method": "kdlc"}},
-        ["distillation.method", "'kdlc'", "allowed: independent, dml, kdcl"],
+        ["distillation.method", "'kdlc'", "allowed: independent, kd, logit_regression, born_again"],
     ),
     "unknown data set": ({"data": {"dataset": "digit"}}, ["data.dataset", "'digit'", "did you mean 'digits'?"]),
     "a student name twice": (

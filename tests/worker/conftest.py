@@ -77,7 +77,7 @@ def students(experiment: Experiment, name: str = "cnn") -> Trainer:
 
 def answer(published: Published | None) -> Mapping[str, torch.Tensor]:
     """Returns targets that follow from what was published, for a method of one shared target; {} if nothing was."""
-    return {} if published is None else {"logits": published.batch.logits.roll(1, 0) * 0.5}
+    return {} if published is None else {"logits": published.batch.arrays["logits"].roll(1, 0) * 0.5}
 
 
 def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
@@ -86,7 +86,7 @@ def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
     for _ in range(rounds):
         published = trainer.begin()
         if published is not None:
-            seen.append(published.batch.logits.clone())
+            seen.append(published.batch.arrays["logits"].clone())
         trainer.finish(answer(published))
     return seen
 

@@ -102,9 +102,13 @@ def test_what_is_published(tiny: Tiny, student: MakeStudent, load_data: Any) -> 
     assert published is not None
     assert (published.round, published.held_out) == (0, None)
     batch = published.batch
-    assert (batch.ids.dtype, batch.labels.dtype, batch.logits.dtype) == (torch.int64, torch.int64, torch.float32)
-    assert batch.logits.shape == (16, 10)
-    assert not batch.logits.requires_grad
+    assert (batch.ids.dtype, batch.labels.dtype, batch.arrays["logits"].dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
+    assert batch.arrays["logits"].shape == (16, 10)
+    assert not batch.arrays["logits"].requires_grad
     assert torch.equal(batch.labels, load_data(experiment.data).train.labels[batch.ids])
 
 
@@ -161,7 +165,7 @@ def test_the_step_by_hand(tiny: Tiny, student: MakeStudent) -> None:
     assert step.cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
     assert step.distillation is not None
     assert step.distillation.item() == pytest.approx(0.5 * 4 * kl.item(), rel=1e-4)
-    assert int(step.correct) == int((published.batch.logits.argmax(-1) == published.batch.labels).sum())
+    assert int(step.correct) == int((published.batch.arrays["logits"].argmax(-1) == published.batch.labels).sum())
     assert step.samples == 16
     assert trainer.round == 1
 
@@ -228,7 +232,7 @@ def test_an_abandoned_round_leaves_no_trace(
     assert same(state(disturbed), before)
     again = disturbed.begin()
     assert again is not None
-    assert torch.equal(first.batch.logits, again.batch.logits)
+    assert torch.equal(first.batch.arrays["logits"], again.batch.arrays["logits"])
     assert torch.equal(first.batch.ids, again.batch.ids)
     disturbed.finish(targets_for(again))
     train(disturbed, 3)
@@ -267,7 +271,7 @@ def test_preparing_ahead_changes_no_bit(
         ahead.prepare()
         assert published is not None
         assert expected is not None
-        assert torch.equal(published.batch.logits, expected.batch.logits)
+        assert torch.equal(published.batch.arrays["logits"], expected.batch.arrays["logits"])
         ahead.finish(targets_for(published))
         ahead.prepare()  # also after the last round, where there is nothing to prepare
     assert same(state(plain), state(ahead))
@@ -287,7 +291,7 @@ def test_dropout_and_augmentation_follow_from_seed_student_and_round(
         published = trainer.begin()
         assert published is not None
         order = published.batch.ids.argsort()
-        return published.batch.logits[order] if at == 0 else published.batch.logits
+        return published.batch.arrays["logits"][order] if at == 0 else published.batch.arrays["logits"]
 
     assert torch.equal(logits(), logits(noise=5)), "the global generator has no part in it"
     assert not torch.equal(logits(), logits(name="b"))
@@ -306,7 +310,7 @@ def test_every_student_and_round_draws_its_own(what: str, tiny: Tiny, student: M
         trainer.restore(number, trainer.model.state_dict(), trainer.optimizer_state())
         published = trainer.begin()
         assert published is not None
-        logits, ids = published.batch.logits, published.batch.ids
+        logits, ids = published.batch.arrays["logits"], published.batch.ids
         return logits if what == "dropout" else logits[ids.argsort()]
 
     first = drawn("a", 0)
@@ -447,9 +451,11 @@ def test_held_out_samples_are_published_at_the_first_round_of_each_epoch_but_the
             reference = student(general(tiny))
             reference.restore(0, weights, reference.optimizer_state())
             reference.model.eval()
-            assert published.held_out.logits.shape == (20, 10)
-            expected = reference._held_out().logits
-            assert torch.equal(published.held_out.logits, expected), "of the weights before the round, no dropout"
+            assert published.held_out.arrays["logits"].shape == (20, 10)
+            expected = reference._held_out().arrays["logits"]
+            assert torch.equal(published.held_out.arrays["logits"], expected), (
+                "of the weights before the round, no dropout"
+            )
         trainer.finish(targets_for(published))
     assert at == [3, 6]
 

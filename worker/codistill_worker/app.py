@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
+from codistill.experiment import Experiment, TeacherPlan
 from codistill.security import Security
 from codistill.watchdog import Watchdog
 from codistill_worker import data
@@ -21,6 +21,7 @@ from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
 from codistill_worker.learner import Learner
 from codistill_worker.memory import ran_out
+from codistill_worker.teaching import Teaching
 
 __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
 
@@ -36,7 +37,7 @@ class WorkOptions:
     """How a worker is run.
 
     Attributes:
-        student: the student to train.
+        student: the student to train, or the teacher to run.
         server: the aggregation server's "HOST:PORT".
         run_dir: where the student's checkpoints go, in a folder of its own.
         security: TLS and token.
@@ -56,14 +57,14 @@ def student_folder(run_dir: Path, student: str) -> Path:
 
 
 def check_student(experiment: Experiment, name: str) -> None:
-    """Checks that an experiment has a student.
+    """Checks that an experiment has a student, or a teacher.
 
     Raises:
         ConfigurationError: it has none of that name.
     """
-    if name not in experiment.names:
+    if name not in experiment.participants:
         raise ConfigurationError(
-            f"student: {name!r} is not one of the experiment's; allowed: {', '.join(experiment.names)}"
+            f"student: {name!r} is not one of the experiment's; allowed: {', '.join(experiment.participants)}"
         )
 
 
@@ -101,7 +102,7 @@ def use_deterministic_kernels() -> None:
 
 
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
-    """Trains one student until the run's end, or until SIGTERM, SIGINT or `stop`.
+    """Trains one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
     Raises:
         WorkerError: it cannot go on; the text is one line, its code the exit code.
@@ -110,10 +111,11 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     stop = stop or threading.Event()
     _stop_on_signals(stop)
     check_student(experiment, options.student)
-    plan = experiment.plan(options.student)
+    teaches = options.student in experiment.teacher_names
+    plan = experiment.teacher_plan(options.student) if teaches else experiment.plan(options.student)
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
-    device = choose_device(plan.training.device, experiment.names.index(options.student))
+    device = choose_device(plan.training.device, experiment.participants.index(options.student))
     exchange = GrpcExchange(
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
@@ -130,9 +132,10 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
             )
             dataset = data.load(plan.data, device)
+            if isinstance(plan, TeacherPlan):
+                return _train(Teaching(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
             store = CheckpointStore(student_folder(options.run_dir, options.student))
-            learner = Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog)
-            return _train(learner, stop)
+            return _train(Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
@@ -146,7 +149,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         exchange.close()
 
 
-def _train(learner: Learner, stop: threading.Event) -> ExitCode:
+def _train(learner: Learner | Teaching, stop: threading.Event) -> ExitCode:
     try:
         learner.join()
     except Interrupted:

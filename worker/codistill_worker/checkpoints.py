@@ -20,7 +20,7 @@ import logging
 import os
 import secrets
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from safetensors.torch import save
 from codistill.identity import difference, extends
 from codistill_worker.errors import ConfigurationError
 
-__all__ = ["Checkpoint", "CheckpointStore"]
+__all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
@@ -49,6 +49,7 @@ class Checkpoint:
         identity: the :func:`codistill.identity.identity` of the experiment that it belongs to.
         round: the first round that it has not trained.
         model: the model's state dict.
+        extra: the state dict of what the method trains besides the model.
         optimizer: the optimiser's state dict.
         progress: the measurements that the next report carries on from; plain JSON values.
     """
@@ -59,6 +60,7 @@ class Checkpoint:
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, Any]
     progress: Mapping[str, Any]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
 class CheckpointStore:
@@ -183,6 +185,20 @@ class CheckpointStore:
                 part.unlink()
 
 
+def newest(folder: Path) -> Path | None:
+    """Returns the newest checkpoint of a student's folder, or None if there is none."""
+    return next((folder / name for name in (_NEWEST, _PREVIOUS) if (folder / name).exists()), None)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a file was written as a checkpoint; what else is wrong with it :func:`read` says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
@@ -209,7 +225,8 @@ def read(path: Path) -> Checkpoint:
             student=about["student"],
             identity=about["identity"],
             round=about["round"],
-            model={name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")},
+            model=_under("model.", tensors),
+            extra=_under("extra.", tensors),
             optimizer=_restore(about["optimizer"], tensors),
             progress=about["progress"],
         )
@@ -233,6 +250,7 @@ def _round_of(path: Path) -> int | None:
 
 def _serialize(checkpoint: Checkpoint) -> bytes:
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
+    tensors |= {f"extra.{name}": value.detach().contiguous() for name, value in checkpoint.extra.items()}
     optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)
     about = {
         "format": _FORMAT,
@@ -246,6 +264,11 @@ def _serialize(checkpoint: Checkpoint) -> bytes:
     copies = {name: value.clone() for name, value in tensors.items()}
     text = json.dumps(about)
     return save(copies, {"codistill": text, "digest": _digest(text, copies)})
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors whose names begin with a prefix, under what is left of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -27,7 +27,7 @@ from codistill_worker.errors import ConfigurationError, WorkerError
 from codistill_worker.exchange import Exchange
 from codistill_worker.trainer import Outputs, Published, StepLoss, Trainer, diverged
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "contribution", "describe"]
 
 _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 1.0
@@ -109,9 +109,14 @@ class Learner:
         self._resume()
 
     @property
+    def round(self) -> int:
+        """The next round to train."""
+        return self.trainer.round
+
+    @property
     def done(self) -> bool:
         """Whether all rounds are trained."""
-        return self.trainer.round >= self.trainer.total_rounds
+        return self.round >= self.trainer.total_rounds
 
     def join(self) -> None:
         """Opens the session with the run.
@@ -127,11 +132,11 @@ class Learner:
             data=pb.DataFingerprint(
                 digest=dataset.fingerprint(), train_samples=len(dataset.train), classes=dataset.classes
             ),
-            outputs={"logits": pb.Shape(dims=[dataset.classes])} if trainer.exchanges else {},
+            outputs={name: pb.Shape(dims=dims) for name, dims in trainer.shapes.items()},
             first_round=trainer.round,
             total_rounds=trainer.total_rounds,
             parameters=trainer.parameters,
-            device=_describe(trainer.device),
+            device=describe(trainer.device),
         )
         self._begin("joining the run", self._experiment.exchange.connect_timeout + _CALLS_SECONDS)
         response = self._exchange.join(request)
@@ -141,7 +146,7 @@ class Learner:
             self._plan.student.model,
             f"{trainer.parameters:,}",
             response.run,
-            _describe(trainer.device),
+            describe(trainer.device),
             trainer.round,
             trainer.total_rounds,
         )
@@ -152,7 +157,7 @@ class Learner:
         self._begin("the forward pass")
         published = self.trainer.begin()
         if published is not None:
-            self._exchange.send(_contribution(published, self._experiment.exchange.dtype))
+            self._exchange.send(contribution(published, self._experiment.exchange.dtype))
 
     def end_round(self) -> None:
         """Waits for the round's targets, learns from them, and does what is due: measure, save, report."""
@@ -222,7 +227,7 @@ class Learner:
         if checkpoint is None:
             return
         try:
-            self.trainer.restore(checkpoint.round, checkpoint.model, checkpoint.optimizer)
+            self.trainer.restore(checkpoint.round, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
         except (RuntimeError, ValueError, KeyError) as error:
             why = " ".join(str(error).split())
             raise ConfigurationError(
@@ -339,6 +344,7 @@ class Learner:
             identity=self._identity,
             round=self.trainer.round,
             model=self.trainer.model.state_dict(),
+            extra=self.trainer.extra.state_dict(),
             optimizer=self.trainer.optimizer_state() if with_optimizer else {},
             progress=progress,
         )
@@ -360,7 +366,8 @@ class Learner:
         )
 
 
-def _contribution(published: Published, dtype: str) -> pb.Contribution:
+def contribution(published: Published, dtype: str) -> pb.Contribution:
+    """Returns what is published in a round as a message, its arrays in the experiment's dtype."""
     return pb.Contribution(
         round=published.round,
         batch=_samples(published.batch, dtype),
@@ -372,7 +379,7 @@ def _samples(outputs: Outputs, dtype: str) -> pb.Samples:
     return pb.Samples(
         ids=encode(outputs.ids, "int64"),
         labels=encode(outputs.labels, "int64"),
-        outputs={"logits": encode(outputs.logits, dtype)},
+        outputs={name: encode(value, dtype) for name, value in outputs.arrays.items()},
     )
 
 
@@ -380,7 +387,8 @@ def _plus(sum_so_far: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     return value.double() if sum_so_far is None else sum_so_far + value.double()
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
+    """Returns a device's name as reports show it."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)

@@ -1,103 +1,32 @@
-"""Loading what an experiment names as `package.module:callable`."""
+"""Loading a user's model or data: :mod:`codistill.references`, with a worker's errors."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import re
-import sysconfig
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from codistill import references
+from codistill.references import LoadError, accepted, is_reference, some
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["accepted", "explained", "is_reference", "load", "some"]
 
-_SHOWN = 8
-_NOT_THE_USERS = (
-    str(Path(__file__).parent),
-    "<frozen",
-    *(sysconfig.get_path(each) for each in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
-
-_FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-
-
-def is_reference(text: str) -> bool:
-    """Returns whether a text has the form `package.module:callable`."""
-    return _FORM.fullmatch(text) is not None
+_HERE = str(Path(__file__).parent)
 
 
 def load(reference: str, field: str) -> Callable[..., Any]:
-    """Imports a callable by its name.
-
-    Args:
-        reference: `package.module:callable`; the module is imported as Python finds it, from what is installed and
-            from the folders of PYTHONPATH.
-        field: the experiment's field that holds the reference, for errors.
+    """Imports a callable by its name, as :func:`codistill.references.load`.
 
     Raises:
-        ConfigurationError: the text has another form, there is no such module, the module cannot be imported, has no
-            such name, or what it names cannot be called.
+        ConfigurationError: it cannot be imported.
     """
-    form = _FORM.fullmatch(reference)
-    if form is None:
-        raise ConfigurationError(f"{field}: {reference!r} is not of the form package.module:callable")
-    module_name, name = form.groups()
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if module_name != missing and not module_name.startswith(f"{missing}."):
-            # The module is there; something that it imports is not.
-            raise ConfigurationError(f"{field}: {reference!r}: {explained(error)}") from error
-        raise ConfigurationError(
-            f"{field}: {reference!r}: there is no module {missing!r}; install it, or add its folder to PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise ConfigurationError(f"{field}: {reference!r}: {explained(error)}") from error
-    found = getattr(module, name, None)
-    if callable(found):
-        return cast("Callable[..., Any]", found)
-    if found is not None:
-        raise ConfigurationError(f"{field}: {reference!r} is of type {type(found).__name__}; expected a callable")
-    candidates = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-    close = difflib.get_close_matches(name, candidates, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigurationError(
-        f"{field}: {reference!r}: module {module_name!r} has no {name!r}; {hint}"
-        f"It has: {some(sorted(candidates)) or 'nothing to call'}"
-    )
+        return references.load(reference, field)
+    except LoadError as error:
+        raise ConfigurationError(str(error)) from error.__cause__
 
 
 def explained(error: BaseException) -> str:
     """Returns an error of a user's code as one line: what it is, and at which line of the user's it was raised."""
-    text = " ".join(str(error).split())
-    kind = type(error).__name__
-    if isinstance(error, SyntaxError):
-        return f"{kind}: {text}"  # which names the file and the line already
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)] or frames
-    place = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
-    return f"{kind}{place}{': ' if text else ''}{text}"
-
-
-def some(names: Sequence[str]) -> str:
-    """Returns names for a message: all of a few, else the first ones and how many more there are."""
-    if len(names) <= 2 * _SHOWN:
-        return ", ".join(names)
-    return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
-
-
-def accepted(function: Callable[..., Any]) -> set[str] | None:
-    """Returns the names of the keyword arguments that a callable takes, or None if it takes any."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a built-in that has no signature to read
-        return None
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return None
-    return {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    return references.explained(error, (_HERE,))

@@ -12,35 +12,48 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, Optimizer, Schedule, StudentPlan
 from codistill_worker import augmentation, models, objectives
 from codistill_worker.data import Dataset, Split
 from codistill_worker.errors import WorkerError
+from codistill_worker.networks import (
+    Score,
+    autocast,
+    evaluate,
+    image_shape,
+    output_shapes,
+    placed,
+    set_threads,
+    teacher_shapes,
+    to_cpu,
+    view_of,
+)
 from codistill_worker.randomness import Order, derive, seed_forward
 
-__all__ = ["Outputs", "Published", "Score", "StepLoss", "Trainer", "learning_rate"]
+__all__ = ["Outputs", "Published", "StepLoss", "Trainer", "learning_rate"]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """A student's outputs for some samples, on the CPU.
+    """What is published for some samples, on the CPU.
 
     Attributes:
         ids: the samples' positions in the training set, [B], int64.
         labels: their classes, [B], int64.
-        logits: [B, C], float32.
+        arrays: the named outputs, each [B, ...], float32; none of a student that only learns.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
-    logits: torch.Tensor
+    arrays: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,14 +83,6 @@ class StepLoss:
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a student does on a split: share of correct samples, and mean cross-entropy in nats."""
-
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True)
 class _Prepared:
     """A round's batch, ready on the device."""
 
@@ -92,7 +97,7 @@ class _Begun:
     """A round between its two halves."""
 
     labels: torch.Tensor
-    logits: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
     buffers: list[torch.Tensor]
 
 
@@ -107,9 +112,12 @@ class Trainer:
 
     Attributes:
         round: the next round to train; the rounds before it are in the weights.
+        model: the student.
+        extra: what the method trains besides it; empty for most methods.
+        shapes: of what the student publishes, without the samples, by name.
 
     Raises:
-        ConfigurationError: the model cannot be built for this data.
+        ConfigurationError: the model cannot be built for this data, or has no layer that the method names.
     """
 
     def __init__(self, experiment: Experiment, plan: StudentPlan, dataset: Dataset, device: torch.device) -> None:
@@ -121,22 +129,31 @@ class Trainer:
         self._plan = plan
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
-        self._half = objectives.create(plan.distillation)
-        self._without_targets = objectives.labels_alone() if self._half.exchanges else self._half
+        self._rhythm = plan.distillation.rhythm(self._order.rounds_per_epoch)
+        self._view = view_of(experiment, self.student)
+        shape = image_shape(dataset)
         model = models.build(
             plan.student.model,
-            classes=dataset.classes,
-            channels=dataset.channels,
-            size=dataset.height,
+            **shape,
             args=plan.student.model_args,
             seed=derive(experiment.seed, "init", self.student),
         )
-        memory = torch.channels_last if training.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(device, memory_format=memory)  # pyright: ignore[reportCallIssue]
-        self._optimizer = _optimizer(self.model, training.optimizer)
+        self.model: nn.Module = placed(model, device, training)
+        teachers = partial(teacher_shapes, experiment, shape)
+        seed = derive(experiment.seed, "objective", self.student)
+        subject = objectives.Subject(self.student, self.model, shape, teachers, seed)
+        self._half = objectives.create(plan.distillation, subject)
+        self.extra: nn.Module = self._half.extra.to(device)
+        self.shapes = {
+            name: dims
+            for name, dims in output_shapes(self._half.network, shape, device).items()
+            if name in self._half.publishes
+        }
+        self._trained = nn.ModuleList([self.model, self.extra])
+        self._optimizer = _optimizer(self._trained, training.optimizer)
         # By owner and name, as a module may put a new tensor in the place of its buffer.
         self._buffers = [
-            (module, name) for module in self.model.modules() for name, _ in module.named_buffers(recurse=False)
+            (module, name) for module in self._trained.modules() for name, _ in module.named_buffers(recurse=False)
         ]
         self._batches: Iterator[torch.Tensor] = iter(())
         self._streaming_from = -1
@@ -155,8 +172,8 @@ class Trainer:
 
     @property
     def exchanges(self) -> bool:
-        """Whether the method publishes anything."""
-        return self._half.exchanges
+        """Whether the next round exchanges anything."""
+        return self._plan.distillation.exchanges and self._rhythm.exchanges(self.round)
 
     @property
     def parameters(self) -> int:
@@ -170,10 +187,10 @@ class Trainer:
             self._prepared = self._prepare(upcoming)
 
     def begin(self) -> Published | None:
-        """Runs the forward pass of the next round; returns what to publish, or None if the method exchanges nothing.
+        """Runs the forward pass of the next round; returns what to publish, or None if the round exchanges nothing.
 
         Raises:
-            WorkerError: the logits are not finite any more.
+            WorkerError: the outputs are not finite any more.
         """
         if self._begun is not None:
             raise RuntimeError(f"round {self.round} is begun already; finish or abandon it")
@@ -186,13 +203,14 @@ class Trainer:
         # Batch statistics move in the forward pass; should the round be abandoned, they must not have.
         buffers: list[torch.Tensor] = [getattr(module, name).detach().clone() for module, name in self._buffers]
         self.model.train()
+        self._half.network.train()
         seed_forward(self._seed, self.student, self.round)
-        logits = self._forward(prepared.images)
-        self._begun = _Begun(prepared.labels, logits, buffers)
+        outputs = self._outputs(prepared.images)
+        self._begun = _Begun(prepared.labels, outputs, buffers)
         if not self.exchanges:
             return None
         labels = self._dataset.train.labels[prepared.ids]
-        return Published(self.round, Outputs(prepared.ids, labels, self._to_cpu(logits)), held_out)
+        return Published(self.round, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
         """Runs the backward pass of the round that was begun and moves the weights.
@@ -206,18 +224,20 @@ class Trainer:
             raise RuntimeError("no round is begun")
         self._set_threads()
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
-        half = self._half if on_device else self._without_targets
-        loss = half.loss(begun.logits, begun.labels, on_device)
+        epoch = self.round / self.rounds_per_epoch
+        step = objectives.Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
+        alone = self._plan.distillation.exchanges and not on_device
+        loss = objectives.labels_alone(step) if alone else self._half.loss(step)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         if self._plan.training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._plan.training.clip_norm)
+            nn.utils.clip_grad_norm_(self._trained.parameters(), self._plan.training.clip_norm)
         self._optimizer.step()
         self._begun = None
         self.round += 1
-        correct = (begun.logits.detach().argmax(-1) == begun.labels).sum()
+        correct = (begun.outputs["logits"].detach().argmax(-1) == begun.labels).sum()
         return StepLoss(correct, len(begun.labels), loss.cross_entropy, loss.distillation)
 
     def abandon(self) -> None:
@@ -240,19 +260,7 @@ class Trainer:
             WorkerError: the loss is not finite any more.
         """
         self._set_threads()
-        self.model.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = torch.arange(len(split)).split(self._plan.training.evaluation_batch_size)
-        with torch.inference_mode():
-            on_batch()
-            for ids, images in zip(batches, split.stream(iter(batches)), strict=True):
-                labels = split.labels[ids].to(self.device, non_blocking=True)
-                logits = self._forward(self._normalised(images))
-                correct += (logits.argmax(-1) == labels).sum()
-                on_batch()
-                loss += functional.cross_entropy(logits, labels, reduction="sum").double()
-        score = Score(int(correct) / len(split), float(loss) / len(split))
+        score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
             raise diverged(self.student, self.round, f"its loss is {score.loss}")
         return score
@@ -261,7 +269,13 @@ class Trainer:
         """Returns the optimiser's state dict."""
         return self._optimizer.state_dict()
 
-    def restore(self, round_number: int, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]) -> None:
+    def restore(
+        self,
+        round_number: int,
+        model: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, Any],
+        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         """Goes to where a checkpoint was taken; what is given stays as it is.
 
         Raises:
@@ -269,6 +283,7 @@ class Trainer:
         """
         self.abandon()
         self.model.load_state_dict(dict(model))
+        self.extra.load_state_dict(dict(extra))
         # A copy, as the optimiser would go on working in the very tensors that it is given.
         self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
         self.round = round_number
@@ -281,7 +296,7 @@ class Trainer:
         images = next(self._batches)
         self._streaming_from = number + 1
         ids = self._order.samples(number)
-        seed = derive(self._seed, "augment", self.student, number)
+        seed = derive(self._seed, "augment", self._view, number)
         images = augmentation.augment(images, ids, self._plan.data.augment, seed)
         labels = self._dataset.train.labels[ids].to(self.device, non_blocking=True)
         return _Prepared(number, ids, labels, self._normalised(images))
@@ -295,11 +310,13 @@ class Trainer:
             channels_last=self._plan.training.channels_last,
         )
 
-    def _forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self._plan.training.precision == "bfloat16":
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                return self.model(images).float()
-        return self.model(images).float()
+    def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        with autocast(self.device, self._plan.training):
+            return {name: value.float() for name, value in self._half.network(images).items()}
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self._plan.training):
+            return self.model(images).float()
 
     def _measures_held_out(self) -> bool:
         return self._half.measures_held_out and self.round > 0 and self.round % self.rounds_per_epoch == 0
@@ -309,24 +326,21 @@ class Trainer:
         if split is None:
             raise RuntimeError("the experiment holds no samples out")
         self.model.eval()
+        self._half.network.eval()
         ids = torch.arange(len(split))
         batches = ids.split(self._plan.training.evaluation_batch_size)
         with torch.inference_mode():
-            logits = torch.cat([self._forward(self._normalised(images)) for images in split.stream(iter(batches))])
-        return Outputs(ids, split.labels, self._to_cpu(logits))
+            parts = [self._outputs(self._normalised(images)) for images in split.stream(iter(batches))]
+        whole = {name: torch.cat([part[name] for part in parts]) for name in self._half.publishes}
+        return Outputs(ids, split.labels, self._published(whole))
 
-    def _to_cpu(self, logits: torch.Tensor) -> torch.Tensor:
-        """Brings logits to the CPU, and refuses those that nobody could learn from."""
-        value = logits.detach()
-        if self.device.type == "cuda":
-            # From page-locked memory the copy runs beside what else the device does; only its end is waited for.
-            landed = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            landed.copy_(value, non_blocking=True)
-            torch.cuda.current_stream(self.device).synchronize()
-            value = landed
-        if not bool(torch.isfinite(value).all()):
-            raise diverged(self.student, self.round, "its logits are not finite")
-        return value
+    def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Brings outputs to the CPU, and refuses those that nobody could learn from."""
+        arrays = to_cpu({name: outputs[name] for name in self._half.publishes}, self.device)
+        for name, value in arrays.items():
+            if not bool(torch.isfinite(value).all()):
+                raise diverged(self.student, self.round, f"its {name} are not finite")
+        return arrays
 
     def _learning_rate(self) -> float:
         training = self._plan.training
@@ -335,10 +349,7 @@ class Trainer:
         )
 
     def _set_threads(self) -> None:
-        """Other numbers of threads sum in other orders, so each student has its own, whoever shares its process."""
-        threads = self._plan.training.threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        set_threads(self._plan.training)
 
 
 def diverged(student: str, number: int, what: str) -> WorkerError:
@@ -371,8 +382,8 @@ def learning_rate(peak: float, schedule: Schedule, number: int, rounds_per_epoch
     return peak
 
 
-def _optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not settings.decay_norm_and_bias:  # biases and normalisation weights are the ones of one dimension or none
         groups = [

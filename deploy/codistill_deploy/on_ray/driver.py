@@ -17,12 +17,12 @@ from typing import Any
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.security import TOKEN_VARIABLE, Security, Token
+from codistill_deploy import parts
 from codistill_deploy.crew import Crew
 from codistill_deploy.errors import CommandError
 from codistill_deploy.on_ray.connection import connected
 from codistill_deploy.on_ray.host import MARKER_FILE, Host, Place, Serving, Task
 from codistill_deploy.on_ray.plan import Bundle, bundles, shortage
-from codistill_deploy.parts import serve_arguments, work_arguments
 from codistill_deploy.restarts import DEFAULT_RESTARTS, Ending
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_deploy.supervision import Member
@@ -156,7 +156,7 @@ class _Run:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _run(self, group: Any, stop: threading.Event) -> ExitCode:
-        folder, names = self._folder, self._experiment.names
+        folder = self._folder
         crew = Crew(
             self._experiment,
             folder,
@@ -166,13 +166,13 @@ class _Run:
             tend=self._tend,
         )
         serving = self._options.serving
-        task = self._task(serve_arguments(folder), folder.server_log, folder.path / _LOCK, serving)
+        task = self._task(parts.serve_arguments(folder), folder.server_log, folder.path / _LOCK, serving)
         server = Member("the server", "", self._begin(group, 0, task), task.log, self._options.restarts, ends=False)
         workers: list[Member] = []
-        for index, name in enumerate(names, 1):
-            task = self._task(work_arguments(folder, name), folder.student_log(name), folder.student(name) / _LOCK)
+        for index, part in enumerate(parts.workers(self._experiment, folder), 1):
+            task = self._task(parts.work_arguments(folder, part.name), part.log, part.log.parent / _LOCK)
             begin = self._begin(group, index, task)
-            workers.append(Member(f"student {name!r}", name, begin, task.log, self._options.restarts))
+            workers.append(Member(part.title, part.name, begin, task.log, self._options.restarts))
         return crew.run(server, workers, stop, announce=True)
 
     def _task(self, arguments: Sequence[str], log: Path, lock: Path, serving: Serving | None = None) -> Task:

@@ -35,41 +35,49 @@ class Bundle:
 
 
 def check_devices(experiment: Experiment, source: str) -> None:
-    """Checks that no student asks for a GPU by its number: on a cluster each sees the one that it was given, as the first.
+    """Checks that nobody asks for a GPU by its number: on a cluster each sees the one that it was given, as the first.
 
     Raises:
         ExperimentError: one does; a line for each.
     """
+    asking = [(f"students.{index}", experiment.plan(name).training) for index, name in enumerate(experiment.names)]
+    asking += [
+        (f"teachers.{index}", experiment.teacher_plan(name).training)
+        for index, name in enumerate(experiment.teacher_names)
+    ]
     problems = [
-        f"students.{position}.training.device: {device!r} is one machine's GPU; on Ray each student is given one; allowed: "
-        "auto, cpu, cuda"
-        for position, name in enumerate(experiment.names)
-        if ":" in (device := experiment.plan(name).training.device)
+        f"{place}.training.device: {training.device!r} is one machine's GPU; on Ray each is given one; allowed: auto, cpu, "
+        "cuda"
+        for place, training in asking
+        if ":" in training.device
     ]
     if problems:
         raise ExperimentError(source, problems)
 
 
 def bundles(experiment: Experiment, gpus: float, gpus_per_student: float | None = None) -> list[Bundle]:
-    """Returns the server's bundle, then each student's in the experiment's order.
+    """Returns the server's bundle, then each student's and each teacher's in the experiment's order.
 
-    The server asks for one CPU, a student for as many as it has threads. With `device: cuda` it asks for a GPU too, with
+    The server asks for one CPU, the others for as many as they have threads. With `device: cuda` one asks for a GPU too, with
     `auto` where the cluster has some when the run starts.
 
     Args:
         experiment: what is run.
         gpus: how many the cluster has.
-        gpus_per_student: how much of one each asks for; None for a whole one, or where there are fewer than students that
+        gpus_per_student: how much of one each asks for; None for a whole one, or where there are fewer than
             want one, for the share that lets all of them in.
     """
-    plans = [experiment.plan(name) for name in experiment.names]
-    wants = [plan.training.device == "cuda" or (plan.training.device == "auto" and gpus > 0) for plan in plans]
+    asking = [
+        *((f"student {name!r}", experiment.plan(name).training) for name in experiment.names),
+        *((f"teacher {name!r}", experiment.teacher_plan(name).training) for name in experiment.teacher_names),
+    ]
+    wants = [each.device == "cuda" or (each.device == "auto" and gpus > 0) for _, each in asking]
     share = _share(sum(wants), gpus) if gpus_per_student is None else gpus_per_student
     return [
         Bundle("the server", 1),
         *(
-            Bundle(f"student {plan.student.name!r}", plan.training.threads, share if wanted else 0.0)
-            for plan, wanted in zip(plans, wants, strict=True)
+            Bundle(title, each.threads, share if wanted else 0.0)
+            for (title, each), wanted in zip(asking, wants, strict=True)
         ),
     ]
 

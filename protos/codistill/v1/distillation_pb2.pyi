@@ -205,7 +205,9 @@ class Shape(google.protobuf.message.Message):
     DIMS_FIELD_NUMBER: builtins.int
     @property
     def dims(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """dims holds the sizes of the dimensions, outermost first; a student's logits have one: the number of classes."""
+        """dims holds the sizes of the dimensions, outermost first; logits have one: the number of classes. Sizes that the
+        experiment does not give (of a hidden layer) are settled by the first worker that joins, and held to afterwards.
+        """
 
     def __init__(
         self,
@@ -251,17 +253,20 @@ class JoinRequest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
     CHECKSUM_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks; it must equal the server's."""
     student: builtins.str
-    """student is the student's name in the experiment."""
+    """student is the student's name in the experiment, or the teacher's."""
     experiment: builtins.str
     """experiment is the part of the resolved experiment that must be the same everywhere, as canonical JSON. If it is
     not the server's own the refusal names the first field that differs, and both values.
     """
     first_round: builtins.int
-    """first_round is the first round that the worker needs: 0, or the round after its checkpoint."""
+    """first_round is the first round that the worker needs: 0, or the round after its checkpoint. A teacher needs none, as it
+    learns nothing; it begins at the frontier.
+    """
     total_rounds: builtins.int
     """total_rounds is the number of rounds after which the worker will have finished."""
     parameters: builtins.int
@@ -277,6 +282,10 @@ class JoinRequest(google.protobuf.message.Message):
     has taken over since, is refused with ABORTED and the trailing metadata codistill-superseded: however long it was
     cut off, it does not take the student back.
     """
+    weights: builtins.str
+    """weights is a SHA-256, in hexadecimal, over a teacher's weights, which every worker of that teacher must have; empty for
+    a student.
+    """
     checksum: builtins.int
     """checksum covers the message's bytes before it; see Damage above."""
     @property
@@ -285,7 +294,7 @@ class JoinRequest(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Shape]:
-        """outputs gives the shape of each output that the student will publish."""
+        """outputs gives the shape of each output that will be published."""
 
     def __init__(
         self,
@@ -301,10 +310,11 @@ class JoinRequest(google.protobuf.message.Message):
         device: builtins.str = ...,
         worker: builtins.int = ...,
         session: builtins.int = ...,
+        weights: builtins.str = ...,
         checksum: builtins.int | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "experiment", b"experiment", "first_round", b"first_round", "outputs", b"outputs", "parameters", b"parameters", "protocol_version", b"protocol_version", "session", b"session", "student", b"student", "total_rounds", b"total_rounds", "weights", b"weights", "worker", b"worker"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___JoinRequest = JoinRequest
@@ -404,7 +414,9 @@ class Samples(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Tensor]:
-        """outputs holds the student's named outputs for them; the first dimension of each is B. "logits" has shape [B, C]."""
+        """outputs holds the named outputs for them; the first dimension of each is B. "logits" has shape [B, C]. It is empty for
+        a student that only learns, from a teacher.
+        """
 
     def __init__(
         self,
@@ -834,6 +846,7 @@ class StudentStatus(google.protobuf.message.Message):
     WAIT_SECONDS_FIELD_NUMBER: builtins.int
     MISSED_ROUNDS_FIELD_NUMBER: builtins.int
     JOINS_FIELD_NUMBER: builtins.int
+    TEACHER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the student's name."""
     model: builtins.str
@@ -858,6 +871,8 @@ class StudentStatus(google.protobuf.message.Message):
     """missed_rounds is the number of rounds that closed without it since the server started."""
     joins: builtins.int
     """joins is the number of sessions that its workers opened since the server started."""
+    teacher: builtins.bool
+    """teacher says that it is a teacher, which learns nothing."""
     @property
     def measurements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Measurement]:
         """measurements holds the latest measurement of each split."""
@@ -878,8 +893,9 @@ class StudentStatus(google.protobuf.message.Message):
         wait_seconds: builtins.float = ...,
         missed_rounds: builtins.int = ...,
         joins: builtins.int = ...,
+        teacher: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "joins", b"joins", "measurements", b"measurements", "missed_rounds", b"missed_rounds", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "wait_seconds", b"wait_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "durable_round", b"durable_round", "epoch", b"epoch", "joins", b"joins", "measurements", b"measurements", "missed_rounds", b"missed_rounds", "model", b"model", "name", b"name", "parameters", b"parameters", "round", b"round", "state", b"state", "step_seconds", b"step_seconds", "teacher", b"teacher", "wait_seconds", b"wait_seconds"]) -> None: ...
 
 global___StudentStatus = StudentStatus
 

@@ -86,7 +86,7 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
     blocked = history.waits.get(student.name)
     return {
         "name": student.name,
-        "model": student.model,
+        "model": f"{student.model} (teacher)" if student.teacher else student.model,
         "parameters": student.parameters,
         "device": student.device,
         "final": _point(student.final),

@@ -18,7 +18,7 @@ from codistill_worker.data.sources import Source
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.randomness import derive, permutation
 
-__all__ = ["check", "load"]
+__all__ = ["check", "image_of", "load"]
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +90,20 @@ def load(data: Data, device: torch.device) -> Dataset:
         height=height,
         width=width,
     )
+
+
+def image_of(data: Data) -> tuple[int, int]:
+    """Returns channels and size of the images that a section's data set has; loads it where nothing else tells.
+
+    Raises:
+        ConfigurationError: as :func:`load`.
+    """
+    known = DATASETS.get(data.dataset)
+    size = data.image_size or (known.size if known is not None else None)
+    if known is not None and known.channels is not None and size is not None:
+        return known.channels, size
+    loaded = load(data, torch.device("cpu"))
+    return loaded.channels, loaded.height
 
 
 def check(data: Data) -> None:

@@ -1,100 +1,34 @@
-"""The server halves of the methods: each turns the outputs of a round into targets.
-
-A half is a function of what the students published and of its own small state, and of nothing else, so that the
-same round gives the same targets wherever and whenever it is computed. Halves are chosen by the experiment's
-``distillation.method``; the worker's half of the same name turns the targets into a loss.
-
-The arrays are named. KDCL publishes and answers ``logits`` [B, C]; DML publishes ``logits`` [B, C] and answers, to
-each student, ``probabilities`` [B, C] and ``divergence`` [B].
-
-A round may have been closed without some students. What is made then is made of those that are there, and whoever was
-not, learns from all of them.
-"""
+"""Students that teach one another: KDCL, deep mutual learning, and cross-architecture distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from codistill.experiment import Distillation, Dml, Independent, Kdcl
+from codistill.distillation import Kdcl
 from codistill_server import ensembles
+from codistill_server.methods.mechanism import LOGITS, Arrays, Gathered, Output, ServerHalf, Targets
 
-__all__ = ["Gathered", "ServerHalf", "Targets", "create"]
-
-Arrays = Mapping[str, torch.Tensor]
-
-
-def _no_arrays() -> dict[str, torch.Tensor]:
-    return {}
+__all__ = ["Ensemble", "General", "Mean", "Mutual", "ensemble_of"]
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What the students published in a round, in the experiment's order.
-
-    Attributes:
-        students: the names of the K students that contributed.
-        outputs: each named output of all students, [K, B, ...], float32.
-        labels: the samples' classes, [B], int64.
-        held_out: each named output for the held-out samples, [K, N, ...], float32; empty in most rounds.
-        held_out_labels: their classes, [N], int64; None in most rounds.
-        state: what the half returned with the round before; empty for the first.
-        outsiders: whether students that did not contribute will ask for the targets.
-    """
-
-    students: tuple[str, ...]
-    outputs: Arrays
-    labels: torch.Tensor
-    held_out: Arrays = field(default_factory=_no_arrays)
-    held_out_labels: torch.Tensor | None = None
-    state: Arrays = field(default_factory=_no_arrays)
-    outsiders: bool = False
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a round's targets are.
-
-    Attributes:
-        each: named arrays by student, where they differ.
-        shared: named arrays for every student that has none of its own.
-        state: float32 arrays to be handed back with the next round; journalled with this one.
-    """
-
-    shared: Arrays | None = None
-    each: Mapping[str, Arrays] | None = None
-    state: Arrays = field(default_factory=_no_arrays)
-
-
-class ServerHalf(Protocol):
-    """The server half of a method.
-
-    Attributes:
-        heavy: whether `targets` takes milliseconds, so that a server does it beside its event loop.
-    """
-
-    heavy: bool
-
-    def targets(self, gathered: Gathered) -> Targets:
-        """Returns the targets of one round."""
-        ...
-
-
-class _Kdcl:
+class Ensemble:
     """KDCL (Guo et al. 2020): one target for all, by one of four ensembles."""
+
+    student: Mapping[str, Output] = {"logits": LOGITS}
+    teacher: Mapping[str, Output] = {}
 
     def __init__(self, ensemble: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], heavy: bool) -> None:
         self.heavy = heavy
         self._ensemble = ensemble
 
     def targets(self, gathered: Gathered) -> Targets:
+        """Returns the ensemble's logits, [B, C], for all."""
         return Targets(shared={"logits": self._ensemble(gathered.outputs["logits"], gathered.labels)})
 
 
-class _KdclGeneral:
+class General:
     """KDCL-General: weights by errors measured on held-out samples once an epoch, uniform before that.
 
     The state is the errors' covariance [M, M], float32, under a key that names the M students measured. Weights follow
@@ -102,8 +36,11 @@ class _KdclGeneral:
     """
 
     heavy = False
+    student: Mapping[str, Output] = {"logits": LOGITS}
+    teacher: Mapping[str, Output] = {}
 
     def targets(self, gathered: Gathered) -> Targets:
+        """Returns the weighted sum of the logits, [B, C], for all."""
         state = gathered.state
         if gathered.held_out_labels is not None:
             total = ensembles.error_covariance(gathered.held_out["logits"], gathered.held_out_labels)
@@ -130,7 +67,7 @@ def _weights_of(students: tuple[str, ...], state: Arrays) -> torch.Tensor:
     return torch.full((len(students),), 1 / len(students), dtype=torch.float32)
 
 
-class _Dml:
+class Mutual:
     """DML (Zhang et al. 2018): to each student the mean of the others' probabilities.
 
     The mean over the others of KL(p_l ‖ p_k) is KL(mean p_l ‖ p_k) plus a divergence of the others among themselves,
@@ -138,11 +75,14 @@ class _Dml:
     """
 
     heavy = False
+    student: Mapping[str, Output] = {"logits": LOGITS}
+    teacher: Mapping[str, Output] = {}
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
     def targets(self, gathered: Gathered) -> Targets:
+        """Returns to each `probabilities` [B, C] and `divergence` [B]."""
         logits = gathered.outputs["logits"]
         probabilities, divergence = ensembles.peer_probabilities(logits, self._temperature)
         each = {
@@ -155,18 +95,31 @@ class _Dml:
         return Targets(each=each, shared={"probabilities": probabilities, "divergence": divergence})
 
 
-def create(distillation: Distillation) -> ServerHalf | None:
-    """Returns the server half of an experiment's method; None if it exchanges nothing."""
-    match distillation:
-        case Independent():
-            return None
-        case Dml():
-            return _Dml(distillation.temperature)
-        case Kdcl(ensemble="general"):
-            return _KdclGeneral()
-        case Kdcl(ensemble="naive"):
-            return _Kdcl(ensembles.naive, heavy=False)
-        case Kdcl(ensemble="min_logit"):
-            return _Kdcl(ensembles.min_logit, heavy=False)
-        case Kdcl():
-            return _Kdcl(ensembles.linear, heavy=True)
+class Mean:
+    """Cross-architecture distillation, after Gao et al. (2019): one target, the mean of all students' probabilities."""
+
+    heavy = False
+    student: Mapping[str, Output] = {"logits": LOGITS}
+    teacher: Mapping[str, Output] = {}
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def targets(self, gathered: Gathered) -> Targets:
+        """Returns `probabilities`, [B, C], for all."""
+        return Targets(
+            shared={"probabilities": ensembles.mean_probabilities(gathered.outputs["logits"], self._temperature)}
+        )
+
+
+def ensemble_of(settings: Kdcl) -> ServerHalf:
+    """Returns KDCL's half with the ensemble that the experiment chooses."""
+    match settings.ensemble:
+        case "general":
+            return General()
+        case "naive":
+            return Ensemble(ensembles.naive, heavy=False)
+        case "min_logit":
+            return Ensemble(ensembles.min_logit, heavy=False)
+        case "linear":
+            return Ensemble(ensembles.linear, heavy=True)

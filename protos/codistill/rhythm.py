@@ -1,0 +1,44 @@
+"""Which training steps exchange something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EVERY_ROUND", "Rhythm"]
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Round `start`, and from there one round in `every`, exchanges; in the others students learn from the labels alone.
+
+    A worker counts training steps, the server what is exchanged. Where every round exchanges the two are the same.
+
+    Attributes:
+        start: the first round that exchanges.
+        every: rounds from one exchange to the next.
+
+    Example:
+        >>> rhythm = Rhythm(start=4, every=3)
+        >>> [number for number in range(12) if rhythm.exchanges(number)]
+        [4, 7, 10]
+        >>> rhythm.exchanges_before(8), rhythm.round(2)
+        (2, 10)
+    """
+
+    start: int = 0
+    every: int = 1
+
+    def exchanges(self, number: int) -> bool:
+        """Returns whether a round exchanges."""
+        return number >= self.start and (number - self.start) % self.every == 0
+
+    def exchanges_before(self, number: int) -> int:
+        """Returns how many rounds before this one exchange; of one that does, that is its number as an exchange."""
+        return max(0, -(-(number - self.start) // self.every))
+
+    def round(self, exchange: int) -> int:
+        """Returns the round in which an exchange takes place, both counted from 0."""
+        return self.start + exchange * self.every
+
+
+EVERY_ROUND = Rhythm()

@@ -1,0 +1,265 @@
+"""The coordinator with teachers, with shapes that it did not know, and with rounds that exchange nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from codistill.experiment import Experiment
+from codistill.tensors import decode, encode
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server.coordinator import Refused, receive_limit
+from codistill_server.rounds import Presence, Status
+from server.support_server import BATCH, CLASSES, ROUNDS_PER_EPOCH, TOTAL_ROUNDS, Run, contribution, make_experiment
+
+TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
+
+
+def taught(method: str = "kd", **sections: Any) -> Experiment:
+    return make_experiment(distillation={"method": method}, teachers=[TEACHER], **sections)
+
+
+def outputs(**shapes: list[int]) -> dict[str, list[int]]:
+    return {name.replace("_", "/"): dims for name, dims in shapes.items()}
+
+
+def refused(call: Callable[[], object]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value
+
+
+def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.Contribution:
+    message = contribution(experiment, experiment.names[0], number)
+    message.batch.outputs.clear()
+    for name, value in arrays.items():
+        message.batch.outputs[name.replace("_", "/")].CopyFrom(encode(value, experiment.exchange.dtype))
+    return message
+
+
+class Taught(Run):
+    """A run whose students publish nothing and whose teacher publishes logits."""
+
+    def join_student(self, name: str, first_round: int = 0) -> pb.JoinResponse:
+        return self.join(name, first_round, outputs={})
+
+    def join_teacher(self, weights: str = "f00d", **shapes: list[int]) -> pb.JoinResponse:
+        return self.join("old", outputs=outputs(**(shapes or {"logits": [CLASSES]})), weights=weights)
+
+    def teach(self, number: int) -> torch.Tensor:
+        logits = torch.full((BATCH, CLASSES), float(number))
+        self.send("old", published(self.experiment, number, logits=logits))
+        return logits
+
+    def learn(self, name: str, number: int) -> None:
+        self.send(name, published(self.experiment, number))
+
+
+@pytest.fixture
+def run() -> Taught:
+    made = Taught(taught())
+    made.join_student("ant")
+    made.join_student("bee")
+    made.join_teacher()
+    return made
+
+
+class TestTeacher:
+    def test_its_outputs_are_every_students_targets_and_it_gets_the_rounds_end(self, run: Taught) -> None:
+        run.learn("ant", 0)
+        logits = run.teach(0)
+        assert not run.inboxes["old"].replies, "it is waited for as everybody is"
+        run.learn("bee", 0)
+        for student in ("ant", "bee"):
+            (reply,) = run.inboxes[student].replies
+            assert torch.equal(decode(reply.targets.targets["logits"]), logits)
+        (end,) = run.inboxes["old"].replies
+        assert end.targets.round == 0
+        assert not end.targets.targets
+
+    def test_it_begins_at_the_frontier_whenever_it_joins(self, run: Taught) -> None:
+        for number in range(3):
+            run.learn("ant", number)
+            run.learn("bee", number)
+            run.teach(number)
+        assert run.join_teacher().frontier == 3
+        assert run.coordinator.presence["old"] is Presence.PRESENT
+
+    def test_what_it_reported_lets_rounds_go(self, run: Taught) -> None:
+        for number in range(3):
+            run.learn("ant", number)
+            run.learn("bee", number)
+            run.teach(number)
+        for name in ("ant", "bee", "old"):
+            assert run.journal.read(1) is not None
+            run.report(name, round=3, durable_round=3)
+        assert run.journal.read(1) is None
+
+    def test_other_weights_than_the_run_began_with_are_refused(self, run: Taught) -> None:
+        error = refused(lambda: run.join_teacher("beef"))
+        assert error.status is Status.FAILED_PRECONDITION
+        assert str(error) == (
+            "weights: the run has a teacher 'old' with weights of digest f00d, this worker's are beef; give its "
+            "teachers.weights the file that the run began with"
+        )
+
+    def test_a_student_that_publishes_although_it_only_learns_is_refused(self, run: Taught) -> None:
+        error = refused(lambda: run.join("ant"))
+        assert "outputs: this worker publishes {'logits': [3]}, method kd with 3 classes takes {}" in str(error)
+        message = published(run.experiment, 0, logits=torch.zeros(BATCH, CLASSES))
+        assert "batch.outputs: ['logits'] are not allowed; expected []" in str(
+            refused(lambda: run.send("bee", message))
+        )
+
+    def test_a_teacher_of_other_classes_is_refused(self) -> None:
+        run = Taught(taught())
+        error = refused(lambda: run.join_teacher(logits=[CLASSES + 1]))
+        assert "publishes {'logits': [4]}, method kd with 3 classes takes {'logits': [3]}" in str(error)
+
+    def test_it_is_shown_as_a_teacher(self, run: Taught) -> None:
+        assert [(each.name, each.teacher) for each in run.coordinator.snapshot().students] == [
+            ("ant", False),
+            ("bee", False),
+            ("old", True),
+        ]
+
+    def test_what_is_not_finite_is_the_weights_fault(self, run: Taught) -> None:
+        message = published(run.experiment, 0, logits=torch.full((BATCH, CLASSES), torch.nan))
+        assert "the teacher's weights are damaged" in str(refused(lambda: run.send("old", message)))
+
+    def test_rounds_go_on_without_it_and_without_targets(self) -> None:
+        run = Taught(taught(exchange={"on_absence": "proceed", "round_deadline": 5.0}))
+        run.join_student("ant")
+        run.join_student("bee")
+        run.join_teacher()
+        run.learn("ant", 0)
+        run.learn("bee", 0)
+        run.clock.now += 6
+        run.coordinator.tick()
+        (reply,) = run.inboxes["ant"].replies
+        assert reply.HasField("targets")
+        assert not reply.targets.targets
+        assert run.observations.rounds_without_targets == 1
+        assert [each.message for each in run.events("below quorum")] == [
+            "round 0 closed with 2 contributions, without its teacher: no targets"
+        ]
+
+    def test_the_run_is_complete_when_it_has_finished_too(self, run: Taught) -> None:
+        run.leave("ant", pb.LEAVE_REASON_FINISHED)
+        run.leave("bee", pb.LEAVE_REASON_FINISHED)
+        assert not run.coordinator.complete
+        run.leave("old", pb.LEAVE_REASON_FINISHED)
+        assert run.coordinator.complete
+
+
+class TestShapes:
+    MAPS: ClassVar = {"features_1": [4, 8, 8], "features_2": [6, 2, 2]}
+
+    def test_the_first_join_settles_them_and_a_restart_remembers(self, tmp_path: Path) -> None:
+        experiment = taught("vid")
+        run = Taught(experiment, tmp_path / "journal")
+        run.join_teacher(**self.MAPS)
+        run.coordinator.close()
+        run = Taught(experiment, tmp_path / "journal")
+        error = refused(lambda: run.join_teacher(features_1=[5, 8, 8], features_2=[6, 2, 2]))
+        assert error.status is Status.FAILED_PRECONDITION
+        assert "'features/1': [5, 8, 8]" in str(error)
+        assert "the run was settled to {'features/1': [4, 8, 8]" in str(error)
+        run.join_teacher(**self.MAPS)
+        run.join_student("ant")
+        run.join_student("bee")
+        maps = {"features_1": torch.ones(BATCH, 4, 8, 8), "features_2": torch.ones(BATCH, 6, 2, 2)}
+        wrong = maps | {"features_2": torch.ones(BATCH, 6, 1, 2)}
+        assert "batch.outputs.features/2.shape: [4, 6, 1, 2] is not allowed; expected [4, 6, 2, 2]" in str(
+            refused(lambda: run.send("old", published(experiment, 0, **wrong)))
+        )
+
+    @pytest.mark.parametrize("dims", [[4, 9, 8], [4096, 8, 8], [4, 8], [0, 8, 8]])
+    def test_what_is_larger_than_any_layer_may_be_is_refused(self, dims: list[int]) -> None:
+        run = Taught(taught("vid"))
+        error = refused(lambda: run.join_teacher(features_1=dims, features_2=[6, 2, 2]))
+        assert "takes {'features/1': [up to 2048, up to 8, up to 8], 'features/2'" in str(error)
+
+    def test_the_largest_message_has_the_largest_layers(self) -> None:
+        floats = BATCH * (2 * 2048 * 8 * 8)
+        assert receive_limit(taught("vid")) > 4 * floats
+        assert receive_limit(taught("vid")) < 4 * floats + 70_000
+        assert receive_limit(taught("kd")) < 70_000
+
+
+class TestRhythm:
+    """Every second round from the first of epoch 1 on: 3, 5, 7, 9, 11 of 12."""
+
+    METHOD: ClassVar = {"method": "cross_architecture", "start_epoch": 1, "every": 2}
+
+    def experiment(self, **sections: Any) -> Experiment:
+        return make_experiment(distillation=self.METHOD, **sections)
+
+    def test_only_some_rounds_exchange(self) -> None:
+        run = Run(self.experiment())
+        run.join_all()
+        assert ROUNDS_PER_EPOCH == 3
+        seen = []
+        for number in (3, 5, 7, 9, 11):
+            assert run.coordinator.frontier == number
+            run.close_round(number)
+            seen.append(run.inboxes["ant"].rounds[-1])
+        assert seen == [3, 5, 7, 9, 11]
+        assert run.coordinator.snapshot().frontier == TOTAL_ROUNDS, "no further than the run"
+
+    @pytest.mark.parametrize("number", [0, 2, 4])
+    def test_a_contribution_to_another_round_is_refused(self, number: int) -> None:
+        run = Run(self.experiment())
+        run.join_all()
+        error = refused(lambda: run.contribute("ant", number))
+        assert str(error) == f"round {number} exchanges nothing; allowed: round 3 and one in 2 from there"
+
+    def test_a_restart_goes_on_where_the_journal_ends(self, tmp_path: Path) -> None:
+        experiment = self.experiment()
+        run = Run(experiment, tmp_path / "journal")
+        run.join_all()
+        answers = {number: run.close_round(number) for number in (3, 5)}
+        run.report("ant", round=6, durable_round=5)
+        run.report("bee", round=6, durable_round=4)
+        assert run.journal.read(0) is None, "round 3, the first exchange, is needed by nobody"
+        run.coordinator.close()
+
+        run = Run(experiment, tmp_path / "journal")
+        assert run.coordinator.frontier == 7
+        run.join("ant", 7)
+        run.join("bee", 4)
+        run.contribute("bee", 5)
+        assert run.inboxes["bee"].raw == [answers[5][1]], "the same answer again"
+        run.contribute("ant", 7)
+        run.contribute("bee", 7)
+        assert run.inboxes["ant"].rounds == [7]
+
+    def test_a_student_may_need_a_round_that_exchanges_nothing(self) -> None:
+        run = Run(self.experiment())
+        assert run.join("ant", 2).frontier == 3
+        assert run.join("bee", 3).frontier == 3
+        error = refused(lambda: run.join("ant", 4))
+        assert "resumes at round" in str(error), "round 3 is not closed yet"
+
+    def test_whom_an_open_round_waits_for_is_told_by_its_own_number(self) -> None:
+        run = Run(self.experiment())
+        run.join_all()
+        run.contribute("ant", 3)
+        run.clock.now += 6
+        run.coordinator.tick()
+        (notice,) = run.inboxes["ant"].replies
+        assert (notice.waiting.round, list(notice.waiting.students)) == (3, ["bee"])
+
+    def test_spans_and_events_have_the_runs_rounds(self) -> None:
+        run = Run(self.experiment(exchange={"on_absence": "proceed", "round_deadline": 5.0}))
+        run.join_all()
+        run.close_round(3)
+        run.contribute("ant", 5)
+        run.clock.now += 6
+        run.coordinator.tick()
+        (absent,) = run.events("absent")
+        assert absent.message.startswith("absent from round 5 on")

@@ -1,0 +1,112 @@
+"""A teacher's weights, from whatever file they are in; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from codistill_worker import checkpoints
+from codistill_worker.errors import ConfigurationError
+
+__all__ = ["apply", "digest", "read"]
+
+_NESTED = ("state_dict", "model")
+_ALLOWED = (
+    "allowed are a run's folder, a checkpoint of one, a file of plain weights (.safetensors), or a state dict that "
+    "torch.save wrote"
+)
+
+
+def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
+    """Reads weights, by their names in the model.
+
+    Args:
+        path: a run's folder, that of one of its students, a checkpoint, or a file of plain weights.
+        name: the teacher's name, which chooses among the students of a run.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds no weights.
+    """
+    file = _file_at(path, name)
+    if checkpoints.is_checkpoint(file):
+        return checkpoints.read(file).model
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
+    for key in _NESTED:
+        if isinstance(found, Mapping) and isinstance(inner := cast("dict[str, Any]", found).get(key), Mapping):
+            found = inner
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigurationError(f"weights: {file} holds a {type(found).__name__}; {_ALLOWED}")
+    weights = cast("dict[str, Any]", found)
+    odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
+    if odd is not None:
+        raise ConfigurationError(f"weights: {file}: {odd!r} is a {type(weights[odd]).__name__}, no tensor; {_ALLOWED}")
+    return weights
+
+
+def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
+    """Puts weights into a model, and freezes it.
+
+    Raises:
+        ConfigurationError: they are another model's, or have other classes.
+    """
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
+        raise ConfigurationError(
+            f"weights: {path} does not fit model {reference!r} with {classes} classes: {why[:300]}; give the model and the "
+            "model_args that it was trained with, on data of as many classes"
+        ) from error
+    model.requires_grad_(False).eval()
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 over weights and their names, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _file_at(path: Path, name: str) -> Path:
+    """Returns the file that holds the weights."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ConfigurationError(
+            f"weights: {path} is not there; give the folder of a run that trains the teacher, made by "
+            f"`codistill run EXPERIMENT --run-dir {path}`, or a file"
+        )
+    folder = path
+    if (path / "students").is_dir():
+        students = sorted(each.name for each in (path / "students").iterdir() if each.is_dir())
+        chosen = name if name in students else students[0] if len(students) == 1 else None
+        if chosen is None:
+            raise ConfigurationError(
+                f"weights: {path} is a run of the students {', '.join(students)}; give the folder of one of them, for "
+                f"example {path / 'students' / students[0]}"
+            )
+        folder = path / "students" / chosen
+    newest = checkpoints.newest(folder)
+    if newest is None:
+        raise ConfigurationError(f"weights: {folder} holds no checkpoint; {_ALLOWED}")
+    return newest
