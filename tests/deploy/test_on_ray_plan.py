@@ -55,8 +55,8 @@ def test_a_student_asks_for_as_many_cpus_as_it_has_threads() -> None:
 
 def test_a_teacher_is_asked_for_and_refused_as_a_student_is() -> None:
     teacher = {"name": "wise", "model": "mlp", "weights": "wise.safetensors", "training": {"device": "cuda"}}
-    taught = {**yaml.safe_load(experiment("cpu").to_yaml()), "distillation": {"method": "kd"}, "teachers": [teacher]}
-    assert bundles(parse(yaml.safe_dump(taught)), 1)[1:] == [
+    taught = {**yaml.safe_load(experiment("cpu", "cpu").to_yaml()), "distillation": {"method": "kd"}, "teachers": [teacher]}
+    assert bundles(parse(yaml.safe_dump(taught)), 1)[2:] == [Bundle("student 's1'", 1), Bundle("teacher 'wise'", 1, 1.0)]
         Bundle("student 's0'", 1),
         Bundle("teacher 'wise'", 1, 1.0),
     ]
