@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time this takes minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker]' --group dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,worker,ray]' --group dev
 	@touch $(STAMP)
 
 demo: $(STAMP) ## three students learn digits, each alone and then together: the table, and a report
@@ -71,7 +71,6 @@ docs-check: $(STAMP) ## compare the generated documentation with regenerated pag
 	@$(BIN)/python tools/make_docs.py --check
 
 bench: $(STAMP) ## round trips against gloo and Ray, and what a step costs
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python benchmarks/exchange.py
 	@$(BIN)/python benchmarks/step.py
 

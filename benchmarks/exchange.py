@@ -586,8 +586,9 @@ def main(
     ]
     chosen = _contenders(contenders)
     progress = Console(stderr=True, highlight=False)
-    if "ray" in chosen and importlib.util.find_spec("ray") is None:
-        progress.print("ray is left out: it is not installed; pip install 'codistill[bench]'", markup=False)
+    found = importlib.util.find_spec("ray")
+    if "ray" in chosen and (found is None or found.origin is None):  # without an origin it is the folder deploy/ray
+        progress.print("ray is left out: it is not installed; pip install 'codistill[ray]'", markup=False)
         chosen.remove("ray")
     if not chosen:
         raise typer.BadParameter("nobody is left to measure", param_hint="--contenders")

@@ -92,6 +92,8 @@ def exit_codes_page() -> str:
         "`codistill run` starts a process again that was killed or ended with 1, 5, 6, 9, 10, 11 or 130, up to `--restarts`",
         "times, unless the same error comes back at once. Where it gives up, it passes on the codes 3, 4, 5, 6, 7, 10 and 11 of",
         "the process that failed first; any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
+        "`codistill ray` does the same with its actors; 5 is a cluster that does not answer too, and 4 one that does not take",
+        "the token.",
         "",
         "Ctrl-C or SIGTERM is how `codistill serve` is ended: it lets calls under way finish, closes its journal, and ends with",
         "0, whether the run is complete or not. Started again, it goes on with the journal.",

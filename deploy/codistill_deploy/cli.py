@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,7 @@ from codistill_deploy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from codistill.security import Security
+    from codistill_deploy.views import View
 
 __all__ = ["app", "main"]
 
@@ -125,7 +128,6 @@ def run(
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
     from codistill_deploy import generations
-    from codistill_deploy import report as reports
 
     runs = [(loaded, folder)]
     if generations.in_sequence(loaded):
@@ -137,18 +139,93 @@ def run(
             _console.print(f"{title}: trained already")
             continue
         again = resume and (len(runs) == 1 or place.experiment_file.exists())
-        try:
-            code = _run_one(one, place, title, experiment, stop, again, in_process, wire, restarts)
-        except CommandError:
-            if place.metrics_file.exists():  # a run that began and failed has a report that says how
-                _console.print(f"report: {reports.write(place.path)}", soft_wrap=True)
-            raise
-        _console.print(f"report: {reports.write(place.path)}", soft_wrap=True)
+        one_run = partial(_run_one, one, place, title, experiment, stop, again, in_process, wire, restarts)
+        code = _reported(place, one_run)
         if code is not ExitCode.OK:
             break
     if code is ExitCode.INTERRUPTED:
         again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")
         _console.print(f"stopped; go on with: {again}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def ray(
+    experiment: ExperimentArgument,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir", help="The run's folder, on storage that all nodes share; runs/NAME-TIME on a Ray of its own."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The cluster's HOST:PORT, or auto; else RAY_ADDRESS; else a Ray of its own on this machine."),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            help="The host by which nodes reach the server; else CODISTILL_ADVERTISE on its node; else its IP."
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="The Prometheus metrics' port; by default one on the node's loopback."),
+    ] = None,
+    wait_for_resources: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for CPUs and GPUs that are not there.")
+    ] = 600.0,
+    gpus_per_student: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="GPUs of each student that uses one; below 1 it shares one.")
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_ca: TlsCaOption = None,
+    token_file: TokenFileOption = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="How often each actor that dies is made anew.")
+    ] = DEFAULT_RESTARTS,
+) -> None:
+    """Run an experiment on a Ray cluster; a run that the folder holds is gone on with.
+
+    A server and one worker per student in actors, each with its CPUs and GPUs, and a report at the end.
+    """
+    loaded = load(experiment)
+    from codistill_deploy import generations
+    from codistill_deploy.on_ray.driver import RayOptions, run_on_ray
+    from codistill_deploy.on_ray.host import Serving
+    from codistill_deploy.on_ray.plan import check_devices
+    from codistill_deploy.preflight import check
+
+    if run_dir is None and (address or os.environ.get("RAY_ADDRESS")):
+        raise CommandError("--run-dir: on a cluster the run's folder must be on storage that all nodes share; name it")
+    folder = RunFolder(run_dir.absolute()) if run_dir is not None else RunFolder.default(loaded.name)
+    stop = _stop_on_signals()
+    security = _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    options = RayOptions(
+        address,
+        Serving(port, metrics_port, advertise),
+        restarts,
+        wait_for_resources,
+        gpus_per_student,
+        experiment.parent,
+        security,
+    )
+    generations.refuse(loaded)
+    _find_modules_beside(experiment)
+    check(loaded, str(experiment), here=False)
+    check_devices(loaded, str(experiment))
+    again = folder.experiment_file.exists()
+    folder.check(loaded, resume=again)
+
+    def go(view: View, lock: int) -> ExitCode:
+        del lock  # an actor holds one of its own, as no descriptor goes from machine to machine
+        return run_on_ray(loaded, folder, view, stop, options)
+
+    code = _reported(folder, lambda: _held(loaded, folder, loaded.name, go, mode="grpc", resume=again))
+    if code is ExitCode.INTERRUPTED:
+        _console.print(f"stopped; go on with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -206,6 +283,9 @@ def serve(
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
+    advertise: Annotated[
+        str | None, typer.Option(help="The host by which others reach the server, written into the run's folder.")
+    ] = None,
     tls_cert: TlsCertOption = None,
     tls_key: TlsKeyOption = None,
     tls_ca: TlsCaOption = None,
@@ -239,6 +319,7 @@ def serve(
         stay,
         security,
         on_complete=write_report if report else None,
+        advertise=advertise,
     )
     check(options)
     folder.join(loaded)
@@ -275,11 +356,17 @@ def work(
     folder.join(loaded, [student] if student in loaded.names else [])
     stop = threading.Event()
     follow_parent(stop)
+    options = WorkOptions(student, server or "", folder.path, security)
     if server is None:
-        from codistill_deploy.discovery import find_server
+        from codistill_deploy.discovery import addresses, find_server
 
-        server = find_server(folder.path, loaded.exchange.connect_timeout, stop)
-    raise typer.Exit(run_worker(loaded, WorkOptions(student, server, folder.path, security), stop))
+        def find() -> str | None:
+            found = addresses(folder.path)
+            return None if found is None else found.server
+
+        first = find_server(folder.path, loaded.exchange.connect_timeout, stop)
+        options = WorkOptions(student, first, folder.path, security, find)
+    raise typer.Exit(run_worker(loaded, options, stop))
 
 
 @app.command()
@@ -458,7 +545,6 @@ def _run_one(
     from codistill.security import Security
     from codistill_deploy.local import LocalOptions, run_local
     from codistill_deploy.preflight import check
-    from codistill_deploy.views import make_view
     from codistill_server.app import ServeOptions
     from codistill_server.app import check as check_server
 
@@ -468,28 +554,61 @@ def _run_one(
     check_server(ServeOptions(wire.listen, folder.path, wire.metrics, wire.insecure, security=security))
     check(experiment, str(source))
     folder.check(experiment, resume=resume)
+
+    def go(view: View, lock: int) -> ExitCode:
+        if in_process:
+            from codistill_deploy.in_process import run_in_process
+
+            return run_in_process(experiment, folder, view, stop)
+        options = LocalOptions(
+            wire.listen,
+            wire.metrics,
+            announce=wire.announce,
+            search_path=search_path,
+            restarts=restarts,
+            keep=(lock,),
+            security=security,
+            insecure=wire.insecure,
+        )
+        return run_local(experiment, folder, view, stop, options)
+
+    return _held(experiment, folder, title, go, mode="in-process" if in_process else "grpc", resume=resume)
+
+
+def _held(
+    experiment: Experiment,
+    folder: RunFolder,
+    title: str,
+    go: Callable[[View, int], ExitCode],
+    *,
+    mode: str,
+    resume: bool,
+) -> ExitCode:
+    """Starts a run's folder, and runs what `go` does, given a view on the console and the lock on the folder."""
+    from codistill_deploy.views import make_view
+
     with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
-        folder.start(experiment, mode="in-process" if in_process else "grpc", resume=resume)
+        folder.start(experiment, mode=mode, resume=resume)
         view = make_view(_console)
         view.start(title)
         try:
-            if in_process:
-                from codistill_deploy.in_process import run_in_process
-
-                return run_in_process(experiment, folder, view, stop)
-            options = LocalOptions(
-                wire.listen,
-                wire.metrics,
-                announce=wire.announce,
-                search_path=search_path,
-                restarts=restarts,
-                keep=(lock,),
-                security=security,
-                insecure=wire.insecure,
-            )
-            return run_local(experiment, folder, view, stop, options)
+            return go(view, lock)
         finally:
             view.finish()
+
+
+def _reported(folder: RunFolder, run: Callable[[], ExitCode]) -> ExitCode:
+    """Runs, and writes the report, of a run that began and failed too."""
+    from codistill_deploy import report as reports
+
+    try:
+        code = run()
+    except CommandError:
+        if folder.metrics_file.exists():
+            _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
+        raise
+    _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
+    return code
 
 
 def _find_modules_beside(experiment: Path) -> None:

@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from codistill.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
 from codistill_server.app import ADDRESS_FILE
 
-__all__ = ["find_server"]
+__all__ = ["Addresses", "addresses", "find_server"]
 
 _POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server is reached: "HOST:PORT" of each; `metrics` is "" where there are none."""
+
+    server: str
+    metrics: str
+
+
+def addresses(run_dir: Path) -> Addresses | None:
+    """Returns where the server that runs in a folder is reached; None if there is none."""
+    try:
+        written = json.loads((run_dir / ADDRESS_FILE).read_text(encoding="utf-8"))
+        return Addresses(str(written["address"]), str(written["metrics"]))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def find_server(run_dir: Path, seconds: float, stop: threading.Event) -> str:
@@ -27,15 +45,15 @@ def find_server(run_dir: Path, seconds: float, stop: threading.Event) -> str:
     Raises:
         CommandError: no server came up in time.
     """
-    path = run_dir / ADDRESS_FILE
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["address"])
-        except (OSError, ValueError, KeyError):
-            if time.monotonic() >= deadline or stop.wait(_POLL_SECONDS):
-                break
+        found = addresses(run_dir)
+        if found is not None:
+            return found.server
+        if time.monotonic() >= deadline or stop.wait(_POLL_SECONDS):
+            break
     raise CommandError(
-        f"no server runs in {run_dir}: {path} is not there; start it with `codistill serve EXPERIMENT --run-dir {run_dir}`",
+        f"no server runs in {run_dir}: {run_dir / ADDRESS_FILE} is not there; start it with `codistill serve EXPERIMENT "
+        f"--run-dir {run_dir}`",
         ExitCode.UNREACHABLE,
     )

@@ -21,7 +21,7 @@ __all__ = ["check"]
 _CPU = torch.device("cpu")
 
 
-def check(experiment: Experiment, source: str = "experiment") -> None:
+def check(experiment: Experiment, source: str = "experiment", *, here: bool = True) -> None:
     """Checks that every model is known, its device there, and the data set where it is said to be.
 
     Where the method reads hidden layers or is a user's own, models are built to see that it can have what it needs;
@@ -30,27 +30,33 @@ def check(experiment: Experiment, source: str = "experiment") -> None:
     Args:
         experiment: what is to be run.
         source: names the experiment in errors.
+        here: whether the students train on this machine; else neither devices nor data are looked for.
 
     Raises:
         ExperimentError: something is not so; a line for each names the field and what is allowed.
     """
-    problems = list(dict.fromkeys(_problems(experiment))) or list(dict.fromkeys(_method_problems(experiment)))
+    problems = list(dict.fromkeys(_problems(experiment, here)))
+    if here and not problems:
+        problems = list(dict.fromkeys(_method_problems(experiment)))
     if problems:
         raise ExperimentError(source, problems)
 
 
-def _problems(experiment: Experiment) -> Iterator[str]:
-    yield from _of(lambda: data.check(experiment.data))
+def _problems(experiment: Experiment, here: bool) -> Iterator[str]:
+    if here:
+        yield from _of(lambda: data.check(experiment.data))
     taking_part = [(f"students.{position}", each) for position, each in enumerate(experiment.students)]
     taking_part += [(f"teachers.{position}", each) for position, each in enumerate(experiment.teachers)]
     for position, (place, each) in enumerate(taking_part):
         for problem in _of(partial(models.check, each.model, each.model_args)):
             named = problem if problem.startswith("model") else f"model: {each.model!r}: {problem}"
             yield f"{place}.{named}"
+        if not here:
+            continue
         device = each.training.device or experiment.training.device
         own = f"{place}." if each.training.device is not None else ""
         yield from (f"{own}{problem}" for problem in _of(partial(choose_device, device, position)))
-    for position, teacher in enumerate(experiment.teachers):
+    for position, teacher in enumerate(experiment.teachers if here else ()):
         for problem in _of(partial(weights.read, Path(teacher.weights), teacher.name)):
             yield f"teachers.{position}.{problem}"
 

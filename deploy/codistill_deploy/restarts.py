@@ -44,13 +44,17 @@ class Ending:
         code: its exit code; a signal's number, negative, if that killed it.
         line: the last error that it printed, or its last line.
         ran: for how many seconds it ran.
+        lost: what took it along, half a sentence, where that was not itself: the machine that it ran on.
     """
 
     code: int
     line: str = ""
     ran: float = 0.0
+    lost: str = ""
 
     def __str__(self) -> str:
+        if self.lost:
+            return f"was lost: {self.lost}"
         if self.code < 0:
             return f"was killed by {_signal_name(-self.code)}"
         if self.code == ExitCode.OK:

@@ -8,6 +8,7 @@ supervisor.jsonl        which processes ended, and were started again (the comma
 run.lock                held by the command and every process that it started; server.lock by a server
 start.lock              held by a server or a worker while it makes the folder a run's
 server.json             the server's address, while it is up
+driver.json             by which the nodes of a Ray cluster see that they share the folder; host.lock by the actor of a server or a student
 server.log
 students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
 teachers/NAME/          log.txt
@@ -35,7 +36,7 @@ from codistill.experiment import Experiment, load
 from codistill.identity import difference, extends, identity
 from codistill_deploy.errors import CommandError
 
-__all__ = ["RunFolder", "write_atomically"]
+__all__ = ["RunFolder", "holding", "write_atomically"]
 
 _POLL_SECONDS = 0.1
 _JOURNAL = "journal.sqlite"
@@ -108,25 +109,18 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "run.lock").open("w")
+            lock = (self.path / "run.lock").open("w")
         except OSError as error:
             raise CommandError(
                 f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
             ) from error
-        with file:
-            deadline = time.monotonic() + seconds
-            told = False
-            while not _locked(file.fileno()):
-                if not told:
-                    told = True
-                    waiting()
-                if time.monotonic() >= deadline:
-                    raise CommandError(
-                        f"run folder {self.path} is in use by another run, or by a process of one that was killed; end it "
-                        "first, or give another --run-dir"
-                    )
-                time.sleep(_POLL_SECONDS)
-            yield file.fileno()
+        with lock:
+            if not _lock(lock.fileno(), seconds, waiting):
+                raise CommandError(
+                    f"run folder {self.path} is in use by another run, or by a process of one that was killed; end it "
+                    "first, or give another --run-dir"
+                )
+            yield lock.fileno()
 
     def experiment(self) -> Experiment:
         """Returns the run's experiment.
@@ -262,6 +256,20 @@ class RunFolder:
             ) from error
 
 
+@contextlib.contextmanager
+def holding(path: Path, seconds: float) -> Generator[int, None, None]:
+    """Holds the lock on a file, which is made; gives its descriptor, for children that are to hold it too.
+
+    Raises:
+        TimeoutError: others held it for so many seconds.
+        OSError: the file cannot be written.
+    """
+    with path.open("w") as lock:
+        if not _lock(lock.fileno(), seconds):
+            raise TimeoutError
+        yield lock.fileno()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is either wholly there or not at all, whatever dies meanwhile.
 
@@ -284,6 +292,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, seconds: float, waiting: Callable[[], None] = lambda: None) -> bool:
+    """Locks a file within so many seconds; returns whether it could. `waiting` is called once if it takes a while."""
+    deadline = time.monotonic() + seconds
+    told = False
+    while not _locked(descriptor):
+        if not told:
+            told = True
+            waiting()
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _locked(descriptor: int) -> bool:

@@ -92,7 +92,7 @@ def recorded(folder: RunFolder) -> str | None:
 def _again(history: History, folder: RunFolder) -> str:
     """Returns the command that goes on with a run: the one that started it, which knows where models and data are."""
     command = list(history.info.command)
-    if command[1:2] not in (["run"], ["serve"]):
+    if command[1:2] not in (["run"], ["serve"], ["ray"]):
         mode = ["--in-process"] if history.info.mode == "in-process" else []
         command = ["codistill", "run", str(folder.experiment_file), *mode]
     if not any(part == "--run-dir" or part.startswith("--run-dir=") for part in command):

@@ -1,57 +1,55 @@
-"""One process of a run on this machine, kept alive: started, watched, and started again where that can help."""
+"""One part of a run, kept alive: started, watched, and started again where that can help; and the port it comes back to."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
-from codistill_deploy.parent import PARENT_VARIABLE
 from codistill_deploy.restarts import DEFAULT_RESTARTS, Ending, GiveUp, Restart, decide
 from codistill_server.app import ServerError, parse_address
 
-__all__ = ["Launch", "Member", "Port"]
+__all__ = ["Life", "Member", "Port"]
 
 _log = logging.getLogger(__name__)
-_KILL_SECONDS = 5.0
 _RETRY_SECONDS = 5.0
-_LOG_TAIL = 65536
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How processes are started.
+class Life(Protocol):
+    """One life of a member: a process, here (:class:`codistill_deploy.processes.Process`) or elsewhere."""
 
-    Attributes:
-        environment: their environment.
-        pipe: the reading end of the pipe that ties them to this process; see :mod:`codistill_deploy.parent`.
-        keep: further descriptors that they inherit.
-        restarts: how often each is started again.
-    """
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
 
-    environment: Mapping[str, str]
-    pipe: int
-    keep: tuple[int, ...] = ()
-    restarts: int = DEFAULT_RESTARTS
+    def ending(self, ran: float) -> Ending:
+        """Returns how it ended, which it has, after so many seconds."""
+        ...
+
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal if it runs."""
+        ...
+
+    def close(self) -> None:
+        """Kills it if it runs, and frees what it holds."""
+        ...
 
 
 class Member:
-    """A process that the run needs, through all its lives.
+    """A part that the run needs, through all its lives.
 
     Args:
         title: what people call it.
         student: the student that it trains; "" for the server.
-        arguments: its command line.
-        log: the file that its output is appended to.
-        launch: how it is started.
+        begin: begins a life; an OSError says that it cannot be begun now.
+        log: the file that holds its output.
+        restarts: how often it is started again.
         ends: whether the exit code 0 means that it has done its part; a server never has.
 
     Attributes:
@@ -60,32 +58,37 @@ class Member:
     """
 
     def __init__(
-        self, title: str, student: str, arguments: Sequence[str], log: Path, launch: Launch, *, ends: bool = True
+        self,
+        title: str,
+        student: str,
+        begin: Callable[[], Life],
+        log: Path,
+        restarts: int = DEFAULT_RESTARTS,
+        *,
+        ends: bool = True,
     ) -> None:
         self.title = title
         self.student = student
         self.log = log
         self.ending: Ending | None = None
         self.given_up: str | None = None
-        self._arguments = [*arguments]
-        self._launch = launch
+        self._begin = begin
+        self._restarts = restarts
         self._ends = ends
         self._history: list[Ending] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log_file: BinaryIO | None = None
-        self._log_start = 0
+        self._life: Life | None = None
         self._started = 0.0
         self._due: float | None = None
 
     @property
     def running(self) -> bool:
-        """Whether its process runs now."""
-        return self.code is None and self._process is not None
+        """Whether it lives now."""
+        return self._life is not None and self._life.code is None
 
     @property
     def code(self) -> int | None:
-        """Its process's exit code; None while that runs."""
-        return None if self._process is None else self._process.poll()
+        """Its exit code; None while it lives."""
+        return None if self._life is None else self._life.code
 
     @property
     def done(self) -> bool:
@@ -93,29 +96,17 @@ class Member:
         return self._ends and self.code == 0
 
     def start(self, now: float) -> None:
-        """Starts its process.
+        """Begins a life of it.
 
         Raises:
             OSError: there is no memory, no process or no disk space for it.
         """
-        launch = self._launch
-        self._close_log()
-        self._log_file = self.log.open("ab")
-        self._log_start = self.log.stat().st_size
+        self.close()
         self._started, self._due = now, None
-        # A session of its own keeps the terminal's Ctrl-C from it: what it is told, the parent tells it.
-        self._process = subprocess.Popen(
-            self._arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log_file,
-            stderr=subprocess.STDOUT,
-            env={**launch.environment, PARENT_VARIABLE: str(launch.pipe)},
-            pass_fds=(launch.pipe, *launch.keep),
-            start_new_session=True,
-        )
+        self._life = self._begin()
 
     def attend(self, now: float, *, start: bool = True) -> Restart | GiveUp | None:
-        """Takes in that the process ended, or starts it again when it is time.
+        """Takes in that it ended, or starts it again when it is time.
 
         Args:
             now: seconds of a clock that never goes back.
@@ -131,7 +122,7 @@ class Member:
                 self._start_again(now)
             return None
         ending = self.examine(now)
-        decision = decide(ending, self._history, self._launch.restarts, deterministic=self._ends)
+        decision = decide(ending, self._history, self._restarts, deterministic=self._ends)
         self._history.append(ending)
         if isinstance(decision, Restart):
             self._due = now + decision.after
@@ -142,47 +133,25 @@ class Member:
     def _start_again(self, now: float) -> None:
         try:
             self.start(now)
-        except OSError as error:  # no memory or no disk space for now; those who wait for this process bound it
+        except OSError as error:  # no memory or no disk space for now; those who wait for this member bound it
             self._due = now + _RETRY_SECONDS
             _log.error("%s cannot be started again: %s; trying again in %g s", self.title, error, _RETRY_SECONDS)
 
     def examine(self, now: float) -> Ending:
-        """Returns how the process, which has ended, did so."""
-        code = self.code
-        assert code is not None  # noqa: S101 - the caller looked
-        self.ending = Ending(code, self._last_error() if code > 0 else "", now - self._started)
+        """Returns how it ended, which it has."""
+        assert self._life is not None  # noqa: S101 - the caller looked
+        self.ending = self._life.ending(now - self._started)
         return self.ending
 
     def tell(self, number: signal.Signals) -> None:
-        """Sends a signal if it runs."""
-        if self.running and self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+        """Sends a signal if it lives."""
+        if self._life is not None:
+            self._life.tell(number)
 
     def close(self) -> None:
-        """Kills it if it runs, even if it is stopped, and closes its log."""
-        self.tell(signal.SIGKILL)
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it, on a dead disk perhaps
-                self._process.wait(_KILL_SECONDS)
-        self._close_log()
-
-    def _last_error(self) -> str:
-        """Returns the last error line that it printed in this life, or its last line; it is near the log's end."""
-        try:
-            with self.log.open("rb") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(self._log_start, end - _LOG_TAIL))
-                lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
-        except OSError as error:
-            return f"its log cannot be read: {error.strerror}"
-        errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
-        return errors[-1] if errors else (lines[-1].strip() if lines else "it printed nothing")
-
-    def _close_log(self) -> None:
-        if self._log_file is not None:
-            self._log_file.close()
-            self._log_file = None
+        """Kills it if it lives, and frees what it holds."""
+        if self._life is not None:
+            self._life.close()
 
 
 class Port:

@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
     """Server and worker do not go together: another experiment, other data, other shapes, another protocol, no token or the
     wrong one, a certificate that one of them does not take."""
     UNREACHABLE = 5
-    """The server could not be reached, or went away and did not come back within the time allowed."""
+    """The server, or the Ray cluster, could not be reached, or went away and did not come back within the time allowed."""
     GAVE_UP = 6
     """A round stayed open for longer than ``exchange.give_up_after``."""
     DIVERGED = 7
@@ -35,5 +35,7 @@ class ExitCode(IntEnum):
     """The device ran out of memory."""
     HUNG = 11
     """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long."""
+    NO_RESOURCES = 12
+    """The Ray cluster does not have what the experiment asks for, and did not get it within ``--wait-for-resources``."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM; every student was saved first. Not for ``codistill serve``, which ends with 0 when it is told to."""

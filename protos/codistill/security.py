@@ -108,6 +108,11 @@ class Token:
         """What a call carries to show the token."""
         return TOKEN_KEY, self._value
 
+    @property
+    def plain(self) -> str:
+        """The token itself, for the environment of a process on another machine."""
+        return self._value.removeprefix("Bearer ")
+
     def matches(self, value: str | bytes) -> bool:
         """Whether a call's metadata value is this token; takes as long for a wrong one, wherever it differs."""
         given = value if isinstance(value, bytes) else value.encode(errors="replace")

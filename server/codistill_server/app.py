@@ -82,6 +82,7 @@ class ServeOptions:
         security: TLS and token.
         limits: how much one peer may ask for.
         on_complete: called in a thread of its own once the run is complete, before the server goes down.
+        advertise: the host by which others reach the server, where that is not the one that it listens on.
     """
 
     listen: str
@@ -93,6 +94,7 @@ class ServeOptions:
     security: Security = field(default_factory=Security)
     limits: Limits = field(default_factory=Limits)
     on_complete: Callable[[], None] | None = None
+    advertise: str | None = None
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
@@ -305,10 +307,13 @@ class _Server:
 
     def _announce(self, host: str, port: int, web: WebServer | None, limit: int) -> None:
         run = self._options.run_dir
+        advertise = self._options.advertise
         metrics = ""
         if web is not None and self._options.metrics is not None:
-            metrics = _reached(parse_address(self._options.metrics, "--metrics")[0], web.port)
-        written = json.dumps({"address": _reached(host, port), "metrics": metrics, "pid": os.getpid()})
+            web_host, _ = parse_address(self._options.metrics, "--metrics")
+            metrics = _reached(web_host if advertise is None or _is_loopback(web_host) else advertise, web.port)
+        address = _reached(host if advertise is None else advertise, port)
+        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
         part = run / f"{ADDRESS_FILE}.part"
         part.write_text(written, encoding="utf-8")
         part.replace(run / ADDRESS_FILE)

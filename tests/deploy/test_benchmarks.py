@@ -52,7 +52,7 @@ def test_the_exchange_against_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed; pip install 'codistill[bench]'"
+    importlib.util.find_spec("ray") is None, reason="ray is not installed; pip install 'codistill[ray]'"
 )
 def test_the_exchange_through_ray(tmp_path: Path) -> None:
     exchange(["ray"], tmp_path / "out.json")

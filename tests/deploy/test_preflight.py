@@ -90,3 +90,9 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem.startswith("students.1.training.device: 'cuda:3', but there are 2 GPUs")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     check(experiment(device="cuda:3"))
+
+
+def test_where_students_train_elsewhere_devices_and_data_are_not_looked_for() -> None:
+    check(experiment(device="cuda:99", data={"dataset": "cifar10", "root": "/nowhere"}), here=False)
+    with pytest.raises(ExperimentError, match=r"students\.1\.model"):
+        check(experiment(model="nothing"), here=False)

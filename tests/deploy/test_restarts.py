@@ -20,6 +20,7 @@ STARTED_AGAIN = [
     ExitCode.WORKER_FAILED,
     ExitCode.OUT_OF_MEMORY,
     ExitCode.HUNG,
+    ExitCode.NO_RESOURCES,  # a process does not end with it; the command does
     ExitCode.INTERRUPTED,
 ]
 NOT_STARTED_AGAIN = [
@@ -156,3 +157,9 @@ def test_a_process_that_never_runs_well_is_started_at_most_so_often(script: list
 )
 def test_how_it_ended_in_words(ending: Ending, text: str) -> None:
     assert str(ending) == text
+
+
+def test_what_its_machine_took_along_is_said_and_started_again() -> None:
+    lost = Ending(-signal.SIGKILL, lost="its node 10.0.0.7 died")
+    assert str(lost) == "was lost: its node 10.0.0.7 died"
+    assert decide(lost, [lost], 10) == Restart(0.2, 2, 10)

@@ -21,8 +21,8 @@ from codistill.records import Happened, Joined, Measured
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
+from codistill_deploy.crew import watch
 from codistill_deploy.errors import CommandError
-from codistill_deploy.local import watch
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.status import add_supervision, ask, recorded, show
 from codistill_server.history import SUPERVISOR_FILE, RunInfo
@@ -88,7 +88,7 @@ def test_a_handshake_that_fails_is_explained(certificates: Certificates) -> None
 def test_the_live_view_shows_the_token_too(certificates: Certificates) -> None:
     seen: list[pb.Run] = []
     with serving(Server(), certificates.of("server", "ca")) as address:
-        watch(address, seen.append, threading.Event(), certificates.of("worker", "ca", TOKEN), interval=0.1)
+        watch(lambda: address, seen.append, threading.Event(), certificates.of("worker", "ca", TOKEN), interval=0.1)
     assert [run.name for run in seen] == ["small"]
 
 
@@ -96,7 +96,7 @@ def test_a_live_view_that_is_refused_shows_nothing_and_ends_when_told(certificat
     seen: list[pb.Run] = []
     servicer, over = Server(), threading.Event()
     with serving(servicer, certificates.of("server")) as address:
-        arguments = (address, seen.append, over, certificates.of(None, "ca"), 0.1)
+        arguments = (lambda: address, seen.append, over, certificates.of(None, "ca"), 0.1)
         watching = threading.Thread(target=watch, args=arguments)
         watching.start()
         assert servicer.refused.wait(30)

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from codistill.exit_codes import ExitCode
+from codistill_deploy.processes import Launch, Process
 from codistill_deploy.restarts import RAN_WELL, GiveUp, Restart
-from codistill_deploy.supervision import Launch, Member, Port
+from codistill_deploy.supervision import Member, Port
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -37,7 +37,7 @@ def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Member]]:
     def member(script: str, *, ends: bool = True, restarts: int = 10) -> Member:
         arguments = [sys.executable, "-c", script]
         log = tmp_path / "log.txt"
-        made.append(Member("student 'a'", "a", arguments, log, replace(launch, restarts=restarts), ends=ends))
+        made.append(Member("student 'a'", "a", lambda: Process(arguments, log, launch), log, restarts, ends=ends))
         return made[-1]
 
     yield member

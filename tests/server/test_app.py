@@ -694,3 +694,10 @@ def test_an_event_loop_that_does_not_turn_ends_the_server(tmp_path: Path) -> Non
     )
     assert done.returncode == ExitCode.HUNG, done.stderr
     assert "error: hung for 2 s: the server at one turn of its event loop, round 0; " in done.stderr
+
+
+def test_the_host_that_others_reach_it_by_is_advertised(tmp_path: Path) -> None:
+    with serving(tmp_path, listen="127.0.0.1:0", advertise="localhost") as server:
+        assert server.address.startswith("localhost:")
+        with grpc.insecure_channel(server.address) as channel:
+            grpc.channel_ready_future(channel).result(PATIENCE)

@@ -44,6 +44,7 @@ def connect() -> Iterator[Connect]:
         connect_timeout: float = 20,
         give_up_after: float = 20,
         silence_after: float = 20,
+        find: Callable[[], str | None] = lambda: None,
     ) -> GrpcExchange:
         made.append(
             GrpcExchange(
@@ -52,6 +53,7 @@ def connect() -> Iterator[Connect]:
                 give_up_after=give_up_after,
                 silence_after=silence_after,
                 stop=stop or threading.Event(),
+                find=find,
             )
         )
         return made[-1]
@@ -225,6 +227,24 @@ def test_a_server_that_comes_back_finds_the_workers_again(
     for number in range(3):
         again.send(contribution(number, 1))
         assert again.receive(number) == before[number]
+
+
+def test_a_server_that_comes_back_elsewhere_is_found_there(
+    tiny: Tiny, serving: Any, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = tiny()
+    server = serving(experiment)
+    old = server.address
+    workers = both(experiment, old, connect, find=lambda: server.address)
+    exchange_round(0, workers)
+    server.stop()
+    server.address = "127.0.0.1:0"
+    server.start()
+    assert server.address != old
+    with caplog.at_level("INFO"):
+        after = exchange_round(1, workers)
+    assert after[0] == after[1]
+    assert caplog.text.count(f"server {old} is now {server.address}") == 2
 
 
 def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: Any, connect: Connect) -> None:

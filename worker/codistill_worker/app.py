@@ -41,12 +41,14 @@ class WorkOptions:
         server: the aggregation server's "HOST:PORT".
         run_dir: where the student's checkpoints go, in a folder of its own.
         security: TLS and token.
+        find: looks the server's address up again, as it may have moved; None while it is not known.
     """
 
     student: str
     server: str
     run_dir: Path
     security: Security = field(default_factory=Security)
+    find: Callable[[], str | None] = lambda: None
 
 
 def student_folder(run_dir: Path, student: str) -> Path:
@@ -122,6 +124,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         keepalive=experiment.exchange.keepalive * _PING,
         stop=stop,
         security=options.security,
+        find=options.find,
     )
     try:
         with Watchdog() as watchdog:

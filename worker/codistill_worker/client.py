@@ -68,6 +68,8 @@ class GrpcExchange:
         keepalive: seconds between the pings that find a server which vanished without a word.
         stop: set when the worker is asked to stop; ends every wait with :class:`Interrupted`.
         security: TLS and token.
+        find: looks the server's address up again before each attempt to join, as it may have moved; None while it is not
+            known.
 
     Raises:
         SecurityError: a certificate or key cannot be used.
@@ -83,9 +85,11 @@ class GrpcExchange:
         keepalive: float = 20.0,
         stop: threading.Event,
         security: Security | None = None,
+        find: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._security = security or Security()
         self._address = address
+        self._find = find
         self._stop = stop
         self._options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive))]
         self._channel = self._security.channel(address, self._options)
@@ -211,7 +215,7 @@ class GrpcExchange:
         self._request.worker, self._request.session = self._worker, step.session
         again = self._session.number
         try:
-            if step.renew:
+            if self._moved() or step.renew:
                 self._renew_channel()
             self._response = _join_response(self._stub.join(self._request, timeout=step.timeout))
             self._stream = _Stream(self._stub, self._response.session)
@@ -224,6 +228,16 @@ class GrpcExchange:
             self._session.joined(self._response.session)
             if again:
                 _log.info("connected to %s again", self._address)
+
+    def _moved(self) -> bool:
+        """Whether the server has another address now, which is taken over."""
+        found = self._find()
+        if found is None or found == self._address:
+            return False
+        _log.info("server %s is now %s", self._address, found)
+        self._address = found
+        self._session.moved(found)
+        return True
 
     def _renew_channel(self) -> None:
         self._channel.close()

@@ -400,6 +400,10 @@ class Session:
         self._pause = self._pause_after_break = 0.0
         self._pause_after_join = _FIRST_PAUSE
 
+    def moved(self, address: str) -> None:
+        """Takes in that the server has another address."""
+        self._address = address
+
     # What ends the worker
 
     def _unreachable(self, failure: Failure) -> WorkerError:

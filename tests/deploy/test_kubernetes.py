@@ -1,0 +1,120 @@
+"""The manifests in deploy/kubernetes: what the schemas allow, and what goes with the rest of the project."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from codistill import __version__
+from codistill.exit_codes import ExitCode
+from codistill.experiment import load
+from codistill_deploy.cli import DEFAULT_SERVER
+from codistill_deploy.restarts import Ending, GiveUp, decide
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kubernetes"
+STUDENTS = load(ROOT / "examples" / "digits.yaml").names
+VERSION = "1.34"
+"""Of Kubernetes; its schemas come with kubernetes-validate. Those of KubeRay do not, so of a RayJob its pods are checked."""
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8")))
+
+
+def of_kind(name: str, kind: str) -> list[dict[str, Any]]:
+    return [each for each in documents(name) if each["kind"] == kind]
+
+
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns every pod template's spec of a document."""
+    found: list[dict[str, Any]] = []
+    waiting: list[Any] = [document]
+    while waiting:
+        each = waiting.pop(0)
+        if isinstance(each, dict):
+            if "containers" in each:
+                found.append(each)
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+    return found
+
+
+def validate(document: dict[str, Any]) -> None:
+    import kubernetes_validate
+
+    kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["plain.yaml", "rayjob.yaml"])
+def test_the_manifests_fit_the_schemas_of_kubernetes(name: str) -> None:
+    for document in documents(name):
+        if not document["apiVersion"].startswith("ray.io/"):
+            validate(document)
+        for spec in pods(document):
+            metadata = {"name": "pod"}
+            validate({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_field_that_there_is_not_is_found() -> None:
+    import kubernetes_validate
+
+    (server,) = of_kind("plain.yaml", "Deployment")
+    server["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="readynessProbe"):
+        validate(server)
+
+
+@pytest.mark.parametrize("name", ["plain.yaml", "rayjob.yaml"])
+def test_nobody_is_root_and_images_are_of_this_version(name: str) -> None:
+    found = [spec for document in documents(name) for spec in pods(document)]
+    assert found
+    for spec in found:
+        assert spec["securityContext"]["runAsNonRoot"]
+        for container in spec["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert re.fullmatch(rf"codistill-(server|worker|ray):{re.escape(__version__)}", container["image"])
+            volumes = {volume["name"] for volume in spec["volumes"]}
+            assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_there_is_a_job_for_each_student_which_finds_the_server() -> None:
+    jobs = of_kind("plain.yaml", "Job")
+    (service,) = of_kind("plain.yaml", "Service")
+    (server,) = of_kind("plain.yaml", "Deployment")
+    listens = server["spec"]["template"]["spec"]["containers"][0]["args"]
+    port = DEFAULT_SERVER.rpartition(":")[2]
+    assert f"0.0.0.0:{port}" in listens
+    assert service["spec"]["selector"].items() <= server["spec"]["template"]["metadata"]["labels"].items()
+    assert {each["name"]: each["port"] for each in service["spec"]["ports"]} == {"grpc": int(port), "metrics": 9464}
+    arguments = [job["spec"]["template"]["spec"]["containers"][0]["args"] for job in jobs]
+    assert tuple(each[each.index("--student") + 1] for each in arguments) == STUDENTS
+    for each in arguments:
+        assert each[each.index("--server") + 1] == f"{service['metadata']['name']}:{port}"
+
+
+def test_a_job_is_ended_by_the_codes_that_end_a_worker_elsewhere_too() -> None:
+    never = [code for code in ExitCode if isinstance(decide(Ending(code), [], 10), GiveUp)]
+    for job in of_kind("plain.yaml", "Job"):
+        (rule,) = [each for each in job["spec"]["podFailurePolicy"]["rules"] if each["action"] == "FailJob"]
+        assert rule["onExitCodes"]["values"] == never
+        assert rule["onExitCodes"]["containerName"] == job["spec"]["template"]["spec"]["containers"][0]["name"]
+
+
+def test_the_job_on_ray_asks_for_a_cluster_that_holds_its_experiment() -> None:
+    (job,) = of_kind("rayjob.yaml", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\nray=={cluster['rayVersion']}\n" in pinned
+    of_repository = yaml.safe_load((ROOT / "deploy" / "ray" / "runtime_env.yaml").read_text(encoding="utf-8"))
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == of_repository
+    cpus = sum(each["replicas"] * int(each["rayStartParams"]["num-cpus"]) for each in cluster["workerGroupSpecs"])
+    assert cpus >= 1 + len(STUDENTS)
+    assert job["spec"]["entrypoint"].split()[:2] == ["codistill", "ray"]
