@@ -55,11 +55,13 @@ def test_a_student_asks_for_as_many_cpus_as_it_has_threads() -> None:
 
 def test_a_teacher_is_asked_for_and_refused_as_a_student_is() -> None:
     teacher = {"name": "wise", "model": "mlp", "weights": "wise.safetensors", "training": {"device": "cuda"}}
-    taught = {**yaml.safe_load(experiment("cpu", "cpu").to_yaml()), "distillation": {"method": "kd"}, "teachers": [teacher]}
-    assert bundles(parse(yaml.safe_dump(taught)), 1)[2:] == [Bundle("student 's1'", 1), Bundle("teacher 'wise'", 1, 1.0)]
-        Bundle("student 's0'", 1),
-        Bundle("teacher 'wise'", 1, 1.0),
-    ]
+    taught = {
+        **yaml.safe_load(experiment("cpu", "cpu").to_yaml()),
+        "distillation": {"method": "kd"},
+        "teachers": [teacher],
+    }
+    asked = bundles(parse(yaml.safe_dump(taught)), 1)
+    assert asked[2:] == [Bundle("student 's1'", 1), Bundle("teacher 'wise'", 1, 1.0)]
     teacher["training"] = {"device": "cuda:1"}
     with pytest.raises(ExperimentError, match=r"teachers\.0\.training\.device: 'cuda:1' is one machine's GPU"):
         check_devices(parse(yaml.safe_dump(taught)), "x.yaml")
