@@ -10,9 +10,8 @@ from codistill.distillation import BornAgain, Independent
 from codistill.experiment import Experiment, Teacher
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
-from codistill_server.history import read
-from codistill_worker.app import student_folder
-from codistill_worker.randomness import derive
+
+# A machine that only serves has no worker's part installed, and the other way round; each function imports what it needs.
 
 __all__ = ["in_sequence", "is_trained", "planned", "refuse"]
 
@@ -48,6 +47,8 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
     Raises:
         ExperimentError: a name is too long to be told apart from its predecessor's.
     """
+    from codistill_worker.randomness import derive
+
     method = experiment.distillation
     assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked in_sequence
     places = [RunFolder(folder / f"generation-{number}") for number in range(1, method.generations + 1)]
@@ -58,7 +59,7 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
                 name=f"{student.name[:56]}.{number - 1}",
                 model=student.model,
                 model_args=student.model_args,
-                weights=str(student_folder(before.path, student.name)),
+                weights=str(before.student(student.name)),
             )
             for student in experiment.students
         )
@@ -69,4 +70,6 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
 
 def is_trained(folder: RunFolder) -> bool:
     """Returns whether a folder holds a generation that is trained to its end."""
+    from codistill_server.history import read
+
     return folder.experiment_file.exists() and folder.metrics_file.exists() and read(folder.path).complete

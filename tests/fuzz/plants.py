@@ -11,6 +11,7 @@ from codistill import PROTOCOL_VERSION
 from codistill.security import Token
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import app, methods
+from codistill_server.methods import mutual
 
 _Base: Any = app.Coordinator
 
@@ -58,7 +59,7 @@ def _matches(self: Token, value: str | bytes) -> bool:
     return str(value)[:20] == right[:20]
 
 
-_right = methods._Kdcl.targets
+_right = mutual.Ensemble.targets
 
 
 def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
@@ -69,7 +70,7 @@ PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
     "admits": _with_coordinator(_Admits),
     "keeps": _with_coordinator(_Keeps),
-    "turned": lambda: setattr(methods._Kdcl, "targets", _turned),
+    "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),
 }
 
