@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
+from codistill_deploy import cli
 from codistill_deploy.cli import app
 
 
@@ -82,3 +84,18 @@ def test_each_side_runs_with_its_own_extra_alone(command: str, tmp_path: Path) -
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 3, ended.stderr
     assert said in ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [["serve", "missing.yaml"], ["work", "missing.yaml", "--student", "a"]])
+def test_a_child_follows_its_parent_before_anything_that_may_take_long(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Followed(Exception):
+        pass
+
+    def follow(stop: threading.Event) -> None:
+        assert not stop.is_set()
+        raise Followed
+
+    monkeypatch.setattr(cli, "follow_parent", follow)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, Followed)
