@@ -24,7 +24,7 @@ from codistill.experiment import Experiment, ExperimentError, load
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.parent import follow_parent
-from codistill_deploy.pulse import beat
+from codistill_deploy.pulse import beat, say_that_it_ends
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
 
@@ -484,6 +484,7 @@ def main() -> None:
     # How the process ends is settled: another Ctrl-C would only tear what is cleaned up, and show a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say_that_it_ends()
     watchdog = Watchdog()
     watchdog.begin("the end of this process", _EXIT_SECONDS)
     watchdog.start()

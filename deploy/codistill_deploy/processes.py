@@ -88,7 +88,7 @@ class Process:
         if code is not None:
             return code if self._hung is None else ExitCode.HUNG
         if self._hung is None and not self._log_file.closed:
-            self._hung = self._pulse.tick(time.monotonic(), sign=self._gave_sign())
+            self._hung = self._pulse.tick(time.monotonic(), self._signs_given())
             if self._hung is not None:
                 self._process.kill()
         return None
@@ -117,11 +117,11 @@ class Process:
             self._log_file.close()
             os.close(self._signs)
 
-    def _gave_sign(self) -> bool:
+    def _signs_given(self) -> bytes:
         try:
-            return bool(os.read(self._signs, _SIGNS))
+            return os.read(self._signs, _SIGNS)
         except BlockingIOError:
-            return False
+            return b""
 
     def _last_error(self) -> str:
         """Returns the last error line that it printed, or its last line; it is near the log's end."""

@@ -6,18 +6,25 @@ running. The signs go through a pipe: no disk, network or server has to work for
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 
-__all__ = ["PULSE_VARIABLE", "Pulse", "beat"]
+__all__ = ["PULSE_VARIABLE", "Pulse", "beat", "say_that_it_ends"]
 
 PULSE_VARIABLE = "CODISTILL_PULSE_FD"
 """The environment variable that names the pipe's descriptor to a child."""
 
 _INTERVAL = 1.0
 _LONGEST_TICK = 1.0
+_SIGN = b"."
+_LAST = b"e"
+_ENDING = 60.0  # more: at the end of Python no thread runs any more
 _STARTING = 12  # times the limit: as for loading, a start from a cold or distant disk holds up every thread of it
+
+
+_given: list[int] = []
 
 
 class Pulse:
@@ -26,7 +33,8 @@ class Pulse:
     It counts its own ticks, capped: where this process was stopped too, or the machine slept, nobody has been silent.
 
     Args:
-        limit: seconds of silence after which a process hangs; before its first sign, twelve times as many.
+        limit: seconds of silence after which a process hangs; before its first sign, twelve times as many, and
+            60 s more once it said that it ends.
         now: when it was started, in seconds of a clock that never goes back.
     """
 
@@ -37,19 +45,21 @@ class Pulse:
         self._lived = 0.0
         self._silent = 0.0
 
-    def tick(self, now: float, *, sign: bool) -> str | None:
+    def tick(self, now: float, signs: bytes) -> str | None:
         """Lets time go by.
 
         Args:
             now: the clock's time.
-            sign: whether there was a sign of life since the last tick.
+            signs: of life, since the last tick.
 
         Returns:
             That it hangs, as a line for people; None while it does not.
         """
         elapsed = min(now - self._last, _LONGEST_TICK)
         self._last = now
-        if sign:
+        if signs:
+            if _LAST in signs:
+                self._later += _ENDING
             self._lived += self._silent + elapsed
             self._limit, self._silent = self._later, 0.0
             return None
@@ -71,11 +81,12 @@ def beat() -> None:
     if not descriptor.isdigit():
         return
     os.set_blocking(int(descriptor), False)
+    _given.append(int(descriptor))
 
     def give() -> None:
         while True:
             try:
-                os.write(int(descriptor), b".")
+                os.write(int(descriptor), _SIGN)
             except BlockingIOError:  # nobody listens for now
                 pass
             except OSError:  # nor will again
@@ -83,3 +94,10 @@ def beat() -> None:
             time.sleep(_INTERVAL)
 
     threading.Thread(target=give, name="codistill-pulse", daemon=True).start()
+
+
+def say_that_it_ends() -> None:
+    """Gives the last sign of life, if this process gives any."""
+    for descriptor in _given:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, _LAST)

@@ -34,8 +34,10 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 10
     """The device ran out of memory."""
     HUNG = 11
-    """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long."""
+    """Something took longer than any legal wait; a watchdog ended the process, its line says what and for how long. Or a process
+    gave no sign of life, and the command that started it killed it."""
     NO_RESOURCES = 12
     """The Ray cluster does not have what the experiment asks for, and did not get it within ``--wait-for-resources``."""
     INTERRUPTED = 130
-    """Ctrl-C or SIGTERM; every student was saved first. Not for ``codistill serve``, which ends with 0 when it is told to."""
+    """Ctrl-C or SIGTERM; every student was saved first, but for one that could not do so within 30 s: a line names it, it is killed,
+    and it goes on from its last checkpoint. Not for ``codistill serve``, which ends with 0 when it is told to."""

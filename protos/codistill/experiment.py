@@ -315,7 +315,7 @@ class Training(Section):
     hang_after: float = Field(
         default=600.0,
         gt=0,
-        description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop.",
+        description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop. Also seconds without any sign of life after which a process counts as hung to the command that started it, and is killed and started again.",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -90,12 +90,12 @@ def test_each_side_runs_with_its_own_extra_alone(command: str, tmp_path: Path) -
 def test_a_child_follows_its_parent_before_anything_that_may_take_long(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Followed(Exception):
+    class FollowedError(Exception):
         pass
 
     def follow(stop: threading.Event) -> None:
         assert not stop.is_set()
-        raise Followed
+        raise FollowedError
 
     monkeypatch.setattr(cli, "follow_parent", follow)
-    assert isinstance(CliRunner().invoke(app, arguments).exception, Followed)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)

@@ -148,7 +148,7 @@ def test_what_gives_no_sign_of_life_is_killed(make: Callable[..., Member], numbe
 
 
 def test_what_beats_is_left_alone(make: Callable[..., Member]) -> None:
-    member = make("from codistill_deploy.pulse import beat; import time; beat(); time.sleep(3)", hang_after=1.5)
+    member = make("from codistill_deploy.pulse import beat; import time; beat(); time.sleep(5)", hang_after=3)
     member.start(0)
     end_of(member)
     assert member.done

@@ -270,11 +270,11 @@ def test_a_worker_that_runs_out_of_memory_is_started_again(
 
 
 def test_a_model_that_hangs_is_ended_by_its_watchdog(tmp_path: Path, folder: Path) -> None:
-    run = Disturbed(folder, students=own_model(tmp_path, "time.sleep(100_000)"), training__hang_after=4)
+    run = Disturbed(folder, students=own_model(tmp_path, "time.sleep(100_000)"), training__hang_after=8)
     output = run.end()
     assert run.process.returncode == ExitCode.HUNG, output
     assert run.restarted() == ["own"]
-    assert "hung for 4 s: student 'own' at the forward pass, round 3" in output
+    assert "hung for 8 s: student 'own' at the forward pass, round 3" in output
     assert 'own.py", line' in (folder / "students" / "own" / "log.txt").read_text(), "the log shows where"
     assert processes_of(folder) == {}
 
@@ -283,14 +283,14 @@ def test_a_worker_that_is_stopped_for_good_and_that_nobody_waits_for_is_killed_a
     folder: Path, tmp_path: Path
 ) -> None:
     changes = {"distillation": {"method": "independent"}, "students": EXPERIMENT["students"][:2]}
-    run = Disturbed(folder, "--restarts", "2", **changes, training__hang_after=5, training__evaluate_every=10)
-    wait_for(lambda: (folder / "students" / "cnn" / "checkpoint.safetensors").exists(), "it has begun")
+    run = Disturbed(folder, "--restarts", "2", **changes, training__hang_after=8, training__evaluate_every=10)
+    wait_for((folder / "students" / "cnn" / "checkpoint.safetensors").exists, "it has begun")
     run.strike(signal.SIGSTOP, "cnn")
     struck = time.monotonic()
     output = run.end()
     assert run.process.returncode == 0, output
     assert run.restarted() == ["cnn"], output
-    assert "student 'cnn' ended with exit code 11: killed after 5 s without a sign of life, " in output
+    assert "student 'cnn' ended with exit code 11: killed after 8 s without a sign of life, " in output
     assert time.monotonic() - struck < 60
 
     experiment = load(tmp_path / "experiment.yaml")
