@@ -25,6 +25,7 @@ from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
 from codistill_deploy.output import outlive, outlive_errors, settle
 from codistill_deploy.parent import follow_parent
+from codistill_deploy.pulse import beat
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
 
@@ -295,17 +296,18 @@ def serve(
     token_file: TokenFileOption = None,
 ) -> None:
     """Run one aggregation server. A journal in the run's folder is gone on with."""
+    stop = threading.Event()
+    follow_parent(stop)
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.generations import refuse
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
+    beat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
     _find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
-    stop = threading.Event()
-    follow_parent(stop)
     security = read(tls_cert, tls_key, tls_ca, token_file)
 
     def write_report() -> None:
@@ -343,12 +345,15 @@ def work(
     token_file: TokenFileOption = None,
 ) -> None:
     """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
+    stop = threading.Event()
+    follow_parent(stop)
     loaded = load(experiment)
     from codistill.security import read
     from codistill_deploy.generations import refuse
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
+    beat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
     _find_modules_beside(experiment)
     if server is None and run_dir is None:
@@ -357,8 +362,6 @@ def work(
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
     folder.join(loaded, [student] if student in loaded.names else [])
-    stop = threading.Event()
-    follow_parent(stop)
     options = WorkOptions(student, server or "", folder.path, security)
     if server is None:
         from codistill_deploy.discovery import addresses, find_server

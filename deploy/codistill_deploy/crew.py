@@ -135,6 +135,12 @@ class Crew:
         for worker in workers:
             worker.tell(signal.SIGTERM)
         self._await(workers, _END_SECONDS)
+        for worker in workers:
+            if worker.running:
+                self._view.note(
+                    f"{worker.title} did not save itself within {_END_SECONDS:g} s and is killed; it goes on from its last "
+                    "checkpoint"
+                )
         server.tell(signal.SIGTERM)
         self._await([server], _END_SECONDS)
         return ExitCode.INTERRUPTED

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from codistill.exit_codes import ExitCode
@@ -72,7 +73,7 @@ def run_local(
         launch = Launch(_environment(options), reading, options.keep)
         again = f"codistill run … --run-dir {folder.path} --resume"
         crew = Crew(experiment, folder, view, options.security, again=again)
-        server = _server(folder, options, launch, listen.address, metrics.address)
+        server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)
         workers = [_worker(part, folder, options, launch) for part in parts.workers(experiment, folder)]
         return crew.run(server, workers, stop, announce=options.announce)
     finally:
@@ -90,14 +91,16 @@ def _environment(options: LocalOptions) -> dict[str, str]:
     return environment
 
 
-def _server(folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str) -> Member:
+def _server(
+    folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str, hang_after: float
+) -> Member:
     serve = [*parts.serve_arguments(folder), "--listen", listen, "--metrics", metrics]
     serve += ["--insecure"] if options.insecure else []
     command = [sys.executable, *serve]
     return Member(
         "the server",
         "",
-        lambda: Process(command, folder.server_log, launch),
+        lambda: Process(command, folder.server_log, launch, hang_after),
         folder.server_log,
         options.restarts,
         ends=False,
@@ -106,4 +109,5 @@ def _server(folder: RunFolder, options: LocalOptions, launch: Launch, listen: st
 
 def _worker(part: parts.Part, folder: RunFolder, options: LocalOptions, launch: Launch) -> Member:
     command = [sys.executable, *parts.work_arguments(folder, part.name)]
-    return Member(part.title, part.name, lambda: Process(command, part.log, launch), part.log, options.restarts)
+    begin = partial(Process, command, part.log, launch, part.hang_after)
+    return Member(part.title, part.name, begin, part.log, options.restarts)

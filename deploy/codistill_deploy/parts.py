@@ -21,18 +21,26 @@ class Part:
         title: as people call it.
         name: its name in the experiment.
         log: what its worker prints; it is in the folder of its own.
+        hang_after: its `training.hang_after`.
     """
 
     title: str
     name: str
     log: Path
+    hang_after: float
 
 
 def workers(experiment: Experiment, folder: RunFolder) -> list[Part]:
     """Returns the students, then the teachers, in the experiment's order."""
     return [
-        *(Part(f"student {name!r}", name, folder.student_log(name)) for name in experiment.names),
-        *(Part(f"teacher {name!r}", name, folder.teacher_log(name)) for name in experiment.teacher_names),
+        *(
+            Part(f"student {name!r}", name, folder.student_log(name), experiment.plan(name).training.hang_after)
+            for name in experiment.names
+        ),
+        *(
+            Part(f"teacher {name!r}", name, folder.teacher_log(name), experiment.teacher_plan(name).training.hang_after)
+            for name in experiment.teacher_names
+        ),
     ]
 
 

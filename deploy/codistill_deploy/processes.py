@@ -6,17 +6,21 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from codistill.exit_codes import ExitCode
 from codistill_deploy.parent import PARENT_VARIABLE
+from codistill_deploy.pulse import PULSE_VARIABLE, Pulse
 from codistill_deploy.restarts import Ending
 
 __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
 _LOG_TAIL = 65536
+_SIGNS = 65536  # as many as a pipe holds: old ones must not pass for new ones
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,24 @@ class Process:
         arguments: its command line.
         log: the file that its output is appended to.
         launch: how it is started.
+        hang_after: seconds without a sign of life after which it is killed; see :mod:`codistill_deploy.pulse`.
 
     Raises:
         OSError: it cannot be started now.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, launch: Launch) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, launch: Launch, hang_after: float) -> None:
         self._log = log
+        self._hung: str | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last life
         self._log_file = log.open("ab")
         try:
+            self._signs, theirs = os.pipe()
+        except BaseException:
+            self._log_file.close()
+            raise
+        try:
+            os.set_blocking(self._signs, False)
             self._log_start = log.stat().st_size
             # A session of its own keeps the terminal's Ctrl-C from it: what it is told, the parent tells it.
             self._process = subprocess.Popen(
@@ -57,24 +70,34 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,
-                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe)},
-                pass_fds=(launch.pipe, *launch.keep),
+                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe), PULSE_VARIABLE: str(theirs)},
+                pass_fds=(launch.pipe, theirs, *launch.keep),
                 start_new_session=True,
             )
         except BaseException:
-            self._log_file.close()
+            self._release()
             raise
+        finally:
+            os.close(theirs)
+        self._pulse = Pulse(hang_after, time.monotonic())
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self._process.poll()
+        """Its exit code; None while it runs. It has to be asked for again and again: that finds that it hangs, and kills it."""
+        code = self._process.poll()
+        if code is not None:
+            return code if self._hung is None else ExitCode.HUNG
+        if self._hung is None and not self._log_file.closed:
+            self._hung = self._pulse.tick(time.monotonic(), sign=self._gave_sign())
+            if self._hung is not None:
+                self._process.kill()
+        return None
 
     def ending(self, ran: float) -> Ending:
         """Returns how it ended, which it has, after so many seconds."""
         code = self.code
         assert code is not None  # noqa: S101 - the caller looked
-        return Ending(code, self._last_error() if code > 0 else "", ran)
+        return Ending(code, self._hung or (self._last_error() if code > 0 else ""), ran)
 
     def tell(self, number: signal.Signals) -> None:
         """Sends a signal if it runs."""
@@ -87,7 +110,18 @@ class Process:
         self.tell(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it, on a dead disk perhaps
             self._process.wait(_KILL_SECONDS)
-        self._log_file.close()
+        self._release()
+
+    def _release(self) -> None:
+        if not self._log_file.closed:
+            self._log_file.close()
+            os.close(self._signs)
+
+    def _gave_sign(self) -> bool:
+        try:
+            return bool(os.read(self._signs, _SIGNS))
+        except BlockingIOError:
+            return False
 
     def _last_error(self) -> str:
         """Returns the last error line that it printed, or its last line; it is near the log's end."""

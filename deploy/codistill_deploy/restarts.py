@@ -45,16 +45,20 @@ class Ending:
         line: the last error that it printed, or its last line.
         ran: for how many seconds it ran.
         lost: what took it along, half a sentence, where that was not itself: the machine that it ran on.
+        started: whether it came to run at all; if not, `line` says what kept it from that.
     """
 
     code: int
     line: str = ""
     ran: float = 0.0
     lost: str = ""
+    started: bool = True
 
     def __str__(self) -> str:
         if self.lost:
             return f"was lost: {self.lost}"
+        if not self.started:
+            return f"could not be started: {self.line}"
         if self.code < 0:
             return f"was killed by {_signal_name(-self.code)}"
         if self.code == ExitCode.OK:
@@ -62,8 +66,11 @@ class Ending:
         return f"ended with exit code {self.code}: {self.line}"
 
     def same_error(self, other: Ending) -> bool:
-        """Whether both are errors of their own, neither a signal, a request to end nor a lack of memory, and the same one."""
-        if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN:
+        """Whether both are errors of their own, and the same one.
+
+        A signal, a request to end, a lack of memory, and what kept it from being started are none.
+        """
+        if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN or not self.started:
             return False
         return _without_addresses(self.line) == _without_addresses(other.line)
 

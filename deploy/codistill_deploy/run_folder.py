@@ -32,6 +32,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from codistill import __version__
+from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, load
 from codistill.identity import difference, extends, identity
 from codistill_deploy.errors import CommandError
@@ -189,7 +190,7 @@ class RunFolder:
                 self._discard()
             self._write(experiment, mode, experiment.names)
 
-    def join(self, experiment: Experiment, students: Iterable[str] = ()) -> None:
+    def join(self, experiment: Experiment, students: Iterable[str] = (), seconds: float = 15.0) -> None:
         """Makes the folder a run's for a server or a worker that is started by itself; others may do the same meanwhile.
 
         Where it is this run's already, nothing is changed but for students that were added to the experiment.
@@ -197,14 +198,28 @@ class RunFolder:
         Args:
             experiment: the experiment to run.
             students: those whose files will be in the folder.
+            seconds: how long to wait for others that do the same.
 
         Raises:
-            CommandError: the folder holds another run, or cannot be written.
+            CommandError: the folder holds another run, cannot be written, or is kept by another process.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "start.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with (self.path / "start.lock").open("a+") as lock:
+                if not _lock(lock.fileno(), seconds):
+                    lock.seek(0)
+                    holder = lock.read().strip() or "unknown"
+                    raise CommandError(
+                        f"run folder {self.path} has been kept for {seconds:g} s by another server or worker, which holds "
+                        f"{lock.name} (process {holder}); it is stopped, or its disk does not answer: end it, then start this "
+                        "one again",
+                        ExitCode.ERROR,
+                    )
+                with contextlib.suppress(
+                    OSError
+                ):  # who holds it is worth knowing, and no reason to fail on a full disk
+                    os.ftruncate(lock.fileno(), 0)
+                    os.write(lock.fileno(), f"{os.getpid()} on {platform.node()}".encode())
                 if self.experiment_file.exists():
                     if identity(self.experiment()) == identity(experiment):
                         return

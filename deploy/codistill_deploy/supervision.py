@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 import socket
 import sys
@@ -11,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from codistill.exit_codes import ExitCode
 from codistill_deploy.restarts import DEFAULT_RESTARTS, Ending, GiveUp, Restart, decide
 from codistill_server.app import ServerError, parse_address
 
 __all__ = ["Life", "Member", "Port"]
-
-_log = logging.getLogger(__name__)
-_RETRY_SECONDS = 5.0
 
 
 class Life(Protocol):
@@ -118,10 +115,12 @@ class Member:
         if self.given_up is not None or self.running or self.done:
             return None
         if self._due is not None:
-            if start and now >= self._due:
-                self._start_again(now)
-            return None
-        ending = self.examine(now)
+            if not start or now < self._due or self._start_again(now):
+                return None
+        else:
+            self.examine(now)
+        ending = self.ending
+        assert ending is not None  # noqa: S101 - it ended, or could not be started
         decision = decide(ending, self._history, self._restarts, deterministic=self._ends)
         self._history.append(ending)
         if isinstance(decision, Restart):
@@ -130,12 +129,14 @@ class Member:
             self.given_up = decision.reason
         return decision
 
-    def _start_again(self, now: float) -> None:
+    def _start_again(self, now: float) -> bool:
+        """Starts it again; where that cannot be done now, its next life has ended."""
         try:
             self.start(now)
-        except OSError as error:  # no memory or no disk space for now; those who wait for this member bound it
-            self._due = now + _RETRY_SECONDS
-            _log.error("%s cannot be started again: %s; trying again in %g s", self.title, error, _RETRY_SECONDS)
+        except OSError as error:
+            self.ending = Ending(ExitCode.WORKER_FAILED, str(error), started=False)
+            return False
+        return True
 
     def examine(self, now: float) -> Ending:
         """Returns how it ended, which it has."""

@@ -446,9 +446,10 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _reached(host: str, port: int) -> str:
-    """Returns how a server is reached from here: one on every address by the loopback's; a certificate can hold that one."""
-    return _address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)  # noqa: S104
+def _reached(host: str, port: int, advertise: str | None = None) -> str:
+    """Returns how a server is reached: one on every address as advertised, else by the loopback's; a certificate can hold it."""
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)  # noqa: S104
+    return _address(host if loopback is None else advertise or loopback, port)
 
 
 def _protection(security: Security) -> str:

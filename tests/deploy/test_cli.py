@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,18 @@ class TestReport:
             with pytest.raises(CommandError, match=why):
                 self.end(experiment, folder)
         assert folder.report.read_text() == "the run's own"
+
+
+@pytest.mark.parametrize("arguments", [["serve", "missing.yaml"], ["work", "missing.yaml", "--student", "a"]])
+def test_a_child_follows_its_parent_before_anything_that_may_take_long(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Followed(Exception):
+        pass
+
+    def follow(stop: threading.Event) -> None:
+        assert not stop.is_set()
+        raise Followed
+
+    monkeypatch.setattr(cli, "follow_parent", follow)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, Followed)

@@ -34,6 +34,7 @@ def task(tmp_path: Path) -> Callable[..., Task]:
             "marker": MARKER,
             "arguments": ["-c", script],
             "log": tmp_path / "log.txt",
+            "hang_after": 600,
             "lock": tmp_path / "host.lock",
         }
         return Task(**{**fields, **changes})

@@ -53,12 +53,26 @@ def test_a_student_asks_for_as_many_cpus_as_it_has_threads() -> None:
     assert second.resources == {"CPU": 3, "GPU": 1}
 
 
+def test_a_teacher_is_asked_for_and_refused_as_a_student_is() -> None:
+    teacher = {"name": "wise", "model": "mlp", "weights": "wise.safetensors", "training": {"device": "cuda"}}
+    taught = {
+        **yaml.safe_load(experiment("cpu", "cpu").to_yaml()),
+        "distillation": {"method": "kd"},
+        "teachers": [teacher],
+    }
+    asked = bundles(parse(yaml.safe_dump(taught)), 1)
+    assert asked[2:] == [Bundle("student 's1'", 1), Bundle("teacher 'wise'", 1, 1.0)]
+    teacher["training"] = {"device": "cuda:1"}
+    with pytest.raises(ExperimentError, match=r"teachers\.0\.training\.device: 'cuda:1' is one machine's GPU"):
+        check_devices(parse(yaml.safe_dump(taught)), "x.yaml")
+
+
 def test_a_gpu_by_its_number_is_refused() -> None:
     check_devices(experiment("auto", "cpu", "cuda"), "x.yaml")
     with pytest.raises(ExperimentError) as caught:
         check_devices(experiment("cuda:1", "auto", "cuda:0"), "x.yaml")
     assert str(caught.value).splitlines() == [
-        f"x.yaml: students.{position}.training.device: '{device}' is one machine's GPU; on Ray each student is given one; "
+        f"x.yaml: students.{position}.training.device: '{device}' is one machine's GPU; on Ray each is given one; "
         "allowed: auto, cpu, cuda"
         for position, device in ((0, "cuda:1"), (2, "cuda:0"))
     ]

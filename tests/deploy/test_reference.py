@@ -34,7 +34,9 @@ def test_every_variable() -> None:
     source = "".join(
         path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     )
-    read = set(re.findall(r'"(CODISTILL_[A-Z_]+)"', source)) | set(re.findall(r'environ\.\w+\("([A-Z_]+)"', source))
+    read = set(re.findall(r'"((?:CODISTILL|RAY)_[A-Za-z_]+)"', source)) | set(
+        re.findall(r'environ\.\w+\("([A-Z_]+)"', source)
+    )
     offered = set(re.findall(r"\$\{([A-Z_]+):-", COMPOSE))
     assert set().union(*(code(row[0]) for row in table("Environment variables"))) == read | offered
 

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from codistill.exit_codes import ExitCode
 from codistill.experiment import Exchange, Experiment, Student
 from codistill.identity import identity
 from codistill_deploy.errors import CommandError
@@ -153,6 +155,20 @@ def test_servers_and_workers_started_by_hand_make_one_folder_a_runs(experiment: 
     written = about.stat().st_mtime_ns
     folder.join(experiment, ["a"])
     assert about.stat().st_mtime_ns == written, "what was started first stands there"
+
+
+def test_who_keeps_others_from_a_folder_is_waited_for_and_named(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.join(experiment)
+    path = tmp_path / "start.lock"
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = rf"kept for 0\.2 s by another server or worker, which holds {path} \(process {os.getpid()} on .*\); .* end it"
+        with pytest.raises(CommandError, match=line) as refused:
+            folder.join(experiment, seconds=0.2)
+        threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        folder.join(experiment)
+    assert refused.value.code is ExitCode.ERROR, "it may be over the next time"
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:

@@ -34,15 +34,25 @@ def launch() -> Iterator[Launch]:
 def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Member]]:
     made: list[Member] = []
 
-    def member(script: str, *, ends: bool = True, restarts: int = 10) -> Member:
+    def member(script: str, *, ends: bool = True, restarts: int = 10, hang_after: float = 600) -> Member:
         arguments = [sys.executable, "-c", script]
         log = tmp_path / "log.txt"
-        made.append(Member("student 'a'", "a", lambda: Process(arguments, log, launch), log, restarts, ends=ends))
+        made.append(
+            Member("student 'a'", "a", lambda: Process(arguments, log, launch, hang_after), log, restarts, ends=ends)
+        )
         return made[-1]
 
     yield member
     for each in made:
         each.close()
+
+
+def refuse_to_start(*arguments: object, **named: object) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def end_of(member: Member) -> None:
@@ -73,26 +83,75 @@ def test_a_killed_process_is_started_again_after_its_pause(make: Callable[..., M
     assert member.attend(102.3 + RAN_WELL) == Restart(0.1, 1, 10), "it had run well"
 
 
-def test_a_machine_that_cannot_start_it_now_is_asked_again(
-    make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_start_that_fails_counts_and_is_made_again(
+    make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = make("import sys; sys.exit(1)")
     member.start(0)
     end_of(member)
-    member.attend(1)
-
-    def refuse(*arguments: object, **named: object) -> None:
-        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-
+    assert member.attend(1) == Restart(0.1, 1, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", refuse)
-        assert member.attend(2) is None
-    assert "student 'a' cannot be started again: [Errno 11] Resource temporarily unavailable" in caplog.text
-    assert member.attend(3) is None
+        patch.setattr(subprocess, "Popen", refuse_to_start)
+        assert member.attend(2) == Restart(0.2, 2, 10)
+        assert str(member.ending) == "could not be started: [Errno 11] Resource temporarily unavailable"
+        assert member.attend(2.1) is None, "the pause is not over"
+        assert member.attend(3) == Restart(0.4, 3, 10), "the same lack twice is no error of its own"
     assert not member.running
-    assert member.attend(8) is None
+    assert member.attend(4) is None
     end_of(member)
-    assert member.attend(9) is not None, "it has lived once more"
+    assert member.attend(5) == Restart(0.8, 4, 10), "it has lived once more"
+
+
+def test_starts_that_fail_use_the_restarts_up(make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch) -> None:
+    member = make("import sys; sys.exit(1)", restarts=3)
+    member.start(0)
+    end_of(member)
+    member.attend(1)
+    before = open_files()
+    monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
+    decisions = [member.attend(10 * number) for number in (1, 2, 3)]
+    assert decisions == [Restart(0.2, 2, 3), Restart(0.4, 3, 3), GiveUp("3 restarts are used up")]
+    assert member.given_up == "3 restarts are used up"
+    assert member.attend(1000) is None
+    assert open_files() < before, "nothing is left open"
+
+
+def test_a_folder_that_was_moved_away_is_made_again(make: Callable[..., Member], tmp_path: Path) -> None:
+    member = make("print('up')", ends=False)
+    member.start(0)
+    end_of(member)
+    member.attend(1)
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    assert member.attend(2) is None
+    end_of(member)
+    assert member.log.read_text() == "up\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, None])
+def test_what_gives_no_sign_of_life_is_killed(make: Callable[..., Member], number: signal.Signals | None) -> None:
+    """Stopped, or with every thread held up: here by a regular expression, which lets no other thread run."""
+    held = "re.match('(a|aa)+$', 60 * 'a' + 'b')" if number is None else "time.sleep(600)"
+    member = make(
+        f"import re, time; from codistill_deploy.pulse import beat; beat(); print('up', flush=True); {held}",
+        hang_after=2,
+    )
+    member.start(0)
+    while not member.log.read_text():
+        assert member.running
+    if number is not None:
+        member.tell(number)
+    end_of(member)
+    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert str(member.ending).startswith("ended with exit code 11: killed after 2 s without a sign of life, ")
+    assert member.attend(2) is None
+    assert member.running, "and it lives again"
+
+
+def test_what_beats_is_left_alone(make: Callable[..., Member]) -> None:
+    member = make("from codistill_deploy.pulse import beat; import time; beat(); time.sleep(3)", hang_after=1.5)
+    member.start(0)
+    end_of(member)
+    assert member.done
 
 
 def test_once_the_run_is_over_nothing_is_started_again(make: Callable[..., Member]) -> None:

@@ -53,7 +53,7 @@ class TestCampaign:
     @pytest.mark.parametrize(
         ("plant", "part"),
         [
-            ("raises", "answered UNKNOWN"),
+            ("raises", "answered UNAVAILABLE"),
             ("admits", "answered OK|names none of"),
             ("keeps", "rss has grown"),
             ("turned", "not the pure function's"),

@@ -279,6 +279,27 @@ def test_a_model_that_hangs_is_ended_by_its_watchdog(tmp_path: Path, folder: Pat
     assert processes_of(folder) == {}
 
 
+def test_a_worker_that_is_stopped_for_good_and_that_nobody_waits_for_is_killed_and_started_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    changes = {"distillation": {"method": "independent"}, "students": EXPERIMENT["students"][:2]}
+    run = Disturbed(folder, "--restarts", "2", **changes, training__hang_after=5, training__evaluate_every=10)
+    wait_for(lambda: (folder / "students" / "cnn" / "checkpoint.safetensors").exists(), "it has begun")
+    run.strike(signal.SIGSTOP, "cnn")
+    struck = time.monotonic()
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert run.restarted() == ["cnn"], output
+    assert "student 'cnn' ended with exit code 11: killed after 5 s without a sign of life, " in output
+    assert time.monotonic() - struck < 60
+
+    experiment = load(tmp_path / "experiment.yaml")
+    undisturbed = RunFolder(tmp_path / "undisturbed")
+    undisturbed.start(experiment, mode="in-process", resume=False)
+    assert run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert_bit_equal(weights(folder), weights(undisturbed.path))
+
+
 def test_a_worker_that_is_stopped_for_good_ends_the_run_of_those_who_wait(folder: Path) -> None:
     run = Disturbed(folder, training__epochs=100_000, exchange__give_up_after=3)
     run.reach(10)

@@ -166,22 +166,29 @@ class _Run:
             tend=self._tend,
         )
         serving = self._options.serving
-        task = self._task(parts.serve_arguments(folder), folder.server_log, folder.path / _LOCK, serving)
+        hang_after = self._experiment.training.hang_after
+        task = self._task(parts.serve_arguments(folder), folder.server_log, hang_after, folder.path / _LOCK, serving)
         server = Member("the server", "", self._begin(group, 0, task), task.log, self._options.restarts, ends=False)
         workers: list[Member] = []
         for index, part in enumerate(parts.workers(self._experiment, folder), 1):
-            task = self._task(parts.work_arguments(folder, part.name), part.log, part.log.parent / _LOCK)
+            task = self._task(
+                parts.work_arguments(folder, part.name), part.log, part.hang_after, part.log.parent / _LOCK
+            )
             begin = self._begin(group, index, task)
             workers.append(Member(part.title, part.name, begin, task.log, self._options.restarts))
         return crew.run(server, workers, stop, announce=True)
 
-    def _task(self, arguments: Sequence[str], log: Path, lock: Path, serving: Serving | None = None) -> Task:
+    def _task(
+        self, arguments: Sequence[str], log: Path, hang_after: float, lock: Path, serving: Serving | None = None
+    ) -> Task:
         options = self._options
         assert self._security.token is not None  # noqa: S101 - one is made where none is given
         # Certificates are files on every node; the token is handed over, so that no node needs its file.
         files = replace(self._security, token_file=None).environment
         environment = {**files, TOKEN_VARIABLE: self._security.token.plain}
-        return Task(self._folder.path, self._marker, arguments, log, lock, environment, options.search_path, serving)
+        return Task(
+            self._folder.path, self._marker, arguments, log, hang_after, lock, environment, options.search_path, serving
+        )
 
     def _begin(self, group: Any, index: int, task: Task) -> Callable[[], _Life]:
         def begin() -> _Life:

@@ -65,6 +65,7 @@ class Task:
         marker: what the marker file must hold.
         arguments: the command line, after the Python.
         log: the file for its output.
+        hang_after: seconds without a sign of life after which it is killed.
         lock: the file that keeps its successor waiting for as long as it lives.
         environment: what it needs besides what it inherits. It may hold the token, so it is never shown.
         search_path: a folder with the user's own modules; one that is not absolute is looked for in the job's files.
@@ -75,6 +76,7 @@ class Task:
     marker: str
     arguments: Sequence[str]
     log: Path
+    hang_after: float
     lock: Path
     environment: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     search_path: Path = Path()
@@ -143,7 +145,7 @@ class Host:
             with self._guard:
                 if self._asked_to_end:
                     return Ending(ExitCode.INTERRUPTED, "it was asked to end before it began")
-                process = self._process = Process(arguments, task.log, launch)
+                process = self._process = Process(arguments, task.log, launch, task.hang_after)
             try:
                 while process.code is None:
                     time.sleep(_POLL_SECONDS)

@@ -1,0 +1,85 @@
+"""Whether a process runs at all: it gives a sign of life every second, and who started it listens.
+
+A watchdog ends what hangs, but cannot run in a process that is stopped, or in which something keeps every thread from
+running. The signs go through a pipe: no disk, network or server has to work for them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+__all__ = ["PULSE_VARIABLE", "Pulse", "beat"]
+
+PULSE_VARIABLE = "CODISTILL_PULSE_FD"
+"""The environment variable that names the pipe's descriptor to a child."""
+
+_INTERVAL = 1.0
+_LONGEST_TICK = 1.0
+_STARTING = 12  # times the limit: as for loading, a start from a cold or distant disk holds up every thread of it
+
+
+class Pulse:
+    """Counts how long a process has given no sign of life.
+
+    It counts its own ticks, capped: where this process was stopped too, or the machine slept, nobody has been silent.
+
+    Args:
+        limit: seconds of silence after which a process hangs; before its first sign, twelve times as many.
+        now: when it was started, in seconds of a clock that never goes back.
+    """
+
+    def __init__(self, limit: float, now: float) -> None:
+        self._limit = limit * _STARTING
+        self._later = limit
+        self._last = now
+        self._lived = 0.0
+        self._silent = 0.0
+
+    def tick(self, now: float, *, sign: bool) -> str | None:
+        """Lets time go by.
+
+        Args:
+            now: the clock's time.
+            sign: whether there was a sign of life since the last tick.
+
+        Returns:
+            That it hangs, as a line for people; None while it does not.
+        """
+        elapsed = min(now - self._last, _LONGEST_TICK)
+        self._last = now
+        if sign:
+            self._lived += self._silent + elapsed
+            self._limit, self._silent = self._later, 0.0
+            return None
+        self._silent += elapsed
+        if self._silent < self._limit:
+            return None
+        return (
+            f"killed after {self._limit:g} s without a sign of life, {self._lived:.1f} s after its start: it was stopped, or "
+            "something held all its threads; training.hang_after sets the limit"
+        )
+
+
+def beat() -> None:
+    """Gives signs of life from now on, to the end of this process.
+
+    Does nothing in a process that was not started by one of ours.
+    """
+    descriptor = os.environ.pop(PULSE_VARIABLE, "")
+    if not descriptor.isdigit():
+        return
+    os.set_blocking(int(descriptor), False)
+
+    def give() -> None:
+        while True:
+            try:
+                os.write(int(descriptor), b".")
+            except BlockingIOError:  # nobody listens for now
+                pass
+            except OSError:  # nor will again
+                return
+            time.sleep(_INTERVAL)
+
+    threading.Thread(target=give, name="codistill-pulse", daemon=True).start()
