@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
+from codistill_deploy.output import outlive, outlive_errors, settle
 from codistill_deploy.parent import follow_parent
 from codistill_deploy.pulse import beat, say_that_it_ends
 from codistill_deploy.restarts import DEFAULT_RESTARTS
@@ -125,6 +126,7 @@ def run(
     """
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
+    outlive()
     stop = _stop_on_signals()
     security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
@@ -140,8 +142,7 @@ def run(
             _console.print(f"{title}: trained already")
             continue
         again = resume and (len(runs) == 1 or place.experiment_file.exists())
-        one_run = partial(_run_one, one, place, title, experiment, stop, again, in_process, wire, restarts)
-        code = _reported(place, one_run)
+        code = _run_one(one, place, title, experiment, stop, again, in_process, wire, restarts, report=True)
         if code is not ExitCode.OK:
             break
     if code is ExitCode.INTERRUPTED:
@@ -202,6 +203,7 @@ def ray(
     if run_dir is None and (address or os.environ.get("RAY_ADDRESS")):
         raise CommandError("--run-dir: on a cluster the run's folder must be on storage that all nodes share; name it")
     folder = RunFolder(run_dir.absolute()) if run_dir is not None else RunFolder.default(loaded.name)
+    outlive()
     stop = _stop_on_signals()
     security = _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     options = RayOptions(
@@ -224,7 +226,7 @@ def ray(
         del lock  # an actor holds one of its own, as no descriptor goes from machine to machine
         return run_on_ray(loaded, folder, view, stop, options)
 
-    code = _reported(folder, lambda: _held(loaded, folder, loaded.name, go, mode="grpc", resume=again))
+    code = _held(loaded, folder, loaded.name, go, mode="grpc", resume=again, report=True)
     if code is ExitCode.INTERRUPTED:
         _console.print(f"stopped; go on with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
     raise typer.Exit(code)
@@ -249,6 +251,7 @@ def compare(
 
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
+    outlive()
     stop = _stop_on_signals()
     wire = _Wire(None if in_process else _read_security_for_both())
 
@@ -263,12 +266,12 @@ def compare(
     if code is ExitCode.INTERRUPTED:
         _console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
         raise typer.Exit(code)
-    from codistill_deploy import report as reports
     from codistill_deploy.tables import comparison_table
 
     _console.print()
     _console.print(comparison_table(folder))
-    _console.print(f"\nreport: {reports.write(folder)}", soft_wrap=True)
+    _console.print()
+    _write_report(folder)
     raise typer.Exit(code)
 
 
@@ -461,6 +464,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get(_DEBUG_VARIABLE) == "1"
     if debug:
         os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
+    outlive_errors()
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -488,7 +492,7 @@ def main() -> None:
     watchdog = Watchdog()
     watchdog.begin("the end of this process", _EXIT_SECONDS)
     watchdog.start()
-    sys.stdout.flush()
+    settle()
     sys.exit(int(code) if isinstance(code, int) else code)
 
 
@@ -544,6 +548,8 @@ def _run_one(
     in_process: bool,
     wire: _Wire,
     restarts: int = DEFAULT_RESTARTS,
+    *,
+    report: bool = False,
 ) -> ExitCode:
     """Runs one experiment in one folder, shown on the console."""
     from codistill.security import Security
@@ -576,7 +582,8 @@ def _run_one(
         )
         return run_local(experiment, folder, view, stop, options)
 
-    return _held(experiment, folder, title, go, mode="in-process" if in_process else "grpc", resume=resume)
+    mode = "in-process" if in_process else "grpc"
+    return _held(experiment, folder, title, go, mode=mode, resume=resume, report=report)
 
 
 def _held(
@@ -587,32 +594,44 @@ def _held(
     *,
     mode: str,
     resume: bool,
+    report: bool,
 ) -> ExitCode:
-    """Starts a run's folder, and runs what `go` does, given a view on the console and the lock on the folder."""
+    """Starts a run's folder, and runs what `go` does, given a view on the console and the lock on the folder.
+
+    The report is written of a run that failed too, but not where this one was refused: the folder is another one's.
+    """
     from codistill_deploy.views import make_view
 
     with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
         folder.start(experiment, mode=mode, resume=resume)
-        view = make_view(_console)
-        view.start(title)
-        try:
-            return go(view, lock)
-        finally:
-            view.finish()
+        with contextlib.ExitStack() as ending:
+            view = make_view(_console)
+            view.start(title)
+            ending.callback(view.finish)
+            try:
+                code = go(view, lock)
+            except Exception:
+                ending.close()
+                if report and folder.metrics_file.exists():
+                    _write_report(folder.path)
+                raise
+        if report:
+            _write_report(folder.path)
+        return code
 
 
-def _reported(folder: RunFolder, run: Callable[[], ExitCode]) -> ExitCode:
-    """Runs, and writes the report, of a run that began and failed too."""
+def _write_report(folder: Path) -> None:
+    """Writes the report; where it cannot be, says so, as the run ends as it does with or without one."""
     from codistill_deploy import report as reports
 
     try:
-        code = run()
-    except CommandError:
-        if folder.metrics_file.exists():
-            _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
-        raise
-    _console.print(f"report: {reports.write(folder.path)}", soft_wrap=True)
-    return code
+        written = reports.write(folder)
+    except reports.ReportError as error:
+        _log.warning(
+            "%s; what was trained is untouched; write its report later with: codistill report %s", error, folder
+        )
+    else:
+        _console.print(f"report: {written}", soft_wrap=True)
 
 
 def _find_modules_beside(experiment: Path) -> None:

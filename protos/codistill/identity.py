@@ -17,6 +17,7 @@ __all__ = ["difference", "extends", "identity"]
 
 _MISSING = object()
 _NOTHING = "nothing"
+_NAMED = ("students", "teachers")
 _Path: TypeAlias = "tuple[_Path, str] | None"
 
 
@@ -40,6 +41,10 @@ def difference(ours: str, theirs: str) -> str | None:
     differs = _first_difference(left, right)
     if differs is not None:
         path, have, has = differs
+        section = path.partition(".")[0]
+        extra = _those_that_one_lacks(left.get(section), right.get(section)) if section in _NAMED else None
+        if extra is not None:
+            return f"experiment {section}: {extra}"
         shown = cut(path if path.isprintable() else ascii(path))
         return f"experiment field {shown}: the run has {cut(have)}, this worker has {cut(has)}"
     return "experiment: written differently"
@@ -101,6 +106,24 @@ def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
         if have != has:
             return _written(path), have, has
     return None
+
+
+def _those_that_one_lacks(ours: Any, theirs: Any) -> str | None:
+    """Returns in words which named items only one of two lists has, or None where neither is the other with more.
+
+    Items go by their places elsewhere: where one is missing, the next one's first field would be named.
+    """
+    have, has = _names(ours), _names(theirs)
+    if have > has:
+        return f"the run has {cut(json.dumps(sorted(have - has))[1:-1])}, this worker has not"
+    if has > have:
+        return f"this worker has {cut(json.dumps(sorted(has - have))[1:-1])}, the run has not"
+    return None
+
+
+def _names(value: Any) -> set[str]:
+    names = (item.get("name") for item in _items(value).values() if isinstance(item, dict))
+    return {name for name in names if isinstance(name, str)}
 
 
 def _items(value: Any) -> dict[str, Any]:

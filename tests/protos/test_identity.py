@@ -79,6 +79,23 @@ class TestIdentity:
             'experiment field students.0.model: the run has "mlp", this worker has "cnn"'
         )
 
+    @pytest.mark.parametrize("section", ["students", "teachers"])
+    @pytest.mark.parametrize(
+        ("had", "has", "expected"),
+        [
+            ("abcd", "abc", 'the run has "d", this worker has not'),
+            ("abcd", "bd", 'the run has "a", "c", this worker has not'),
+            ("ab", "acb", 'this worker has "c", the run has not'),
+            ("", "a", 'this worker has "a", the run has not'),
+        ],
+    )
+    def test_who_was_removed_or_added_is_named(self, section: str, had: str, has: str, expected: str) -> None:
+        ours, theirs = (
+            json.dumps({section: [{"name": name, "model": f"m{name}"} for name in names], "training": names})
+            for names in (had, has)
+        )
+        assert difference(ours, theirs) == f"experiment {section}: {expected}"
+
     def test_it_is_canonical_json(self) -> None:
         text = identity(experiment())
         assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
@@ -105,6 +122,12 @@ class TestIdentity:
             ('{"a": 1}', '{"a": true}', "a: the run has 1, this worker has true"),
             ('{"a": []}', '{"a": [1]}', "a: the run has [], this worker has nothing"),
             ('{"a": [1, 2]}', '{"a": [1]}', "a.1: the run has 2, this worker has nothing"),
+            (
+                '{"students": [{"name": 1}]}',
+                '{"students": [{"name": 2}]}',
+                "students.0.name: the run has 1, this worker has 2",
+            ),
+            ('{"students": "abc"}', '{"students": {"0": 1}}', 'students: the run has "abc", this worker has nothing'),
         ],
     )
     def test_sections_and_values_are_told_apart(self, ours: str, theirs: str, expected: str) -> None:
@@ -121,6 +144,16 @@ class TestIdentity:
             tracemalloc.stop()
         assert line is not None
         assert peak < 20e6
+
+    def test_names_from_outside_are_cut_and_printable(self) -> None:
+        sent = json.dumps({**json.loads(identity(experiment())), "students": [{"name": "\n\x1b" * 9000}]})
+        added = json.loads(sent)
+        added["students"] += json.loads(identity(experiment()))["students"]
+        line = difference(identity(experiment()), json.dumps(added))
+        assert line is not None
+        assert line.startswith("experiment students: this worker has ")
+        assert line.isprintable()
+        assert len(line) < 400
 
     @given(
         st.recursive(

@@ -98,7 +98,7 @@ class Run:
     def count(self, what: Callable[[Proxy], int]) -> int:
         return sum(what(proxy) for proxy in self.proxies.values())
 
-    def until(self, condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
         """Waits for a condition; a process that ends meanwhile ends the wait."""
 
         def over() -> bool:

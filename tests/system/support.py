@@ -80,7 +80,7 @@ def run(
     return process.returncode, output
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     """Waits until a condition gives something true, and returns that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

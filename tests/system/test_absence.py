@@ -16,7 +16,7 @@ from codistill.exit_codes import ExitCode
 from codistill_worker.checkpoints import read
 from system.support import experiment_file, processes_of, rounds_trained, run, start, wait_for, weights
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 PROCEED = {"exchange__on_absence": "proceed", "exchange__round_deadline": 0.5, "exchange__evict_after": 3}
 
@@ -42,14 +42,14 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
         assert code == 0
         assert {each["name"]: each["state"] for each in json.loads(status)["students"]}["cnn"] == "STUDENT_STATE_ABSENT"
         os.kill(pids["cnn"], signal.SIGCONT)
-        wait_for(lambda: events(folder, "returned"), "it is waited for again", 120)
+        wait_for(lambda: events(folder, "returned"), "it is waited for again", 180)
         os.kill(processes_of(folder)["cnn"], signal.SIGKILL)
         killed = time.monotonic()
         left = rounds_trained(folder)
         wait_for(lambda: rounds_trained(folder) >= left + 2, "the others go on")
         assert time.monotonic() - killed < 10, "they lose one deadline, not the time of a restart"
         returns = len(events(folder, "returned"))
-        wait_for(lambda: len(events(folder, "returned")) > returns, "its next process catches up", 120)
+        wait_for(lambda: len(events(folder, "returned")) > returns, "its next process catches up", 180)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=90)[0]
     finally:

@@ -100,6 +100,10 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
     changes = {
         "exchange__on_absence": "proceed",
         "exchange__round_deadline": 4.0,
+        # It says nothing for as long as the others need to start, and must not be evicted for that.
+        "exchange__evict_after": 100.0,
+        "exchange__keepalive": 120.0,
+        "exchange__give_up_after": 200.0,
         "students": [
             *(each for each in EXPERIMENT["students"] if each["name"] in STUDENTS),
             {"name": "vit", "model": "vit"},
