@@ -66,7 +66,7 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
     assert min(int(tensors["round"]) for tensors in weights(folder).values()) > left
 
 
-def test_a_student_that_diverges_is_left_out_and_the_others_finish(tmp_path: Path) -> None:
+def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quorum_without_targets(tmp_path: Path) -> None:
     module = """
         import torch
         class Broken(torch.nn.Module):
@@ -85,7 +85,7 @@ def test_a_student_that_diverges_is_left_out_and_the_others_finish(tmp_path: Pat
         {"name": "mlp", "model": "mlp"},
         {"name": "cnn", "model": "cnn"},
     ]
-    path = experiment_file(tmp_path, **PROCEED, students=students)
+    path = experiment_file(tmp_path, **PROCEED, exchange__quorum=3, students=students)
     code, output = run("run", path, "--run-dir", folder, cwd=tmp_path)
     assert code == ExitCode.DIVERGED, output
     assert "the others go on without it" in output
@@ -93,6 +93,11 @@ def test_a_student_that_diverges_is_left_out_and_the_others_finish(tmp_path: Pat
     assert "report: " in output
     trained = {name: read(folder / "students" / name / "checkpoint.safetensors").round for name in ("mlp", "cnn")}
     assert trained == {"mlp": 10, "cnn": 10}
+    # It is there for rounds 0 to 2; two are fewer than the quorum.
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    closed = [each for each in metrics if each["kind"] == "rounds"]
+    assert sum(each.get("without_targets", 0) for each in closed) == 7
+    assert events(folder, "below quorum")
 
 
 def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: Path) -> None:
