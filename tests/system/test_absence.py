@@ -66,7 +66,9 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
     assert min(int(tensors["round"]) for tensors in weights(folder).values()) > left
 
 
-def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quorum_without_targets(tmp_path: Path) -> None:
+def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quorum_without_targets(
+    tmp_path: Path,
+) -> None:
     module = """
         import torch
         class Broken(torch.nn.Module):
