@@ -53,7 +53,8 @@ class TestCampaign:
     @pytest.mark.parametrize(
         ("plant", "part"),
         [
-            ("raises", "answered UNAVAILABLE"),
+            # the call itself, or one in flight beside it that the server's end cuts off first
+            ("raises", "answered (UNAVAILABLE|CANCELLED)"),
             ("admits", "answered OK|names none of"),
             ("keeps", "rss has grown"),
             ("turned", "not the pure function's"),
