@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +64,30 @@ def compare(
         raise CommandError(f"{folder} already holds a comparison; give --resume to go on with it, or another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     index.write(folder)
+    began, ran = time.monotonic(), 0
     for number, each in enumerate(planned, 1):
+        left = _to_go(time.monotonic() - began, ran, len(planned) - number + 1)
+        ran_here = False
         for one, place, title in each.parts():
             if stop.is_set():
                 return ExitCode.INTERRUPTED
             if resume and generations.is_trained(place):
                 place.check(one, resume=True)
                 continue
-            code = run(one, place, f"[{number}/{len(planned)}] {title}")
+            ran_here = True
+            code = run(one, place, f"[{number}/{len(planned)}{left}] {title}")
             if code is not ExitCode.OK:
                 return code
+        ran += ran_here
     return ExitCode.OK
+
+
+def _to_go(seconds: float, ran: int, left: int) -> str:
+    """Returns how long the runs that are left will take, where it can be told and is worth telling."""
+    minutes = round(seconds / ran * left / 60) if ran else 0
+    if minutes < 1:
+        return ""
+    return f", {minutes // 60} h {minutes % 60} min to go" if minutes >= 100 else f", {minutes} min to go"
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,30 @@ def test_every_method_runs_with_every_seed(experiment: Experiment, tmp_path: Pat
         compare(experiment, ["independent"], [5], tmp_path, run, threading.Event(), check=fine, resume=False)
 
 
+def test_a_title_tells_how_long_it_still_takes(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    titles: list[str] = []
+
+    def run(variant: Experiment, folder: RunFolder, title: str) -> ExitCode:
+        nonlocal now
+        now += 1900.0
+        titles.append(title)
+        return ExitCode.OK
+
+    monkeypatch.setattr("codistill_deploy.compare.time.monotonic", lambda: now)
+    compare(experiment, ["independent", "dml"], [5, 6, 7], tmp_path, run, threading.Event(), check=fine, resume=False)
+    assert [title.partition("]")[0] for title in titles] == [
+        "[1/6",
+        "[2/6, 2 h 38 min to go",
+        "[3/6, 2 h 7 min to go",
+        "[4/6, 95 min to go",
+        "[5/6, 63 min to go",
+        "[6/6, 32 min to go",
+    ]
+
+
 def test_a_stop_ends_it_between_two_runs(experiment: Experiment, tmp_path: Path) -> None:
     stop = threading.Event()
 
