@@ -229,7 +229,7 @@ def ray(
 def compare(
     experiment: ExperimentArgument,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …")
+        str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …; or all.")
     ] = ("independent,kdcl"),
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds; from the experiment's own on.")] = 3,
     run_dir: RunDirOption = None,
@@ -238,15 +238,21 @@ def compare(
 ) -> None:
     """Compare methods: who gains how much.
 
-    Runs every method with every seed, then shows the table and writes a report.
+    Runs every method with every seed, then shows the table and writes a report. A method that needs a teacher, where the
+    experiment has none, is taught by the student that is best alone with the same seed.
     """
     from codistill_deploy.compare import compare as run_comparison
+    from codistill_deploy.preflight import check
 
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     outlive()
     stop = stop_on_signals()
     wire = Wire(None if in_process else read_security_for_both())
+    find_modules_beside(experiment)
+
+    def check_one(variant: Experiment) -> None:
+        check(variant, str(experiment))
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
         begun = resume and place.experiment_file.exists()
@@ -255,7 +261,8 @@ def compare(
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
         raise CommandError("--methods: '' names no method; give some, separated by commas: independent,kdcl")
-    code = run_comparison(loaded, wanted, range(loaded.seed, loaded.seed + seeds), folder, run_one, stop, resume=resume)
+    each_seed = range(loaded.seed, loaded.seed + seeds)
+    code = run_comparison(loaded, wanted, each_seed, folder, run_one, stop, check=check_one, resume=resume)
     if code is ExitCode.INTERRUPTED:
         console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
         raise typer.Exit(code)
