@@ -185,7 +185,7 @@ class TestContribute:
         assert error.status is Status.FAILED_PRECONDITION
 
     @given(st.data())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_a_garbled_message_does_no_harm(self, data: st.DataObject) -> None:
         run = Run(general_experiment())
         run.join_all()
@@ -235,7 +235,7 @@ class TestReceiveLimit:
         held_out=st.integers(0, 900),
         dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     )
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def test_it_is_enough_and_not_much_more(self, batch: int, classes: int, held_out: int, dtype: str) -> None:
         experiment = make_experiment(
             ("a" * 64, "b" * 64),
