@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from codistill.distillation import BornAgain, Independent
-from codistill.experiment import Experiment, Student, Teacher
+from codistill.experiment import Experiment
+from codistill.participants import Student, Teacher
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 

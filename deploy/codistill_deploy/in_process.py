@@ -11,9 +11,11 @@ from typing import TypeVar
 
 import torch
 
+from codistill.data import Augment
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Augment, Experiment, TeacherPlan
+from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.participants import TeacherPlan
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
 from codistill_deploy.run_folder import RunFolder

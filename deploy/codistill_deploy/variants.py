@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from codistill.distillation import Distillation, Method
-from codistill.experiment import Experiment, ExperimentError, Teacher
+from codistill.experiment import Experiment, ExperimentError
+from codistill.participants import Teacher
 from codistill_deploy.comparison import BASELINE
 from codistill_deploy.errors import CommandError
 from codistill_deploy.generations import as_teacher
