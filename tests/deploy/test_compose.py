@@ -13,7 +13,8 @@ import yaml
 
 from codistill import __version__
 from codistill.experiment import load
-from codistill_deploy.cli import DEFAULT_SERVER, app
+from codistill_deploy.cli import app
+from codistill_deploy.options import DEFAULT_SERVER
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent

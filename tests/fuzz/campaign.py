@@ -42,7 +42,7 @@ import yaml
 from grpc_health.v1 import health_pb2
 
 from codistill.experiment import Experiment
-from codistill_server.coordinator import receive_limit
+from codistill_server.contributions import receive_limit
 from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, locked_out, make
 from fuzz.doors import Door
 from fuzz.floods import Flooder

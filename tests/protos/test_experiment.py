@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from codistill.data import DATASETS
 from codistill.distillation import Dml, Independent, Kdcl
-from codistill.experiment import DATASETS, Experiment, ExperimentError, Student, load, parse
+from codistill.experiment import Experiment, ExperimentError, load, parse
 from codistill.identity import identity
+from codistill.participants import Student
 from protos.support_experiment import changed, document, experiment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"

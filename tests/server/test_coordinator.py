@@ -22,8 +22,9 @@ from codistill.records import Happened, RoundsClosed
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
-from codistill_server.coordinator import Refused, receive_limit
+from codistill_server.contributions import receive_limit
 from codistill_server.journal import ClosedRound, Journal, JournalError
+from codistill_server.refusals import Refused
 from codistill_server.round_events import Presence, Status
 from server.support_server import (
     BATCH,

@@ -12,7 +12,8 @@ import torch
 from codistill.experiment import Experiment
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import Refused, receive_limit
+from codistill_server.contributions import receive_limit
+from codistill_server.refusals import Refused
 from codistill_server.rounds import Presence, Status
 from server.support_server import BATCH, CLASSES, ROUNDS_PER_EPOCH, TOTAL_ROUNDS, Run, contribution, make_experiment
 

@@ -23,7 +23,8 @@ from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server import methods, service
-from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.contributions import receive_limit
+from codistill_server.coordinator import Coordinator
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.limits import Limits, Rate
 from codistill_server.observations import Observations

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from codistill import records
+from codistill.data import Data
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Data, Experiment, parse
+from codistill.experiment import Experiment, parse
 from codistill.security import Security
 from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
 from codistill_worker import data

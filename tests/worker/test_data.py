@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from codistill.experiment import Data
+from codistill.data import Data
 from codistill_worker.data import Dataset, builtin, check_batch, load, loading, sources
 from codistill_worker.data.builtin import _alone
 from codistill_worker.data.dataset import MemorySplit, StreamedSplit
@@ -62,7 +62,7 @@ def test_digits_are_split_in_two() -> None:
 
 def test_digits_come_without_an_import_of_scikit_learn_and_are_its_own_in_order(tmp_path: Path) -> None:
     code = (
-        "import sys; from codistill_worker.data import builtin; from codistill.experiment import Data; builtin.digits(); "
+        "import sys; from codistill_worker.data import builtin; from codistill.data import Data; builtin.digits(); "
         "print({'sklearn', 'scipy'} & {*sys.modules})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, Schedule
+from codistill.experiment import Experiment
+from codistill.training import Schedule
 from codistill_worker import augmentation
 from codistill_worker.errors import WorkerError
 from codistill_worker.trainer import Trainer, learning_rate
