@@ -25,7 +25,6 @@ from system.support import EXPERIMENT, experiment_file, start, wait_for
 pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("dashboards"),  # one Prometheus, and one set of runs, for all
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus (Debian's package) is not installed"),
 ]
 

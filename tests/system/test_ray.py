@@ -32,7 +32,7 @@ from system.support import (
     weights,
 )
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240), pytest.mark.xdist_group("ray")]  # one cluster for all
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-for-the-tests-" + 16 * "x"
