@@ -95,8 +95,10 @@ def _cut(path: Path) -> None:
         ("none", _nothing, "is not there; give the folder of a run that trains the teacher"),
         ("a.safetensors", lambda path: path.write_bytes(b"no"), "cannot be read"),
         ("a.pt", lambda path: path.write_bytes(b"no"), "cannot be read"),
-        ("a.pt", lambda path: path.write_bytes(b""), "cannot be read: "),
+        ("a.pt", lambda path: path.write_bytes(b""), "cannot be read: it is damaged"),
         ("a.pt", _cut, "cannot be read: "),
+        ("a.pt", lambda path: path.write_bytes(b"\x80\x02X\x05"), "cannot be read: it is damaged"),
+        ("a.pt", lambda path: path.write_bytes(b"\x80\x02."), "cannot be read: it is damaged"),
         (
             "a.pt",
             _pickled,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import nn
 
 from codistill_worker import checkpoints
 from codistill_worker.errors import ConfigurationError
+from codistill_worker.memory import ran_out
 from codistill_worker.models.published import named_as_here
 
 __all__ = ["apply", "digest", "load", "read"]
@@ -51,10 +51,12 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch reads a damaged file as it comes, and fails as it comes
+        if ran_out(error):
+            raise
+        known = isinstance(error, SafetensorError | OSError | RuntimeError)
         # torch's own words on objects in a file are how to have them unpickled.
-        objects = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
-        why = _OBJECTS if objects else " ".join(str(error).split()) or "it ends too early"
+        why = " ".join(str(error).split()) if known and "weights_only" not in str(error) else _OBJECTS
         raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
     for key in _NESTED:
         if isinstance(found, Mapping) and isinstance(inner := cast("dict[str, Any]", found).get(key), Mapping):
