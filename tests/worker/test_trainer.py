@@ -366,6 +366,16 @@ def test_restored_it_goes_on_as_if_nothing_had_been(
     assert same(state(fresh), state(undisturbed))
 
 
+def test_a_model_whose_code_has_versions_is_restored_from_tensors_alone(tiny: Tiny, student: MakeStudent) -> None:
+    """A checkpoint has no place for the versions that a state dict carries, and MNASNet takes none without."""
+    trainer = student(
+        tiny(students=[{"name": "cnn", "model": "torchvision:mnasnet0_5"}], distillation={"method": "independent"})
+    )
+    trained = {name: value + 1 for name, value in trainer.model.state_dict().items()}
+    trainer.restore(1, trained, trainer.optimizer_state())
+    assert all(torch.equal(value, trained[name]) for name, value in trainer.model.state_dict().items())
+
+
 def test_initial_weights_follow_from_seed_and_name(tiny: Tiny, student: MakeStudent, state: State, same: Same) -> None:
     def weights(seed: int, name: str) -> Any:
         students = [{"name": each, "model": "mlp"} for each in ("a", "b")]
