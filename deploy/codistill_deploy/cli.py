@@ -19,6 +19,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
+from codistill_deploy.extras import missing
 from codistill_deploy.options import (
     DEFAULT_SERVER,
     ExperimentArgument,
@@ -504,6 +505,9 @@ def _explain(error: Exception) -> ExitCode:
         found = getattr(error, "code", None)
         code = found if isinstance(found, ExitCode) else None
     lines = str(error).splitlines() or [type(error).__name__]
+    line = missing(error)
+    if line is not None:
+        code, lines = ExitCode.CONFIGURATION, [line]
     if code is None:
         code = ExitCode.ERROR
         lines = [f"{type(error).__name__}: {lines[0]} (--debug shows where)"]

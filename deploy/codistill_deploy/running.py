@@ -198,11 +198,10 @@ def stop_on_signals() -> threading.Event:
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
-        del frame
+        del number, frame
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        _log.debug("%s", signal.Signals(number).name)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

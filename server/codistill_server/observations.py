@@ -150,6 +150,7 @@ class Observations:
         view = self.students[request.student]
         view.parameters, view.device = request.parameters, request.device
         view.round = request.first_round
+        view.epoch = self._epoch(view.round)
         view.joins += 1
         self._record(
             Joined(
@@ -186,7 +187,7 @@ class Observations:
                     student=student,
                     split=split,
                     round=measurement.round,
-                    epoch=measurement.round / self.rounds_per_epoch if self.rounds_per_epoch else 0.0,
+                    epoch=self._epoch(measurement.round),
                     accuracy=measurement.accuracy,
                     loss=measurement.loss,
                     distillation_loss=measurement.distillation_loss
@@ -250,6 +251,10 @@ class Observations:
         epoch_ends = self.rounds_per_epoch > 0 and (number + 1) % self.rounds_per_epoch == 0
         if epoch_ends or now - span.started >= _SPAN_SECONDS:
             self._write_span(number, now)
+
+    def _epoch(self, number: int) -> float:
+        """Returns how many epochs so many rounds are; 0 while nobody has joined, from whom it is known."""
+        return number / self.rounds_per_epoch if self.rounds_per_epoch else 0.0
 
     def _closed_without_targets(self, number: int, contributions: int, why: str) -> None:
         if self._last_without_targets != number - 1:

@@ -95,7 +95,7 @@ class TestRefusals:
 
 class TestStudents:
     def test_a_join_tells_of_model_and_device(self) -> None:
-        watched = Watched()
+        watched = Watched(rounds_per_epoch=4)
         watched.it.joined(join_request(watched.experiment, "bee", 5, device="cuda:0 (NVIDIA H100)", parameters=1234))
         assert watched.records == [
             Joined(
@@ -108,7 +108,7 @@ class TestStudents:
             )
         ]
         bee = watched.snapshot().students[1]
-        assert (bee.parameters, bee.device, bee.round) == (1234, "cuda:0 (NVIDIA H100)", 5)
+        assert (bee.parameters, bee.device, bee.round, bee.epoch) == (1234, "cuda:0 (NVIDIA H100)", 5, 1.25)
 
     def test_a_report_is_shown_and_written(self) -> None:
         watched = Watched(rounds_per_epoch=4)

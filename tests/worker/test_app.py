@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from torch import nn
 
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
-from codistill_worker.app import WorkOptions, choose_device, student_folder, work
+from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, student_folder, work
 from codistill_worker.checkpoints import read
 from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, WorkerError
@@ -139,6 +140,43 @@ def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_p
     assert again.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
     for name in ("cnn", "mlp"):
         assert weights(tmp_path / "stopped", name).round == weights(tmp_path / "undisturbed", name).round == 9
+
+
+class Interrupting:
+    """A stream to which a signal comes while it is written to, and which then takes nothing else, as a buffered one."""
+
+    def __init__(self) -> None:
+        self.lines = ""
+        self._writing = False
+
+    def write(self, text: str) -> None:
+        if self._writing:
+            raise RuntimeError("reentrant call")
+        self._writing = True
+        try:
+            if not self.lines:
+                signal.raise_signal(signal.SIGTERM)
+            self.lines += text
+        finally:
+            self._writing = False
+
+    def flush(self) -> None:
+        """Has nothing to do."""
+
+
+def test_a_signal_that_comes_while_a_line_is_logged_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = Interrupting()
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger = logging.getLogger("codistill_worker.app")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(stream)])
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    logger.info("a line")
+    assert stop.is_set()
+    assert stream.lines == "a line\n"
 
 
 def test_a_stop_before_the_server_is_there(tiny: Tiny, tmp_path: Path) -> None:

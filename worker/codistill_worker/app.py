@@ -154,18 +154,18 @@ def _train(learner: Learner | Teaching, stop: threading.Event) -> ExitCode:
     try:
         learner.join()
     except Interrupted:
-        return ExitCode.INTERRUPTED
+        return _stopped()
     try:
         while not learner.done:
             if stop.is_set():
                 learner.stop()
-                return ExitCode.INTERRUPTED
+                return _stopped()
             learner.begin_round()
             learner.end_round()
         learner.finish()
     except Interrupted:
         learner.stop()
-        return ExitCode.INTERRUPTED
+        return _stopped()
     except Exception as error:
         code = getattr(error, "code", None)
         if code in _STUDENT_IS_WELL:
@@ -177,15 +177,18 @@ def _train(learner: Learner | Teaching, stop: threading.Event) -> ExitCode:
     return ExitCode.OK
 
 
+def _stopped() -> ExitCode:
+    _log.info("stopped, as it was told; the same command goes on from here")
+    return ExitCode.INTERRUPTED
+
+
 def _stop_on_signals(stop: threading.Event) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
 
     def handle(number: int, frame: object) -> None:
-        del frame
-        if not stop.is_set():
-            _log.info("%s: stopping after this round", signal.Signals(number).name)
-        stop.set()
+        del number, frame
+        stop.set()  # and no line: where a signal comes while one is written, another is an error, and the signal lost
 
     handler: Callable[[int, object], None] = handle
     signal.signal(signal.SIGTERM, handler)

@@ -29,13 +29,13 @@ from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker.errors import Interrupted, WorkerError
 from codistill_worker.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
+from codistill_worker.telling import Telling
 
 __all__ = ["GrpcExchange"]
 
 _log = logging.getLogger(__name__)
 
 _SLICE_SECONDS = 0.2
-_TELL_SECONDS = 5.0
 _LOOK_SECONDS = 2.0
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -101,7 +101,9 @@ class GrpcExchange:
         self._stream: _Stream | None = None
         self._open: pb.Contribution | None = None
         self._goodbye = pb.LeaveRequest()
-        self._told = 0.0
+        self._absence = Telling()
+        self._round = Telling()
+        self._waits: tuple[int, list[str]] | None = None
         self._reports = _Reports(self._session.answered)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
@@ -112,7 +114,7 @@ class GrpcExchange:
             Interrupted: the worker was asked to stop.
         """
         self._request = request
-        self._told = time.monotonic()
+        self._absence.begin(time.monotonic())
         self._session.join(request.first_round, time.monotonic())
         self._carry_out()
         return self._response
@@ -220,8 +222,7 @@ class GrpcExchange:
             self._response = _join_response(self._stub.join(self._request, timeout=step.timeout))
             self._stream = _Stream(self._stub, self._response.session)
         except grpc.RpcError as error:
-            if time.monotonic() - self._told >= _TELL_SECONDS:
-                self._told = time.monotonic()
+            if self._absence.due(time.monotonic()):
                 _log.info("waiting for server %s, %.0f s left", self._address, max(step.left, 0))
             self._session.join_failed(self._look(_failure(error), step), time.monotonic())
         else:
@@ -281,11 +282,22 @@ class GrpcExchange:
         if reply.HasField("waiting"):
             self._check_stop()
             told = reply.waiting
-            _log.info("round %d waits for %s, %.0f s", told.round, ", ".join(told.students), told.seconds)
+            self._tell(told)
             self._session.waiting(told.round, told.students, time.monotonic())
         elif self._session.targets(reply.targets.round, time.monotonic()):
             return reply.targets
         return None
+
+    def _tell(self, told: pb.Waiting) -> None:
+        """Logs whom a round waits for: at the first notice, and while they stay the same less and less often."""
+        now = time.monotonic()
+        waits = (told.round, list(told.students))
+        if waits != self._waits:
+            self._waits = waits
+            self._round.begin(now)
+        elif not self._round.due(now):
+            return
+        _log.info("round %d waits for %s, %.0f s", told.round, ", ".join(told.students), told.seconds)
 
     def _let_go(self) -> None:
         if self._stream is not None:
@@ -294,7 +306,7 @@ class GrpcExchange:
 
     def _broke(self, error: grpc.RpcError, why: str = "") -> None:
         self._let_go()
-        self._told = time.monotonic()
+        self._absence.begin(time.monotonic())
         failure = _failure(error)
         self._session.broke(failure, time.monotonic())
         _log.warning("the connection to %s broke: %s; reconnecting", self._address, why or failure.details)

@@ -79,8 +79,8 @@ class Join:
         session: the session that it had last; 0 for none.
         timeout: seconds that the call may take.
         left: seconds until the server is given up.
-        renew: whether to open another connection for it: on the one that there is bytes were damaged or lost, and what is
-            sent on it next may be lost too.
+        renew: whether to open another connection for it: the one that there is may lose what is sent on it, or not look
+            for the server again for long.
     """
 
     first_round: int
@@ -292,7 +292,7 @@ class Session:
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
-        # On the old one nothing more may come, and a name that led nowhere is asked for again only after up to two minutes.
+        # gRPC's channel looks up a name that led nowhere again after up to two minutes only, which no option shortens.
         self._renew = not failure.pushback
         self._pause = min(self._pause_after_join, self._until - now)
         self._pause_after_join *= 2
