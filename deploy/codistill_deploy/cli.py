@@ -18,7 +18,7 @@ from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
 from codistill.watchdog import Watchdog
-from codistill_deploy.errors import CommandError
+from codistill_deploy.errors import CommandError, lacking
 from codistill_deploy.options import (
     DEFAULT_SERVER,
     ExperimentArgument,
@@ -498,6 +498,8 @@ def main() -> None:
 
 def _explain(error: Exception) -> ExitCode:
     """Prints an error as one line for each thing wrong, and returns how the process ends."""
+    if isinstance(error, ModuleNotFoundError):
+        error = lacking(error) or error
     if isinstance(error, ExperimentError):
         code = ExitCode.CONFIGURATION
     else:
