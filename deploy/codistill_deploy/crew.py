@@ -22,7 +22,7 @@ from codistill_deploy.restarts import RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervision import Member
 from codistill_deploy.views import View
-from codistill_server.app import ADDRESS_FILE
+from codistill_server.address_file import ADDRESS_FILE
 from codistill_server.history import RESTARTED, SUPERVISOR_FILE
 from codistill_server.recorder import Recorder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from codistill.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
-from codistill_server.app import ADDRESS_FILE
+from codistill_server.address_file import ADDRESS_FILE
 
 __all__ = ["Addresses", "addresses", "find_server"]
 

@@ -14,5 +14,6 @@
 * :mod:`codistill_server.history` reads what was written down, :mod:`codistill_server.page` shows it in a browser, and
   :mod:`codistill_server.web` is the HTTP port of page and metrics.
 * :mod:`codistill_server.guard` keeps out who has no token; :mod:`codistill_server.limits` holds everybody to a share.
-* :mod:`codistill_server.service` puts the coordinator on gRPC, :mod:`codistill_server.app` runs it as a process.
+* :mod:`codistill_server.service` puts the coordinator on gRPC, :mod:`codistill_server.app` runs it as a process,
+  and :mod:`codistill_server.address_file` is how it is found.
 """

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import ipaddress
-import json
 import logging
-import os
 import signal
 import socket
 import threading
@@ -30,6 +28,7 @@ from codistill.identity import identity
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
+from codistill_server.address_file import ADDRESS_FILE, write_addresses
 from codistill_server.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.guard import TokenGuard
@@ -43,12 +42,10 @@ from codistill_server.recorder import Recorder
 from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 from codistill_server.web import WebServer
 
-__all__ = ["ADDRESS_FILE", "JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
+__all__ = ["JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
 
 _log = logging.getLogger(__name__)
 
-ADDRESS_FILE = "server.json"
-"""Where a server writes, in its run folder, on which addresses it listens."""
 JOURNAL_FILE = "journal.sqlite"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
@@ -312,17 +309,13 @@ class _Server:
                 await asyncio.sleep(_FAREWELL_SECONDS)
 
     def _announce(self, host: str, port: int, web: WebServer | None, limit: int) -> None:
-        run = self._options.run_dir
         advertise = self._options.advertise
         metrics = ""
         if web is not None and self._options.metrics is not None:
             web_host, _ = parse_address(self._options.metrics, "--metrics")
             metrics = _reached(web_host if advertise is None or _is_loopback(web_host) else advertise, web.port)
         address = _reached(host if advertise is None else advertise, port)
-        written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
-        part = run / f"{ADDRESS_FILE}.part"
-        part.write_text(written, encoding="utf-8")
-        part.replace(run / ADDRESS_FILE)
+        write_addresses(self._options.run_dir, address, metrics)
         _log.info(
             "run %s (%s) on %s (%s), messages up to %.1f MiB%s",
             self._experiment.name,

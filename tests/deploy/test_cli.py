@@ -74,16 +74,36 @@ def test_each_side_runs_with_its_own_extra_alone(command: str, tmp_path: Path) -
     experiment = {"name": "x", "data": {"dataset": "digits"}, "training": {"epochs": 1}, "students": students}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
+    ended = run_without(missing, [command, str(path), *options], tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert said in ended.stderr
+
+
+def run_without(missing: list[str], arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     program = textwrap.dedent(f"""
         import sys
         sys.modules.update(dict.fromkeys({missing!r}))
-        sys.argv = ["codistill", {command!r}, {str(path)!r}, *{options!r}]
+        sys.argv = ["codistill", *{arguments!r}]
         from codistill_deploy.cli import main
         main()
     """)
-    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=tmp_path)
+    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_server_is_looked_for_in_a_folder_without_the_server_s_packages(tmp_path: Path) -> None:
+    ended = run_without(ONE_SIDE["work"][1], ["status", "--run-dir", str(tmp_path)], tmp_path)
+    assert ended.returncode == 5, ended.stderr
+    assert "no server runs in" in ended.stderr
+
+
+def test_a_command_whose_part_is_not_installed_says_which(tmp_path: Path) -> None:
+    (tmp_path / "students" / "a").mkdir(parents=True)
+    ended = run_without(ONE_SIDE["serve"][1], ["export", str(tmp_path), "--student", "a"], tmp_path)
     assert ended.returncode == 3, ended.stderr
-    assert said in ended.stderr
+    assert ended.stderr == (
+        "error: safetensors is not installed, which codistill's worker needs; install it with: pip install "
+        "'codistill[worker]'\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["serve", "missing.yaml"], ["work", "missing.yaml", "--student", "a"]])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_who_is_best_alone_teaches_and_of_generations_the_last_is_compared(
     ran: list[str] = []
 
     def run(variant: Experiment, folder: RunFolder, title: str) -> ExitCode:
-        ran.append(title)
+        ran.append(re.sub(", .* to go", "", title))  # on a slow machine
         folder.start(variant, mode="in-process", resume=folder.experiment_file.exists())
         return run_in_process(variant, folder, PlainView(Console(quiet=True)), threading.Event())
 

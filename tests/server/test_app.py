@@ -27,7 +27,8 @@ from codistill.security import SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server import app
-from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
+from codistill_server.address_file import ADDRESS_FILE
+from codistill_server.app import JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
 from codistill_server.round_events import Samples
 from server.support_app import PATIENCE, get, serving, until

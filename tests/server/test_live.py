@@ -208,6 +208,27 @@ class TestBrowser:
         finally:
             web.close()
 
+    def test_a_run_that_nobody_joined_and_one_that_is_stopped(self, tab: Tab, tmp_path: Path) -> None:
+        run = Shown(tmp_path, epochs=2, every=1)
+        run.state.total_rounds = 0
+        web = WebServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        try:
+            tab.open(f"http://127.0.0.1:{web.port}/")
+            tab.until("document.getElementById('state')?.textContent === 'Ready. No student has joined yet.'")
+            run.state.total_rounds = 360
+            run.state.students[1].state = pb.STUDENT_STATE_FAILED
+            run.page.end()
+            tab.until("document.getElementById('state').textContent === 'Stopping. The server goes down.'")
+        finally:
+            web.close()
+        tab.until("document.getElementById('state').textContent.startsWith('Stopped. The server went down at ')")
+        assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "failed", "training"], "what was known stays"
+        web = WebServer("127.0.0.1", web.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry())
+        try:
+            tab.until("document.getElementById('state').textContent.startsWith('Running. Round 100 of 360')")
+        finally:
+            web.close()
+
     def test_what_the_server_cannot_read_is_said(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
         (run.folder / "run.json").write_text("{")

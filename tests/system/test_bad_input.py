@@ -115,6 +115,20 @@ def test_a_busy_port(tmp_path: Path) -> None:
     refused(output, f"127.0.0.1:{port}", "in use", "--listen")
 
 
+def test_a_busy_port_of_the_live_page(tmp_path: Path) -> None:
+    path = experiment_file(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, output = run("run", path, "--metrics", address, "--run-dir", "run", cwd=tmp_path)
+    assert code == ExitCode.CONFIGURATION, output
+    refused(
+        output,
+        f"metrics: {address} cannot be listened on: ",
+        "choose another address for the live page",
+        "with --metrics",
+    )
+
+
 def test_an_unreachable_server(tmp_path: Path) -> None:
     path = experiment_file(tmp_path, exchange__connect_timeout=1)
     with socket.socket() as nobody:  # bound, not listening: a port that refuses, and that nobody else takes

@@ -18,7 +18,8 @@ from codistill.data import Data
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, parse
 from codistill.security import Security
-from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
+from codistill_server.address_file import ADDRESS_FILE
+from codistill_server.app import ServeOptions, serve
 from codistill_worker import data
 from codistill_worker.client import GrpcExchange
 from codistill_worker.trainer import Published, Trainer

@@ -669,8 +669,9 @@ const codistill = (() => {
     const { waiting } = state;
     if (waiting.students.length && waiting.seconds >= NOTICE_SECONDS)
       return line("bad", "Waiting", `for ${list(waiting.students)} in round ${count(state.round)}, for ${seconds(waiting.seconds, (number) => number.toFixed(0))}.`);
-    const left = state.rate > 0 && state.rounds ? (state.rounds - state.round) / state.rate : null;
-    return line("good", "Running.", state.rounds ? `Round ${count(state.round)} of ${count(state.rounds)}${known(left) && state.rate >= 0.01 ? `, about ${seconds(left, (number) => number.toFixed(0))} left at ${rate(state.rate)}` : ""}.` : "No student has joined yet.");
+    if (!state.rounds) return line("", "Ready.", "No student has joined yet.");
+    const left = state.rate > 0 ? (state.rounds - state.round) / state.rate : null;
+    return line("good", "Running.", `Round ${count(state.round)} of ${count(state.rounds)}${known(left) && state.rate >= 0.01 ? `, about ${seconds(left, (number) => number.toFixed(0))} left at ${rate(state.rate)}` : ""}.`);
   }
 
   const rate = (value) => `${value >= 100 ? value.toFixed(0) : value.toPrecision(2)} rounds/s`;
