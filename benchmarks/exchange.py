@@ -13,107 +13,33 @@ them alike. Every process has one torch thread, every wait a limit, and no proce
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import importlib
 import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
-import secrets
 import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from codistill import PROTOCOL_VERSION
-from codistill.experiment import parse
-from codistill.identity import identity
-from codistill.tensors import decode, encode
-from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.discovery import find_server
-from codistill_server.app import ServeOptions, serve
-from codistill_server.ensembles import min_logit
-from codistill_worker.client import GrpcExchange
+from round_trips.actors import Actors
+from round_trips.course import BenchmarkError, Configuration, Course
+from round_trips.members import Members
+from round_trips.tasks import Gather, Serve, Work, experiment_of
 
 _CONTENDERS = ("codistill", "gloo", "ray")
-_WARMUP = 10
-_Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What is exchanged, among how many."""
-
-    batch: int
-    classes: int
-    workers: int
-
-
-@dataclass(frozen=True)
-class Course:
-    """One worker's part of a measurement.
-
-    Attributes:
-        configuration: what is exchanged.
-        position: the worker's, from 0.
-        rounds: how many are timed, after a few that are not.
-        limit: seconds that any wait may take.
-    """
-
-    configuration: Configuration
-    position: int
-    rounds: int
-    limit: float
-
-    @property
-    def total_rounds(self) -> int:
-        """All rounds, those to warm up included."""
-        return _WARMUP + self.rounds
-
-    # Arrays, not tensors: Ray pickles these functions by value, and could not if they named torch beside `classes`.
-
-    def logits(self) -> _Array:
-        """Returns what this worker publishes, float32 [B, C]."""
-        size = (self.configuration.batch, self.configuration.classes)
-        return np.random.default_rng(self.position).standard_normal(size, np.float32)
-
-    def labels(self) -> _Array:
-        """Returns the labels, the same for all workers, int64 [B]."""
-        return np.random.default_rng(0).integers(self.configuration.classes, size=self.configuration.batch)
-
-    def time(self, round_trip: Callable[[int], torch.Tensor]) -> list[float]:
-        """Makes all round trips, each given its round, and returns how many seconds each timed one took."""
-        for number in range(_WARMUP):
-            round_trip(number)
-        seconds: list[float] = []
-        before = time.perf_counter()
-        for number in range(_WARMUP, self.total_rounds):
-            round_trip(number)
-            now = time.perf_counter()
-            seconds.append(now - before)
-            before = now
-        return seconds
 
 
 @dataclass(frozen=True)
@@ -134,306 +60,8 @@ class Measurement:
     p99: float
 
 
-class BenchmarkError(RuntimeError):
-    """A measurement failed; the text says where."""
-
-
-# What the processes do
-
-
-class _Task(Protocol):
-    def run(self) -> list[float]: ...
-
-
-@dataclass(frozen=True)
-class _Serve:
-    """The aggregation server, until its workers have finished."""
-
-    experiment: str
-    folder: Path
-    limit: float
-
-    def run(self) -> list[float]:
-        stop = threading.Event()
-        timer = threading.Timer(self.limit, stop.set)
-        timer.start()
-        try:
-            serve(parse(self.experiment), ServeOptions("127.0.0.1:0", self.folder), stop)
-        finally:
-            timer.cancel()
-            stop.set()
-        return []
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A worker of codistill without a model."""
-
-    experiment: str
-    folder: Path
-    course: Course
-
-    def run(self) -> list[float]:
-        course, stop = self.course, threading.Event()
-        batch, classes = course.configuration.batch, course.configuration.classes
-        logits, labels = torch.from_numpy(course.logits()), torch.from_numpy(course.labels())
-        ids = torch.arange(batch)
-        exchange = GrpcExchange(
-            find_server(self.folder, course.limit, stop),
-            connect_timeout=course.limit,
-            give_up_after=course.limit,
-            stop=stop,
-        )
-
-        def round_trip(number: int) -> torch.Tensor:
-            outputs = {"logits": encode(logits, "float32")}
-            samples = pb.Samples(ids=encode(ids, "int64"), labels=encode(labels, "int64"), outputs=outputs)
-            exchange.send(pb.Contribution(round=number, batch=samples))
-            return decode(exchange.receive(number).targets["logits"])
-
-        try:
-            exchange.join(
-                pb.JoinRequest(
-                    protocol_version=PROTOCOL_VERSION,
-                    student=_student(course.position),
-                    experiment=identity(parse(self.experiment)),
-                    data=pb.DataFingerprint(
-                        digest=64 * "0", train_samples=batch * course.total_rounds, classes=classes
-                    ),
-                    outputs={"logits": pb.Shape(dims=[classes])},
-                    total_rounds=course.total_rounds,
-                )
-            )
-            seconds = course.time(round_trip)
-            exchange.leave(pb.LEAVE_REASON_FINISHED, "measured")
-        finally:
-            exchange.close()
-        return seconds
-
-
-@dataclass(frozen=True)
-class _Gather:
-    """A process of a gloo group."""
-
-    folder: Path
-    course: Course
-
-    def run(self) -> list[float]:
-        course = self.course
-        logits, labels = torch.from_numpy(course.logits()), torch.from_numpy(course.labels())
-        workers = course.configuration.workers
-        everyone = torch.empty(workers, *logits.shape)
-        parts = list(everyone.unbind())
-
-        def round_trip(number: int) -> torch.Tensor:
-            del number
-            dist.all_gather(parts, logits)
-            return min_logit(everyone, labels)
-
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{self.folder / 'store'}",
-            rank=course.position,
-            world_size=workers,
-            timeout=timedelta(seconds=course.limit),
-        )
-        try:
-            seconds = course.time(round_trip)
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
-        return seconds
-
-
-def _student(position: int) -> str:
-    return f"student{position}"
-
-
-def _experiment(configuration: Configuration) -> str:
-    """Returns an experiment file; its data set and models are never loaded."""
-    document = {
-        "name": "benchmark",
-        "data": {"dataset": "image_folder", "classes": configuration.classes, "image_size": 32},
-        "training": {"epochs": 1, "batch_size": configuration.batch},
-        "distillation": {"method": "kdcl", "ensemble": "min_logit"},
-        "students": [{"name": _student(position), "model": "mlp"} for position in range(configuration.workers)],
-    }
-    return json.dumps(document)  # which is YAML
-
-
-# The processes
-
-
-class _Members:
-    """Processes that stay up and do tasks, so that a repetition does not pay for starting Python."""
-
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection[Any, Any]] = []
-        self._processes: list[BaseProcess] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_member, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def run(self, tasks: Sequence[_Task], limit: float) -> list[list[float]]:
-        """Does tasks at the same time, one in each process, and returns their results.
-
-        Raises:
-            BenchmarkError: a task failed, or took longer than `limit` seconds.
-        """
-        results: list[list[float]] = [[]] * len(tasks)
-        at_work = {pipe: position for position, pipe in enumerate(self._pipes[: len(tasks)])}
-        for pipe, position in at_work.items():
-            pipe.send(tasks[position])
-        deadline = time.monotonic() + limit
-        while at_work:
-            ready = multiprocessing.connection.wait(at_work, max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = ", ".join(sorted(type(tasks[position]).__name__ for position in at_work.values()))
-                raise BenchmarkError(f"not done after {limit:g} s: {late}; raise --limit or lower --rounds")
-            for pipe in [each for each in at_work if each in ready]:
-                position = at_work.pop(pipe)
-                task = type(tasks[position]).__name__
-                try:
-                    answer = pipe.recv()
-                except EOFError:
-                    raise BenchmarkError(f"the process of {task} died") from None
-                if isinstance(answer, str):
-                    raise BenchmarkError(f"{task} failed: {answer}")
-                results[position] = answer
-        return results
-
-    def close(self) -> None:
-        """Ends the processes, whatever they are at."""
-        for process, pipe in zip(self._processes, self._pipes, strict=True):
-            process.kill()
-            process.join()
-            pipe.close()
-
-
-def _member(pipe: Connection[Any, Any]) -> None:
-    os.setsid()  # the terminal's Ctrl-C is for the parent, which ends this process
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    while True:
-        try:
-            task: _Task = pipe.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            answer: list[float] | str = task.run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent says it and ends
-            answer = f"{type(error).__name__}: {error}"
-        pipe.send(answer)
-
-
-def _follow_parent() -> None:
-    """Ends this process when its parent has ended, however that came about."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101 - runs in a child only
-    parent.join()
-    os._exit(1)
-
-
-# Ray
-
-
-class _RayAggregator:
-    """An actor that gathers a round's logits and returns the target to every worker of it."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self._workers = 0
-        self._gathered: dict[int, _Array] = {}
-        self._target: asyncio.Future[_Array] | None = None
-
-    async def begin(self, workers: int) -> None:
-        self._workers = workers
-        self._gathered, self._target = {}, None
-
-    async def contribute(self, position: int, logits: _Array, labels: _Array) -> _Array:
-        target = self._target
-        if target is None:
-            target = self._target = asyncio.get_running_loop().create_future()
-        self._gathered[position] = logits
-        if len(self._gathered) == self._workers:
-            everyone = np.stack([self._gathered[each] for each in range(self._workers)])
-            self._gathered, self._target = {}, None
-            target.set_result(min_logit(torch.from_numpy(everyone), torch.tensor(labels)).numpy())
-        return await target
-
-
-class _RayWorker:
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-
-    def run(self, aggregator: Any, course: Course) -> list[float]:
-        ray: Any = importlib.import_module("ray")
-        logits, labels = course.logits(), course.labels()
-
-        def round_trip(number: int) -> torch.Tensor:
-            del number
-            asked = aggregator.contribute.remote(course.position, logits, labels)
-            return torch.tensor(ray.get(asked, timeout=course.limit))
-
-        return course.time(round_trip)
-
-
-class _Ray:
-    """A Ray of our own with its actors."""
-
-    def __init__(self, workers: int, folder: Path) -> None:
-        # Ray reads these when it is imported. A token of our own keeps others out and writes no file.
-        os.environ.update(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN=secrets.token_hex(32),
-            RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_worker_niceness="0",  # else its workers run at 15, and lose to everybody
-        )
-        self._ray: Any = importlib.import_module("ray")
-        self._ray.init(
-            address="local",
-            num_cpus=workers + 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=str(folder),
-        )
-        actor = self._ray.remote(num_cpus=1)
-        self._aggregator = actor(_RayAggregator).remote()
-        self._workers = [actor(_RayWorker).remote() for _ in range(workers)]
-
-    def run(self, courses: Sequence[Course], limit: float) -> list[list[float]]:
-        """Runs the workers' courses at the same time and returns what each measured.
-
-        Raises:
-            BenchmarkError: it failed, or took longer than `limit` seconds.
-        """
-        try:
-            self._ray.get(self._aggregator.begin.remote(len(courses)), timeout=limit)
-            running = [
-                worker.run.remote(self._aggregator, course)
-                for worker, course in zip(self._workers, courses, strict=False)
-            ]
-            return self._ray.get(running, timeout=limit)
-        except self._ray.exceptions.RayError as error:
-            raise BenchmarkError(f"Ray: {type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        """Ends it, and no other Ray on this machine."""
-        self._ray.shutdown()
-
-
-# The measurement
-
-
 class _Contest:
-    def __init__(self, rounds: int, limit: float, members: _Members | None, ray: _Ray | None) -> None:
+    def __init__(self, rounds: int, limit: float, members: Members | None, ray: Actors | None) -> None:
         self._rounds = rounds
         self._limit = limit
         self._members = members
@@ -458,10 +86,10 @@ class _Contest:
             return self._ray.run(courses, self._limit)
         assert self._members is not None  # noqa: S101 - as above
         if contender == "gloo":
-            return self._members.run([_Gather(folder, course) for course in courses], self._limit)
-        experiment = _experiment(configuration)
-        server = _Serve(experiment, folder, self._limit)
-        workers = [_Work(experiment, folder, course) for course in courses]
+            return self._members.run([Gather(folder, course) for course in courses], self._limit)
+        experiment = experiment_of(configuration)
+        server = Serve(experiment, folder, self._limit)
+        workers = [Work(experiment, folder, course) for course in courses]
         return self._members.run([server, *workers], self._limit)[1:]
 
 
@@ -471,14 +99,14 @@ def _started(contenders: Sequence[str], workers: int, rounds: int, limit: float)
     with contextlib.ExitStack() as stack:
         members = ray = None
         if {"codistill", "gloo"} & set(contenders):
-            members = _Members(workers + ("codistill" in contenders))
+            members = Members(workers + ("codistill" in contenders))
             stack.callback(members.close)
         if "ray" in contenders:
             # Sockets lie in this folder and their paths must be short, so it is not put below TMPDIR.
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="ray-bench-", dir="/tmp", ignore_cleanup_errors=True)
             )
-            ray = _Ray(workers, Path(folder))
+            ray = Actors(workers, Path(folder))
             stack.callback(ray.close)
         yield _Contest(rounds, limit, members, ray)
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from codistill import records
-from codistill.experiment import Data
+from codistill.data import Data
 
 _ROUNDS_PER_EPOCH = 50
 _SIDE = 32

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from codistill import exit_codes, experiment
+from codistill.data import DATASETS, DatasetInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 _CUSTOM_DATA = (
@@ -33,7 +34,7 @@ def experiment_page() -> str:
         "names the path, the value and what is allowed. Fields marked *operational* may differ between the processes of a",
         "run (a device, a folder, a time-out); all others must be the same for every worker and the server, and a worker",
         "whose experiment differs is refused with the field's name and both values.\n",
-        "This page is generated from `protos/codistill/experiment.py`. A complete example:\n",
+        "This page is generated from `protos/codistill/experiment.py` and the modules of its sections. A complete example:\n",
         "```yaml",
         (ROOT / "examples" / "digits.yaml").read_text(encoding="utf-8").strip(),
         "```\n",
@@ -64,7 +65,7 @@ def experiment_page() -> str:
         "|---|---|---|---|",
         *(
             f"| `{name}` | {known.classes or '`classes`'} | {_image(known)} | {known.about} |"
-            for name, known in experiment.DATASETS.items()
+            for name, known in DATASETS.items()
         ),
         _CUSTOM_DATA,
         "",
@@ -169,7 +170,7 @@ def _meaning(field: FieldInfo) -> str:
     return f"{text} *Operational.*" if operational else text
 
 
-def _image(known: experiment.DatasetInfo) -> str:
+def _image(known: DatasetInfo) -> str:
     size = f"{known.size}×{known.size}" if known.size else "`image_size`"
     return f"{size}, {'RGB' if known.channels == 3 else 'grey'}"
 

@@ -1,6 +1,7 @@
 """The `codistill` command: runs servers and workers, compares methods, reports and exports.
 
 * :mod:`codistill_deploy.cli` is the command line; each command stands on one module below.
+* :mod:`codistill_deploy.running` runs one experiment in its folder, with a view on the console and a report.
 * :mod:`codistill_deploy.local` runs an experiment with processes on this machine, :mod:`codistill_deploy.in_process`
   in one process, on the same core.
 * :mod:`codistill_deploy.compare` runs methods and seeds, :mod:`codistill_deploy.comparison` makes the table of it.

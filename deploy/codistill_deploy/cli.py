@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, load
 from codistill.watchdog import Watchdog
 from codistill_deploy.errors import CommandError
+from codistill_deploy.options import (
+    DEFAULT_SERVER,
+    ExperimentArgument,
+    InProcessOption,
+    InsecureOption,
+    LastingDirOption,
+    ResumeOption,
+    RunDirOption,
+    TlsCaOption,
+    TlsCertOption,
+    TlsKeyOption,
+    TokenFileOption,
+)
 from codistill_deploy.output import outlive, outlive_errors, settle
 from codistill_deploy.parent import follow_parent
 from codistill_deploy.pulse import beat, say_that_it_ends
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.running import (
+    Wire,
+    console,
+    find_modules_beside,
+    read_security_for_both,
+    run_here,
+    run_in_folder,
+    stop_on_signals,
+    write_report,
+)
 
 if TYPE_CHECKING:
-    from codistill.security import Security
     from codistill_deploy.views import View
 
 __all__ = ["app", "main"]
@@ -45,35 +63,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_console = Console(highlight=False)
 _log = logging.getLogger("codistill")
 
 _DEBUG_VARIABLE = "CODISTILL_DEBUG"
 _EXIT_SECONDS = 60.0
-DEFAULT_SERVER = "127.0.0.1:50551"
-
-ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
-RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
-LastingDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME by default.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
-InProcessOption = Annotated[
-    bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
-]
-InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
-TlsCertOption = Annotated[
-    Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
-]
-TlsKeyOption = Annotated[
-    Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
-]
-TlsCaOption = Annotated[
-    Path | None,
-    typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
-]
 
 
 class Which(StrEnum):
@@ -85,7 +78,7 @@ class Which(StrEnum):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        _console.print(f"codistill {__version__}")
+        console.print(f"codistill {__version__}")
         raise typer.Exit
 
 
@@ -127,9 +120,9 @@ def run(
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     outlive()
-    stop = _stop_on_signals()
-    security = None if in_process else _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
-    wire = _Wire(security, listen, metrics, announce=True, insecure=insecure)
+    stop = stop_on_signals()
+    security = None if in_process else read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    wire = Wire(security, listen, metrics, announce=True, insecure=insecure)
     from codistill_deploy import generations
 
     runs = [(loaded, folder)]
@@ -139,15 +132,15 @@ def run(
     for number, (one, place) in enumerate(runs, 1):
         title = loaded.name if len(runs) == 1 else f"{loaded.name}, generation {number} of {len(runs)}"
         if len(runs) > 1 and resume and generations.is_trained(place):
-            _console.print(f"{title}: trained already")
+            console.print(f"{title}: trained already")
             continue
         again = resume and (len(runs) == 1 or place.experiment_file.exists())
-        code = _run_one(one, place, title, experiment, stop, again, in_process, wire, restarts, report=True)
+        code = run_here(one, place, title, experiment, stop, again, in_process, wire, restarts, report=True)
         if code is not ExitCode.OK:
             break
     if code is ExitCode.INTERRUPTED:
         again = f"codistill run {experiment} --run-dir {folder.path} --resume" + (" --in-process" if in_process else "")
-        _console.print(f"stopped; go on with: {again}", soft_wrap=True)
+        console.print(f"stopped; go on with: {again}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -204,8 +197,8 @@ def ray(
         raise CommandError("--run-dir: on a cluster the run's folder must be on storage that all nodes share; name it")
     folder = RunFolder(run_dir.absolute()) if run_dir is not None else RunFolder.default(loaded.name)
     outlive()
-    stop = _stop_on_signals()
-    security = _read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
+    stop = stop_on_signals()
+    security = read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     options = RayOptions(
         address,
         Serving(port, metrics_port, advertise),
@@ -216,7 +209,7 @@ def ray(
         security,
     )
     generations.refuse(loaded)
-    _find_modules_beside(experiment)
+    find_modules_beside(experiment)
     check(loaded, str(experiment), here=False)
     check_devices(loaded, str(experiment))
     again = folder.experiment_file.exists()
@@ -226,9 +219,9 @@ def ray(
         del lock  # an actor holds one of its own, as no descriptor goes from machine to machine
         return run_on_ray(loaded, folder, view, stop, options)
 
-    code = _held(loaded, folder, loaded.name, go, mode="grpc", resume=again, report=True)
+    code = run_in_folder(loaded, folder, loaded.name, go, mode="grpc", resume=again, report=True)
     if code is ExitCode.INTERRUPTED:
-        _console.print(f"stopped; go on with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
+        console.print(f"stopped; go on with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -236,7 +229,7 @@ def ray(
 def compare(
     experiment: ExperimentArgument,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …")
+        str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …; or all.")
     ] = ("independent,kdcl"),
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds; from the experiment's own on.")] = 3,
     run_dir: RunDirOption = None,
@@ -245,33 +238,40 @@ def compare(
 ) -> None:
     """Compare methods: who gains how much.
 
-    Runs every method with every seed, then shows the table and writes a report.
+    Runs every method with every seed, then shows the table and writes a report. A method that needs a teacher, where the
+    experiment has none, is taught by the student that is best alone with the same seed.
     """
     from codistill_deploy.compare import compare as run_comparison
+    from codistill_deploy.preflight import check
 
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
     outlive()
-    stop = _stop_on_signals()
-    wire = _Wire(None if in_process else _read_security_for_both())
+    stop = stop_on_signals()
+    wire = Wire(None if in_process else read_security_for_both())
+    find_modules_beside(experiment)
+
+    def check_one(variant: Experiment) -> None:
+        check(variant, str(experiment))
 
     def run_one(variant: Experiment, place: RunFolder, title: str) -> ExitCode:
         begun = resume and place.experiment_file.exists()
-        return _run_one(variant, place, title, experiment, stop, begun, in_process, wire)
+        return run_here(variant, place, title, experiment, stop, begun, in_process, wire)
 
     wanted = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not wanted:
         raise CommandError("--methods: '' names no method; give some, separated by commas: independent,kdcl")
-    code = run_comparison(loaded, wanted, range(loaded.seed, loaded.seed + seeds), folder, run_one, stop, resume=resume)
+    each_seed = range(loaded.seed, loaded.seed + seeds)
+    code = run_comparison(loaded, wanted, each_seed, folder, run_one, stop, check=check_one, resume=resume)
     if code is ExitCode.INTERRUPTED:
-        _console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
+        console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
         raise typer.Exit(code)
     from codistill_deploy.tables import comparison_table
 
-    _console.print()
-    _console.print(comparison_table(folder))
-    _console.print()
-    _write_report(folder)
+    console.print()
+    console.print(comparison_table(folder))
+    console.print()
+    write_report(folder)
     raise typer.Exit(code)
 
 
@@ -306,7 +306,7 @@ def serve(
 
     beat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
-    _find_modules_beside(experiment)
+    find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
 
@@ -355,7 +355,7 @@ def work(
 
     beat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
-    _find_modules_beside(experiment)
+    find_modules_beside(experiment)
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     check_student(loaded, student)
@@ -392,7 +392,7 @@ def status(
     if server is None and run_dir is not None and not as_json:
         line = recorded(RunFolder(run_dir))
         if line is not None:
-            _console.print(line, soft_wrap=True)
+            console.print(line, soft_wrap=True)
             return
     if server is None and run_dir is not None:
         from codistill_deploy.discovery import find_server
@@ -407,7 +407,7 @@ def status(
         fields = MessageToDict(state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         sys.stdout.write(json.dumps(fields, indent=2) + "\n")
         return
-    show(state, _console)
+    show(state, console)
 
 
 @app.command()
@@ -427,7 +427,7 @@ def health(
 
     security = read(tls_cert, tls_key, tls_ca, token_file)
     line = check_server(server, security) if student is None else check_student(server, student, security)
-    _console.print(line, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -437,7 +437,7 @@ def report(
     """Write a run's report: one HTML page that needs no network."""
     from codistill_deploy import report as reports
 
-    _console.print(f"report: {reports.write(run_dir)}", soft_wrap=True)
+    console.print(f"report: {reports.write(run_dir)}", soft_wrap=True)
 
 
 @app.command()
@@ -453,9 +453,9 @@ def export(
     folder = RunFolder(run_dir)
     sys.path.insert(0, str(Path.cwd()))
     written = write(folder, student, out, which.value)
-    _console.print(f"weights: {written.weights}", soft_wrap=True)
-    _console.print(f"program: {written.program}", soft_wrap=True)
-    _console.print(f"about:   {written.about}", soft_wrap=True)
+    console.print(f"weights: {written.weights}", soft_wrap=True)
+    console.print(f"program: {written.program}", soft_wrap=True)
+    console.print(f"about:   {written.about}", soft_wrap=True)
 
 
 def main() -> None:
@@ -510,146 +510,3 @@ def _explain(error: Exception) -> ExitCode:
     for line in lines:
         sys.stderr.write(f"error: {line}\n")
     return code
-
-
-@dataclass(frozen=True)
-class _Wire:
-    """How the processes of a local run reach one another."""
-
-    security: Security | None = None
-    listen: str = "127.0.0.1:0"
-    metrics: str = "127.0.0.1:0"
-    announce: bool = False
-    insecure: bool = False
-
-
-def _read_security_for_both(
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    tls_ca: Path | None = None,
-    token_file: Path | None = None,
-) -> Security:
-    """Reads what protects a run whose server and workers are all started here, and checks it before they are."""
-    from codistill.security import read
-
-    security = read(tls_cert, tls_key, tls_ca, token_file)
-    security.server_credentials()
-    security.channel("127.0.0.1:1").close()
-    return security
-
-
-def _run_one(
-    experiment: Experiment,
-    folder: RunFolder,
-    title: str,
-    source: Path,
-    stop: threading.Event,
-    resume: bool,
-    in_process: bool,
-    wire: _Wire,
-    restarts: int = DEFAULT_RESTARTS,
-    *,
-    report: bool = False,
-) -> ExitCode:
-    """Runs one experiment in one folder, shown on the console."""
-    from codistill.security import Security
-    from codistill_deploy.local import LocalOptions, run_local
-    from codistill_deploy.preflight import check
-    from codistill_server.app import ServeOptions
-    from codistill_server.app import check as check_server
-
-    search_path = source.parent
-    _find_modules_beside(source)
-    security = wire.security or Security()
-    check_server(ServeOptions(wire.listen, folder.path, wire.metrics, wire.insecure, security=security))
-    check(experiment, str(source))
-    folder.check(experiment, resume=resume)
-
-    def go(view: View, lock: int) -> ExitCode:
-        if in_process:
-            from codistill_deploy.in_process import run_in_process
-
-            return run_in_process(experiment, folder, view, stop)
-        options = LocalOptions(
-            wire.listen,
-            wire.metrics,
-            announce=wire.announce,
-            search_path=search_path,
-            restarts=restarts,
-            keep=(lock,),
-            security=security,
-            insecure=wire.insecure,
-        )
-        return run_local(experiment, folder, view, stop, options)
-
-    mode = "in-process" if in_process else "grpc"
-    return _held(experiment, folder, title, go, mode=mode, resume=resume, report=report)
-
-
-def _held(
-    experiment: Experiment,
-    folder: RunFolder,
-    title: str,
-    go: Callable[[View, int], ExitCode],
-    *,
-    mode: str,
-    resume: bool,
-    report: bool,
-) -> ExitCode:
-    """Starts a run's folder, and runs what `go` does, given a view on the console and the lock on the folder.
-
-    The report is written of a run that failed too, but not where this one was refused: the folder is another one's.
-    """
-    from codistill_deploy.views import make_view
-
-    with folder.hold(waiting=lambda: _console.print("waiting for the processes of an earlier run to end")) as lock:
-        folder.start(experiment, mode=mode, resume=resume)
-        with contextlib.ExitStack() as ending:
-            view = make_view(_console)
-            view.start(title)
-            ending.callback(view.finish)
-            try:
-                code = go(view, lock)
-            except Exception:
-                ending.close()
-                if report and folder.metrics_file.exists():
-                    _write_report(folder.path)
-                raise
-        if report:
-            _write_report(folder.path)
-        return code
-
-
-def _write_report(folder: Path) -> None:
-    """Writes the report; where it cannot be, says so, as the run ends as it does with or without one."""
-    from codistill_deploy import report as reports
-
-    try:
-        written = reports.write(folder)
-    except reports.ReportError as error:
-        _log.warning(
-            "%s; what was trained is untouched; write its report later with: codistill report %s", error, folder
-        )
-    else:
-        _console.print(f"report: {written}", soft_wrap=True)
-
-
-def _find_modules_beside(experiment: Path) -> None:
-    """Lets `package.module:callable` be found in the working folder and in the experiment file's."""
-    sys.path[:0] = [str(experiment.resolve().parent), str(Path.cwd())]
-
-
-def _stop_on_signals() -> threading.Event:
-    """Returns an event that the first Ctrl-C or SIGTERM sets; the second ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        del frame
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        _log.debug("%s", signal.Signals(number).name)
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop

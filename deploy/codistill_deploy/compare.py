@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from codistill.distillation import Distillation
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
-from codistill_deploy.comparison import ComparisonIndex, IndexedRun
+from codistill_deploy import generations
+from codistill_deploy.comparison import BASELINE, ComparisonIndex, IndexedRun
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.variants import Variant, best_alone, choose
 
-__all__ = ["compare", "with_method"]
-
-_DISTILLATION: TypeAdapter[Distillation] = TypeAdapter(Distillation)
-METHODS = (
-    "independent",
-    "kd",
-    "logit_regression",
-    "vid",
-    "rkd_distance",
-    "rkd_angle",
-    "rkd",
-    "fddml",
-    "hddml",
-    "dml",
-    "dcm",
-    "kdcl",
-    "kdcl/naive",
-    "kdcl/linear",
-    "kdcl/min_logit",
-    "kdcl/general",
-    "cross_architecture",
-)
-
-
-def with_method(experiment: Experiment, method: str) -> Experiment:
-    """Returns the experiment with another method.
-
-    The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A method that has
-    no teachers leaves out the experiment's.
-
-    Args:
-        experiment: what to run.
-        method: a method's name, "kdcl", or a method with its variant, "kdcl/linear".
-
-    Raises:
-        CommandError: there is no such method.
-        ExperimentError: the experiment does not meet what the method needs.
-    """
-    if method not in METHODS:
-        raise CommandError(f"--methods: {method!r} is not a method; allowed: {', '.join(METHODS)}")
-    name, _, variant = method.partition("/")
-    settings = experiment.distillation.model_dump(mode="json")
-    if settings["method"] != name:
-        settings = {"method": name}
-    if variant:
-        settings["ensemble"] = variant
-    try:
-        distillation = _DISTILLATION.validate_python(settings)
-        teachers = experiment.teachers if distillation.teachers[1] else ()
-        return experiment.replace(distillation=distillation, teachers=teachers)
-    except ValidationError as error:
-        raise CommandError(f"--methods: {method}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+__all__ = ["compare"]
 
 
 def compare(
@@ -77,48 +27,102 @@ def compare(
     run: Callable[[Experiment, RunFolder, str], ExitCode],
     stop: threading.Event,
     *,
+    check: Callable[[Experiment], None],
     resume: bool,
 ) -> ExitCode:
     """Runs every method with every seed; what `folder` already holds whole is not run again.
 
     Args:
         experiment: what to run; its own seed and method are replaced.
-        methods: the methods, see :func:`with_method`.
+        methods: the methods, see :func:`codistill_deploy.variants.choose`.
         seeds: the seeds.
         folder: where the runs go, METHOD/seed-N each, and the comparison's index.
-        run: runs one experiment in one folder; is given a title, and the experiment with method and seed.
+        run: runs one experiment in one folder, or goes on there; is given a title, and the experiment with method and
+            seed.
         stop: set to stop between two runs.
+        check: raises if an experiment cannot be run here. It is given all before the first is run, but for those whose
+            teacher is still to be trained.
         resume: go on with a comparison that the folder holds.
 
     Raises:
         CommandError: a run failed, or the folder holds another comparison.
+        ExperimentError: the experiment does not meet what a method needs.
     """
-    variants = {method: with_method(experiment, method) for method in methods}
-    planned = [
-        (
-            variants[method].replace(seed=seed),
-            IndexedRun(method=variants[method].distillation.title, seed=seed, path=path),
-        )
-        for seed in seeds
-        for method in methods
-        for path in [f"{variants[method].distillation.title.replace('/', '-')}/seed-{seed}"]
-    ]
+    variants, left_out = choose(experiment, methods)
+    for variant in variants:
+        if not variant.finds_teacher:
+            check(variant.experiment)
+    planned = [_Planned(variant, seed, folder) for seed in seeds for variant in variants]
     index = ComparisonIndex(
         experiment=experiment.name,
-        methods=tuple(dict.fromkeys(each.method for _, each in planned)),
+        methods=tuple(variant.title for variant in variants),
         seeds=tuple(seeds),
-        runs=tuple(each for _, each in planned),
+        runs=tuple(each.indexed for each in planned),
+        left_out=left_out,
     )
     if ComparisonIndex.path(folder).exists() and not resume:
         raise CommandError(f"{folder} already holds a comparison; give --resume to go on with it, or another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     index.write(folder)
-    for number, (variant, each) in enumerate(planned, 1):
-        if stop.is_set():
-            return ExitCode.INTERRUPTED
-        place = RunFolder(folder / each.path)
-        title = f"[{number}/{len(planned)}] {each.method}, seed {each.seed}"
-        code = run(variant, place, title)
-        if code is not ExitCode.OK:
-            return code
+    began, ran = time.monotonic(), 0
+    for number, each in enumerate(planned, 1):
+        left = _to_go(time.monotonic() - began, ran, len(planned) - number + 1)
+        ran_here = False
+        for one, place, title in each.parts():
+            if stop.is_set():
+                return ExitCode.INTERRUPTED
+            if resume and generations.is_trained(place):
+                place.check(one, resume=True)
+                continue
+            ran_here = True
+            code = run(one, place, f"[{number}/{len(planned)}{left}] {title}")
+            if code is not ExitCode.OK:
+                return code
+        ran += ran_here
     return ExitCode.OK
+
+
+def _to_go(seconds: float, ran: int, left: int) -> str:
+    """Returns how long the runs that are left will take, where it can be told and is worth telling."""
+    minutes = round(seconds / ran * left / 60) if ran else 0
+    if minutes < 1:
+        return ""
+    return f", {minutes // 60} h {minutes % 60} min to go" if minutes >= 100 else f", {minutes} min to go"
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One method with one seed."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+
+    @property
+    def place(self) -> Path:
+        """The folder of the run, or of those of its generations."""
+        return self.folder / self.variant.title.replace("/", "-") / f"seed-{self.seed}"
+
+    @property
+    def indexed(self) -> IndexedRun:
+        """What is compared: of several generations the last."""
+        compared = self.place
+        if generations.in_sequence(self.variant.experiment):
+            *_, (_, last) = generations.planned(self.variant.experiment, self.place)
+            compared = last.path
+        path = compared.relative_to(self.folder).as_posix()
+        return IndexedRun(method=self.variant.title, seed=self.seed, path=path)
+
+    def parts(self) -> Iterator[tuple[Experiment, RunFolder, str]]:
+        """Yields what is to be run, one after the other, each with its folder and a title."""
+        title = f"{self.variant.title}, seed {self.seed}"
+        teacher = None
+        if self.variant.finds_teacher:
+            teacher = best_alone(self.variant.experiment, RunFolder(self.folder / BASELINE / f"seed-{self.seed}"))
+        experiment = self.variant.taught(self.seed, teacher)
+        if not generations.in_sequence(experiment):
+            yield experiment, RunFolder(self.place), title
+            return
+        runs = list(generations.planned(experiment, self.place))
+        for number, (one, place) in enumerate(runs, 1):
+            yield one, place, f"{title}, generation {number} of {len(runs)}"

@@ -40,6 +40,7 @@ BASELINE = "independent"
 """The method that gains are measured against."""
 
 _INDEX = "comparison.json"
+_SIDE_BY_SIDE = 3
 
 
 class IndexedRun(BaseModel):
@@ -69,6 +70,9 @@ class ComparisonIndex(BaseModel):
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: tuple[IndexedRun, ...]
+    left_out: Mapping[str, str] = Field(
+        default_factory=dict[str, str], description="Methods that the experiment does not meet the needs of, and why."
+    )
 
     @staticmethod
     def path(folder: Path) -> Path:
@@ -181,6 +185,8 @@ class Comparison:
     """By method: for each seed the mean over students, of those seeds for which all students have a value."""
     incomplete: tuple[Incomplete, ...]
     runs: tuple[MethodRun, ...]
+    left_out: Mapping[str, str]
+    """Methods that were not run, and why."""
 
     @property
     def baseline(self) -> str | None:
@@ -192,12 +198,21 @@ class Comparison:
         """The methods but for the baseline."""
         return tuple(method for method in self.methods if method != BASELINE)
 
+    @property
+    def many(self) -> bool:
+        """Whether the methods are too many to stand side by side: tables and pictures have them one below the other."""
+        return len(self.others) > _SIDE_BY_SIDE
 
-def summarise(runs: Iterable[MethodRun]) -> Comparison:
+
+def summarise(runs: Iterable[MethodRun], left_out: Mapping[str, str] | None = None) -> Comparison:
     """Puts runs side by side.
 
     A student without a measurement after the last epoch has no value for that method and seed; its run is named in
     `incomplete`, and the other students of the run keep their values.
+
+    Args:
+        runs: the runs.
+        left_out: methods that were not run, and why.
 
     Raises:
         ValueError: two runs are of the same method and seed.
@@ -251,6 +266,7 @@ def summarise(runs: Iterable[MethodRun]) -> Comparison:
         means=_results(means, mean_curves),
         incomplete=tuple(incomplete),
         runs=runs,
+        left_out=left_out or {},
     )
 
 

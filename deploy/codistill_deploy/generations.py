@@ -7,13 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from codistill.distillation import BornAgain, Independent
-from codistill.experiment import Experiment, Teacher
+from codistill.experiment import Experiment
+from codistill.participants import Student, Teacher
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
 # A machine that only serves has no worker's part installed, and the other way round; each function imports what it needs.
 
-__all__ = ["in_sequence", "is_trained", "planned", "refuse"]
+__all__ = ["as_teacher", "in_sequence", "is_trained", "planned", "refuse"]
 
 
 def in_sequence(experiment: Experiment) -> bool:
@@ -54,18 +55,26 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
     places = [RunFolder(folder / f"generation-{number}") for number in range(1, method.generations + 1)]
     yield experiment.replace(distillation=Independent()), places[0]
     for number, (before, place) in enumerate(pairwise(places), 2):
-        teachers = tuple(
-            Teacher(
-                name=f"{student.name[:56]}.{number - 1}",
-                model=student.model,
-                model_args=student.model_args,
-                weights=str(before.student(student.name)),
-            )
-            for student in experiment.students
-        )
+        teachers = tuple(as_teacher(student, str(number - 1), before) for student in experiment.students)
         seed = derive(experiment.seed, "generation", number)
         one = method.model_copy(update={"generations": 1})
         yield experiment.replace(seed=seed, distillation=one, teachers=teachers), place
+
+
+def as_teacher(student: Student, which: str, trained: RunFolder) -> Teacher:
+    """Returns a student as the teacher of a later run, named after it and after which of its trainings it is of.
+
+    Args:
+        student: the student.
+        which: a few characters that tell its trainings apart.
+        trained: the folder of the run that trains it.
+    """
+    return Teacher(
+        name=f"{student.name[:56]}.{which}",
+        model=student.model,
+        model_args=student.model_args,
+        weights=str(trained.student(student.name)),
+    )
 
 
 def is_trained(folder: RunFolder) -> bool:

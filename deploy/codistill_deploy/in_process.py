@@ -11,18 +11,21 @@ from typing import TypeVar
 
 import torch
 
+from codistill.data import Augment
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Augment, Experiment, TeacherPlan
+from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.participants import TeacherPlan
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.views import View
 from codistill_server.app import JOURNAL_FILE
-from codistill_server.coordinator import Coordinator, Refused
+from codistill_server.coordinator import Coordinator
 from codistill_server.journal import Journal, JournalError
 from codistill_server.observations import Observations
 from codistill_server.recorder import Recorder
+from codistill_server.refusals import Refused
 from codistill_server.round_events import Status
 from codistill_worker import data
 from codistill_worker.app import choose_device, student_folder, use_deterministic_kernels

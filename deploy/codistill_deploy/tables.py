@@ -15,18 +15,36 @@ __all__ = ["comparison_table"]
 
 
 def comparison_table(folder: Path) -> RenderableType:
-    """Returns the table of a comparison: student, parameters, alone, together, gain.
+    """Returns the table of a comparison: accuracy alone and together, and the gain.
+
+    Of a few methods it has a row for each student, of many a row for each method.
 
     Raises:
         OSError: the folder holds no comparison.
         ValueError: its index is damaged.
     """
     index = ComparisonIndex.read(folder)
-    return _table(summarise(read_runs(folder, index)))
+    comparison = summarise(read_runs(folder, index), index.left_out)
+    count = len(comparison.seeds)
+    spread = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+    shown = f"test accuracy after the last epoch, {spread}; gain in percentage points"
+    if comparison.many:
+        shown = f"test accuracy after the last epoch, {spread}: in %"
+        if comparison.baseline is not None:
+            shown += f" of {comparison.baseline}, of the others the gain in percentage points"
+    return Group(
+        _by_method(comparison) if comparison.many else _by_student(comparison),
+        Text(shown, style="dim"),
+        *(Text(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
+        *(
+            Text(f"not complete: {each.method}, seed {each.seed}: {each.reason}", style="yellow")
+            for each in comparison.incomplete
+        ),
+    )
 
 
-def _table(comparison: Comparison) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+def _by_student(comparison: Comparison) -> Table:
+    table = _empty()
     table.add_column("student")
     table.add_column("parameters", justify="right")
     if comparison.baseline is not None:
@@ -41,15 +59,31 @@ def _table(comparison: Comparison) -> RenderableType:
         table.add_row(Text(name, style="bold"), f"{parameters:,}" if parameters else "–", *cells)
     if len(rows) > 1:
         table.add_row(Text("mean", style="italic"), "", *_cells(comparison, comparison.means))
-    parts: list[RenderableType] = [table]
-    count = len(comparison.seeds)
-    spread = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
-    parts.append(Text(f"test accuracy after the last epoch, {spread}; gain in percentage points", style="dim"))
-    parts += [
-        Text(f"not complete: {each.method}, seed {each.seed}: {each.reason}", style="yellow")
-        for each in comparison.incomplete
-    ]
-    return Group(*parts)
+    return table
+
+
+def _by_method(comparison: Comparison) -> Table:
+    """Each student's accuracy alone in percent, then its gain with each method: narrow enough for a terminal."""
+    columns = [(each.name, each.results) for each in comparison.students]
+    if len(columns) > 1:
+        columns.append(("mean", comparison.means))
+    table = _empty(padding=2)
+    table.add_column("method", no_wrap=True)
+    for name, _ in columns:
+        table.add_column(Text(name), justify="right")
+    for method in comparison.methods:
+        cells = [
+            _percent(results[method].accuracy, unit="")
+            if comparison.baseline in (None, method)
+            else _points(results[method].gain)
+            for _, results in columns
+        ]
+        table.add_row(Text(method, style="bold"), *cells)
+    return table
+
+
+def _empty(padding: int = 3) -> Table:
+    return Table(box=None, pad_edge=False, header_style="bold", padding=(0, padding, 0, 0))
 
 
 def _cells(comparison: Comparison, by_method: Mapping[str, Result]) -> list[Text]:
@@ -63,11 +97,11 @@ def _cells(comparison: Comparison, by_method: Mapping[str, Result]) -> list[Text
     return cells
 
 
-def _percent(spread: Spread) -> Text:
+def _percent(spread: Spread, unit: str = " %") -> Text:
     if spread.mean is None:
         return Text("–")
     deviation = f" ± {100 * spread.deviation:.2f}" if spread.deviation is not None else ""
-    return Text(f"{100 * spread.mean:.2f} %{deviation}")
+    return Text(f"{100 * spread.mean:.2f}{unit}{deviation}")
 
 
 def _points(spread: Spread | None) -> Text:

@@ -5,8 +5,10 @@
 * :mod:`codistill_server.ensembles` makes soft targets from students' logits, as pure functions.
 * :mod:`codistill_server.methods` joins the two: a method's server half turns a round's outputs into targets.
 * :mod:`codistill_server.journal` keeps closed rounds on disk.
-* :mod:`codistill_server.coordinator` is one run's server without a socket: it checks messages, drives the rounds,
+* :mod:`codistill_server.coordinator` is one run's server without a socket: it has messages checked, drives the rounds,
   writes the journal and hands out answers.
+* :mod:`codistill_server.door` checks who joins, :mod:`codistill_server.contributions` reads what they publish,
+  :mod:`codistill_server.reports` checks what they report; :mod:`codistill_server.refusals` is how a call is turned away.
 * :mod:`codistill_server.observations` knows where the run stands; :mod:`codistill_server.metrics` shows it to
   Prometheus, and :mod:`codistill_server.recorder` writes it down.
 * :mod:`codistill_server.history` reads what was written down, :mod:`codistill_server.page` shows it in a browser, and

@@ -30,7 +30,8 @@ from codistill.identity import identity
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
-from codistill_server.coordinator import Coordinator, receive_limit
+from codistill_server.contributions import receive_limit
+from codistill_server.coordinator import Coordinator
 from codistill_server.guard import TokenGuard
 from codistill_server.journal import Journal, JournalError
 from codistill_server.limits import Limits
@@ -282,7 +283,12 @@ class _Server:
             return coordinator.snapshot()
 
         def snapshot_from_elsewhere() -> pb.Run:
-            return asyncio.run_coroutine_threadsafe(snapshot(), loop).result(_SNAPSHOT_SECONDS)
+            asked = asyncio.run_coroutine_threadsafe(snapshot(), loop)
+            try:
+                return asked.result(_SNAPSHOT_SECONDS)
+            except TimeoutError:
+                asked.cancel()
+                raise TimeoutError(f"the rounds have not answered for {_SNAPSHOT_SECONDS:g} s") from None
 
         made = registry(observations, snapshot_from_elsewhere)
         if self._options.metrics is None:

@@ -20,10 +20,11 @@ from google.protobuf.message import DecodeError, Message
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.checksums import has_checksum, is_whole, seal, session_in
-from codistill.experiment import KEEPALIVE_ANSWER
+from codistill.exchange import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import Coordinator, Refused
+from codistill_server.coordinator import Coordinator
 from codistill_server.limits import Gate, Limits, TooMany
+from codistill_server.refusals import Refused
 from codistill_server.round_events import Status
 
 __all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]

@@ -13,7 +13,8 @@ import yaml
 
 from codistill import __version__
 from codistill.experiment import load
-from codistill_deploy.cli import DEFAULT_SERVER, app
+from codistill_deploy.cli import app
+from codistill_deploy.options import DEFAULT_SERVER
 from codistill_deploy.restarts import DEFAULT_RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,6 +32,7 @@ COMPOSE = read("docker-compose.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXPERIMENT = load(ROOT / "examples" / "digits.yaml")
 GPU: dict[str, dict[str, Any]] = read("docker-compose.gpu.yml")["services"]
+WITH_GPUS = {name: service | GPU.get(name, {}) for name, service in SERVICES.items()}
 LASTING = {name: service for name, service in SERVICES.items() if name != "token"}
 
 
@@ -86,15 +88,27 @@ def test_the_baseline_is_the_same_students_alone() -> None:
 
 
 def test_images_are_pinned() -> None:
-    foreign = [service["image"] for service in SERVICES.values() if "build" not in service]
+    foreign = [service["image"] for service in SERVICES.values() if service.get("pull_policy") != "never"]
+    assert len(foreign) == 2
     bases = [line.split()[1] for line in DOCKERFILE.splitlines() if line.startswith("FROM ") and ":" in line]
     assert len(bases) == 2
     for image in (*foreign, *bases):
         assert re.fullmatch(r"[\w/.-]+:v?\d+\.\d+\.\d+[\w.-]*", image), image
-    own = {service["image"] for service in (*SERVICES.values(), *GPU.values()) if "build" in service}
-    assert own == {
-        f"codistill-{name}" for name in (f"server:{__version__}", f"worker:{__version__}", f"worker:{__version__}-cuda")
-    }
+
+
+@pytest.mark.parametrize(
+    ("services", "worker"), [(SERVICES, "worker:{}"), (WITH_GPUS, "worker:{}-cuda")], ids=["no GPU", "GPUs"]
+)
+def test_an_image_of_ours_is_built_by_one_service_alone_and_never_pulled(
+    services: dict[str, dict[str, Any]], worker: str
+) -> None:
+    own = [each for each in services.values() if each["image"].startswith("codistill-")]
+    built = sorted(each["image"] for each in own if "build" in each)
+    assert built == [f"codistill-{name.format(__version__)}" for name in ("server:{}", worker)]
+    assert {each["image"] for each in own} == set(built)
+    assert {each["pull_policy"] for each in own} == {"never"}
+    for name in EXPERIMENT.names:
+        assert services[name]["image"] == built[1]
 
 
 @pytest.mark.parametrize("name", LASTING)

@@ -12,7 +12,7 @@ import yaml
 from codistill import __version__
 from codistill.exit_codes import ExitCode
 from codistill.experiment import load
-from codistill_deploy.cli import DEFAULT_SERVER
+from codistill_deploy.options import DEFAULT_SERVER
 from codistill_deploy.restarts import Ending, GiveUp, decide
 
 ROOT = Path(__file__).parents[2]

@@ -18,11 +18,12 @@ from codistill_deploy.views import LiveView, PlainView, make_view
 PROGRAM = textwrap.dedent("""
     import sys
     from codistill_deploy import cli, output
+    from codistill_deploy.running import console
     from codistill_deploy.views import make_view
 
     def command(**options):
         output.outlive()
-        view = make_view(cli._console)
+        view = make_view(console)
         view.start("x")
         if sys.argv[1] == "pipe":
             sys.stdin.readline()

@@ -10,7 +10,7 @@ import yaml
 
 from codistill.exit_codes import ExitCode
 from codistill_deploy import run_folder
-from codistill_deploy.cli import DEFAULT_SERVER
+from codistill_deploy.options import DEFAULT_SERVER
 from codistill_deploy.restarts import Ending, GiveUp, decide
 
 ROOT = Path(__file__).resolve().parent.parent.parent

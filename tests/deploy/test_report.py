@@ -37,9 +37,16 @@ def write_comparison(
             write_run(folder / path, method, seed=seed, epochs=epochs, every=every, stop=stop)
             runs.append(IndexedRun(method=title.get(method, method), seed=seed, path=path))
     ComparisonIndex(
-        experiment="digits", methods=tuple(title.get(m, m) for m in methods), seeds=seeds, runs=tuple(runs)
+        experiment="digits",
+        methods=tuple(title.get(m, m) for m in methods),
+        seeds=seeds,
+        runs=tuple(runs),
+        left_out={"fddml": NASTY},
     ).write(folder)
     return folder
+
+
+MANY = ("independent", "dml", "dcm", "kdcl", "cross_architecture")
 
 
 # ---- the document
@@ -76,6 +83,8 @@ def test_a_comparisons_report_is_written_with_those_it_links_to(tmp_path: Path) 
     assert linked == ["independent/seed-0/report.html", "independent/seed-1/report.html", "kdcl/seed-0/report.html"]
     assert all((tmp_path / link).is_file() for link in linked)
     assert [each["seed"] for each in shown["incomplete"]] == [1]
+    assert shown["left_out"] == {"fddml": NASTY}
+    assert ET.parse(tmp_path / "gains.svg").getroot().get("width") == "1072"  # noqa: S314 - our own text
 
 
 def test_a_folder_of_neither_kind_says_what_is_missing(tmp_path: Path) -> None:
@@ -127,6 +136,24 @@ def test_the_picture_shows_every_seed_and_mean_to_scale(tmp_path: Path, width: i
     assert float(zero.get("x1") or "nan") == pytest.approx(offset, abs=0.2)
     assert scale > 0
     assert all(0 <= place <= width for place in places)
+
+
+def test_of_many_methods_each_student_has_a_panel_all_on_one_scale(tmp_path: Path) -> None:
+    table, svg = drawn(write_comparison(tmp_path, MANY, epochs=10), 1072)
+    gains = [student.results[method].gain for student in table.students for method in table.others]
+    gains += [table.means[method].gain for method in table.others]
+    assert table.many
+    means = [100 * (gain.mean or 0.0) for gain in gains if gain is not None]
+    places = [float(mark.get("cx") or "nan") for mark in marks(svg, "mean")]
+    zeros = [float(each.get("x1") or "nan") for each in svg.iter() if each.get("class") == "zero"]
+    assert len(zeros) == len(table.students) + 1
+    assert zeros == sorted(zeros)
+    count = len(table.others)
+    offsets = [place - zeros[number // count] for number, place in enumerate(places)]
+    scale = offsets[0] / means[0]
+    assert np.allclose(offsets, scale * np.array(means), atol=0.2)
+    heights = [float(mark.get("cy") or "nan") for mark in marks(svg, "mean")]
+    assert heights == heights[:count] * (len(table.students) + 1), "a method's row is the same in all panels"
 
 
 def test_the_picture_tells_its_numbers_to_those_who_cannot_see_it(tmp_path: Path) -> None:
@@ -208,3 +235,20 @@ class TestBrowser:
             abs=0.005001,
         )
         assert len(read.links) == 9
+
+    def test_of_many_methods_the_table_has_a_row_each_and_the_page_a_chart_each(self, tmp_path: Path) -> None:
+        folder = write_comparison(tmp_path / "cmp", MANY, epochs=20)
+        table = comparison.summarise(comparison.read_runs(folder, ComparisonIndex.read(folder)))
+        read = Page(loaded(report.write(folder), tmp_path / "profile"))
+        assert "data-error" not in root(read)
+        assert root(read)["data-charts"] == "4"
+        rows = read.tables["gains"][2:]
+        assert [row[0] for row in rows] == list(table.methods)
+        for row in rows:
+            results = [each.results[row[0]] for each in table.students] + [table.means[row[0]]]
+            for text, result in zip(row[1::2], results, strict=True):
+                assert number(text) == pytest.approx(100 * (result.accuracy.mean or 0), abs=0.005001)
+            for text, result in zip(row[2::2], results, strict=True):
+                if result.gain is not None:
+                    assert number(text.partition("±")[0]) == pytest.approx(100 * (result.gain.mean or 0), abs=0.005001)
+        assert f"fddml was not compared: {NASTY}." in read.text

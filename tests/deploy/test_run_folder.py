@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from codistill.exchange import Exchange
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Exchange, Experiment, Student
+from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.participants import Student
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_server.app import JOURNAL_FILE

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,21 @@ ACCURACY = {
 }
 
 
+OTHERS = {
+    (method, seed): {"a": 0.9 + gain, "b": 0.8 - gain}
+    for method, gain in (("dml", 0.01), ("dcm", 0.02), ("cross_architecture", 0.03))
+    for seed in (0, 1)
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return written(tmp_path, ACCURACY)
+
+
+def written(tmp_path: Path, accuracies: Mapping[tuple[str, int], Mapping[str, float]]) -> Path:
     runs: list[IndexedRun] = []
-    for (method, seed), accuracy in ACCURACY.items():
+    for (method, seed), accuracy in accuracies.items():
         name, _, ensemble = method.partition("/")
         experiment = Experiment.model_validate(
             {
@@ -48,13 +60,15 @@ def folder(tmp_path: Path) -> Path:
         ]
         (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         runs.append(IndexedRun(method=method, seed=seed, path=path))
-    index = ComparisonIndex(experiment="tiny", methods=("independent", "kdcl/naive"), seeds=(0, 1), runs=tuple(runs))
+    methods = tuple(dict.fromkeys(method for method, _ in accuracies))
+    left_out = {"fddml": "is for others"}
+    index = ComparisonIndex(experiment="tiny", methods=methods, seeds=(0, 1), runs=tuple(runs), left_out=left_out)
     index.write(tmp_path)
     return tmp_path
 
 
-def rows(folder: Path) -> list[list[str]]:
-    console = Console(file=io.StringIO(), width=160)
+def rows(folder: Path, width: int = 160) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=width)
     console.print(comparison_table(folder))
     assert isinstance(console.file, io.StringIO)
     return [line.split("  ") for line in console.file.getvalue().splitlines()]
@@ -74,3 +88,18 @@ def test_a_run_that_is_not_complete_is_named(folder: Path) -> None:
     (folder / "kdcl-naive" / "seed-1" / "metrics.jsonl").write_text("")
     text = "\n".join(" ".join(row) for row in rows(folder))
     assert "not complete: kdcl/naive, seed 1" in text
+
+
+def test_of_many_methods_each_has_a_row_and_it_fits_a_terminal(tmp_path: Path) -> None:
+    shown = rows(written(tmp_path, ACCURACY | OTHERS), width=80)
+    table = [[cell.strip() for cell in row if cell.strip()] for row in shown[:6]]
+    assert table == [
+        ["method", "a", "b", "mean"],
+        ["independent", "91.00 ± 1.41", "80.00 ± 0.00", "85.50 ± 0.71"],
+        ["kdcl/naive", "+1.50 ± 0.71", "+3.00 ± 1.41", "+2.25 ± 0.35"],
+        # alone a has 90 and 92, and 91 with dml; b has 80, and 79
+        ["dml", "+0.00 ± 1.41", "-1.00 ± 0.00", "-0.50 ± 0.71"],
+        ["dcm", "+1.00 ± 1.41", "-2.00 ± 0.00", "-0.50 ± 0.71"],
+        ["cross_architecture", "+2.00 ± 1.41", "-3.00 ± 0.00", "-0.50 ± 0.71"],
+    ]
+    assert "not compared: fddml: is for others" in ["  ".join(row).strip() for row in shown]

@@ -13,7 +13,7 @@ import grpc.aio
 
 from codistill.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import receive_limit
+from codistill_server.contributions import receive_limit
 from codistill_server.limits import Limits, Rate
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
 from fuzz.doors import Door

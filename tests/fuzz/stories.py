@@ -18,7 +18,7 @@ from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.checksums import seal, seal_session
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import receive_limit
+from codistill_server.contributions import receive_limit
 from codistill_server.limits import Limits
 from fuzz import calls, honest, values
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out

@@ -180,10 +180,11 @@ def write_page(folder: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The text of a page's tables by their id, its scripts by type, and its links."""
+    """A page's text, that of its tables by their id, its scripts by type, and its links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.text = ""
         self.tables: dict[str, list[list[str]]] = {}
         self.scripts: list[tuple[str | None, str]] = []
         self.links: list[str] = []
@@ -217,7 +218,9 @@ class Page(HTMLParser):
         if self._script:
             kind, text = self.scripts[-1]
             self.scripts[-1] = (kind, text + data)
-        elif self._cell and self._table is not None:
+            return
+        self.text += data
+        if self._cell and self._table is not None:
             self._table[-1][-1] += data
 
     @property

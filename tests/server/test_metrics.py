@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from codistill import __version__
 from codistill.tensors import encode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import Refused
 from codistill_server.metrics import registry
+from codistill_server.refusals import Refused
 from server.support_server import BATCH, CLASSES, TOTAL_ROUNDS, Run, contribution, make_experiment
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from codistill.checksums import is_whole
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.coordinator import Coordinator, Refused
+from codistill_server.coordinator import Coordinator
 from codistill_server.journal import ClosedRound, Journal
 from codistill_server.observations import Observations
+from codistill_server.refusals import Refused
 from codistill_server.round_events import Decide, Status, StudentRecord
 from codistill_worker.session import Failure
 from simulation.model import Violation

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill.experiment import Augment
+from codistill.data import Augment
 from codistill_worker.augmentation import augment, normalise
 from codistill_worker.randomness import derive, uniforms
 

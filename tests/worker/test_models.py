@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from codistill.experiment import Data
+from codistill.data import Data
 from codistill_worker.augmentation import normalise
 from codistill_worker.data import load
 from codistill_worker.errors import ConfigurationError, WorkerError

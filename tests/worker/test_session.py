@@ -322,9 +322,15 @@ def test_who_asks_for_too_much_is_told_when_to_come_back_and_that_is_no_damage()
 
 @pytest.mark.parametrize(
     ("failure", "renew"),
-    [(GONE, False), (Failure("DEADLINE_EXCEEDED", "no answer"), True), (DAMAGED, True)],
+    [
+        (GONE, True),
+        (Failure("DEADLINE_EXCEEDED", "no answer"), True),
+        (DAMAGED, True),
+        (Failure("RESOURCE_EXHAUSTED", "too many", pushback=True), False),
+    ],
+    ids=lambda each: each.code if isinstance(each, Failure) else None,
 )
-def test_a_join_that_was_damaged_or_lost_is_made_on_another_connection(failure: Failure, renew: bool) -> None:
+def test_a_join_that_failed_is_made_on_another_connection(failure: Failure, renew: bool) -> None:
     session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
     assert not again(session).renew

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from codistill.experiment import Data, Experiment
+from codistill.data import Data
+from codistill.experiment import Experiment
 from codistill.tensors import decode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import data, models

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, TeacherPlan
+from codistill.experiment import Experiment
+from codistill.participants import TeacherPlan
 from codistill.security import Security
 from codistill.watchdog import Watchdog
 from codistill_worker import data

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from codistill.experiment import Augment
+from codistill.data import Augment
 from codistill_worker.randomness import uniforms
 
 __all__ = ["augment", "normalise"]

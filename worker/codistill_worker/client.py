@@ -23,8 +23,8 @@ from google.protobuf.message import DecodeError
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY, handshake
 from codistill.checksums import is_whole, seal, seal_session
+from codistill.exchange import KEEPALIVE_ANSWER
 from codistill.exit_codes import ExitCode
-from codistill.experiment import KEEPALIVE_ANSWER
 from codistill.security import Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker.errors import Interrupted, WorkerError

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, StudentPlan
+from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.participants import StudentPlan
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from codistill.experiment import Experiment, Training
+from codistill.experiment import Experiment
+from codistill.training import Training
 from codistill_worker import augmentation, models, objectives
 from codistill_worker.data import Dataset, Split
 

@@ -292,7 +292,8 @@ class Session:
             raise self._refused(failure)
         if now >= self._until:
             raise self._unreachable(failure)
-        self._renew = failure.damaged or failure.strange or failure.code == "DEADLINE_EXCEEDED"
+        # On the old one nothing more may come, and a name that led nowhere is asked for again only after up to two minutes.
+        self._renew = not failure.pushback
         self._pause = min(self._pause_after_join, self._until - now)
         self._pause_after_join *= 2
 

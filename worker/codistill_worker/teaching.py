@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment, TeacherPlan
+from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.participants import TeacherPlan
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
 from codistill_worker import augmentation, models, objectives, weights

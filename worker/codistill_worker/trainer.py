@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, Optimizer, Schedule, StudentPlan
+from codistill.experiment import Experiment
+from codistill.participants import StudentPlan
+from codistill.training import Optimizer, Schedule
 from codistill_worker import augmentation, models, objectives, weights
 from codistill_worker.data import Dataset, Split
 from codistill_worker.errors import WorkerError

@@ -12,7 +12,7 @@ from codistill.experiment import ExperimentError
 from codistill_deploy import comparison
 from codistill_deploy.comparison import ComparisonIndex
 from codistill_deploy.errors import CommandError
-from codistill_deploy.report.document import comparison_document
+from codistill_deploy.report.document import comparison_document, has_gains
 from codistill_deploy.report.figure import gain_svg
 from codistill_deploy.run_folder import write_atomically
 from codistill_server import history
@@ -29,7 +29,8 @@ class ReportError(CommandError):
 def write(folder: Path) -> Path:
     """Writes ``report.html`` into a run's or a comparison's folder and returns its path.
 
-    A comparison's report links to those of its runs, so they are written too.
+    A comparison's report links to those of its runs, so they are written too. Its picture of gains is also written alone,
+    as ``gains.svg``.
 
     Raises:
         ReportError: the folder is neither a run's nor a comparison's, or what it holds cannot be read.
@@ -41,7 +42,10 @@ def write(folder: Path) -> Path:
             for run in runs:
                 if run.history is not None:
                     _save(folder / run.path, run_document(run.history))
-            return _save(folder, comparison_document(comparison.summarise(runs), index.experiment))
+            summary = comparison.summarise(runs, index.left_out)
+            if has_gains(summary):
+                write_atomically(folder / "gains.svg", gain_svg(summary, width=1072))
+            return _save(folder, comparison_document(summary, index.experiment))
         if (folder / "experiment.yaml").is_file():
             return _save(folder, run_document(history.read(folder)))
     except ExperimentError as error:

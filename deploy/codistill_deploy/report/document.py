@@ -1,7 +1,8 @@
 """What a comparison's page shows, as one JSON document: pure, and the only thing that the page's script draws from.
 
-``kind`` is ``"comparison"``; ``methods``, ``baseline``, ``seeds``, ``students`` and ``means`` with a result for each
-method, ``incomplete``, ``runs`` with a summary of each, and ``pictures`` (SVG of the gains). A run's document is
+``kind`` is ``"comparison"``; ``methods``, ``baseline``, ``many`` (whether methods stand one below the other), ``seeds``,
+``students`` and ``means`` with a result for each method, ``incomplete``, ``left_out``, ``runs`` with a summary of each, and
+``pictures`` (SVG of the gains). A run's document is
 :mod:`codistill_server.page.document`; numbers and series are made alike.
 """
 
@@ -17,7 +18,7 @@ from codistill_deploy.report.figure import gain_svg
 from codistill_server.history import longest_wait, median_wait
 from codistill_server.page.columns import column, number, short, thinned
 
-__all__ = ["comparison_document"]
+__all__ = ["comparison_document", "has_gains"]
 
 
 def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
         "title": title,
         "methods": list(comparison.methods),
         "baseline": comparison.baseline,
+        "many": comparison.many,
         "seeds": list(comparison.seeds),
         "settings": _settings(comparison.runs),
         "students": [
@@ -43,9 +45,10 @@ def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
             {"method": each.method, "seed": each.seed, "path": each.path, "reason": each.reason}
             for each in comparison.incomplete
         ],
+        "left_out": dict(comparison.left_out),
         "runs": [_compared(run) for run in comparison.runs],
         "pictures": {"wide": gain_svg(comparison, width=1072), "narrow": gain_svg(comparison, width=370)}
-        if _has_gains(comparison)
+        if has_gains(comparison)
         else None,
     }
 
@@ -88,7 +91,8 @@ def _curve(result: Result) -> dict[str, Any]:
     }
 
 
-def _has_gains(comparison: Comparison) -> bool:
+def has_gains(comparison: Comparison) -> bool:
+    """Returns whether there is a gain to draw."""
     return any(
         result.gain and result.gain.values for student in comparison.students for result in student.results.values()
     )
@@ -117,12 +121,14 @@ def _compared(run: MethodRun) -> dict[str, Any]:
         "path": run.path,
         "report": None,
         "problem": run.problem,
+        "teachers": [],
     }
     if history is None:
         return summary
     blocking = max(history.waits.items(), key=lambda item: item[1].seconds, default=None)
     return {
         **summary,
+        "teachers": list(history.experiment.teacher_names),
         "report": f"{quote(run.path)}/report.html" if run.path else None,
         "complete": history.complete,
         "seconds": number(history.seconds),

@@ -6,7 +6,7 @@ It carries its own colours for light and dark, so it stands alone as a file and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 from codistill_deploy.comparison import Comparison, Result, Spread
@@ -15,9 +15,15 @@ from codistill_server.page import palette
 __all__ = ["gain_svg"]
 
 _Scale = Callable[[float], float]
+_Axis = tuple[float, float, float]  # its ends, and its step
+_Row = tuple[str, Result, str]  # a method, what came of it, and a colour
+_Group = tuple[str, list[_Row]]  # a student, and its rows
 
 _ROW = 26
 _TOP = 12
+_PANEL = 215
+_NARROW = 600
+_TITLE = "gain in test accuracy over training alone, percentage points"
 _STYLE = (
     f".gains{{{palette.declarations(palette.LIGHT)}--ink:#16202b;--soft:#5b6875;--line:#e2e6ea;--paper:#fff;"
     "font:13px ui-sans-serif,system-ui,'Segoe UI',Helvetica,Arial,sans-serif;font-variant-numeric:tabular-nums}"
@@ -34,7 +40,8 @@ def gain_svg(comparison: Comparison, width: int = 860) -> str:
     """Draws every student's gain with every method, and the mean over students, in percentage points.
 
     The mean over seeds is a dot, one sample standard deviation to each side a whisker, each seed a ring. Colours tell
-    students apart; where there are several methods they tell methods apart.
+    students apart; where there are a few methods they tell methods apart. Of many methods a wide picture has a panel for
+    each student, and a row for each method.
 
     Args:
         comparison: what to draw; rows without a gain say so.
@@ -43,34 +50,32 @@ def gain_svg(comparison: Comparison, width: int = 860) -> str:
     Returns:
         An SVG document without an XML declaration, every text in it escaped.
     """
-    narrow = width < 600
-    several = len(comparison.others) > 1
-    groups: list[tuple[str, list[tuple[str, Result, str]]]] = [
-        (
-            student.name,
-            [
-                (method, student.results[method], f"var(--c{(column if several else number) % len(palette.LIGHT)})")
-                for column, method in enumerate(comparison.others)
-            ],
-        )
+    groups = _groups(comparison)
+    if comparison.many and width >= _NARROW:
+        return _panels(groups, width)
+    return _rows(groups, width, several=len(comparison.others) > 1)
+
+
+def _groups(comparison: Comparison) -> list[_Group]:
+    by_method = len(comparison.others) > 1 and not comparison.many
+
+    def group(name: str, results: Mapping[str, Result], own: str) -> _Group:
+        return name, [
+            (method, results[method], f"var(--c{column % len(palette.LIGHT)})" if by_method else own)
+            for column, method in enumerate(comparison.others)
+        ]
+
+    groups = [
+        group(student.name, student.results, f"var(--c{number % len(palette.LIGHT)})")
         for number, student in enumerate(comparison.students)
     ]
-    if len(comparison.students) > 1:
-        groups.append(
-            (
-                "all students, mean",
-                [
-                    (
-                        method,
-                        comparison.means[method],
-                        f"var(--c{column % len(palette.LIGHT)})" if several else "var(--ink)",
-                    )
-                    for column, method in enumerate(comparison.others)
-                ],
-            )
-        )
-    spreads = [_percent(result.gain) for _, rows in groups for _, result, _ in rows if result.gain is not None]
-    low, high, step = _range([edge for spread in spreads for edge in _edges(spread)], 4 if narrow else 8)
+    return groups if len(groups) < 2 else [*groups, group("all students, mean", comparison.means, "var(--ink)")]
+
+
+def _rows(groups: Sequence[_Group], width: int, *, several: bool) -> str:
+    """Draws one axis for all: a group of rows for each student, in it a row for each method."""
+    narrow = width < _NARROW
+    low, high, step = _range([edge for _, rows in groups for edge in _edges(rows)], 4 if narrow else 8)
     heads = several or narrow  # the name has a line of its own above the rows
     longest = max(
         (len(text) for name, rows in groups for text in ([] if heads else [name]) + [m for m, _, _ in rows if several]),
@@ -78,10 +83,7 @@ def gain_svg(comparison: Comparison, width: int = 860) -> str:
     )
     left = 14 if narrow and not several else min(26 + 7 * longest, int(width * 0.34))
     right = width - (104 if narrow else 130)
-
-    def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (right - left)
-
+    x = _scale((low, high, step), left, right)
     body: list[str] = []
     y = _TOP
     for position, (name, rows) in enumerate(groups):
@@ -100,28 +102,69 @@ def gain_svg(comparison: Comparison, width: int = 860) -> str:
             elif not heads:
                 body.append(f'<text class="name" x="4" y="{middle + 4:g}">{escape(_cut(name, (left - 8) // 7))}</text>')
             label = f"{name}, {method}"
-            body.append(_row(label, _percent(result.gain), colour, x, y=middle, width=width))
+            body.append(_row(label, _percent(result.gain), colour, x, y=middle, right=width - 4))
             y += _ROW
         y += 4
+    grid = _grid((low, high, step), x, _TOP, y)
+    title = "gain, percentage points" if narrow else _TITLE
+    grid += f'<text class="soft" text-anchor="middle" x="{(left + right) / 2:.1f}" y="{y + 40}">{title}</text>'
+    return _document(groups, width, y + 50, grid + "".join(body))
+
+
+def _panels(groups: Sequence[_Group], width: int) -> str:
+    """Draws a panel for each student, as many beside each other as there is room for, all with the same axis."""
+    methods = [method for method, _, _ in groups[0][1]]
+    left = 22 + 7 * min(max(map(len, methods)), 24)
+    beside = min(len(groups), max(1, (width - left) // _PANEL))
+    each = (width - left) / beside
+    axis = _range([edge for _, rows in groups for edge in _edges(rows)], 4)
+    body: list[str] = []
+    y = _TOP
+    for first in range(0, len(groups), beside):
+        top, bottom = y + _ROW, y + _ROW * (1 + len(methods))
+        for row, method in enumerate(methods):
+            middle = top + _ROW * (row + 0.5)
+            body.append(f'<text x="4" y="{middle + 4:g}">{escape(_cut(method, 24))}</text>')
+            if row:
+                body.append(
+                    f'<line class="rule" x1="0" x2="{width}" y1="{middle - _ROW / 2}" y2="{middle - _ROW / 2}"/>'
+                )
+        for column, (name, rows) in enumerate(groups[first : first + beside]):
+            begin, end = left + column * each + 8, left + (column + 1) * each - 6
+            x = _scale(axis, begin, end - 100)
+            body.append(
+                f'<text class="name" x="{begin:.1f}" y="{y + 17}">{escape(_cut(name, int(each - 14) // 8))}</text>'
+            )
+            body.append(_grid(axis, x, top - 2, bottom))
+            for row, (method, result, colour) in enumerate(rows):
+                label = f"{name}, {method}"
+                body.append(_row(label, _percent(result.gain), colour, x, y=top + _ROW * (row + 0.5), right=end))
+        y = bottom + 36
+    body.append(f'<text class="soft" text-anchor="middle" x="{(left + width) / 2:.1f}" y="{y + 4}">{_TITLE}</text>')
+    return _document(groups, width, y + 14, "".join(body))
+
+
+def _grid(axis: _Axis, x: _Scale, top: float, bottom: float) -> str:
+    low, high, step = axis
     ticks = [round(low / step) + number for number in range(round((high - low) / step) + 1)]
-    grid = [
-        f'<line class="{"zero" if tick == 0 else "grid"}" x1="{x(tick * step):.1f}" x2="{x(tick * step):.1f}" y1="{_TOP}" y2="{y + 5}"/>'
-        f'<text class="soft" text-anchor="middle" x="{x(tick * step):.1f}" y="{y + 20}">{_signed(tick * step, _digits(step))}</text>'
+    return "".join(
+        f'<line class="{"zero" if tick == 0 else "grid"}" x1="{x(tick * step):.1f}" x2="{x(tick * step):.1f}" y1="{top}" y2="{bottom + 5}"/>'
+        f'<text class="soft" text-anchor="middle" x="{x(tick * step):.1f}" y="{bottom + 20}">{_signed(tick * step, _digits(step))}</text>'
         for tick in ticks
-    ]
-    title = "gain, percentage points" if narrow else "gain in test accuracy over training alone, percentage points"
-    grid.append(f'<text class="soft" text-anchor="middle" x="{(left + right) / 2:.1f}" y="{y + 40}">{title}</text>')
-    height = y + 50
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="gains" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{escape(_alternative(groups))}"><style>{_STYLE}</style>{"".join(grid)}{"".join(body)}</svg>'
     )
 
 
-def _row(label: str, spread: Spread, colour: str, x: _Scale, *, y: float, width: int) -> str:
+def _document(groups: Sequence[_Group], width: int, height: float, body: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="gains" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(_alternative(groups))}"><style>{_STYLE}</style>{body}</svg>'
+    )
+
+
+def _row(label: str, spread: Spread, colour: str, x: _Scale, *, y: float, right: float) -> str:
     mean, deviation = spread.mean, spread.deviation
     if mean is None:
-        return f'<text class="soft" text-anchor="end" x="{width - 4}" y="{y + 4:g}">no pair of runs</text>'
+        return f'<text class="soft" text-anchor="end" x="{right:g}" y="{y + 4:g}">no pair of runs</text>'
     parts = [f"<g><title>{escape(label)}: {_text(spread)} percentage points</title>"]
     if deviation is not None:
         a, b = x(mean - deviation), x(mean + deviation)
@@ -134,7 +177,7 @@ def _row(label: str, spread: Spread, colour: str, x: _Scale, *, y: float, width:
             for seed, value in spread.values.items()
         ]
     parts.append(f'<circle class="mean" style="fill:{colour}" cx="{x(mean):.1f}" cy="{y:g}" r="6"/>')
-    parts.append(f'<text text-anchor="end" x="{width - 4}" y="{y + 4:g}">{_text(spread)}</text></g>')
+    parts.append(f'<text text-anchor="end" x="{right:g}" y="{y + 4:g}">{_text(spread)}</text></g>')
     return "".join(parts)
 
 
@@ -142,12 +185,20 @@ def _percent(spread: Spread | None) -> Spread:
     return Spread({} if spread is None else {seed: 100 * value for seed, value in spread.values.items()})
 
 
-def _edges(spread: Spread) -> list[float]:
-    mean, deviation = spread.mean, spread.deviation or 0.0
-    return [] if mean is None else [*spread.values.values(), mean - deviation, mean + deviation]
+def _edges(rows: Sequence[_Row]) -> Iterator[float]:
+    """Yields all that an axis must hold."""
+    for spread in (_percent(result.gain) for _, result, _ in rows):
+        if spread.mean is not None:
+            deviation = spread.deviation or 0.0
+            yield from (*spread.values.values(), spread.mean - deviation, spread.mean + deviation)
 
 
-def _range(values: list[float], intervals: int) -> tuple[float, float, float]:
+def _scale(axis: _Axis, left: float, right: float) -> _Scale:
+    low, high, _ = axis
+    return lambda value: left + (value - low) / (high - low) * (right - left)
+
+
+def _range(values: list[float], intervals: int) -> _Axis:
     """Returns an axis that holds the values and zero: its ends, both multiples of its step, and the step."""
     low, high = min([0.0, *values]), max([0.0, *values])
     rough = max(high - low, 0.1) / intervals
@@ -179,6 +230,6 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(length - 1, 1)] + "…"
 
 
-def _alternative(groups: list[tuple[str, list[tuple[str, Result, str]]]]) -> str:
+def _alternative(groups: Sequence[_Group]) -> str:
     lines = [f"{name}, {method}: {_text(_percent(result.gain))}" for name, rows in groups for method, result, _ in rows]
     return "Gain in test accuracy over training alone, in percentage points. " + "; ".join(lines)

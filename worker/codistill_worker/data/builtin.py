@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from codistill.experiment import Data
+from codistill.data import Data
 from codistill_worker.data.folders import image_folder
 from codistill_worker.data.sources import Arrays, Files
 from codistill_worker.errors import ConfigurationError

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from codistill.experiment import Data
+from codistill.data import Data
 from codistill_worker import references
 from codistill_worker.data.sources import Arrays
 from codistill_worker.errors import ConfigurationError, WorkerError

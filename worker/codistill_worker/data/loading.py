@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from codistill.experiment import DATASETS, Data
+from codistill.data import DATASETS, Data
 from codistill_worker import references
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set
 from codistill_worker.data.callables import from_callable

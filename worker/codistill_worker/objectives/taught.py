@@ -10,11 +10,12 @@ from codistill_worker.objectives.mechanism import Loss, Step, Subject
 __all__ = ["BornAgainHalf", "KdHalf", "LogitRegressionHalf", "TaughtMutualHalf"]
 
 
-class KdHalf(LogitsHalf):
-    """(1−λ)·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)), Hinton et al. 2015."""
+class _SoftenedHalf(LogitsHalf):
+    """μ·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)): the labels, and the teacher's softened logits."""
 
-    def __init__(self, settings: Kd, subject: Subject) -> None:
+    def __init__(self, settings: Kd | BornAgain, subject: Subject, label_weight: float) -> None:
         super().__init__(subject)
+        self._label_weight = label_weight
         self._weight = settings.weight
         self._temperature = settings.temperature
 
@@ -23,7 +24,21 @@ class KdHalf(LogitsHalf):
         logits = step.outputs["logits"]
         cross_entropy = losses.cross_entropy(logits, step.labels)
         term = self._weight * losses.distillation(logits, target=step.targets["logits"], temperature=self._temperature)
-        return Loss((1 - self._weight) * cross_entropy + term, cross_entropy.detach(), term.detach())
+        return Loss(self._label_weight * cross_entropy + term, cross_entropy.detach(), term.detach())
+
+
+class KdHalf(_SoftenedHalf):
+    """(1−λ)·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)), Hinton et al. 2015."""
+
+    def __init__(self, settings: Kd, subject: Subject) -> None:
+        super().__init__(settings, subject, label_weight=1 - settings.weight)
+
+
+class BornAgainHalf(_SoftenedHalf):
+    """CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) with T = 1 and λ = 1, Furlanello et al. 2018."""
+
+    def __init__(self, settings: BornAgain, subject: Subject) -> None:
+        super().__init__(settings, subject, label_weight=1)
 
 
 class LogitRegressionHalf(LogitsHalf):
@@ -40,22 +55,6 @@ class LogitRegressionHalf(LogitsHalf):
         cross_entropy = losses.cross_entropy(logits, step.labels)
         term = self._weight * losses.logit_regression(logits, target=step.targets["logits"])
         return Loss(self._label_weight * cross_entropy + term, cross_entropy.detach(), term.detach())
-
-
-class BornAgainHalf(LogitsHalf):
-    """CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) with T = 1 and λ = 1, Furlanello et al. 2018."""
-
-    def __init__(self, settings: BornAgain, subject: Subject) -> None:
-        super().__init__(subject)
-        self._weight = settings.weight
-        self._temperature = settings.temperature
-
-    def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the target is `logits`, [B, C]."""
-        logits = step.outputs["logits"]
-        cross_entropy = losses.cross_entropy(logits, step.labels)
-        term = self._weight * losses.distillation(logits, target=step.targets["logits"], temperature=self._temperature)
-        return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
 class TaughtMutualHalf(LogitsHalf):

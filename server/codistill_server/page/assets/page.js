@@ -489,20 +489,31 @@ const codistill = (() => {
     return [
       h("header", {}, h("p", { class: "kicker" }, "codistill · comparison"), h("h1", {}, data.title),
         settings ? h("p", { class: "lede" }, `${plural(students.length, "student")} ${students.length === 1 ? "learns" : "learn"} `, h("b", {}, settings.dataset),
-          ` by ${list(methods)}, ${seeds.length === 1 ? `with seed ${seeds[0]}` : `each with ${seeds.length} seeds`}: ${plural(settings.epochs, "epoch")} in batches of ${count(settings.batch_size)}.`) : null),
+          ` by ${data.many ? plural(methods.length, "method") : list(methods)}, ${seeds.length === 1 ? `with seed ${seeds[0]}` : `each with ${seeds.length} seeds`}: ${plural(settings.epochs, "epoch")} in batches of ${count(settings.batch_size)}.`) : null),
       data.incomplete.length ? h("div", { class: "warning", role: "status", id: "incomplete" },
         `${plural(data.incomplete.length, "run")} of ${data.runs.length} ${data.incomplete.length === 1 ? "is" : "are"} not complete. Students without a test after the last epoch are left out of all means below.`,
         h("ul", {}, data.incomplete.map((each) => h("li", {}, `${each.method}, seed ${each.seed}: ${each.reason}`)))) : null,
-      comparisonTiles(data, others),
-      students.length ? gainTable(data, others) : empty("No run can be read yet."),
+      data.many ? rankedTiles(data, others) : comparisonTiles(data, others),
+      students.length ? (data.many ? methodTable(data) : gainTable(data, others)) : empty("No run can be read yet."),
+      notes(Object.entries(data.left_out).map(([method, reason]) => `${method} was not compared: ${reason}.`)),
       h("p", { class: "note" }, `Accuracy is that of the test after the last epoch, not of the best one. ${baseline ? `A gain is paired: with a method less alone (${baseline}), same student, same seed. ` : `There are no runs of independent, so there is no gain to report. `}${seeds.length > 1 ? "After ± stands the sample standard deviation over seeds." : "One seed has no spread."}`),
-      baseline && students.length ? [h("h2", {}, "Gains"), picture(data, several)] : null,
-      students.length ? [h("h2", {}, baseline && others.length ? "Alone and together" : "Learning curves"), smallMultiples(data, others, several)] : null,
+      baseline && students.length ? [h("h2", {}, "Gains"), picture(data, several && !data.many)] : null,
+      students.length ? [h("h2", {}, baseline && others.length ? "Alone and together" : "Learning curves"), data.many ? chartsByMethod(data) : chartsByStudent(data, others, several)] : null,
       students.length ? [h("h2", {}, "Every seed"), seedTable(data)] : null,
       h("h2", {}, "Runs"),
       runTable(data.runs),
-      facts([["Training samples", settings && settings.train_size !== null ? `${count(settings.train_size)} chosen by the experiment` : null], ["Versions", versions, true]]),
+      facts([["Training samples", settings && settings.train_size !== null ? `${count(settings.train_size)} chosen by the experiment` : null],
+        ["Teachers", taughtBy(data.runs), true], ["Versions", versions, true]]),
     ].flat(2);
+  }
+
+  const notes = (sentences) => sentences.map((sentence) => h("p", { class: "note" }, sentence));
+
+  // By whom the methods with a teacher were taught, where it was not by the generation before.
+  function taughtBy(runs) {
+    const names = new Map();
+    for (const { method, teachers } of runs) if (teachers.length === 1) names.set(teachers[0], (names.get(teachers[0]) || new Set()).add(method));
+    return [...names].map(([name, methods]) => `${name} of ${list([...methods])}${name.endsWith(".alone") ? ", the best of the students alone with the same seed" : ""}`).join("; ");
   }
 
   function comparisonTiles({ means, students, seeds, baseline }, others) {
@@ -514,6 +525,29 @@ const codistill = (() => {
     });
     if (baseline && known(means[baseline].accuracy.mean)) tiles.push(tile(percent(means[baseline].accuracy.mean), `test accuracy alone: ${over(means[baseline].accuracy)}`));
     return tiles.length ? h("div", { class: "tiles" }, tiles) : empty("No complete runs to compare yet.");
+  }
+
+  // Of many methods the best and the worst, and all in the table.
+  function rankedTiles({ means, students, baseline }, others) {
+    const value = (method) => (baseline ? means[method].gain : means[method].accuracy);
+    const ranked = others.filter((method) => value(method) && known(value(method).mean)).sort((a, b) => value(b).mean - value(a).mean);
+    if (!ranked.length) return empty("No complete runs to compare yet.");
+    const over = students.length > 1 ? `mean of ${students.length} students` : students.map((student) => student.name).join("");
+    const shown = (method, which) => tile(baseline ? spread(value(method), signed, 2) : percent(value(method).mean),
+      `${baseline ? "percentage points, " : "test accuracy, "}${which} of ${ranked.length} methods: ${method}, ${over}`, which === "highest");
+    return h("div", { class: "tiles" }, shown(ranked[0], "highest"), shown(ranked[ranked.length - 1], "lowest"),
+      baseline && known(means[baseline].accuracy.mean) ? tile(percent(means[baseline].accuracy.mean), `test accuracy alone: ${over}`) : null);
+  }
+
+  function methodTable({ students, means, methods, baseline }) {
+    const all = [...students, ...(students.length > 1 ? [{ name: "Mean", results: means }] : [])];
+    const top = h("tr", {}, h("td", {}), all.map((student) => head([student.name, student.parameters ? h("span", { class: "spread" }, ` ${count(student.parameters)}`) : ""], { colspan: baseline ? "2" : "1", scope: "colgroup" })));
+    const heads = h("tr", {}, head("Method"), all.flatMap(() => [head("accuracy", { class: "number" }), baseline ? head("gain", { class: "number" }) : null]));
+    const rows = methods.map((method) => h("tr", {}, h("th", { scope: "row" }, method), all.flatMap(({ results }) => [
+      cell(known(results[method].accuracy.mean) ? share(results[method].accuracy.mean) : "–"),
+      baseline ? cell(method === baseline ? "" : spread(results[method].gain, signed, 2), { class: "number gain" }) : null,
+    ])));
+    return table("gains", "Test accuracy after the last epoch in percent, mean over seeds, and the gain in percentage points; beside each student its parameters.", [top, heads], rows);
   }
 
   function gainTable({ students, means, methods, baseline }, others) {
@@ -542,8 +576,38 @@ const codistill = (() => {
       h("figcaption", {}, `Dot: mean over seeds. Whisker: one sample standard deviation to each side. Ring: one seed.${several ? " Colours tell methods apart." : ""}`));
   }
 
-  function smallMultiples({ students, means, baseline }, others, several) {
+  function chartsByStudent({ students, means, baseline }, others, several) {
     const all = [...students, ...(students.length > 1 ? [{ name: "All students, mean", results: means, mean: true }] : [])];
+    const { ranges, note } = sameAxes(all, baseline);
+    const figures = all.map((student, number) => chart({
+      title: student.name, x: "epoch", y: "test accuracy, %", axis: "share", small: true, ranges, nothing: "No complete run.",
+      series: [
+        ...(baseline ? [line(student, baseline, { colour: "--soft", dash: [6, 4] }, "alone")] : []),
+        ...others.map((method, column) => line(student, method, { colour: several ? look(column).colour : student.mean ? "--ink" : look(number).colour, dash: [] }, method)),
+      ] }));
+    return [note, h("div", { class: "charts small" }, figures)];
+  }
+
+  // Of many methods a chart for each, as their lines in one would hide each other.
+  function chartsByMethod({ students, means, methods, baseline }) {
+    const all = students.length > COLOURS ? [{ name: "all students, mean", results: means }] : students;
+    const { ranges, note } = sameAxes(all, baseline);
+    const figures = methods.filter((method) => method !== baseline).map((method) => chart({
+      title: method, x: "epoch", y: "test accuracy, %", axis: "share", small: true, ranges, nothing: "No complete run.",
+      series: all.flatMap((student, number) => [
+        ...(baseline ? [{ ...line(student, baseline, { ...look(number), dash: [6, 4] }, `${student.name} alone`), low: [], high: [] }] : []),
+        line(student, method, { ...look(number), dash: [] }, student.name),
+      ]) }));
+    return [note, h("div", { class: "charts small" }, figures)];
+  }
+
+  function line(student, method, style, name) {
+    const curve = student.results[method].curve;
+    return { name, look: style, x: curve.epoch, y: curve.mean, low: curve.low, high: curve.high, points: false };
+  }
+
+  // Axes that hold all curves, and the note that says so.
+  function sameAxes(all, baseline) {
     const numbers = all.flatMap((student) => Object.values(student.results).map((result) => result.curve));
     const epochs = numbers.flatMap((curve) => curve.epoch).filter(known);
     const [first, end] = [Math.min(...epochs), Math.max(...epochs)];
@@ -552,21 +616,8 @@ const codistill = (() => {
     const late = settled(first + (end - first) / 4);
     const bounds = late.length ? AXES.share.range(Math.min(...late), Math.max(...settled(first))) : [0, 1];
     const cut = numbers.some((curve) => curve.mean.some((value) => value < bounds[0]));
-    const ranges = { x: [first, Math.max(end, first + 1)], y: bounds };
-    const line = (student, method, style, name) => {
-      const curve = student.results[method].curve;
-      return { name, look: style, x: curve.epoch, y: curve.mean, low: curve.low, high: curve.high, points: false };
-    };
-    const figures = all.map((student, number) => chart({
-      title: student.name, x: "epoch", y: "test accuracy, %", axis: "share", small: true, ranges, nothing: "No complete run.",
-      series: [
-        ...(baseline ? [line(student, baseline, { colour: "--soft", dash: [6, 4] }, "alone")] : []),
-        ...others.map((method, column) => line(student, method, { colour: several ? look(column).colour : student.mean ? "--ink" : look(number).colour, dash: [] }, method)),
-      ] }));
-    return [
-      h("p", { class: "note" }, `Test accuracy against epochs, mean over the complete runs, all charts on the same axes.${baseline ? " Dashed: alone. Solid: together." : ""} Bands: one sample standard deviation to each side, where there are several seeds.${cut ? ` The axes begin at ${percent(bounds[0], 1)}; what lies below, in the first quarter of training, is not shown.` : ""}`),
-      h("div", { class: "charts small" }, figures),
-    ];
+    const note = h("p", { class: "note" }, `Test accuracy against epochs, mean over the complete runs, all charts on the same axes.${baseline ? " Dashed: alone. Solid: together." : ""} Bands: one sample standard deviation to each side, where there are several seeds.${cut ? ` The axes begin at ${percent(bounds[0], 1)}; what lies below, in the first quarter of training, is not shown.` : ""}`);
+    return { ranges: { x: [first, Math.max(end, first + 1)], y: bounds }, note };
   }
 
   function seedTable({ students, methods, seeds, baseline }) {
