@@ -10,6 +10,8 @@ import torch
 
 from codistill.experiment import Experiment, ExperimentError
 from codistill.references import LoadError
+from codistill_deploy.generations import is_trained
+from codistill_deploy.run_folder import RunFolder
 from codistill_server import methods
 from codistill_worker import data, models, objectives, weights
 from codistill_worker.app import choose_device
@@ -25,7 +27,7 @@ def check(experiment: Experiment, source: str = "experiment", *, here: bool = Tr
     """Checks that every model is known, its device there, and the data set where it is said to be.
 
     Where the method reads hidden layers or is a user's own, models are built to see that it can have what it needs;
-    teachers are built and given their weights.
+    teachers are built and given their weights, which are those of a run that is over.
 
     Args:
         experiment: what is to be run.
@@ -57,8 +59,23 @@ def _problems(experiment: Experiment, here: bool) -> Iterator[str]:
         own = f"{place}." if each.training.device is not None else ""
         yield from (f"{own}{problem}" for problem in _of(partial(choose_device, device, position)))
     for position, teacher in enumerate(experiment.teachers if here else ()):
-        for problem in _of(partial(weights.read, Path(teacher.weights), teacher.name)):
+        found = list(_of(partial(weights.read, Path(teacher.weights), teacher.name)))
+        for problem in found or _of(partial(_check_trained, Path(teacher.weights))):
             yield f"teachers.{position}.{problem}"
+
+
+def _check_trained(path: Path) -> None:
+    """Sees that a teacher's run is over, where a run is given: its weights would change under those who learn from it."""
+    run = RunFolder(path.parent.parent if path.parent.name == "students" else path)
+    try:
+        over = not (path.is_dir() and run.experiment_file.exists() and run.metrics_file.exists()) or is_trained(run)
+    except ValueError:  # records of another version; the weights have been read, and those are what is asked for
+        return
+    if not over:
+        raise ConfigurationError(
+            f"weights: the run in {run.path} is not trained to its end; go on with it, or name one of its checkpoints, a "
+            ".safetensors file, to take that as it is"
+        )
 
 
 def _method_problems(experiment: Experiment) -> Iterator[str]:
