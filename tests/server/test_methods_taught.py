@@ -124,7 +124,7 @@ class TestOutput:
 class TestCustom:
     MODULE = """
 import torch
-from codistill_server.methods import LOGITS, LOGITS, Targets
+from codistill_server.methods import LOGITS, Targets
 
 LOGITS_OF_NOBODY = torch.full((2, 3), torch.inf)
 ANSWERS = {
