@@ -10,7 +10,8 @@ import torch
 
 from codistill.experiment import Experiment, ExperimentError
 from codistill.references import LoadError
-from codistill_server import methods
+from codistill_deploy.run_folder import RunFolder
+from codistill_server import history, methods
 from codistill_worker import data, models, objectives, weights
 from codistill_worker.app import choose_device
 from codistill_worker.errors import ConfigurationError
@@ -25,7 +26,7 @@ def check(experiment: Experiment, source: str = "experiment", *, here: bool = Tr
     """Checks that every model is known, its device there, and the data set where it is said to be.
 
     Where the method reads hidden layers or is a user's own, models are built to see that it can have what it needs;
-    teachers are built and given their weights.
+    teachers are built and given their weights, which are those of a run that is over.
 
     Args:
         experiment: what is to be run.
@@ -57,8 +58,26 @@ def _problems(experiment: Experiment, here: bool) -> Iterator[str]:
         own = f"{place}." if each.training.device is not None else ""
         yield from (f"{own}{problem}" for problem in _of(partial(choose_device, device, position)))
     for position, teacher in enumerate(experiment.teachers if here else ()):
-        for problem in _of(partial(weights.read, Path(teacher.weights), teacher.name)):
+        found = list(_of(partial(weights.read, Path(teacher.weights), teacher.name)))
+        for problem in found or _of(partial(_check_trained, Path(teacher.weights), teacher.name)):
             yield f"teachers.{position}.{problem}"
+
+
+def _check_trained(path: Path, name: str) -> None:
+    """Sees that a teacher is trained to its end, where a run is given: else those who learn from it find other weights."""
+    is_student = path.parent.name == "students"
+    run, student = (RunFolder(path.parent.parent), path.name) if is_student else (RunFolder(path), name)
+    if not (path.is_dir() and run.experiment_file.exists() and run.metrics_file.exists()):
+        return
+    try:
+        over = {each.name: each.final is not None for each in history.read(run.path).students}
+    except ValueError:  # records of another version; the weights have been read, and those are what is asked for
+        return
+    if not over.get(student, all(over.values())):
+        raise ConfigurationError(
+            f"weights: the run in {run.path} is not trained to its end; go on with it, or name one of its checkpoints, a "
+            ".safetensors file, to take that as it is"
+        )
 
 
 def _method_problems(experiment: Experiment) -> Iterator[str]:

@@ -7,10 +7,10 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -120,7 +120,8 @@ def run_here(
         if in_process:
             from codistill_deploy.in_process import run_in_process
 
-            return run_in_process(experiment, folder, view, stop)
+            with _logged_under("" if title == experiment.name else title):
+                return run_in_process(experiment, folder, view, stop)
         options = LocalOptions(
             wire.listen,
             wire.metrics,
@@ -135,6 +136,24 @@ def run_here(
 
     mode = "in-process" if in_process else "grpc"
     return run_in_folder(experiment, folder, title, go, mode=mode, resume=resume, report=report)
+
+
+@contextlib.contextmanager
+def _logged_under(title: str) -> Generator[None]:
+    """Puts the title of one of several runs before what is logged, as its students have the names of the others'."""
+    make = logging.getLogRecordFactory()
+
+    def titled(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        record.msg, record.args = f"{title}: {record.getMessage()}", None
+        return record
+
+    if title:
+        logging.setLogRecordFactory(titled)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 def run_in_folder(

@@ -18,7 +18,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from codistill.complaints import NAME, InconsistentError, lines
 from codistill.data import DATASETS, Data
-from codistill.distillation import BornAgain, CrossArchitecture, Distillation, Dml, Kdcl
+from codistill.distillation import (
+    BornAgain,
+    CrossArchitecture,
+    Custom,
+    Distillation,
+    Dml,
+    Kdcl,
+    Rkd,
+    RkdAngle,
+    RkdDistance,
+)
 from codistill.exchange import Exchange
 from codistill.participants import Student, StudentPlan, Teacher, TeacherPlan
 from codistill.sections import Section
@@ -75,6 +85,11 @@ class Experiment(Section):
         if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
             yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
         yield from self._data_problems()
+        if isinstance(method, Rkd | RkdAngle | RkdDistance) and self.training.batch_size < 3:
+            yield (
+                f"training.batch_size: {self.training.batch_size} is not allowed; allowed is 3 or more, as "
+                f"`{method.method}` compares the relations among a batch's samples, and fewer all have the same"
+            )
         if isinstance(method, BornAgain):
             for position, (student, teacher) in enumerate(zip(self.students, self.teachers, strict=False)):
                 if (student.model, student.model_args) != (teacher.model, teacher.model_args):
@@ -136,6 +151,20 @@ class Experiment(Section):
             yield (
                 f"training.batch_size: {self.training.batch_size} is larger than the {trained} training samples "
                 f"({'data.train_size' if data.train_size else f'{samples} of {data.dataset}'} less data.held_out)"
+            )
+        else:
+            yield from self._start_problems(trained // self.training.batch_size)
+
+    def _start_problems(self, rounds_per_epoch: int) -> Iterator[str]:
+        """Yields a start within the last epoch that no round comes after."""
+        method, rounds = self.distillation, self.training.epochs * rounds_per_epoch
+        if not isinstance(method, CrossArchitecture | Custom) or method.start_epoch >= self.training.epochs:
+            return
+        if method.rhythm(rounds_per_epoch).start >= rounds:
+            yield (
+                f"distillation.start_epoch: {method.start_epoch:g} is not allowed; allowed is up to "
+                f"{(rounds - 1) * 1000 // rounds_per_epoch / 1000:g}, where the last of {rounds} rounds begins, or nothing is ever "
+                "exchanged"
             )
 
     @property

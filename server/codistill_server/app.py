@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.identity import identity
+from codistill.references import LoadError
 from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill.v1 import distillation_pb2 as pb
 from codistill.watchdog import Watchdog
@@ -220,7 +221,8 @@ class _Server:
             with contextlib.suppress(OSError):
                 (options.run_dir / ADDRESS_FILE).unlink(missing_ok=True)
         if self._failure is not None:
-            raise ServerError(str(self._failure), ExitCode.ERROR) from self._failure
+            code = self._failure.code if isinstance(self._failure, LoadError) else ExitCode.ERROR
+            raise ServerError(str(self._failure), code) from self._failure
         return ExitCode.OK
 
     async def _beat(self, coordinator: Coordinator) -> None:

@@ -135,6 +135,7 @@ class Coordinator:
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
             absence=_absence(experiment),
+            steps=experiment.distillation.rhythm(1).every,
         )
         self._keep_all = rules.keep_all
         self._rounds = Rounds(rules, restored)

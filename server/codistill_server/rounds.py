@@ -64,6 +64,7 @@ class Rules:
         waiting_notice: seconds between two notices to a student that waits.
         keep_all: never forget a closed round.
         absence: when a round goes on without a student; None waits for every student.
+        steps: training steps from one round here to the next, where not every step exchanges something.
     """
 
     students: tuple[str, ...]
@@ -71,6 +72,7 @@ class Rules:
     waiting_notice: float = 5.0
     keep_all: bool = False
     absence: Absence | None = None
+    steps: int = 1
 
 
 @dataclass
@@ -277,7 +279,7 @@ class Rounds:
         return [*back, *self._settle(now)]
 
     def _comes_back(self, student: str, number: int, session: int, now: float) -> list[Action]:
-        """Awaits an absent student again when it has caught up and its last step took no longer than a round waits.
+        """Awaits an absent student again when it has caught up and its last steps took no longer each than a round waits.
 
         A slower one may still contribute in time; were it awaited, every round would wait its whole deadline for it.
         """
@@ -285,7 +287,7 @@ class Rounds:
         if absence is None or student in self._awaited or number < self._frontier - 1:
             return []
         took = now - self._answered.get(session, self._heard[session])
-        if took > self._arrivals.deadline(absence):
+        if took / self.rules.steps > self._arrivals.deadline(absence):
             return []
         self._awaited.add(student)
         return [Returned(student, self._frontier)]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 
+from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, ExperimentError, parse
+from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.in_process import run_in_process
 from codistill_deploy.preflight import check
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.views import PlainView
 from codistill_worker import models
 
 
@@ -61,6 +69,40 @@ def test_a_teacher_of_other_classes(tmp_path: Path) -> None:
     (found,) = problems(experiment(tmp_path, {"method": "kd"}, {"weights": str(weights)}))
     assert found.startswith(f"teachers.0.weights: {weights} does not fit model 'cnn' with 10 classes: size mismatch")
     assert found.endswith("on data of as many classes and images of its size")
+
+
+class Stopping(PlainView):
+    """Stops a run when it first shows how far it is."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__(Console(quiet=True))
+        self._stop = stop
+
+    def offer(self, snapshot: Callable[[], pb.Run]) -> None:
+        self._stop.set()
+
+
+@pytest.mark.parametrize("given", ["run", "run/students/old", "run/students/old/checkpoint.safetensors"])
+def test_a_run_that_is_not_over_teaches_nobody_unless_a_checkpoint_is_named(given: str, tmp_path: Path) -> None:
+    alone = {"name": "run", "students": [{"name": "old", "model": "cnn"}], "distillation": {"method": "independent"}}
+    data = {"dataset": "digits", "train_size": 60, "test_size": 20}
+    training = {"epochs": 2, "batch_size": 20, "device": "cpu"}
+    run, stop = RunFolder(tmp_path / "run"), threading.Event()
+    trained = parse(yaml.safe_dump({**alone, "data": data, "training": training}))
+    run.start(trained, mode="in-process", resume=False)
+    assert run_in_process(trained, run, Stopping(stop), stop) is ExitCode.INTERRUPTED
+    taught = experiment(tmp_path, {"method": "kd"}, {"weights": str(tmp_path / given)})
+    if given.endswith(".safetensors"):
+        check(taught)
+        return
+    assert problems(taught) == [
+        (
+            f"teachers.0.weights: the run in {run.path} is not trained to its end; go on with it, or name one of its "
+            "checkpoints, a .safetensors file, to take that as it is"
+        )
+    ]
+    assert run_in_process(trained, run, PlainView(Console(quiet=True)), threading.Event()) is ExitCode.OK
+    check(taught)
 
 
 @pytest.mark.parametrize(("method", "who"), [("vid", "old"), ("vid", "mlp"), ("dcm", "cnn")])

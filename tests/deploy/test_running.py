@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment, parse
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.running import run_in_folder
+from codistill_deploy.running import Wire, run_here, run_in_folder
 from codistill_deploy.views import View
 
 
@@ -80,3 +82,28 @@ class TestReport:
             with pytest.raises(CommandError, match=why):
                 self.end(experiment, folder)
         assert folder.report.read_text() == "the run's own"
+
+
+@pytest.mark.parametrize("title", ["x", "x, generation 2 of 3"])
+def test_one_of_several_runs_in_a_process_is_told_from_the_others(
+    title: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = {
+        "name": "x",
+        "data": {"dataset": "digits", "train_size": 20, "test_size": 20},
+        "training": {"epochs": 1, "batch_size": 10, "device": "cpu"},
+        "distillation": {"method": "independent"},
+        "students": [{"name": "mlp", "model": "mlp"}],
+    }
+    source, stop = tmp_path / "x.yaml", threading.Event()
+    run = RunFolder(tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        code = run_here(
+            parse(yaml.safe_dump(document)), run, title, source, stop, resume=False, in_process=True, wire=Wire()
+        )
+    assert code is ExitCode.OK
+    assert [line for line in caplog.messages if "joined run" in line]
+    assert all(line.startswith(f"{title}: ") == (title != "x") for line in caplog.messages)
+    caplog.clear()
+    logging.getLogger("codistill").warning("after it %s", "100 %")
+    assert caplog.messages == ["after it 100 %"]

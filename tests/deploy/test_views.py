@@ -49,6 +49,12 @@ def test_the_table_shows_every_student() -> None:
     assert lines[2].split() == ["vit", "vit", "absent", "19", "0.0"]
 
 
+def test_a_teacher_is_told_from_a_student() -> None:
+    run = run_at(20)
+    run.students.add(name="old", model="cnn", state=pb.STUDENT_STATE_PRESENT, round=20, teacher=True)
+    assert printed(status_table(run)).splitlines()[3].split()[:5] == ["old", "(teacher)", "cnn", "training", "20"]
+
+
 def test_what_was_missed_has_columns_where_anything_was() -> None:
     run = run_at(20)
     run.students[0].joins = run.students[1].joins = 1

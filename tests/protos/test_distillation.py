@@ -101,6 +101,42 @@ def test_a_rhythm_that_cannot_be_is_refused(changes: dict[str, Any], problem: st
 
 
 @pytest.mark.parametrize(
+    ("epochs", "allowed"),
+    [({"start_epoch": 2.7}, True), ({"start_epoch": 2.76}, False), ({"start_epoch": 2.99}, False)],
+)
+def test_a_start_that_no_round_comes_after_is_refused(epochs: dict[str, float], allowed: bool) -> None:
+    """Of 4 rounds an epoch, the last of three begins at 2.75."""
+    changes: dict[str, Any] = {
+        "distillation": {"method": "cross_architecture", **epochs},
+        "training": {"epochs": 3, "batch_size": 10},
+        "data": {"dataset": "digits", "train_size": 45},
+    }
+    if allowed:
+        parse(yaml.safe_dump(changed({"students": TWO, **changes})))
+    else:
+        assert problems(**changes) == [
+            (
+                f"distillation.start_epoch: {epochs['start_epoch']:g} is not allowed; allowed is up to 2.75, where the last of 12 "
+                "rounds begins, or nothing is ever exchanged"
+            )
+        ]
+
+
+@pytest.mark.parametrize("method", ["rkd_distance", "rkd_angle", "rkd"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_without_relations_are_refused(method: str, size: int) -> None:
+    """The only distance of two samples is 1 mean distance, and they have no angle."""
+    assert problems(
+        distillation={"method": method}, teachers=[TEACHER], training={"epochs": 1, "batch_size": size}
+    ) == [
+        (
+            f"training.batch_size: {size} is not allowed; allowed is 3 or more, as `{method}` compares the relations among a "
+            "batch's samples, and fewer all have the same"
+        )
+    ]
+
+
+@pytest.mark.parametrize(
     ("changes", "teachers", "problem"),
     [
         ({"generations": 1}, [], "distillation.generations: 1 is not allowed without `teachers`; allowed: 2 to 100"),

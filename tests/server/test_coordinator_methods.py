@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from codistill.experiment import Experiment
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.contributions import receive_limit
+from codistill_server.metrics import registry
 from codistill_server.rounds import Presence, Status
 from server.support_server import (
     BATCH,
@@ -128,6 +130,24 @@ class TestTeacher:
             ("bee", False),
             ("old", True),
         ]
+
+    def test_metrics_tell_of_it_and_of_students_that_publish_nothing(self, run: Taught) -> None:
+        for number in range(2):
+            run.learn("ant", number)
+            run.learn("bee", number)
+            run.teach(number)
+        tested = pb.Measurement(split=pb.SPLIT_TEST, round=0, accuracy=0.75, loss=0.5)
+        run.report("old", round=2, durable_round=2, measurements=[tested])
+        run.learn("ant", 2)
+        run.learn("bee", 2)
+        run.clock.now += 20
+        text = generate_latest(registry(run.observations, run.coordinator.snapshot)).decode()
+        assert 'codistill_student_accuracy_ratio{model="mlp",run="small",split="test",student="old"} 0.75' in text
+        assert 'codistill_student_state{run="small",state="present",student="old"} 1.0' in text
+        assert 'codistill_waited_for{run="small",student="old"} 1.0' in text
+        assert 'codistill_students_present{run="small"} 3.0' in text
+        assert "codistill_disagreement_ratio{" not in text, "of who publishes no logits there is none"
+        assert "codistill_ensemble_accuracy_ratio{" not in text
 
     def test_what_is_not_finite_is_the_weights_fault(self, run: Taught) -> None:
         message = published(run.experiment, 0, logits=torch.full((BATCH, CLASSES), torch.nan))

@@ -10,7 +10,7 @@ import torch
 from codistill.distillation import BornAgain, CrossArchitecture, Custom, Dcm, Fddml, Hddml, Kd, RkdAngle, Vid
 from codistill.references import LoadError
 from codistill_server import ensembles, methods, stages
-from codistill_server.methods import Gathered, Output, ServerHalf, Targets
+from codistill_server.methods import LOGITS, Gathered, Output, ServerHalf, Targets
 
 STUDENTS, B, C = ("ant", "bee"), 4, 3
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -122,7 +122,31 @@ class TestOutput:
 
 
 class TestCustom:
-    MODULE = "class Half:\n    heavy, student, teacher = False, {}, {}\n    def __init__(self, rate=1):\n        self.rate = 1 / rate\n    def targets(self, gathered): ...\n\ndef nothing():\n    return 3\n"
+    MODULE = """
+import torch
+from codistill_server.methods import LOGITS, Targets
+
+LOGITS_OF_NOBODY = torch.full((2, 3), torch.inf)
+ANSWERS = {
+    "good": lambda gathered: Targets(shared={"logits": gathered.outputs["logits"].mean(0)}),
+    "nothing": lambda gathered: None,
+    "list": lambda gathered: Targets(shared={"logits": [1, 2]}),
+    "infinite": lambda gathered: Targets(shared={"logits": LOGITS_OF_NOBODY}),
+    "state": lambda gathered: Targets(shared={}, state={"mean": LOGITS_OF_NOBODY}),
+    "one": lambda gathered: Targets(each={"ant": {}}),
+    "error": lambda gathered: gathered.outputs["logit"],
+}
+
+class Half:
+    heavy, student, teacher = False, {"logits": LOGITS}, {}
+    def __init__(self, answer="good", rate=1):
+        self.answer, self.rate = ANSWERS[answer], 1 / rate
+    def targets(self, gathered):
+        return self.answer(gathered)
+
+def nothing():
+    return 3
+"""
 
     @pytest.fixture(autouse=True)
     def module(self, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,15 +157,41 @@ class TestCustom:
         settings = Custom(server=f"custom_server_half:{name}", worker="a:b", parameters=parameters)
         return methods.create(settings)
 
-    def test_it_is_given_its_parameters(self) -> None:
-        assert self.load("Half", rate=4).rate == 0.25
+    def test_it_is_given_its_parameters_and_makes_the_targets(self) -> None:
+        half, gathered = self.load("Half", answer="good", rate=4), self.gathered()
+        assert (half.heavy, half.student, half.teacher) == (False, {"logits": LOGITS}, {})
+        assert torch.equal(half.targets(gathered).shared["logits"], gathered.outputs["logits"].mean(0))
+
+    def gathered(self) -> Gathered:
+        return Gathered(("ant", "bee"), {"logits": torch.ones(2, 2, 3)}, torch.zeros(2, dtype=torch.int64))
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            ("nothing", "targets returned NoneType; expected codistill_server.methods.Targets"),
+            ("list", "shared['logits'] is a list; expected a torch.Tensor"),
+            ("infinite", "shared['logits'] has values that are not finite; nobody can learn from them"),
+            ("state", "state['mean'] has values that are not finite; nobody can learn from them"),
+            ("one", "there are targets for ant, and none for 'bee'; give it {} at least"),
+        ],
+    )
+    def test_what_cannot_be_sent_names_the_half(self, answer: str, message: str) -> None:
+        with pytest.raises(LoadError) as caught:
+            self.load("Half", answer=answer).targets(self.gathered())
+        assert str(caught.value) == f"distillation.server: 'custom_server_half:Half': {message}"
+
+    def test_an_error_of_its_own_names_the_half_and_the_line(self) -> None:
+        with pytest.raises(
+            LoadError, match=r"^distillation\.server: 'custom_server_half:Half': KeyError at .*half\.py:13: 'logit'$"
+        ):
+            self.load("Half", answer="error").targets(self.gathered())
 
     @pytest.mark.parametrize(
         ("name", "parameters", "message"),
         [
             ("Hafl", {}, r"distillation\.server: .* has no 'Hafl'; did you mean 'Half'\?"),
-            ("Half", {"rat": 1}, r"distillation\.parameters\.rat: .* has no such argument; accepted: rate"),
-            ("Half", {"rate": 0}, r"distillation\.server: .*ZeroDivisionError at .*custom_server_half\.py:4"),
+            ("Half", {"rat": 1}, r"distillation\.parameters\.rat: .* has no such argument; accepted: answer, rate"),
+            ("Half", {"rate": 0}, r"distillation\.server: .*ZeroDivisionError at .*custom_server_half\.py:19"),
             ("nothing", {}, r"returned int, which lacks heavy, student, teacher, targets; a server half has"),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,17 @@ def test_one_that_is_slower_than_the_deadline_is_not_waited_for_but_taken_in() -
     (decide,) = run.send("bee", 2)
     assert isinstance(decide, Decide)
     assert tuple(decide.contributions) == NAMES
+
+
+@pytest.mark.parametrize(("seconds", "back"), [(14.9, True), (15.1, False)])
+def test_where_one_step_in_five_exchanges_each_of_the_five_is_compared(seconds: float, back: bool) -> None:
+    run = Driven(replace(RULES, steps=5))
+    run.lose("cat")
+    run.close("ant", "bee")
+    run.send("cat", 0)
+    run.now += seconds
+    run.send("cat", 1)
+    assert ("cat" in run.core.awaited) == back
 
 
 def test_below_the_quorum_a_round_closes_without_targets() -> None:
