@@ -159,8 +159,7 @@ class Crew:
             nonlocal told
             found = addresses(self._folder.path)
             if announce and found is not None and found != told:
-                web = f"http://{found.metrics}"
-                self._view.note(f"live page: {web}/ (server {found.server}, metrics on {web}/metrics)")
+                self._view.note(str(found))
                 told = found
             return None if found is None else found.server
 

@@ -15,6 +15,7 @@ from codistill_server.app import ADDRESS_FILE
 __all__ = ["Addresses", "addresses", "find_server"]
 
 _POLL_SECONDS = 0.05
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Addresses:
 
     server: str
     metrics: str
+
+    def __str__(self) -> str:
+        apart = self.metrics.startswith(_LOOPBACK) and not self.server.startswith(_LOOPBACK)
+        where = " on the server's own machine" if apart else ""
+        web = f"http://{self.metrics}"
+        return f"live page{where}: {web}/ (server {self.server}, metrics on {web}/metrics)"
 
 
 def addresses(run_dir: Path) -> Addresses | None:

@@ -18,7 +18,7 @@ from torch import nn
 from codistill.identity import identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
-from codistill_worker import data, models
+from codistill_worker import data, models, weights
 from codistill_worker.app import student_folder
 from codistill_worker.checkpoints import CheckpointStore
 
@@ -86,8 +86,8 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         seed=0,
     )
     try:
-        model.load_state_dict(dict(checkpoint.model))
-    except RuntimeError as error:
+        weights.load(model, checkpoint.model)
+    except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise CommandError(
             f"the weights in {store.folder} do not fit model {plan.student.model!r}: {why}; was the model's code changed?"

@@ -283,7 +283,12 @@ class _Server:
             return coordinator.snapshot()
 
         def snapshot_from_elsewhere() -> pb.Run:
-            return asyncio.run_coroutine_threadsafe(snapshot(), loop).result(_SNAPSHOT_SECONDS)
+            asked = asyncio.run_coroutine_threadsafe(snapshot(), loop)
+            try:
+                return asked.result(_SNAPSHOT_SECONDS)
+            except TimeoutError:
+                asked.cancel()
+                raise TimeoutError(f"the rounds have not answered for {_SNAPSHOT_SECONDS:g} s") from None
 
         made = registry(observations, snapshot_from_elsewhere)
         if self._options.metrics is None:

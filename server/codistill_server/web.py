@@ -1,12 +1,14 @@
 """The HTTP port: the live page, its data, and the metrics.
 
 It only ever tells: GET and HEAD, a handful of paths, one request for each connection, and every connection is bounded in
-number and time, so that whoever knocks holds up neither the others for long nor the run at all.
+number and time, so that whoever knocks holds up neither the others for long nor the run at all. On loopback it answers to
+this machine's names only: a web site that has its own name lead here would otherwise read it in a browser of this machine.
 """
 
 from __future__ import annotations
 
 import gzip
+import ipaddress
 import logging
 import socket
 import socketserver
@@ -38,6 +40,7 @@ _COMPRESSED = 1024
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _METHODS = "GET, HEAD"
+_OWN_NAME = "localhost"
 _NOBODY_ELSE = "default-src 'none'; frame-ancestors 'none'"
 
 
@@ -81,6 +84,8 @@ class WebServer:
             answers = routes
 
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if ipaddress.ip_address(address[0]).is_loopback:
+            Handler.names = frozenset({_OWN_NAME, host.lower()})
 
         class Server(_Bounded):
             address_family = family
@@ -118,6 +123,7 @@ class WebServer:
 
 class _Handler(BaseHTTPRequestHandler):
     answers: Mapping[str, Callable[[str, str], _Answer]]
+    names: frozenset[str] | None = None  # those that it answers to; None for whatever it is called
     timeout = _READ_SECONDS
 
     def do_GET(self) -> None:
@@ -129,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(self._answer(), body=False)
 
     def _answer(self) -> _Answer:
+        if self.names is not None and not _is_called(self.headers.get("Host"), self.names):
+            line = "this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
+            return _Answer(line.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
         path, query = urlsplit(f"http://-{self.path}")[2:4] if self.path.startswith("/") else ("", "")
         answer = self.answers.get(path)
         if answer is None:
@@ -189,6 +198,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         """Writes nothing: whoever knocks must not fill the disk."""
+
+
+def _is_called(host: str | None, names: frozenset[str]) -> bool:
+    """Returns whether a request's Host is one of some names, or an address, which no web site can have as its name."""
+    if host is None:  # no browser leaves it out
+        return True
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in names or name.endswith(f".{_OWN_NAME}") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 class _Bounded(ThreadingHTTPServer):

@@ -123,5 +123,14 @@ def test_the_largest_find_their_places_first() -> None:
     assert shortage([SMALL, LARGE], [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}], {}).startswith("others use")
 
 
+def test_what_the_run_itself_uses_is_not_called_others() -> None:
+    nodes, free = [{"CPU": 2.0, "GPU": 1.0}], {"CPU": 0.0}
+    assert shortage([SMALL], nodes, free, placed=[SERVER, Bundle("student 'c'", 1, 1)]) == (
+        "student 'a' needs 1 CPU and 1 GPU, and no node has that left for it; the cluster has 2 CPUs and 1 GPU on 1 node, "
+        "0 CPUs and 0 GPUs free"
+    )
+    assert shortage([SMALL], nodes, free, placed=[SERVER]).startswith("others use")
+
+
 def test_amounts_in_words() -> None:
     assert amount({"CPU": 1, "GPU": 0.5, "memory": 3}) == "1 CPU and 0.5 GPUs"

@@ -60,7 +60,7 @@ def test_a_teacher_of_other_classes(tmp_path: Path) -> None:
     save_file(models.build("cnn", classes=100, channels=1, size=8, args={}, seed=0).state_dict(), weights)
     (found,) = problems(experiment(tmp_path, {"method": "kd"}, {"weights": str(weights)}))
     assert found.startswith(f"teachers.0.weights: {weights} does not fit model 'cnn' with 10 classes: size mismatch")
-    assert found.endswith("on data of as many classes")
+    assert found.endswith("on data of as many classes and images of its size")
 
 
 @pytest.mark.parametrize(("method", "who"), [("vid", "old"), ("vid", "mlp"), ("dcm", "cnn")])

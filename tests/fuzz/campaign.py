@@ -17,7 +17,7 @@ With a token (``--token``) every call of the honest carries it, and half of the 
 be refused for that, whatever else they are, and change nothing.
 
 One thing is not sent: a path that is not UTF-8, nor random bytes where headers may stand, which can unpack to one. It fells
-grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/test_app.py holds it to that.
+grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/test_app_port.py holds it to that.
 
 An input is one attack on a port, one call, one story, or one flood. It is drawn from (seed, kind, index) alone, so one
 command tells it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.

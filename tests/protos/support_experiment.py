@@ -8,6 +8,13 @@ import yaml
 
 from codistill.experiment import Experiment, parse
 
+DATASET_NAMES = "digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, image_folder"
+TOP = "data, distillation, exchange, name, seed, students, teachers, training"
+METHOD_ALLOWED = (
+    "allowed: independent, kd, logit_regression, born_again, vid, rkd_distance, rkd_angle, rkd, fddml, hddml, dml, dcm, "
+    "kdcl, cross_architecture, custom"
+)
+
 
 def document() -> dict[str, Any]:
     """Returns the smallest experiment there is: everything else is default."""

@@ -4,10 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.support_server import close_runs
+from server.support_server import Run, close_runs
 
 
 @pytest.fixture(autouse=True)
 def runs_are_closed() -> Iterator[None]:
     yield
     close_runs()
+
+
+@pytest.fixture
+def run() -> Run:
+    made = Run()
+    made.join_all()
+    return made

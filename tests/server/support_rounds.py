@@ -36,7 +36,6 @@ def machine_settings(examples: int, steps: int) -> settings:
     return settings(
         max_examples=examples,
         stateful_step_count=steps,
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
         print_blob=True,
     )

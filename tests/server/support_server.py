@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
 from codistill import PROTOCOL_VERSION
 from codistill.checksums import seal
+from codistill.distillation import Independent
 from codistill.experiment import Experiment, parse
 from codistill.identity import identity
 from codistill.records import Happened, Record
@@ -19,6 +21,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator, Submit, run_inline
 from codistill_server.journal import Journal
 from codistill_server.observations import Observations
+from codistill_server.refusals import Refused
 from codistill_server.round_events import Status
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
@@ -216,3 +219,15 @@ class Run:
 
     def events(self, what: str) -> list[Happened]:
         return [record for record in self.records if isinstance(record, Happened) and record.what == what]
+
+
+def refused(call: Callable[[], object]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value
+
+
+def independent_experiment(students: tuple[str, ...] = ("ant",)) -> Experiment:
+    return make_experiment().replace(
+        distillation=Independent(), students=[{"name": name, "model": "mlp"} for name in students]
+    )

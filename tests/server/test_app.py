@@ -10,18 +10,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from codistill import SESSION_KEY
 from codistill.checksums import seal_session
@@ -29,76 +23,16 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.identity import identity
 from codistill.records import Happened, read
-from codistill.security import Security, SecurityError
+from codistill.security import SecurityError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill_server import app
 from codistill_server.app import ADDRESS_FILE, JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
 from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.limits import Limits, Rate
 from codistill_server.round_events import Samples
+from server.support_app import PATIENCE, get, serving, until
 from server.support_server import contribution, join_request, make_experiment, sealed
-from support_certificates import TOKEN, WRONG_TOKEN, Certificates
-
-PATIENCE = 60.0
-SERVICE = "codistill.v1.Distillation"
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"not within {PATIENCE} s: {what}")
-
-
-@dataclass
-class Served:
-    """A server on a thread of this process."""
-
-    run_dir: Path
-    stop: threading.Event
-    thread: threading.Thread
-    outcome: list[ExitCode | Exception]
-    announced: dict[str, Any]
-
-    @property
-    def address(self) -> str:
-        return self.announced["address"]
-
-    def end(self) -> ExitCode | Exception:
-        """Waits until the server has ended by itself; returns how."""
-        self.thread.join(PATIENCE)
-        assert not self.thread.is_alive()
-        return self.outcome[0]
-
-
-@contextlib.contextmanager
-def serving(
-    folder: Path, experiment: Experiment | None = None, listen: str = "127.0.0.1:0", **options: Any
-) -> Generator[Served]:
-    run_dir, stop, outcome = folder / "run", threading.Event(), list[ExitCode | Exception]()
-    experiment = experiment or make_experiment()
-
-    def work() -> None:
-        try:
-            outcome.append(serve(experiment, ServeOptions(listen, run_dir, **options), stop))
-        except Exception as error:  # noqa: BLE001 - handed to the test
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        until(lambda: (run_dir / ADDRESS_FILE).exists() or outcome, "the server announces itself")
-        assert not outcome, outcome[0]
-        yield Served(run_dir, stop, thread, outcome, json.loads((run_dir / ADDRESS_FILE).read_text()))
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-    assert not (run_dir / ADDRESS_FILE).exists(), "the address goes with the server"
+from support_certificates import TOKEN, Certificates
 
 
 def refused(folder: Path, experiment: Experiment | None = None, **options: Any) -> ServerError:
@@ -390,187 +324,6 @@ class TestServing:
                 assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
 
 
-class TestHealth:
-    def test_serving_and_then_not(self, tmp_path: Path) -> None:
-        with serving(tmp_path) as served, grpc.insecure_channel(served.address) as channel:
-            health = cast("Any", health_pb2_grpc.HealthStub(channel))
-            for name in ("", SERVICE):
-                answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE)
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
-            watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
-            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-            served.stop.set()
-            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            watch.cancel()
-            assert served.end() is ExitCode.OK
-
-    @pytest.mark.parametrize("reflect", [True, False])
-    def test_reflection_is_there_if_asked_for(self, tmp_path: Path, reflect: bool) -> None:
-        with serving(tmp_path, reflect=reflect) as served, grpc.insecure_channel(served.address) as channel:
-            stub = cast("Any", reflection_pb2_grpc.ServerReflectionStub(channel))
-            asked = reflection_pb2.ServerReflectionRequest(list_services="")
-            call = stub.ServerReflectionInfo(iter([asked]), timeout=PATIENCE)
-            if reflect:
-                (answer,) = call
-                names = {service.name for service in answer.list_services_response.service}
-                assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-            else:
-                with pytest.raises(grpc.RpcError) as caught:
-                    list(call)
-                assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-    @pytest.mark.parametrize(
-        "path",
-        [
-            "/grpc.health.v1.Health/Check",
-            "/grpc.health.v1.Health/Watch",
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-        ],
-    )
-    def test_bytes_that_are_no_message_to_grpcs_own_services(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
-    ) -> None:
-        with serving(tmp_path, reflect=True) as served, grpc.insecure_channel(served.address) as channel:
-            call = cast("Any", channel.unary_stream(path))(b"\xff\xff\xff", timeout=PATIENCE)
-            with pytest.raises(grpc.RpcError) as caught:
-                list(call)
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert caught.value.details().startswith("3 bytes are not a grpc.")
-        assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
-class TestListening:
-    def test_a_path_that_is_not_utf8_ends_the_process_with_a_line_and_loses_no_round(self, tmp_path: Path) -> None:
-        """It ends grpc.aio's own loop, whoever sends it: a server that nobody reaches must not stay."""
-        experiment = make_experiment()
-        with serving(tmp_path, experiment) as served:
-            _call_raw(served.address, {b":path": b"/\xa4"}, _GOAWAY)
-            ended = served.end()
-        assert isinstance(ended, ServerError)
-        assert ended.code is ExitCode.ERROR
-        assert str(ended).startswith("gRPC stopped listening (UnicodeDecodeError")
-        assert str(ended).endswith("start the server again: the journal is whole")
-        with serving(tmp_path, experiment) as again:
-            assert _answers(again.address)
-
-    def test_headers_that_are_not_utf8_do_not_fill_the_log(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        with serving(tmp_path) as served:
-            for _ in range(20):
-                _call_raw(served.address, {b"x-anything": b"\xff\xfe"}, _HEADERS)
-            assert _answers(served.address)
-        (record,) = (each for each in caplog.records if each.levelname != "INFO")
-        assert record.getMessage() == (
-            r"a call has a header that is not UTF-8 (Invalid encoding on b'\xff\xfe'); 0 more before it"
-        )
-
-
-_HEADERS, _GOAWAY = 1, 7
-
-
-def _call_raw(address: str, changed: Mapping[bytes, bytes], until_frame: int) -> None:
-    """Calls GetRun with headers as no client would send, and waits for a frame of a kind or the connection's end."""
-
-    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-    fields = {
-        b":method": b"POST",
-        b":scheme": b"http",
-        b":path": f"/{SERVICE}/GetRun".encode(),
-        b":authority": b"x",
-        b"te": b"trailers",
-        b"content-type": b"application/grpc",
-        **changed,
-    }
-    block = b"".join(b"\0" + bytes([len(key)]) + key + bytes([len(value)]) + value for key, value in fields.items())
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as raw:
-        raw.sendall(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5))
-        )
-        with contextlib.suppress(ConnectionError):
-            until(lambda: _comes(raw, until_frame), f"frame {until_frame} from the server")
-
-
-def _comes(raw: socket.socket, kind: int) -> bool:
-    """Whether the next frame is of this kind, or there is none."""
-    head = raw.recv(9, socket.MSG_WAITALL)
-    if len(head) == 9:
-        raw.recv(int.from_bytes(head[:3], "big"), socket.MSG_WAITALL)
-    return len(head) < 9 or head[3] == kind
-
-
-def _answers(address: str) -> bool:
-    with grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
-        try:
-            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
-        except grpc.RpcError:
-            return False
-
-
-class TestToken:
-    """What is behind the token, and what is not."""
-
-    def test_health_is_open_and_nothing_else(self, tmp_path: Path, certificates: Certificates) -> None:
-        security = certificates.of(None, None, TOKEN)
-        with serving(tmp_path, reflect=True, security=security) as served:
-            for ours, refused in (
-                (Security(), True),
-                (certificates.of(None, None, WRONG_TOKEN), True),
-                (security, False),
-            ):
-                with ours.channel(served.address) as channel:
-                    health = cast("Any", health_pb2_grpc.HealthStub(channel))
-                    answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE)
-                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
-                    calls = [
-                        *(
-                            channel.unary_unary(f"/{SERVICE}/{name}")
-                            for name in ("Join", "Report", "Leave", "GetRun", "No")
-                        ),
-                        channel.unary_stream(f"/{SERVICE}/WatchRun"),
-                        channel.unary_stream("/grpc.health.v1.Health/Watch"),
-                        channel.stream_stream(f"/{SERVICE}/Exchange"),
-                        channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
-                    ]
-                    codes = {_code(call) for call in calls}
-                    unauthenticated = {grpc.StatusCode.UNAUTHENTICATED}
-                    assert codes == unauthenticated if refused else not codes & unauthenticated
-        assert not (served.run_dir / "events.jsonl").read_bytes()
-
-    def test_a_message_without_a_token_is_not_read(self, tmp_path: Path, certificates: Certificates) -> None:
-        """Its size is no matter then: the largest is refused for the token, not for the size."""
-        security = certificates.of(None, None, TOKEN)
-        with serving(tmp_path, security=security) as served, grpc.insecure_channel(served.address) as channel:
-            for _ in range(20):
-                with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(f"/{SERVICE}/Join")(b"\xff" * 2**20, timeout=PATIENCE)
-                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-
-def test_the_limits_are_those_given(tmp_path: Path) -> None:
-    limits = Limits(calls=Rate(1, 0.1))
-    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
-        stub = DistillationStub(channel)
-        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-class TestMetrics:
-    def test_over_http(self, tmp_path: Path) -> None:
-        with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
-            url = f"http://{served.announced['metrics']}/metrics"
-            assert 'codistill_students_present{run="small"} 0.0' in _get(url)
-            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
-            assert 'codistill_students_present{run="small"} 1.0' in _get(url)
-        with pytest.raises(urllib.error.URLError):
-            _get(url)
-
-
 def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
     experiment = make_experiment(exchange={"journal": {"durability": "power"}})
     path = tmp_path / "run" / JOURNAL_FILE
@@ -602,7 +355,7 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
         assert announced["pid"] == server.pid
         with grpc.insecure_channel(announced["address"]) as channel:
             DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
-        assert "codistill_run_info" in _get(f"http://{announced['metrics']}/metrics")
+        assert "codistill_run_info" in get(f"http://{announced['metrics']}/metrics")
         server.send_signal(number)
         output, _ = server.communicate(timeout=PATIENCE)
     finally:
@@ -610,26 +363,6 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
     assert server.returncode == 0, output
     assert "Traceback" not in output
     assert not address.exists()
-
-
-def _code(call: Any) -> grpc.StatusCode:
-    """Makes a call with a message that is none, and returns how it ends; a stream that stands is enough."""
-    try:
-        if isinstance(call, grpc.UnaryUnaryMultiCallable):
-            call(b"\xff", timeout=PATIENCE)
-        else:
-            request = iter([b"\xff"]) if isinstance(call, grpc.StreamStreamMultiCallable) else b"\xff"
-            stream = call(request, timeout=PATIENCE)
-            next(stream, None)
-            stream.cancel()
-    except grpc.RpcError as error:
-        return cast("Any", error).code()
-    return grpc.StatusCode.OK
-
-
-def _get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - the server of this test
-        return answer.read().decode()
 
 
 def _finish(address: str, experiment: Experiment) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,17 @@ from codistill.experiment import Experiment
 from codistill.tensors import decode, encode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.contributions import receive_limit
-from codistill_server.refusals import Refused
 from codistill_server.rounds import Presence, Status
-from server.support_server import BATCH, CLASSES, ROUNDS_PER_EPOCH, TOTAL_ROUNDS, Run, contribution, make_experiment
+from server.support_server import (
+    BATCH,
+    CLASSES,
+    ROUNDS_PER_EPOCH,
+    TOTAL_ROUNDS,
+    Run,
+    contribution,
+    make_experiment,
+    refused,
+)
 
 TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
 
@@ -26,12 +33,6 @@ def taught(method: str = "kd", **sections: Any) -> Experiment:
 
 def outputs(**shapes: list[int]) -> dict[str, list[int]]:
     return {name.replace("_", "/"): dims for name, dims in shapes.items()}
-
-
-def refused(call: Callable[[], object]) -> Refused:
-    with pytest.raises(Refused) as caught:
-        call()
-    return caught.value
 
 
 def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.Contribution:

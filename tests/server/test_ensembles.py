@@ -37,7 +37,7 @@ NEEDS_LABELS: dict[str, Labelled] = {
     "error_covariance": ensembles.error_covariance,
     "general_weights": ensembles.general_weights,
 }
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -240,7 +240,7 @@ def test_float16_on_the_wire_moves_linear_by_less_than_a_thousandth(K: int) -> N
     torch.testing.assert_close(probabilities(after / 2), probabilities(before / 2), rtol=0, atol=1e-3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(problems(scales=(1e4,), dtype=np.float32, students=(2, 4)))
 def test_extreme_logits_give_finite_targets(problem: Problem) -> None:
     logits, labels = problem

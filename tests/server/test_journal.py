@@ -190,7 +190,7 @@ class TestForget:
         assert journal.last_state() == b"state 2"
 
     @given(st.lists(st.one_of(st.just("append"), st.integers(0, 12)), max_size=30))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_any_course_keeps_a_contiguous_newest_part(self, course: list[str | int]) -> None:
         journal = Journal(None, IDENTITY)
         newest, oldest = -1, 0

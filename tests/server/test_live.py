@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,28 @@ def test_a_line_that_is_no_record_is_named(shown: Shown) -> None:
         file.write("{}\n")
     with pytest.raises(ValueError, match=r"events\.jsonl: line 5 is not a record"):
         shown.page.document()
+
+
+def test_pages_that_ask_together_wait_once_for_rounds_that_do_not_answer(shown: Shown) -> None:
+    answering = threading.Event()
+    asked = 0
+
+    def snapshot() -> pb.Run:
+        nonlocal asked
+        asked += 1
+        assert answering.wait(60)
+        raise TimeoutError("the rounds have not answered")
+
+    page = LivePage(load(shown.folder / "experiment.yaml"), shown.folder, snapshot, lambda: shown.now)
+    with ThreadPoolExecutor(4) as pages:
+        told = [pages.submit(page.now) for _ in range(4)]
+        answering.set()
+        assert [str(each.exception(60)) for each in told] == ["the rounds have not answered"] * 4
+    assert asked == 1
+    shown.now += 1
+    with pytest.raises(TimeoutError):
+        page.now()
+    assert asked == 2, "it is not taken for an answer for long"
 
 
 def test_the_page_knows_whether_it_is_watched(shown: Shown) -> None:

@@ -46,7 +46,7 @@ def problems(draw: st.DrawFn, scales: tuple[float, ...]) -> tuple[torch.Tensor, 
     return torch.from_numpy(logits), torch.from_numpy(labels)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(problems(scales=(1.0, 32.0, 1024.0)))
 def test_every_sample_is_solved_to_the_promised_gap(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, labels = problem

@@ -87,10 +87,44 @@ def test_the_pages_policy_is_in_the_page_too_and_its_title_is_text(served: WebSe
 
 @pytest.mark.parametrize("path", ["/nowhere", "/metrics/", "/../etc/passwd", "*", "http://h/metrics"])
 def test_another_path_is_not_found(served: WebServer, path: str) -> None:
-    status, headers, body = asked(served, path)
+    status, headers, body = asked(served, path, Host="localhost")
     assert status == 404
     assert headers["Content-Type"] == "text/plain; charset=utf-8"
     assert body == b"there is no such page here; there are /, /now.json, /run.json, /metrics\n"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil", "[::1", ""]
+)
+def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: WebServer, host: str, path: str) -> None:
+    status, headers, body = asked(served, path, Host=host)
+    assert status == 421
+    assert body == b"this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
+    assert "ETag" not in headers
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:1", "LOCALHOST", "run.localhost:9464", "127.0.0.1", "[::1]:9464", "192.0.2.7:80"]
+)
+def test_this_machine_s_names_and_addresses_are_answered(served: WebServer, host: str) -> None:
+    assert asked(served, "/now.json", Host=host)[0] == 200
+    assert raw(served, b"GET /metrics HTTP/1.0\r\n\r\n").splitlines()[0].endswith(b" 200 OK")
+
+
+def test_beyond_loopback_and_by_the_name_that_it_was_given_it_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: find({"Node": "127.0.0.1"}.get(host, host), *rest, **more)
+    )
+    for given, called, status in (("0.0.0.0", "node.example", 200), ("Node", "node", 200), ("Node", "other", 421)):  # noqa: S104
+        made = WebServer(given, 0, LivePage(EXPERIMENT, tmp_path, pb.Run), CollectorRegistry())
+        try:
+            assert asked(made, "/metrics", Host=called)[0] == status
+        finally:
+            made.close()
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "NONSENSE"])

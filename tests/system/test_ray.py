@@ -204,6 +204,8 @@ def test_a_ray_of_its_own_is_stopped_and_its_run_gone_on_with_on_a_cluster(
     own = start(*command, cwd=folder.parent, env=env)
     try:
         wait_for(lambda: own.poll() is not None or rounds_trained(folder) >= 30, "round 30", 90)
+        where = json.loads((folder / "server.json").read_text())
+        assert where["address"].startswith("127.0.0.1:"), "a Ray of its own is on loopback"
         session = wait_for(lambda: sessions_of(processes_of(folder)["server"]), "its Ray is known")
         own.send_signal(signal.SIGTERM)
         output, _ = own.communicate(timeout=60)
@@ -247,10 +249,12 @@ def test_a_cluster_without_what_is_asked_for(cluster: Cluster, folder: Path) -> 
         "students": [*CHANGES["students"], {"name": "large", "model": "mlp", "training": {"threads": 64}}],
     }
     path = experiment_file(folder.parent, **changes)
-    command = ("ray", path, "--run-dir", folder, "--address", cluster.address, "--wait-for-resources", "1")
+    command = ("ray", path, "--run-dir", folder, "--address", cluster.address, "--wait-for-resources", "3")
     code, output = run(*command, cwd=folder.parent, env=cluster.environment)
     assert code == ExitCode.NO_RESOURCES, output
-    assert "waiting for the Ray cluster, 0 s left" in output or "waiting for the Ray cluster, 1 s left" in output
+    assert len(re.findall(r"waiting for the Ray cluster, [12] s left: student 'large' needs 64 CPUs", output)) == 1, (
+        output
+    )
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "student 'large' needs 64 CPUs and 0 GPUs, and no node has that left for it" in error
     assert not folder.joinpath("driver.json").exists()

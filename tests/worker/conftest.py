@@ -20,7 +20,9 @@ from codistill.experiment import Experiment, parse
 from codistill.security import Security
 from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
 from codistill_worker import data
+from codistill_worker.client import GrpcExchange
 from codistill_worker.trainer import Published, Trainer
+from worker.support_exchange import Connect, wait_for
 
 CPU = torch.device("cpu")
 
@@ -220,3 +222,42 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Makes exchanges, closes them, and sees that no thread of theirs is left."""
+    before = set(threading.enumerate())
+    made: list[GrpcExchange] = []
+
+    def make(
+        address: str,
+        stop: threading.Event | None = None,
+        connect_timeout: float = 20,
+        give_up_after: float = 20,
+        silence_after: float = 20,
+        find: Callable[[], str | None] = lambda: None,
+    ) -> GrpcExchange:
+        made.append(
+            GrpcExchange(
+                address,
+                connect_timeout=connect_timeout,
+                give_up_after=give_up_after,
+                silence_after=silence_after,
+                stop=stop or threading.Event(),
+                find=find,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for exchange in made:
+        exchange.close()
+        exchange.close()  # a second time does nothing
+
+    def left() -> list[str]:
+        # gRPC names its threads after nobody; the server under test has one of its asyncio flavour's for the whole process.
+        after = [each.name for each in set(threading.enumerate()) - before if "_poll_wrapper" not in each.name]
+        return [name for name in after if name.startswith(("codistill-replies", "Thread-"))]
+
+    wait_for(lambda: not left(), "the threads of a closed exchange end")

@@ -23,7 +23,7 @@ from codistill.exit_codes import ExitCode
 from codistill.experiment import Experiment
 from codistill.participants import StudentPlan
 from codistill.training import Optimizer, Schedule
-from codistill_worker import augmentation, models, objectives
+from codistill_worker import augmentation, models, objectives, weights
 from codistill_worker.data import Dataset, Split
 from codistill_worker.errors import WorkerError
 from codistill_worker.networks import (
@@ -284,7 +284,7 @@ class Trainer:
             RuntimeError, ValueError, KeyError: it is of another model or optimiser.
         """
         self.abandon()
-        self.model.load_state_dict(dict(model))
+        weights.load(self.model, model)
         self.extra.load_state_dict(dict(extra))
         # A copy, as the optimiser would go on working in the very tensors that it is given.
         self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))

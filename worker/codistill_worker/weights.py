@@ -1,10 +1,10 @@
-"""A teacher's weights, from whatever file they are in; nothing is ever unpickled."""
+"""Weights: put into a model, and a teacher's from whatever file they are in; nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,16 @@ from torch import nn
 
 from codistill_worker import checkpoints
 from codistill_worker.errors import ConfigurationError
+from codistill_worker.memory import ran_out
+from codistill_worker.models.published import named_as_here
 
-__all__ = ["apply", "digest", "read"]
+__all__ = ["apply", "digest", "load", "read"]
 
-_NESTED = ("state_dict", "model")
+_NESTED = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before the names of the model that they wrap."""
+
+_OBJECTS = "it is damaged, or holds objects besides tensors, which are never unpickled"
 _ALLOWED = (
     "allowed are a run's folder, a checkpoint of one, a file of plain weights (.safetensors), or a state dict that "
     "torch.save wrote"
@@ -41,39 +47,63 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+                return _unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        why = " ".join(str(error).split())
+    except Exception as error:  # torch reads a damaged file as it comes, and fails as it comes
+        if ran_out(error):
+            raise
+        known = isinstance(error, SafetensorError | OSError | RuntimeError)
+        # torch's own words on objects in a file are how to have them unpickled.
+        why = " ".join(str(error).split()) if known and "weights_only" not in str(error) else _OBJECTS
         raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
     for key in _NESTED:
         if isinstance(found, Mapping) and isinstance(inner := cast("dict[str, Any]", found).get(key), Mapping):
             found = inner
     if not isinstance(found, Mapping) or not found:
         raise ConfigurationError(f"weights: {file} holds a {type(found).__name__}; {_ALLOWED}")
-    weights = cast("dict[str, Any]", found)
-    odd = next((key for key, value in weights.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None:
-        raise ConfigurationError(f"weights: {file}: {odd!r} is a {type(weights[odd]).__name__}, no tensor; {_ALLOWED}")
-    return weights
+    weights = cast("dict[Any, Any]", found)
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
+        if not isinstance(value, torch.Tensor):
+            raise ConfigurationError(f"weights: {file}: {key!r} is a {type(value).__name__}, no tensor; {_ALLOWED}")
+    return _unwrapped(weights)
+
+
+def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Puts weights into a model that has their very names.
+
+    A model's code may have versions, which a state dict carries beside its tensors and no other file does. There they
+    are taken to be the model's own, without which torchvision's MNASNet takes none. Counters of batches, which old files
+    lack, stay as they are.
+
+    Raises:
+        RuntimeError, ValueError: they are another model's.
+    """
+    own = model.state_dict()
+    state = OrderedDict((name, value) for name, value in own.items() if name.endswith("num_batches_tracked"))
+    state.update(weights)
+    versions = getattr(weights, "_metadata", None) or getattr(own, "_metadata")  # noqa: B009 - torch gives it no name
+    setattr(state, "_metadata", versions)  # noqa: B010 - as above
+    model.load_state_dict(state)
 
 
 def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
-    """Puts weights into a model, and freezes it.
+    """Puts a teacher's weights into a model, and freezes it.
 
     Raises:
         ConfigurationError: they are another model's, or have other classes.
     """
     try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
+        load(model, named_as_here(weights, reference))
+    except (RuntimeError, ValueError) as error:
         lines = str(error).splitlines()
         why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
         raise ConfigurationError(
-            f"weights: {path} does not fit model {reference!r} with {classes} classes: {why[:300]}; give the model and the "
-            "model_args that it was trained with, on data of as many classes"
+            f"weights: {path} does not fit model {reference!r} with {classes} classes: {why[:300].rstrip('.')}; give the "
+            "model and the model_args that it was trained with, on data of as many classes and images of its size"
         ) from error
     model.requires_grad_(False).eval()
 
@@ -85,6 +115,14 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
         found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         found.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Returns weights by the names that they have in the model itself; those of no wrapper as they are."""
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in weights):
+            return {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def _file_at(path: Path, name: str) -> Path:

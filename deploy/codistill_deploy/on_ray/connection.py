@@ -109,6 +109,9 @@ def _own(folder: Path, cpus: int) -> dict[str, Any]:
         os.environ[TOKEN] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else the students yield to whatever else runs here
+    # Else Ray takes the address below for that of this machine in its network, and listens for all of it. It is read when
+    # Ray is imported, and is about its addresses on every system.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     return {
         "address": "local",
         "num_cpus": max(cpus, os.cpu_count() or 1),

@@ -34,7 +34,9 @@ DEFAULT_WAIT = 600.0
 """Seconds that a run waits for what it asks of a cluster."""
 
 _LOCK = "host.lock"
+_PLACE_POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 15.0
+_FIRST_PROGRESS_SECONDS = 1.0  # a cluster that has room gives it by then
 _STARTING_SECONDS = 15.0  # an actor that has its place takes some seconds to come up
 _CALL_SECONDS = 5.0
 
@@ -122,33 +124,35 @@ class _Run:
     def _place(self, stop: threading.Event) -> Any:
         """Returns the placement group once all of it has its place; None if asked to stop before."""
         group = self._ray.util.placement_group([bundle.resources for bundle in self._bundles], strategy="PACK")
-        begun = self._told = time.monotonic()
+        begun = time.monotonic()
+        self._told = begun + _FIRST_PROGRESS_SECONDS - _PROGRESS_SECONDS
         placed = False
         try:
             while not stop.is_set():
-                placed = group.wait(0.5)
+                placed = group.wait(0)  # Ray takes whole seconds only, too long for one who stops the run
                 if placed:
                     return group
-                self._wait_for(self._bundles, time.monotonic() - begun)
+                self._wait_for(self._bundles, (), time.monotonic() - begun)
+                stop.wait(_PLACE_POLL_SECONDS)
             return None
         finally:
             if not placed:
                 self._ray.util.remove_placement_group(group)
 
-    def _wait_for(self, asked: Sequence[Bundle], waited: float) -> None:
+    def _wait_for(self, asked: Sequence[Bundle], placed: Sequence[Bundle], waited: float) -> None:
         """Says now and then what is waited for.
 
         Raises:
             CommandError: it has been waited for long enough.
         """
-        lacks = shortage(asked, self._nodes(), self._ray.available_resources())
+        lacks = shortage(asked, self._nodes(), self._ray.available_resources(), placed)
         if waited >= self._options.wait:
             raise CommandError(
                 f"the Ray cluster lacks resources: {lacks}; waited {waited:.0f} s; add nodes, free some, set training.device: "
                 "cpu, give --gpus-per-student less than 1, or wait longer with --wait-for-resources",
                 ExitCode.NO_RESOURCES,
             )
-        if time.monotonic() - self._told >= _PROGRESS_SECONDS or waited < 1 <= waited + 0.5:
+        if time.monotonic() - self._told >= _PROGRESS_SECONDS:
             self._told = time.monotonic()
             self._view.note(f"waiting for the Ray cluster, {self._options.wait - waited:.0f} s left: {lacks}")
 
@@ -203,7 +207,9 @@ class _Run:
         waiting = {index: now - life.begun for index, life in self._lives.items() if life.homeless}
         longest = max(waiting.values(), default=0.0)
         if longest >= _STARTING_SECONDS:
-            self._wait_for([self._bundles[index] for index in waiting], longest)
+            asked = [self._bundles[index] for index in waiting]
+            placed = [bundle for index, bundle in enumerate(self._bundles) if index not in waiting]
+            self._wait_for(asked, placed, longest)
 
 
 class _Life:

@@ -82,23 +82,28 @@ def bundles(experiment: Experiment, gpus: float, gpus_per_student: float | None 
     ]
 
 
-def shortage(asked: Sequence[Bundle], nodes: Sequence[Mapping[str, float]], free: Mapping[str, float]) -> str:
+def shortage(
+    asked: Sequence[Bundle],
+    nodes: Sequence[Mapping[str, float]],
+    free: Mapping[str, float],
+    placed: Sequence[Bundle] = (),
+) -> str:
     """Returns what a cluster lacks of what is asked for, as half a sentence that says what it has.
 
     Args:
         asked: the bundles that are to be placed.
         nodes: what each node has in all.
         free: what of it is free, on all nodes together.
+        placed: the run's bundles that have their place already.
     """
     have = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in _KINDS}
     there = f"the cluster has {amount(have)} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {amount(free)} free"
     left = [dict(node) for node in nodes]
     homeless: list[Bundle] = []
-    # The largest first, as it has the fewest places to go.
-    for bundle in sorted(asked, key=lambda each: (each.gpus, each.cpus), reverse=True):
+    for bundle in (*_largest_first(placed), *_largest_first(asked)):
         place = next((node for node in left if _fits(bundle, node)), None)
         if place is None:
-            homeless.append(bundle)
+            homeless += [bundle] if bundle in asked else []
             continue
         for kind, number in bundle.resources.items():
             place[kind] -= number
@@ -120,6 +125,11 @@ def _share(wanting: int, gpus: float) -> float:
         return 1.0
     # Ray counts in 1/10,000, and must not find k shares to be more than one.
     return math.floor(10_000 / math.ceil(wanting / math.floor(gpus))) / 10_000
+
+
+def _largest_first(bundles: Sequence[Bundle]) -> list[Bundle]:
+    """Returns bundles in the order in which they look for a place: the largest has the fewest."""
+    return sorted(bundles, key=lambda each: (each.gpus, each.cpus), reverse=True)
 
 
 def _fits(bundle: Bundle, node: Mapping[str, float]) -> bool:

@@ -65,7 +65,7 @@ class LivePage:
         self._started = format(time.time_ns(), "x")
         self._making_now = threading.Lock()
         self._making_document = threading.Lock()
-        self._now = ""
+        self._now: str | Exception = ""
         self._now_until = 0.0
         self._asked = -POLL_SECONDS * 2
         self._complete = False
@@ -85,14 +85,23 @@ class LivePage:
         self._now_until = 0.0
 
     def now(self) -> str:
-        """Returns where the run stands."""
+        """Returns where the run stands.
+
+        Raises:
+            Exception: what kept that from being known; who waited meanwhile is told the same, and waits no second time.
+        """
         with self._making_now:
             self._asked = self._clock()
             if self._asked >= self._now_until:
-                state = self._snapshot()
-                self._complete = state.complete
-                self._now = encoded(self._about(state))
+                try:
+                    state = self._snapshot()
+                    self._complete = state.complete
+                    self._now = encoded(self._about(state))
+                except Exception as error:  # noqa: BLE001 - raised below
+                    self._now = error
                 self._now_until = self._clock() + _NOW_SECONDS
+            if isinstance(self._now, Exception):
+                raise self._now
             return self._now
 
     def document(self) -> tuple[str, str]:
