@@ -30,7 +30,7 @@ demo: $(STAMP) ## three students learn digits, each alone and then together: the
 test: $(STAMP) ## all tests
 	@tools/test-requirements.sh
 	@$(BIN)/python -m pytest -m 'not system and not browser' -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m 'system or browser' -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -m 'system or browser' -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: $(STAMP) ## the tests that start no processes and no browser
 	@$(BIN)/python -m pytest -m 'not system and not browser'

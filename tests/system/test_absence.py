@@ -107,7 +107,7 @@ def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: P
     changes = {"exchange__journal": {"keep": "all"}, "distillation": {"method": "dml"}}
     two = [{"name": "mlp", "model": "mlp"}, {"name": "cnn", "model": "cnn"}]
     path = experiment_file(tmp_path, **changes, students=two)
-    code, output = run("run", path, "--run-dir", folder, cwd=tmp_path)
+    code, output = run("run", path, "--run-dir", folder, "--in-process", cwd=tmp_path)
     assert code == 0, output
     before = weights(folder)
     path = experiment_file(tmp_path, **changes, students=[*two, {"name": "late", "model": "mlp"}])

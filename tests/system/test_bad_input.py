@@ -96,14 +96,16 @@ def test_a_batch_larger_than_a_data_set_of_unknown_size(tmp_path: Path) -> None:
             return images, np.arange(30) % 3, images[:6], np.arange(6) % 3
     """
     (tmp_path / "few.py").write_text(textwrap.dedent(module))
-    path = experiment_file(tmp_path, data={"dataset": "few:make", "classes": 3}, training__batch_size=31)
+    path = experiment_file(
+        tmp_path, data={"dataset": "few:make", "classes": 3}, training__batch_size=31, students=STUDENTS[:2]
+    )
     code, output = run("run", path, "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert code == ExitCode.CONFIGURATION, output
     refused(output, "training.batch_size", "31", "30")
 
 
 def test_a_busy_port(tmp_path: Path) -> None:
-    path = experiment_file(tmp_path)
+    path = experiment_file(tmp_path, students=STUDENTS[:2])
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -205,6 +207,7 @@ def test_an_unreadable_checkpoint(tmp_path: Path) -> None:
     broken = tmp_path / "run" / "students" / "cnn" / "checkpoint.safetensors"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"this is no checkpoint")
-    code, output = run("run", path, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    work = ["work", path, "--student", "cnn", "--run-dir", tmp_path / "run", "--server", "127.0.0.1:1"]
+    code, output = run(*work, cwd=tmp_path)
     assert code == ExitCode.CONFIGURATION, output
-    refused(output, str(broken), "student 'cnn'", "remove")
+    refused(output, str(broken), "remove")

@@ -21,7 +21,7 @@ from system.support import assert_bit_equal, run, weights
 pytestmark = pytest.mark.system
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "methods"
-BY_THE_COMMAND = ("kd", "born_again")
+BY_THE_COMMAND = ("born_again",)
 """Examples that `codistill run` runs here; the others' processes are forked, which is cheaper."""
 
 

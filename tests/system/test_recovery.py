@@ -162,11 +162,14 @@ def test_a_run_whose_every_process_is_gone_is_resumed(
 
     run.resume()
     run.reach(80)
+    orphans = set(processes_of(folder).values())
+    assert len(orphans) == 3
     run.process.kill()  # only the command; the next one waits for its processes to end
     run.process.communicate()
 
     run.resume()
     run.reach(130)
+    assert not orphans & set(processes_of(folder).values()), "nothing outlives the command"
     run.strike(signal.SIGKILL, "server")
     run.await_restarts(1)
     run.process.send_signal(signal.SIGINT)  # while the server is away
