@@ -10,7 +10,7 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.security import Token
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server import app, methods
+from codistill_server import app, coordinator, methods
 from codistill_server.methods import mutual
 
 _Base: Any = app.Coordinator
@@ -25,12 +25,12 @@ class _Raises(_Base):
         super().leave(request)
 
 
-class _Admits(_Base):
+class _Admits(coordinator.Door):
     """A check is skipped for some values."""
 
-    def _check_join(self, request: pb.JoinRequest) -> None:
+    def check(self, request: pb.JoinRequest) -> None:
         if request.protocol_version == PROTOCOL_VERSION:
-            super()._check_join(request)
+            super().check(request)
 
 
 class _Keeps(_Base):
@@ -68,7 +68,7 @@ def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
 
 PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
-    "admits": _with_coordinator(_Admits),
+    "admits": lambda: setattr(coordinator, "Door", _Admits),
     "keeps": _with_coordinator(_Keeps),
     "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -173,7 +174,8 @@ def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, 
         for name, worker in run.workers.items():
             output, _ = worker.communicate(timeout=60)
             assert worker.returncode == ExitCode.UNREACHABLE, output
-            assert "went away and did not come back within 3 s" in output
+            # counted from the break of the connection, a moment after the wait began
+            assert re.search(r"went away and did not come back within (3|2\.\d) s", output), output
             assert "Traceback" not in output
             assert int(weights(run.folder)[name]["round"]) >= 20, "it was saved"
 
