@@ -270,7 +270,7 @@ def compare(
     from codistill_deploy.tables import comparison_table
 
     console.print()
-    console.print(comparison_table(folder))
+    console.print(comparison_table(folder, console))
     console.print()
     write_report(folder)
     raise typer.Exit(code)

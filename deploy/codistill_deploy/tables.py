@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,10 +14,14 @@ from codistill_deploy.comparison import Comparison, ComparisonIndex, Result, Spr
 __all__ = ["comparison_table"]
 
 
-def comparison_table(folder: Path) -> RenderableType:
+def comparison_table(folder: Path, console: Console) -> RenderableType:
     """Returns the table of a comparison: accuracy alone and together, and the gain.
 
-    Of a few methods it has a row for each student, of many a row for each method.
+    It has a row for each student where the methods have room beside each other, else a row for each method.
+
+    Args:
+        folder: the comparison's.
+        console: where it is to be shown.
 
     Raises:
         OSError: the folder holds no comparison.
@@ -28,12 +32,15 @@ def comparison_table(folder: Path) -> RenderableType:
     count = len(comparison.seeds)
     spread = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
     shown = f"test accuracy after the last epoch, {spread}; gain in percentage points"
-    if comparison.many:
+    table = _by_student(comparison)
+    unbounded = console.options.update(max_width=10_000)  # else it is measured as what it would be squeezed to
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table = _by_method(comparison)
         shown = f"test accuracy after the last epoch, {spread}: in %"
         if comparison.baseline is not None:
             shown += f" of {comparison.baseline}, of the others the gain in percentage points"
     return Group(
-        _by_method(comparison) if comparison.many else _by_student(comparison),
+        table,
         Text(shown, style="dim"),
         *(Text(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
         *(

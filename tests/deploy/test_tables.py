@@ -69,7 +69,7 @@ def written(tmp_path: Path, accuracies: Mapping[tuple[str, int], Mapping[str, fl
 
 def rows(folder: Path, width: int = 160) -> list[list[str]]:
     console = Console(file=io.StringIO(), width=width)
-    console.print(comparison_table(folder))
+    console.print(comparison_table(folder, console))
     assert isinstance(console.file, io.StringIO)
     return [line.split("  ") for line in console.file.getvalue().splitlines()]
 
@@ -90,7 +90,7 @@ def test_a_run_that_is_not_complete_is_named(folder: Path) -> None:
     assert "not complete: kdcl/naive, seed 1" in text
 
 
-def test_of_many_methods_each_has_a_row_and_it_fits_a_terminal(tmp_path: Path) -> None:
+def test_methods_that_have_no_room_beside_each_other_have_a_row_each(tmp_path: Path) -> None:
     shown = rows(written(tmp_path, ACCURACY | OTHERS), width=80)
     table = [[cell.strip() for cell in row if cell.strip()] for row in shown[:6]]
     assert table == [
