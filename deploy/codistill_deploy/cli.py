@@ -126,12 +126,9 @@ def run(
     wire = Wire(security, listen, metrics, announce=True, insecure=insecure)
     from codistill_deploy import generations
 
-    runs = [(loaded, folder)]
-    if generations.in_sequence(loaded):
-        runs = list(generations.planned(loaded, folder.path))
+    runs = generations.parts(loaded, folder.path, loaded.name)
     code = ExitCode.OK
-    for number, (one, place) in enumerate(runs, 1):
-        title = loaded.name if len(runs) == 1 else f"{loaded.name}, generation {number} of {len(runs)}"
+    for one, place, title in runs:
         if len(runs) > 1 and resume and generations.is_trained(place):
             console.print(f"{title}: trained already")
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,23 +106,14 @@ class _Planned:
     @property
     def indexed(self) -> IndexedRun:
         """What is compared: of several generations the last."""
-        compared = self.place
-        if generations.in_sequence(self.variant.experiment):
-            *_, (_, last) = generations.planned(self.variant.experiment, self.place)
-            compared = last.path
-        path = compared.relative_to(self.folder).as_posix()
+        *_, (_, compared, _) = generations.parts(self.variant.experiment, self.place, self.variant.title)
+        path = compared.path.relative_to(self.folder).as_posix()
         return IndexedRun(method=self.variant.title, seed=self.seed, path=path)
 
-    def parts(self) -> Iterator[tuple[Experiment, RunFolder, str]]:
-        """Yields what is to be run, one after the other, each with its folder and a title."""
-        title = f"{self.variant.title}, seed {self.seed}"
+    def parts(self) -> list[tuple[Experiment, RunFolder, str]]:
+        """Returns what is to be run, one after the other, each with its folder and a title."""
         teacher = None
         if self.variant.finds_teacher:
             teacher = best_alone(self.variant.experiment, RunFolder(self.folder / BASELINE / f"seed-{self.seed}"))
         experiment = self.variant.taught(self.seed, teacher)
-        if not generations.in_sequence(experiment):
-            yield experiment, RunFolder(self.place), title
-            return
-        runs = list(generations.planned(experiment, self.place))
-        for number, (one, place) in enumerate(runs, 1):
-            yield one, place, f"{title}, generation {number} of {len(runs)}"
+        return generations.parts(experiment, self.place, f"{self.variant.title}, seed {self.seed}")

@@ -14,7 +14,7 @@ from codistill_deploy.run_folder import RunFolder
 
 # A machine that only serves has no worker's part installed, and the other way round; each function imports what it needs.
 
-__all__ = ["as_teacher", "in_sequence", "is_trained", "planned", "refuse"]
+__all__ = ["as_teacher", "in_sequence", "is_trained", "parts", "planned", "refuse"]
 
 
 def in_sequence(experiment: Experiment) -> bool:
@@ -59,6 +59,18 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
         seed = derive(experiment.seed, "generation", number)
         one = method.model_copy(update={"generations": 1})
         yield experiment.replace(seed=seed, distillation=one, teachers=teachers), place
+
+
+def parts(experiment: Experiment, folder: Path, title: str) -> list[tuple[Experiment, RunFolder, str]]:
+    """Returns the runs of an experiment, first to last, each with its folder and a title: its generations, or itself.
+
+    Raises:
+        ExperimentError: as :func:`planned`.
+    """
+    if not in_sequence(experiment):
+        return [(experiment, RunFolder(folder), title)]
+    runs = list(planned(experiment, folder))
+    return [(one, place, f"{title}, generation {number} of {len(runs)}") for number, (one, place) in enumerate(runs, 1)]
 
 
 def as_teacher(student: Student, which: str, trained: RunFolder) -> Teacher:

@@ -209,7 +209,8 @@ def write_report(folder: Path) -> None:
 
 def find_modules_beside(experiment: Path) -> None:
     """Lets `package.module:callable` be found in the working folder and in the experiment file's."""
-    sys.path[:0] = [str(experiment.resolve().parent), str(Path.cwd())]
+    places = (str(experiment.resolve().parent), str(Path.cwd()))
+    sys.path[:0] = [each for each in places if each not in sys.path]  # of several runs each asks for it
 
 
 def stop_on_signals() -> threading.Event:

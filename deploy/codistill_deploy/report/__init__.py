@@ -12,7 +12,7 @@ from codistill.experiment import ExperimentError
 from codistill_deploy import comparison
 from codistill_deploy.comparison import ComparisonIndex
 from codistill_deploy.errors import CommandError
-from codistill_deploy.report.document import comparison_document, has_gains
+from codistill_deploy.report.document import comparison_document
 from codistill_deploy.report.figure import gain_svg
 from codistill_deploy.run_folder import write_atomically
 from codistill_server import history
@@ -42,10 +42,10 @@ def write(folder: Path) -> Path:
             for run in runs:
                 if run.history is not None:
                     _save(folder / run.path, run_document(run.history))
-            summary = comparison.summarise(runs, index.left_out)
-            if has_gains(summary):
-                write_atomically(folder / "gains.svg", gain_svg(summary, width=1072))
-            return _save(folder, comparison_document(summary, index.experiment))
+            document = comparison_document(comparison.summarise(runs, index.left_out), index.experiment)
+            if document["pictures"]:
+                write_atomically(folder / "gains.svg", document["pictures"]["wide"])
+            return _save(folder, document)
         if (folder / "experiment.yaml").is_file():
             return _save(folder, run_document(history.read(folder)))
     except ExperimentError as error:

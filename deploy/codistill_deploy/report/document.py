@@ -18,7 +18,7 @@ from codistill_deploy.report.figure import gain_svg
 from codistill_server.history import longest_wait, median_wait
 from codistill_server.page.columns import column, number, short, thinned
 
-__all__ = ["comparison_document", "has_gains"]
+__all__ = ["comparison_document"]
 
 
 def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
         "left_out": dict(comparison.left_out),
         "runs": [_compared(run) for run in comparison.runs],
         "pictures": {"wide": gain_svg(comparison, width=1072), "narrow": gain_svg(comparison, width=370)}
-        if has_gains(comparison)
+        if _has_gains(comparison)
         else None,
     }
 
@@ -91,8 +91,7 @@ def _curve(result: Result) -> dict[str, Any]:
     }
 
 
-def has_gains(comparison: Comparison) -> bool:
-    """Returns whether there is a gain to draw."""
+def _has_gains(comparison: Comparison) -> bool:
     return any(
         result.gain and result.gain.values for student in comparison.students for result in student.results.values()
     )
