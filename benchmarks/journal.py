@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.tensors import encode
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator
-from codistill_server.journal import ClosedRound, Journal
-from codistill_server.observations import Observations
-from codistill_server.round_events import Status
+from codistill_server.observability.state import Observations
+from codistill_server.rounds.events import Status
+from codistill_server.storage.journal import ClosedRound, Journal
 
 _STUDENTS = ("first", "second")
 

@@ -28,8 +28,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from codistill import records
-from codistill.data import Data
+from codistill.config.data import Data
+from codistill.rundir import records
 
 _ROUNDS_PER_EPOCH = 50
 _SIDE = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trustme
 
-from codistill.security import Security, Token
+from codistill.wire.security import Security, Token
 
 TOKEN = "correct-horse-battery-staple-4711"
 WRONG_TOKEN = "wrong-horse-battery-staple-4711"

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from codistill import exit_codes, experiment
-from codistill.data import DATASETS, DatasetInfo
+from codistill.config import experiment
+from codistill.config.data import DATASETS, DatasetInfo
+from codistill.process import exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 _CUSTOM_DATA = (
@@ -34,7 +35,7 @@ def experiment_page() -> str:
         "names the path, the value and what is allowed. Fields marked *operational* may differ between the processes of a",
         "run (a device, a folder, a time-out); all others must be the same for every worker and the server, and a worker",
         "whose experiment differs is refused with the field's name and both values.\n",
-        "This page is generated from `protos/codistill/experiment.py` and the modules of its sections. A complete example:\n",
+        "This page is generated from `protos/codistill/config/experiment.py` and the modules of its sections. A complete example:\n",
         "```yaml",
         (ROOT / "examples" / "digits.yaml").read_text(encoding="utf-8").strip(),
         "```\n",

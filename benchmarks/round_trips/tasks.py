@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import parse
-from codistill.identity import identity
-from codistill.tensors import decode, encode
+from codistill.config.experiment import parse
+from codistill.config.fingerprint import identity
+from codistill.peer.grpc import GrpcExchange
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.discovery import find_server
+from codistill.wire.tensors import decode, encode
+from codistill_deploy.supervise.discovery import find_server
 from codistill_server.app import ServeOptions, serve
 from codistill_server.ensembles import min_logit
-from codistill_worker.client import GrpcExchange
 from round_trips.course import Configuration, Course
 
 __all__ = ["Gather", "Serve", "Task", "Work", "experiment_of"]

@@ -1,5 +1,5 @@
 """Runs the command as `python -m codistill_deploy`."""
 
-from codistill_deploy.cli import main
+from codistill_deploy.cli.app import main
 
 main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codistill.exit_codes import ExitCode
+from codistill.process.exit_codes import ExitCode
 
 __all__ = ["CommandError"]
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from codistill.identity import identity
+from codistill.config.fingerprint import identity
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
-from codistill_worker import data, models, weights
+from codistill_worker import data, models
 from codistill_worker.app import student_folder
-from codistill_worker.checkpoints import CheckpointStore
+from codistill_worker.training import weights
+from codistill_worker.training.checkpoints import CheckpointStore
 
 __all__ = ["Exported", "export"]
 
@@ -36,7 +37,7 @@ class Exported:
 
 
 class _FromPixels(nn.Module):
-    """A network behind its normalisation, as :func:`codistill_worker.augmentation.normalise` does it, to the bit."""
+    """A network behind its normalisation, as :func:`codistill_worker.data.augmentation.normalise` does it, to the bit."""
 
     scale: torch.Tensor
     shift: torch.Tensor

@@ -3,7 +3,7 @@
 experiment.yaml         the resolved experiment
 run.json                when, with which command, versions and machine the run was started
 journal.sqlite          the closed rounds (the server's)
-metrics.jsonl           what was measured, events.jsonl what happened (the server's; codistill.records)
+metrics.jsonl           what was measured, events.jsonl what happened (the server's; codistill.rundir.records)
 supervisor.jsonl        which processes ended, and were started again (the command's)
 run.lock                held by the command and every process that it started; server.lock by a server
 start.lock              held by a server or a worker while it makes the folder a run's
@@ -32,9 +32,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from codistill import __version__
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, load
-from codistill.identity import difference, extends, identity
+from codistill.config.experiment import Experiment, load
+from codistill.config.fingerprint import difference, extends, identity
+from codistill.process.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
 
 __all__ = ["RunFolder", "holding", "write_atomically"]

@@ -3,13 +3,13 @@
 Both sides import this package; it imports neither.
 
 * :mod:`codistill.v1` holds the wire's messages, generated from ``distillation.proto``.
-* :mod:`codistill.tensors` turns tensors into messages and back.
-* :mod:`codistill.checksums` tells a message that was damaged on the way.
-* :mod:`codistill.experiment` is the experiment file, of sections that have a module each; :mod:`codistill.complaints`
-  says what is wrong with one, and :mod:`codistill.identity` what of it must be the same everywhere.
-* :mod:`codistill.records` is what a run writes down about itself.
-* :mod:`codistill.security` is what protects the wire; :mod:`codistill.handshake` says why it kept somebody out.
-* :mod:`codistill.exit_codes` is how a process of codistill ends.
+* :mod:`codistill.wire.tensors` turns tensors into messages and back.
+* :mod:`codistill.wire.checksum` tells a message that was damaged on the way.
+* :mod:`codistill.config.experiment` is the experiment file, of sections that have a module each; :mod:`codistill.config.errors`
+  says what is wrong with one, and :mod:`codistill.config.fingerprint` what of it must be the same everywhere.
+* :mod:`codistill.rundir.records` is what a run writes down about itself.
+* :mod:`codistill.wire.security` is what protects the wire; :mod:`codistill.wire.diagnose` says why it kept somebody out.
+* :mod:`codistill.process.exit_codes` is how a process of codistill ends.
 """
 
 PROTOCOL_VERSION = 2

@@ -22,26 +22,26 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.references import LoadError
-from codistill.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import LoadError
+from codistill.process.watchdog import Watchdog
+from codistill.rundir.address import ADDRESS_FILE, write_addresses
+from codistill.rundir.writer import Recorder
 from codistill.v1 import distillation_pb2 as pb
-from codistill.watchdog import Watchdog
-from codistill_server.address_file import ADDRESS_FILE, write_addresses
-from codistill_server.contributions import receive_limit
+from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
+from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
-from codistill_server.guard import TokenGuard
-from codistill_server.journal import Journal, JournalError
-from codistill_server.limits import Limits
-from codistill_server.metrics import registry
-from codistill_server.observations import Observations
-from codistill_server.page.live import POLL_SECONDS, LivePage
-from codistill_server.quiet import quiet
-from codistill_server.recorder import Recorder
-from codistill_server.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
-from codistill_server.web import WebServer
+from codistill_server.observability.dashboard.live import POLL_SECONDS, LivePage
+from codistill_server.observability.http import WebServer
+from codistill_server.observability.prometheus import registry
+from codistill_server.observability.state import Observations
+from codistill_server.ratelimit import Limits
+from codistill_server.rpc.auth import TokenGuard
+from codistill_server.rpc.log_filter import quiet
+from codistill_server.rpc.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
+from codistill_server.storage.journal import Journal, JournalError
 
 __all__ = ["JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
 

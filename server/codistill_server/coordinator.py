@@ -15,20 +15,17 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from codistill.checksums import seal
-from codistill.experiment import Experiment
-from codistill.rhythm import Rhythm
+from codistill.config.experiment import Experiment
+from codistill.config.schedule import Rhythm
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.checksum import seal
 from codistill_server import methods
-from codistill_server.absence import Absence
-from codistill_server.contributions import Contributions
-from codistill_server.door import Door
-from codistill_server.journal import ClosedRound, Journal
-from codistill_server.observations import Observations
-from codistill_server.refusals import Refused, printable
-from codistill_server.replies import dump_state, load_state, make_replies
-from codistill_server.reports import check_rounds, check_values
-from codistill_server.round_events import (
+from codistill_server.admission.contributions import Contributions
+from codistill_server.admission.joins import Door
+from codistill_server.admission.progress import check_rounds, check_values
+from codistill_server.errors import Refused, printable
+from codistill_server.observability.state import Observations
+from codistill_server.rounds.events import (
     Absent,
     Admit,
     Answer,
@@ -52,7 +49,10 @@ from codistill_server.round_events import (
     Status,
     Tick,
 )
-from codistill_server.rounds import Rounds, Rules
+from codistill_server.rounds.machine import Rounds, Rules
+from codistill_server.rounds.stragglers import Absence
+from codistill_server.storage.codec import dump_state, load_state, make_replies
+from codistill_server.storage.journal import ClosedRound, Journal
 
 __all__ = ["Coordinator", "Outbox", "Submit", "run_inline"]
 

@@ -12,10 +12,10 @@ import typer
 import yaml
 
 from codistill import __version__
-from codistill.experiment import load
-from codistill_deploy.cli import app
-from codistill_deploy.options import DEFAULT_SERVER
-from codistill_deploy.restarts import DEFAULT_RESTARTS
+from codistill.config.experiment import load
+from codistill_deploy.cli.app import app
+from codistill_deploy.cli.options import DEFAULT_SERVER
+from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text(encoding="utf-8")

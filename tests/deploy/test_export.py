@@ -15,16 +15,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import parse
+from codistill.config.experiment import parse
+from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.errors import CommandError
 from codistill_deploy.export import Exported, _FromPixels, export
-from codistill_deploy.in_process import run_in_process
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_worker import augmentation, data, models
-from codistill_worker.checkpoints import read
+from codistill_worker import data, models
+from codistill_worker.data import augmentation
 from codistill_worker.errors import ConfigurationError
+from codistill_worker.training.checkpoints import read
 
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 16, "dropout": 0.3},

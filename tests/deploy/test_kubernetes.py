@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from codistill import __version__
-from codistill.exit_codes import ExitCode
-from codistill.experiment import load
-from codistill_deploy.options import DEFAULT_SERVER
-from codistill_deploy.restarts import Ending, GiveUp, decide
+from codistill.config.experiment import load
+from codistill.process.exit_codes import ExitCode
+from codistill_deploy.cli.options import DEFAULT_SERVER
+from codistill_deploy.supervise.restart_policy import Ending, GiveUp, decide
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from codistill.exit_codes import ExitCode
+from codistill.process.exit_codes import ExitCode
 from codistill_deploy import run_folder
-from codistill_deploy.options import DEFAULT_SERVER
-from codistill_deploy.restarts import Ending, GiveUp, decide
+from codistill_deploy.cli.options import DEFAULT_SERVER
+from codistill_deploy.supervise.restart_policy import Ending, GiveUp, decide
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from codistill.exchange import Exchange
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.participants import Student
+from codistill.config.exchange import Exchange
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.config.participants import Student
+from codistill.process.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_server.app import JOURNAL_FILE
-from codistill_server.journal import ClosedRound, Journal
-from codistill_server.round_events import Samples
+from codistill_server.rounds.events import Samples
+from codistill_server.storage.journal import ClosedRound, Journal
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from codistill import SESSION_KEY
-from codistill.checksums import seal_session
-from codistill.security import TOKEN_KEY
 from codistill.v1 import distillation_pb2 as pb
-from fuzz import values
-from fuzz.doors import Door
+from codistill.wire.checksum import seal_session
+from codistill.wire.security import TOKEN_KEY
+from fuzz import generators
+from fuzz.endpoints import Door
 from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Model, Verdict, parsed, refusal
-from server.support_server import contribution, join_request
+from server.support import contribution, join_request
 
 PREFIX = "/codistill.v1.Distillation/"
 UNARY = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest, "GetRun": pb.GetRunRequest}
@@ -179,7 +179,7 @@ class Outsider:
 
     def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Verdict]:
         """Returns metadata that name a session which is over or never was, or that were damaged on the way."""
-        number = rng.choice((0, 1, 2, 3, values.number(rng), 10**18))
+        number = rng.choice((0, 1, 2, 3, generators.number(rng), 10**18))
         whole = seal_session(number)
         texts = (
             whole,
@@ -200,13 +200,13 @@ class Outsider:
         return ((SESSION_KEY, rng.choice(texts)),), refusal(Code.ABORTED, "session")
 
     def _noise(self, rng: random.Random) -> Call:
-        return self._call(rng, "noise", rng.choice(list(REQUESTS)), values.noise(rng))
+        return self._call(rng, "noise", rng.choice(list(REQUESTS)), generators.noise(rng))
 
     def _filled(self, rng: random.Random) -> Call:
         rpc = rng.choice(list(REQUESTS))
-        raw = values.fill(rng, REQUESTS[rpc](), rng.choice((0.3, 0.7, 1.0))).SerializeToString()
+        raw = generators.fill(rng, REQUESTS[rpc](), rng.choice((0.3, 0.7, 1.0))).SerializeToString()
         if rng.random() < 0.3:
-            raw = values.with_unknown_fields(rng, raw)
+            raw = generators.with_unknown_fields(rng, raw)
         return self._call(rng, "drawn message", rpc, raw)
 
     def _near(self, rng: random.Random) -> Call:
@@ -216,26 +216,26 @@ class Outsider:
         for _ in range(rng.randint(1, 3)):
             match rng.randrange(7):
                 case 0:
-                    request.protocol_version = values.number(rng, 32)
+                    request.protocol_version = generators.number(rng, 32)
                 case 1:
-                    request.student = values.text(rng)
+                    request.student = generators.text(rng)
                 case 2:
-                    request.experiment = rng.choice((values.text(rng), _altered(rng, request.experiment)))
+                    request.experiment = rng.choice((generators.text(rng), _altered(rng, request.experiment)))
                 case 3:
-                    request.data.digest = values.text(rng)
+                    request.data.digest = generators.text(rng)
                 case 4:
-                    request.data.train_samples = values.number(rng)
+                    request.data.train_samples = generators.number(rng)
                 case 5:
-                    values.fill(rng, request.outputs[values.text(rng)])
+                    generators.fill(rng, request.outputs[generators.text(rng)])
                 case _:
-                    request.first_round = values.number(rng) | 2**40
+                    request.first_round = generators.number(rng) | 2**40
         return self._call(rng, "join that differs", "Join", request.SerializeToString())
 
     def _spoilt(self, rng: random.Random) -> Call:
         rpc, raw = rng.choice(self._traffic)
         kind = "replayed traffic"
         if rng.random() < 0.85:
-            kind, raw = "mutated traffic", values.mutate(rng, raw, self._raw)
+            kind, raw = "mutated traffic", generators.mutate(rng, raw, self._raw)
         if rng.random() < 0.1:
             rpc = rng.choice(list(REQUESTS))
         return self._call(rng, kind, rpc, raw)
@@ -247,7 +247,9 @@ class Outsider:
     def _odd(self, rng: random.Random) -> Call:
         """The right messages in the wrong kind of call."""
         rpc = rng.choice(list(REQUESTS))
-        raw = rng.choice((b"", values.noise(rng), contribution(self._model.experiment, "ant", 0).SerializeToString()))
+        raw = rng.choice(
+            (b"", generators.noise(rng), contribution(self._model.experiment, "ant", 0).SerializeToString())
+        )
         made = self._call(rng, "odd call", rpc, raw)
         match rng.randrange(5):
             case 0:
@@ -275,8 +277,8 @@ class Outsider:
     def _neighbour(self, rng: random.Random) -> Call:
         """The services that come with every gRPC server."""
         if rng.random() < 0.6:
-            name = rng.choice(("", "codistill.v1.Distillation", "nobody", values.text(rng)))
-            raw = rng.choice((health_pb2.HealthCheckRequest(service=name).SerializeToString(), values.noise(rng)))
+            name = rng.choice(("", "codistill.v1.Distillation", "nobody", generators.text(rng)))
+            raw = rng.choice((health_pb2.HealthCheckRequest(service=name).SerializeToString(), generators.noise(rng)))
             request = parsed(health_pb2.HealthCheckRequest, raw)
             path = HEALTH + rng.choice(("Check", "Watch"))
             if not isinstance(request, health_pb2.HealthCheckRequest):
@@ -285,7 +287,7 @@ class Outsider:
             return Call("health", path, [raw], OK if known else refusal(Code.NOT_FOUND))
         request = reflection_pb2.ServerReflectionRequest()
         raws = [
-            rng.choice((values.fill(rng, request).SerializeToString(), values.noise(rng)))
+            rng.choice((generators.fill(rng, request).SerializeToString(), generators.noise(rng)))
             for _ in range(rng.randrange(4))
         ]
         bad = any(parsed(reflection_pb2.ServerReflectionRequest, raw) is None for raw in raws)

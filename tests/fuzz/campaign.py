@@ -41,17 +41,17 @@ from pathlib import Path
 import yaml
 from grpc_health.v1 import health_pb2
 
-from codistill.experiment import Experiment
-from codistill_server.contributions import receive_limit
+from codistill.config.experiment import Experiment
+from codistill_server.admission.contributions import receive_limit
 from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, locked_out, make
-from fuzz.doors import Door
+from fuzz.endpoints import Door
 from fuzz.floods import Flooder
-from fuzz.honest import TOTAL_ROUNDS, Student
+from fuzz.healthy_peers import TOTAL_ROUNDS, Student
 from fuzz.oracle import OK, Model
+from fuzz.scenarios import Teller
 from fuzz.serving import Serving, Usage
-from fuzz.stories import Teller
 from fuzz.tcp import Port
-from server.support_server import TRAIN_SAMPLES, make_experiment
+from server.support import TRAIN_SAMPLES, make_experiment
 
 HEALTHY, CHAOS, LIMITED = "healthy", "chaos", "limited"
 KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.858, "story": 0.04, "flood": 0.002}
@@ -300,7 +300,7 @@ class Campaign:
 
 @contextlib.asynccontextmanager
 async def campaign(folder: Path, seed: int, plant: str = "", token: str = "") -> AsyncGenerator[Campaign]:
-    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.plants` for it to find, `token` what its servers ask for."""
+    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.mutants` for it to find, `token` what its servers ask for."""
     experiments = {
         name: make_experiment(name=name, seed=number, exchange={"give_up_after": 60})
         for number, name in enumerate((HEALTHY, CHAOS, LIMITED))
@@ -321,7 +321,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="KIND/INDEX", help="one input, as a failure prints it")
-    parser.add_argument("--plant", default="", help="a bug of fuzz.plants to look for")
+    parser.add_argument("--plant", default="", help="a bug of fuzz.mutants to look for")
     parser.add_argument("--token", action="store_true", help="have the server ask for a token")
     options = parser.parse_args()
     if options.only:

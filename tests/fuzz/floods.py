@@ -11,14 +11,14 @@ from typing import Any
 
 import grpc.aio
 
-from codistill.experiment import Experiment
+from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.contributions import receive_limit
-from codistill_server.limits import Limits, Rate
+from codistill_server.admission.contributions import receive_limit
+from codistill_server.ratelimit import Limits, Rate
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
-from fuzz.doors import Door
+from fuzz.endpoints import Door
 from fuzz.oracle import Code, Verdict
-from server.support_server import join_request
+from server.support import join_request
 
 _LIMITS = Limits()
 _LATER = frozenset({Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE})

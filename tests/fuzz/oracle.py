@@ -17,12 +17,12 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from codistill import PROTOCOL_VERSION
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.tensors import encode
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import encode
 from codistill_server import methods
-from fuzz.values import CHECKSUM_TAG, is_whole
+from fuzz.generators import CHECKSUM_TAG, is_whole
 
 Code = grpc.StatusCode
 LARGEST_ROUNDS = 2**53

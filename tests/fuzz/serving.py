@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from codistill.experiment import Experiment, parse
-from codistill.identity import identity
-from codistill.security import Security, Token
+from codistill.config.experiment import Experiment, parse
+from codistill.config.fingerprint import identity
+from codistill.wire.security import Security, Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
-from codistill_server.journal import Journal
-from codistill_server.limits import Limits, Rate
-from codistill_server.round_events import StudentRecord
-from fuzz import plants
-from fuzz.doors import Door
+from codistill_server.ratelimit import Limits, Rate
+from codistill_server.rounds.events import StudentRecord
+from codistill_server.storage.journal import Journal
+from fuzz import mutants
+from fuzz.endpoints import Door
 
 PATIENCE = 60.0
 _BOUNDLESS = Rate(1e9, 1e9)
@@ -62,7 +62,7 @@ class Serving:
         first_sessions: what a run's sessions are numbered above; 0 unless named.
         limited: the runs with the limits of every server; the others have generous ones.
         token: what every call must carry; none if empty.
-        plant: the name of a bug to plant, of :mod:`fuzz.plants`.
+        plant: the name of a bug to plant, of :mod:`fuzz.mutants`.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(1)
     if config["plant"]:
-        plants.plant(config["plant"])
+        mutants.plant(config["plant"])
     asyncio.run(_serve(config))
 
 

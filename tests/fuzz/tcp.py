@@ -14,8 +14,8 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 
-from fuzz.doors import Door
-from fuzz.values import noise
+from fuzz.endpoints import Door
+from fuzz.generators import noise
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = struct.pack(">I", 0)[1:] + b"\x04\x00" + bytes(4)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from codistill import records
-from codistill.tensors import TensorError, decode
+from codistill.rundir import records
 from codistill.v1 import distillation_pb2 as pb
-from fuzz import values
+from codistill.wire.tensors import TensorError, decode
+from fuzz import generators
 from fuzz.campaign import TOKEN, FoundError, Report, campaign, share
 
 INPUTS = 2000
@@ -73,7 +73,7 @@ class TestTensors:
         rng = random.Random(5)
         decoded, refused = 0, list[str]()
         for _ in range(4000):
-            message = values.fill(rng, pb.Tensor())
+            message = generators.fill(rng, pb.Tensor())
             assert isinstance(message, pb.Tensor)
             if rng.random() < 0.5:  # sizes that may well be right
                 message.shape[:] = [rng.randrange(4) for _ in range(rng.randrange(4))]
@@ -102,7 +102,7 @@ class TestRecords:
         ]
         path, refused = tmp_path / "metrics.jsonl", list[str]()
         for _ in range(1000):
-            path.write_bytes(values.mutate(rng, b"".join(whole), whole))
+            path.write_bytes(generators.mutate(rng, b"".join(whole), whole))
             try:
                 list(records.read(path))
             except ValueError as error:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.support_server import Run, close_runs
+from server.support import Run, close_runs
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
+from codistill.config.experiment import Experiment
+from codistill.process.exit_codes import ExitCode
 from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
-from server.support_server import make_experiment
+from server.support import make_experiment
 
 PATIENCE = 60.0
 SERVICE = "codistill.v1.Distillation"

@@ -18,21 +18,21 @@ import grpc
 import pytest
 
 from codistill import SESSION_KEY
-from codistill.checksums import seal_session
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.records import Happened, read
-from codistill.security import SecurityError
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir.address import ADDRESS_FILE
+from codistill.rundir.records import Happened, read
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.checksum import seal_session
+from codistill.wire.security import SecurityError
 from codistill_server import app
-from codistill_server.address_file import ADDRESS_FILE
 from codistill_server.app import JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
-from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.round_events import Samples
+from codistill_server.rounds.events import Samples
+from codistill_server.storage.journal import ClosedRound, Journal, JournalError
+from server.support import contribution, join_request, make_experiment, sealed
 from server.support_app import PATIENCE, get, serving, until
-from server.support_server import contribution, join_request, make_experiment, sealed
 from support_certificates import TOKEN, Certificates
 
 
@@ -412,7 +412,7 @@ def test_an_event_loop_that_does_not_turn_ends_the_server(tmp_path: Path) -> Non
     script = """
         import sys, time
         from pathlib import Path
-        from codistill.experiment import load
+        from codistill.config.experiment import load
         from codistill_server import app
         app.Coordinator.tick = lambda self: time.sleep(1000)
         app.serve(load(Path(sys.argv[1])), app.ServeOptions("127.0.0.1:0", Path(sys.argv[2])))

@@ -13,14 +13,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from codistill.exit_codes import ExitCode
-from codistill.security import Security
+from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.security import Security
 from codistill_server.app import ServerError
-from codistill_server.limits import Limits, Rate
+from codistill_server.ratelimit import Limits, Rate
+from server.support import join_request, make_experiment
 from server.support_app import PATIENCE, SERVICE, get, serving, until
-from server.support_server import join_request, make_experiment
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from codistill.experiment import Experiment
-from codistill.identity import identity
-from codistill.records import Happened, RoundsClosed
-from codistill.tensors import decode, encode
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.rundir.records import Happened, RoundsClosed
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.journal import ClosedRound, Journal, JournalError
-from codistill_server.round_events import Presence, Status
-from server.support_server import (
+from codistill.wire.tensors import decode, encode
+from codistill_server.rounds.events import Presence, Status
+from codistill_server.storage.journal import ClosedRound, Journal, JournalError
+from server.support import (
     BATCH,
     CLASSES,
     HELD_OUT,

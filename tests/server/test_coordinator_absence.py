@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from codistill.identity import identity
-from codistill.tensors import decode, encode
+from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import decode, encode
 from codistill_server import methods
-from codistill_server.journal import ClosedRound, Journal
-from codistill_server.round_events import Status
-from server.support_server import (
+from codistill_server.rounds.events import Status
+from codistill_server.storage.journal import ClosedRound, Journal
+from server.support import (
     BATCH,
     CLASSES,
     HELD_OUT,

@@ -9,13 +9,13 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from codistill.experiment import Experiment
-from codistill.tensors import decode, encode
+from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.contributions import receive_limit
-from codistill_server.metrics import registry
-from codistill_server.rounds import Presence, Status
-from server.support_server import (
+from codistill.wire.tensors import decode, encode
+from codistill_server.admission.contributions import receive_limit
+from codistill_server.observability.prometheus import registry
+from codistill_server.rounds.machine import Presence, Status
+from server.support import (
     BATCH,
     CLASSES,
     ROUNDS_PER_EPOCH,

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, parse
-from codistill.identity import identity
+from codistill.config.experiment import Experiment, parse
+from codistill.config.fingerprint import identity
+from codistill.peer.session import Failure, Session
+from codistill.process.exit_codes import ExitCode
 from codistill_server.coordinator import Coordinator
-from codistill_server.round_events import Decide
-from codistill_worker.session import Failure, Session
+from codistill_server.rounds.events import Decide
 from simulation.kernel import Arm, Kernel
 from simulation.model import BATCH, CLASSES, HELD_OUT, GoingOn, Ledger, Reference, Violation
 from simulation.network import CLIENT_KEEPALIVE, SERVER_KEEPALIVE, Link, Stream, Weather

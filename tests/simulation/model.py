@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from codistill.checksums import seal
-from codistill.experiment import Experiment
-from codistill.tensors import decode, encode
+from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.checksum import seal
+from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 
 __all__ = [

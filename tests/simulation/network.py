@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from codistill_worker.session import Failure
+from codistill.peer.session import Failure
 from simulation.kernel import Kernel
 
 __all__ = ["CLIENT_KEEPALIVE", "SERVER_KEEPALIVE", "Link", "Stream", "Weather"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from codistill.checksums import is_whole
+from codistill.peer.session import Failure
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.checksum import is_whole
 from codistill_server.coordinator import Coordinator
-from codistill_server.journal import ClosedRound, Journal
-from codistill_server.observations import Observations
-from codistill_server.refusals import Refused
-from codistill_server.round_events import Decide, Status, StudentRecord
-from codistill_worker.session import Failure
+from codistill_server.errors import Refused
+from codistill_server.observability.state import Observations
+from codistill_server.rounds.events import Decide, Status, StudentRecord
+from codistill_server.storage.journal import ClosedRound, Journal
 from simulation.model import Violation
 from simulation.network import CLIENT_KEEPALIVE, Stream
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from codistill.peer.session import Session
 from codistill_server import coordinator as coordinator_module
 from codistill_server.coordinator import Coordinator
-from codistill_server.journal import ClosedRound
-from codistill_server.round_events import Action, Decide, End, Join, Restored
-from codistill_server.rounds import Rounds
-from codistill_worker.session import Session
+from codistill_server.rounds.events import Action, Decide, End, Join, Restored
+from codistill_server.rounds.machine import Rounds
+from codistill_server.storage.journal import ClosedRound
 from simulation.cluster import Outcome, Plant, simulate
 from simulation.model import GoingOn
 from simulation.server import DiskJournal

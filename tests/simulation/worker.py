@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codistill import PROTOCOL_VERSION
-from codistill.checksums import is_whole, seal
-from codistill.exit_codes import ExitCode
+from codistill.peer import session as core
+from codistill.peer.session import Failure
+from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_worker import session as core
+from codistill.wire.checksum import is_whole, seal
 from codistill_worker.errors import Interrupted, WorkerError
-from codistill_worker.session import Failure
 from simulation import model
 from simulation.kernel import Arm, Process, sleep
 from simulation.model import Violation
@@ -39,7 +39,7 @@ class Disk:
 
 
 class Store:
-    """The checkpoints as one process knows them; see :class:`codistill_worker.checkpoints.CheckpointStore`."""
+    """The checkpoints as one process knows them; see :class:`codistill_worker.training.checkpoints.CheckpointStore`."""
 
     def __init__(self, disk: Disk) -> None:
         self.disk = disk

@@ -33,10 +33,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from codistill.experiment import load
-from codistill_deploy.in_process import run_in_process
+from codistill.config.experiment import load
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
 from system.proxy import Proxy
 from system.support import COMMAND, assert_bit_equal, rounds_trained, weights
 

@@ -11,7 +11,7 @@ import multiprocessing
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from codistill.experiment import Experiment
+from codistill.config.experiment import Experiment
 from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
 from codistill_worker.app import WorkOptions, work
 from system.support import rounds_trained, wait_for

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from codistill_worker.checkpoints import read
+from codistill_worker.training.checkpoints import read
 
 COMMAND = [sys.executable, "-m", "codistill_deploy"]
 

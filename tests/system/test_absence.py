@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from codistill.exit_codes import ExitCode
-from codistill_worker.checkpoints import read
+from codistill.process.exit_codes import ExitCode
+from codistill_worker.training.checkpoints import read
 from system.support import experiment_file, processes_of, rounds_trained, run, start, wait_for, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from codistill.exit_codes import ExitCode
+from codistill.process.exit_codes import ExitCode
 from system.support import EXPERIMENT, experiment_file, run, start, wait_for
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]

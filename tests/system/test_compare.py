@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill_deploy.variants import METHODS
+from codistill_deploy.compare.plan import METHODS
 from system.support import EXPERIMENT, assert_bit_equal, experiment_file, run, weights
 
 pytestmark = pytest.mark.system

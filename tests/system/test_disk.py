@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import load
+from codistill.config.experiment import load
+from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.in_process import run_in_process
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
-from codistill_worker.checkpoints import read
 from codistill_worker.errors import WorkerError
-from system.parts import ALL_WELL, CHANGES, ROUNDS, running
+from codistill_worker.training.checkpoints import read
+from system.run_harness import ALL_WELL, CHANGES, ROUNDS, running
 from system.support import assert_bit_equal, experiment_file, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from codistill.experiment import load
-from codistill_deploy.in_process import run_in_process
+from codistill.config.experiment import load
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
 from system.support import assert_bit_equal, experiment_file, run, weights
 
 pytestmark = pytest.mark.system

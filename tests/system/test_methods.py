@@ -10,11 +10,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from codistill.experiment import load
-from codistill_deploy import generations
-from codistill_deploy.in_process import run_in_process
+from codistill.config.experiment import load
+from codistill_deploy.compare import generations
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
 from system.forked import run_forked
 from system.support import assert_bit_equal, run, weights
 

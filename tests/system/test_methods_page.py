@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from codistill.distillation import Distillation, Method
-from codistill.experiment import parse
+from codistill.config.experiment import parse
+from codistill.config.methods import Distillation, Method
 from codistill_server import methods
 from codistill_server.methods import Gathered
 from system.support import assert_bit_equal, run, weights

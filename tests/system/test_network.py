@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from codistill import PROTOCOL_VERSION, SESSION_KEY
-from codistill.checksums import seal, seal_session
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment, load
-from codistill.identity import identity
-from codistill.tensors import encode
+from codistill.config.experiment import Experiment, load
+from codistill.config.fingerprint import identity
+from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.checksum import seal, seal_session
+from codistill.wire.tensors import encode
 from codistill_worker import data
-from system.parts import ALL_WELL, CHANGES, PACE, ROUNDS, STUDENTS, running
+from system.run_harness import ALL_WELL, CHANGES, PACE, ROUNDS, STUDENTS, running
 from system.support import EXPERIMENT, assert_bit_equal, experiment_file, rounds_trained, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

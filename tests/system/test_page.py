@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.support_page import Page, Tab, browser, loaded, number, opened_browser
-from system.parts import CHANGES, STUDENTS
+from server.observability.dashboard.support import Page, Tab, browser, loaded, number, opened_browser
+from system.run_harness import CHANGES, STUDENTS
 from system.support import experiment_file, run, start, wait_for
 
 pytestmark = [pytest.mark.system, *browser]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill.exit_codes import ExitCode
+from codistill.process.exit_codes import ExitCode
 from system.support import (
     EXPERIMENT,
     experiment_file,

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from codistill.exit_codes import ExitCode
-from codistill.records import Happened, read
-from system.parts import CHANGES
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir.records import Happened, read
+from system.run_harness import CHANGES
 from system.support import (
     assert_bit_equal,
     environment,

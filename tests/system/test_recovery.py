@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import load
-from codistill.records import Happened, read
-from codistill_deploy.in_process import run_in_process
+from codistill.config.experiment import load
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir.records import Happened, read
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
 from system.support import (
     EXPERIMENT,
     assert_bit_equal,

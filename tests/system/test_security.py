@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import load
-from codistill_deploy.in_process import run_in_process
+from codistill.config.experiment import load
+from codistill.process.exit_codes import ExitCode
+from codistill_deploy.console.progress import PlainView
+from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.views import PlainView
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 from system.support import (
     EXPERIMENT,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from codistill.experiment import Experiment
-from codistill_worker.trainer import Trainer
+from codistill.config.experiment import Experiment
+from codistill_worker.training.trainer import Trainer
 
 Tiny = Callable[..., Experiment]
 MakeStudent = Callable[..., Trainer]

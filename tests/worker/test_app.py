@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
+from codistill.config.experiment import Experiment
+from codistill.peer.grpc import GrpcExchange
+from codistill.process.exit_codes import ExitCode
 from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, student_folder, work
-from codistill_worker.checkpoints import read
-from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.training.checkpoints import read
 
 Tiny = Callable[..., Experiment]
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from codistill.exit_codes import ExitCode
-from codistill.experiment import Experiment
-from codistill.participants import TeacherPlan
-from codistill.security import Security
-from codistill.watchdog import Watchdog
+from codistill.config.experiment import Experiment
+from codistill.config.participants import TeacherPlan
+from codistill.peer.grpc import GrpcExchange
+from codistill.process.exit_codes import ExitCode
+from codistill.process.watchdog import Watchdog
+from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.checkpoints import CheckpointStore
-from codistill_worker.client import GrpcExchange
 from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
-from codistill_worker.learner import Learner
 from codistill_worker.memory import ran_out
-from codistill_worker.teaching import Teaching
+from codistill_worker.student import Learner
+from codistill_worker.teacher import Teaching
+from codistill_worker.training.checkpoints import CheckpointStore
 
 __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
 

@@ -7,7 +7,7 @@ Interrupted              the worker was asked to stop while it waited
 
 from __future__ import annotations
 
-from codistill.exit_codes import ExitCode
+from codistill.process.exit_codes import ExitCode
 
 __all__ = ["ConfigurationError", "Interrupted", "WorkerError"]
 

@@ -1,6 +1,6 @@
 """A run's or a comparison's report: one HTML file that shows what happened.
 
-It is the page that a server shows while a run goes, :mod:`codistill_server.page`, with the document inside. A comparison's
+It is the page that a server shows while a run goes, :mod:`codistill_server.observability.dashboard`, with the document inside. A comparison's
 document is made here, as no server knows of comparisons.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codistill.experiment import ExperimentError
-from codistill_deploy import comparison
-from codistill_deploy.comparison import ComparisonIndex
+from codistill.config.experiment import ExperimentError
+from codistill.rundir import history
+from codistill_deploy.compare import statistics
+from codistill_deploy.compare.statistics import ComparisonIndex
 from codistill_deploy.errors import CommandError
 from codistill_deploy.report.document import comparison_document
 from codistill_deploy.report.figure import gain_svg
 from codistill_deploy.run_folder import write_atomically
-from codistill_server import history
-from codistill_server.page.document import run_document
-from codistill_server.page.rendering import render
+from codistill_server.observability.dashboard.document import run_document
+from codistill_server.observability.dashboard.html import render
 
 __all__ = ["ReportError", "comparison_document", "gain_svg", "write"]
 
@@ -38,11 +38,11 @@ def write(folder: Path) -> Path:
     try:
         if ComparisonIndex.path(folder).is_file():
             index = ComparisonIndex.read(folder)
-            runs = comparison.read_runs(folder, index)
+            runs = statistics.read_runs(folder, index)
             for run in runs:
                 if run.history is not None:
                     _save(folder / run.path, run_document(run.history))
-            document = comparison_document(comparison.summarise(runs, index.left_out), index.experiment)
+            document = comparison_document(statistics.summarise(runs, index.left_out), index.experiment)
             if document["pictures"]:
                 write_atomically(folder / "gains.svg", document["pictures"]["wide"])
             return _save(folder, document)

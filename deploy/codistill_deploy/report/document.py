@@ -3,7 +3,7 @@
 ``kind`` is ``"comparison"``; ``methods``, ``baseline``, ``many`` (whether methods stand one below the other), ``seeds``,
 ``students`` and ``means`` with a result for each method, ``incomplete``, ``left_out``, ``runs`` with a summary of each, and
 ``pictures`` (SVG of the gains). A run's document is
-:mod:`codistill_server.page.document`; numbers and series are made alike.
+:mod:`codistill_server.observability.dashboard.document`; numbers and series are made alike.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from codistill_deploy.comparison import Comparison, MethodRun, Result, Spread
+from codistill.rundir.history import longest_wait, median_wait
+from codistill_deploy.compare.statistics import Comparison, MethodRun, Result, Spread
 from codistill_deploy.report.figure import gain_svg
-from codistill_server.history import longest_wait, median_wait
-from codistill_server.page.columns import column, number, short, thinned
+from codistill_server.observability.dashboard.downsample import column, number, short, thinned
 
 __all__ = ["comparison_document"]
 

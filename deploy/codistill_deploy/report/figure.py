@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
-from codistill_deploy.comparison import Comparison, Result, Spread
-from codistill_server.page import palette
+from codistill_deploy.compare.statistics import Comparison, Result, Spread
+from codistill_server.observability.dashboard import palette
 
 __all__ = ["gain_svg"]
 

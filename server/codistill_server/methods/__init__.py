@@ -6,7 +6,7 @@ a loss. :mod:`.mechanism` says what a half is; a family of methods has a module 
 
 from __future__ import annotations
 
-from codistill_server.methods.mechanism import (
+from codistill_server.methods.base import (
     EMBEDDING,
     FEATURES,
     LOGITS,

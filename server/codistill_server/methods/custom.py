@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 
-from codistill import references
-from codistill.distillation import Custom
-from codistill.references import LoadError
-from codistill_server.methods.mechanism import Gathered, Output, ServerHalf, Targets
+from codistill.config.methods import Custom
+from codistill.process import plugins
+from codistill.process.plugins import LoadError
+from codistill_server.methods.base import Gathered, Output, ServerHalf, Targets
 
 __all__ = ["load"]
 
@@ -27,7 +27,7 @@ def load(settings: Custom) -> ServerHalf:
     Raises:
         LoadError: it cannot be imported, does not take the parameters, or returns no server half.
     """
-    half = references.call(settings.server, "distillation.server", settings.parameters)
+    half = plugins.call(settings.server, "distillation.server", settings.parameters)
     missing = [name for name in _NEEDED if not hasattr(half, name)]
     if missing:
         raise LoadError(
@@ -52,7 +52,7 @@ class _Told:
         try:
             targets = self._half.targets(gathered)
         except Exception as error:
-            raise LoadError(f"{self._name}: {references.explained(error, (_HERE,))}") from error
+            raise LoadError(f"{self._name}: {plugins.explained(error, (_HERE,))}") from error
         problem = next(_problems(targets, gathered), None)
         if problem is not None:
             raise LoadError(f"{self._name}: {problem}")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from codistill_server import stages
-from codistill_server.methods.mechanism import LOGITS, Arrays, Gathered, Output, Targets
+from codistill_server.ensembles import dense
+from codistill_server.methods.base import LOGITS, Arrays, Gathered, Output, Targets
 
 __all__ = ["Dense"]
 
@@ -29,11 +29,11 @@ class Dense:
     def targets(self, gathered: Gathered) -> Targets:
         """Returns to each `same` and `other`, [B, S, C], of S stages with the final classifier last."""
         logits = torch.stack([gathered.outputs[name] for name in self._names], 1)
-        shared = _arrays(*stages.pooled_dense_probabilities(logits)) if gathered.outsiders else None
+        shared = _arrays(*dense.pooled_dense_probabilities(logits)) if gathered.outsiders else None
         nothing: Arrays = {}
         if len(gathered.students) < 2:  # a student has no peers, and whoever asks later learns from it
             return Targets(shared=shared or {}, each=dict.fromkeys(gathered.students, nothing))
-        same, other = stages.dense_probabilities(logits)
+        same, other = dense.dense_probabilities(logits)
         each = {student: _arrays(same[place], other[place]) for place, student in enumerate(gathered.students)}
         return Targets(each=each, shared=shared)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from codistill.distillation import Kdcl
+from codistill.config.methods import Kdcl
 from codistill_server import ensembles
-from codistill_server.methods.mechanism import LOGITS, Arrays, Gathered, Output, ServerHalf, Targets
+from codistill_server.methods.base import LOGITS, Arrays, Gathered, Output, ServerHalf, Targets
 
 __all__ = ["Ensemble", "General", "Mean", "Mutual", "ensemble_of"]
 

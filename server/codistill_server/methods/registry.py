@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codistill.distillation import Distillation
+from codistill.config.methods import Distillation
 from codistill_server.methods import custom, layered, mutual, taught
-from codistill_server.methods.mechanism import EMBEDDING, FEATURES, LOGITS, ServerHalf
+from codistill_server.methods.base import EMBEDDING, FEATURES, LOGITS, ServerHalf
 
 __all__ = ["create"]
 

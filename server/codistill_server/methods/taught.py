@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from codistill_server import ensembles
-from codistill_server.methods.mechanism import LOGITS, NOTHING, Arrays, Gathered, Output, Targets
+from codistill_server.methods.base import LOGITS, NOTHING, Arrays, Gathered, Output, Targets
 
 __all__ = ["BornAgain", "Taught", "TaughtMutual"]
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from codistill.data import Data
+from codistill.config.data import Data
 from codistill_worker.data.folders import image_folder
 from codistill_worker.data.sources import Arrays, Files
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.vision import torchvision
+from codistill_worker.lazy_imports import torchvision
 
 __all__ = ["TORCHVISION", "digits", "imagenet", "torchvision_set"]
 

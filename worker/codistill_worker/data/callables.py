@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from codistill.data import Data
-from codistill_worker import references
+from codistill.config.data import Data
+from codistill_worker import plugins
 from codistill_worker.data.sources import Arrays
 from codistill_worker.errors import ConfigurationError, WorkerError
 from codistill_worker.memory import ran_out
@@ -31,14 +31,14 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
         WorkerError: it raised an error of its own.
     """
     where = f"data.dataset: {data.dataset!r}"
-    function = references.load(data.dataset, "data.dataset")
+    function = plugins.load(data.dataset, "data.dataset")
     arguments = _arguments(function, data, where)
     try:
         returned = function(*arguments)
     except Exception as error:
         if ran_out(error):
             raise
-        raise WorkerError(f"{where}: {references.explained(error)}") from error
+        raise WorkerError(f"{where}: {plugins.explained(error)}") from error
     parts = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if parts is None or len(parts) != 4:
         size = f" of {len(parts)}" if parts is not None else ""

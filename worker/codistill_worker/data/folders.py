@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from codistill.data import Data
+from codistill.config.data import Data
 from codistill_worker.data.sources import Files
 from codistill_worker.errors import ConfigurationError
 

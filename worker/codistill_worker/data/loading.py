@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from codistill.data import DATASETS, Data
-from codistill_worker import references
+from codistill.config.data import DATASETS, Data
+from codistill_worker import plugins
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set
 from codistill_worker.data.callables import from_callable
 from codistill_worker.data.dataset import Dataset, Split
@@ -113,7 +113,7 @@ def check(data: Data) -> None:
         ConfigurationError: it is not.
     """
     if data.dataset not in DATASETS:
-        references.load(data.dataset, "data.dataset")
+        plugins.load(data.dataset, "data.dataset")
     elif data.dataset == "image_folder" or (data.dataset == "imagenet" and not data.download):
         splits(data)
     elif data.dataset in TORCHVISION and not data.download and not Path(data.root).is_dir():

@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import nn
 
-from codistill_worker import references
+from codistill_worker import plugins
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.memory import ran_out
 from codistill_worker.models.cnn import cnn
@@ -67,12 +67,12 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
                 f"torchvision has no classifier {name!r}",
                 name,
                 names,
-                f"Allowed: {references.some(names)}, as torchvision.models.list_models() lists them",
+                f"Allowed: {plugins.some(names)}, as torchvision.models.list_models() lists them",
             )
     elif source == "timm":
         timm_name(name)
-    elif references.is_reference(reference):
-        names = references.accepted(references.load(reference, "model"))
+    elif plugins.is_reference(reference):
+        names = plugins.accepted(plugins.load(reference, "model"))
         if names is not None:
             refuse_unknown(args or {}, sorted(names - _SHAPE))
     else:
@@ -148,7 +148,7 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
         if ran_out(error):
             raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
-        why = references.explained(error) if own else str(error) or type(error).__name__
+        why = plugins.explained(error) if own else str(error) or type(error).__name__
         raise ConfigurationError(
             f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: {why}; "
             "choose another model, or other model_args or data.image_size"

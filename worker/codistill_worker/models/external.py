@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from codistill_worker import references
+from codistill_worker import plugins
 from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.lazy_imports import timm, torchvision
 from codistill_worker.memory import ran_out
 from codistill_worker.models import stems
-from codistill_worker.vision import timm, torchvision
 
 __all__ = [
     "from_callable",
@@ -122,9 +122,9 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
         ConfigurationError: it cannot be imported, does not take an argument, or returns no module.
         WorkerError: it raised an error of its own.
     """
-    function = references.load(reference, "model")
+    function = plugins.load(reference, "model")
     given = {"classes": classes, "channels": channels, "size": size}
-    names = references.accepted(function)
+    names = plugins.accepted(function)
     if names is not None:
         refuse_unknown(args, sorted(names - {*given}))
         given = {name: value for name, value in given.items() if name in names}
@@ -133,7 +133,7 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
     except Exception as error:
         if ran_out(error):
             raise
-        raise WorkerError(f"model: {reference!r}: {references.explained(error)}") from error
+        raise WorkerError(f"model: {reference!r}: {plugins.explained(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
     return model

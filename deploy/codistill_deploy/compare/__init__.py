@@ -1,0 +1,1 @@
+"""Comparing methods: which runs there are to be, their running, and the statistics over them."""

@@ -1,0 +1,1 @@
+"""What the command shows on a terminal: the progress of a run, and tables."""

@@ -1,0 +1,118 @@
+"""The comparison's table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from codistill_deploy.compare.statistics import Comparison, ComparisonIndex, Result, Spread, read_runs, summarise
+
+__all__ = ["comparison_table"]
+
+
+def comparison_table(folder: Path, console: Console) -> RenderableType:
+    """Returns the table of a comparison: accuracy alone and together, and the gain.
+
+    It has a row for each student where the methods have room beside each other, else a row for each method.
+
+    Args:
+        folder: the comparison's.
+        console: where it is to be shown.
+
+    Raises:
+        OSError: the folder holds no comparison.
+        ValueError: its index is damaged.
+    """
+    index = ComparisonIndex.read(folder)
+    comparison = summarise(read_runs(folder, index), index.left_out)
+    count = len(comparison.seeds)
+    spread = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+    shown = f"test accuracy after the last epoch, {spread}; gain in percentage points"
+    table = _by_student(comparison)
+    unbounded = console.options.update(max_width=10_000)  # else it is measured as what it would be squeezed to
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table = _by_method(comparison)
+        shown = f"test accuracy after the last epoch, {spread}: in %"
+        if comparison.baseline is not None:
+            shown += f" of {comparison.baseline}, of the others the gain in percentage points"
+    return Group(
+        table,
+        Text(shown, style="dim"),
+        *(Text(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
+        *(
+            Text(f"not complete: {each.method}, seed {each.seed}: {each.reason}", style="yellow")
+            for each in comparison.incomplete
+        ),
+    )
+
+
+def _by_student(comparison: Comparison) -> Table:
+    table = _empty()
+    table.add_column("student")
+    table.add_column("parameters", justify="right")
+    if comparison.baseline is not None:
+        table.add_column("alone", justify="right")
+    for method in comparison.others:
+        table.add_column(method, justify="right")
+        if comparison.baseline is not None:
+            table.add_column("gain", justify="right")
+    rows = [(each.name, each.parameters, each.results) for each in comparison.students]
+    for name, parameters, results in rows:
+        cells = _cells(comparison, results)
+        table.add_row(Text(name, style="bold"), f"{parameters:,}" if parameters else "–", *cells)
+    if len(rows) > 1:
+        table.add_row(Text("mean", style="italic"), "", *_cells(comparison, comparison.means))
+    return table
+
+
+def _by_method(comparison: Comparison) -> Table:
+    """Each student's accuracy alone in percent, then its gain with each method: narrow enough for a terminal."""
+    columns = [(each.name, each.results) for each in comparison.students]
+    if len(columns) > 1:
+        columns.append(("mean", comparison.means))
+    table = _empty(padding=2)
+    table.add_column("method", no_wrap=True)
+    for name, _ in columns:
+        table.add_column(Text(name), justify="right")
+    for method in comparison.methods:
+        cells = [
+            _percent(results[method].accuracy, unit="")
+            if comparison.baseline in (None, method)
+            else _points(results[method].gain)
+            for _, results in columns
+        ]
+        table.add_row(Text(method, style="bold"), *cells)
+    return table
+
+
+def _empty(padding: int = 3) -> Table:
+    return Table(box=None, pad_edge=False, header_style="bold", padding=(0, padding, 0, 0))
+
+
+def _cells(comparison: Comparison, by_method: Mapping[str, Result]) -> list[Text]:
+    cells: list[Text] = []
+    if comparison.baseline is not None:
+        cells.append(_percent(by_method[comparison.baseline].accuracy))
+    for method in comparison.others:
+        cells.append(_percent(by_method[method].accuracy))
+        if comparison.baseline is not None:
+            cells.append(_points(by_method[method].gain))
+    return cells
+
+
+def _percent(spread: Spread, unit: str = " %") -> Text:
+    if spread.mean is None:
+        return Text("–")
+    deviation = f" ± {100 * spread.deviation:.2f}" if spread.deviation is not None else ""
+    return Text(f"{100 * spread.mean:.2f}{unit}{deviation}")
+
+
+def _points(spread: Spread | None) -> Text:
+    if spread is None or spread.mean is None:
+        return Text("–")
+    deviation = f" ± {100 * spread.deviation:.2f}" if spread.deviation is not None else ""
+    return Text(f"{100 * spread.mean:+.2f}{deviation}", style="green" if spread.mean > 0 else "red")

@@ -1,0 +1,113 @@
+"""A run on this machine: the server and one worker process per student and teacher, kept alive and ended together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from codistill.config.experiment import Experiment
+from codistill.process.exit_codes import ExitCode
+from codistill.wire.security import Security
+from codistill_deploy.console.progress import View
+from codistill_deploy.run_folder import RunFolder
+from codistill_deploy.supervise import spec
+from codistill_deploy.supervise.child import Member, Port
+from codistill_deploy.supervise.process import Launch, Process
+from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
+from codistill_deploy.supervise.supervisor import Crew
+
+__all__ = ["LocalOptions", "run_local"]
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How a local run is run.
+
+    Attributes:
+        listen: the server's "HOST:PORT"; port 0 takes a free one.
+        metrics: the "HOST:PORT" of the live page and the metrics.
+        announce: note the addresses once the server is up.
+        search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
+        restarts: how often each process is started again; see :mod:`codistill_deploy.supervise.restart_policy`.
+        keep: descriptors that every process inherits: the lock on the run's folder.
+        security: TLS and token.
+        insecure: listen beyond this machine although nothing protects the port.
+    """
+
+    listen: str = "127.0.0.1:0"
+    metrics: str = "127.0.0.1:0"
+    announce: bool = False
+    search_path: Path | None = None
+    restarts: int = DEFAULT_RESTARTS
+    keep: tuple[int, ...] = ()
+    security: Security = field(default_factory=Security)
+    insecure: bool = False
+
+
+def run_local(
+    experiment: Experiment, folder: RunFolder, view: View, stop: threading.Event, options: LocalOptions | None = None
+) -> ExitCode:
+    """Runs an experiment with processes on this machine, and leaves none of them behind.
+
+    Args:
+        experiment: what to run.
+        folder: the run's folder, started; a run that it holds is gone on with.
+        view: where progress is shown.
+        stop: set to stop: the students are saved first. The caller may set it from a signal handler.
+        options: addresses.
+
+    Returns:
+        OK, or INTERRUPTED if it was stopped.
+
+    Raises:
+        CommandError: a process ended that the run needs; the text holds its own last line.
+    """
+    options = options or LocalOptions()
+    listen, metrics = Port(options.listen, "listen"), Port(options.metrics, "metrics")
+    reading, writing = os.pipe()
+    try:
+        launch = Launch(_environment(options), reading, options.keep)
+        again = f"codistill run … --run-dir {folder.path} --resume"
+        crew = Crew(experiment, folder, view, options.security, again=again)
+        server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)
+        workers = [_worker(part, folder, options, launch) for part in spec.workers(experiment, folder)]
+        return crew.run(server, workers, stop, announce=options.announce)
+    finally:
+        os.close(writing)
+        os.close(reading)
+        listen.close()
+        metrics.close()
+
+
+def _environment(options: LocalOptions) -> dict[str, str]:
+    environment = {**os.environ, **options.security.environment}
+    if options.search_path is not None:
+        paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return environment
+
+
+def _server(
+    folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str, hang_after: float
+) -> Member:
+    serve = [*spec.serve_arguments(folder), "--listen", listen, "--metrics", metrics]
+    serve += ["--insecure"] if options.insecure else []
+    command = [sys.executable, *serve]
+    return Member(
+        "the server",
+        "",
+        lambda: Process(command, folder.server_log, launch, hang_after),
+        folder.server_log,
+        options.restarts,
+        ends=False,
+    )
+
+
+def _worker(part: spec.Part, folder: RunFolder, options: LocalOptions, launch: Launch) -> Member:
+    command = [sys.executable, *spec.work_arguments(folder, part.name)]
+    begin = partial(Process, command, part.log, launch, part.hang_after)
+    return Member(part.title, part.name, begin, part.log, options.restarts)

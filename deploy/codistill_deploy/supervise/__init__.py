@@ -1,0 +1,1 @@
+"""Keeping the processes of a run alive: started, watched, started again, and ended together."""

@@ -1,0 +1,41 @@
+"""Ties child processes to the life of the process that started them.
+
+The parent holds the writing end of a pipe and each child the reading end. However the parent ends, SIGKILL included,
+the kernel closes its end, the child reads the end of the file, and stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from codistill.process.exit_codes import ExitCode
+
+__all__ = ["PARENT_VARIABLE", "follow_parent"]
+
+_log = logging.getLogger(__name__)
+
+PARENT_VARIABLE = "CODISTILL_PARENT_FD"
+"""The environment variable that names the pipe's descriptor to a child."""
+
+_GRACE_SECONDS = 10.0
+
+
+def follow_parent(stop: threading.Event) -> None:
+    """Sets `stop` when the parent dies, and ends this process for good if that has not ended it soon.
+
+    Does nothing in a process that was not started by one of ours.
+    """
+    descriptor = os.environ.pop(PARENT_VARIABLE, "")
+    if not descriptor.isdigit():
+        return
+
+    def wait() -> None:
+        os.read(int(descriptor), 1)
+        _log.error("the process that started this one is gone; stopping")
+        stop.set()
+        threading.Event().wait(_GRACE_SECONDS)
+        os._exit(ExitCode.INTERRUPTED)
+
+    threading.Thread(target=wait, name="codistill-parent", daemon=True).start()

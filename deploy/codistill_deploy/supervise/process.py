@@ -1,0 +1,136 @@
+"""One life of a process on this machine: started at once, asked how it does, told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codistill.process.exit_codes import ExitCode
+from codistill_deploy.supervise.heartbeat import PULSE_VARIABLE, Pulse
+from codistill_deploy.supervise.parent_death import PARENT_VARIABLE
+from codistill_deploy.supervise.restart_policy import Ending
+
+__all__ = ["Launch", "Process"]
+
+_KILL_SECONDS = 5.0
+_LOG_TAIL = 65536
+_SIGNS = 65536  # as many as a pipe holds: old ones must not pass for new ones
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How processes are started.
+
+    Attributes:
+        environment: their environment.
+        pipe: the reading end of the pipe that ties them to this process; see :mod:`codistill_deploy.supervise.parent_death`.
+        keep: further descriptors that they inherit.
+    """
+
+    environment: Mapping[str, str]
+    pipe: int
+    keep: tuple[int, ...] = ()
+
+
+class Process:
+    """A process from its start to its end.
+
+    Args:
+        arguments: its command line.
+        log: the file that its output is appended to.
+        launch: how it is started.
+        hang_after: seconds without a sign of life after which it is killed; see :mod:`codistill_deploy.supervise.heartbeat`.
+
+    Raises:
+        OSError: it cannot be started now.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, launch: Launch, hang_after: float) -> None:
+        self._log = log
+        self._hung: str | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last life
+        self._log_file = log.open("ab")
+        try:
+            self._signs, theirs = os.pipe()
+        except BaseException:
+            self._log_file.close()
+            raise
+        try:
+            os.set_blocking(self._signs, False)
+            self._log_start = log.stat().st_size
+            # A session of its own keeps the terminal's Ctrl-C from it: what it is told, the parent tells it.
+            self._process = subprocess.Popen(
+                [*arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log_file,
+                stderr=subprocess.STDOUT,
+                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe), PULSE_VARIABLE: str(theirs)},
+                pass_fds=(launch.pipe, theirs, *launch.keep),
+                start_new_session=True,
+            )
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            os.close(theirs)
+        self._pulse = Pulse(hang_after, time.monotonic())
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs. It has to be asked for again and again: that finds that it hangs, and kills it."""
+        code = self._process.poll()
+        if code is not None:
+            return code if self._hung is None else ExitCode.HUNG
+        if self._hung is None and not self._log_file.closed:
+            self._hung = self._pulse.tick(time.monotonic(), self._signs_given())
+            if self._hung is not None:
+                self._process.kill()
+        return None
+
+    def ending(self, ran: float) -> Ending:
+        """Returns how it ended, which it has, after so many seconds."""
+        code = self.code
+        assert code is not None  # noqa: S101 - the caller looked
+        return Ending(code, self._hung or (self._last_error() if code > 0 else ""), ran)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal if it runs."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Kills it if it runs, even if it is stopped, and closes its log."""
+        self.tell(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it, on a dead disk perhaps
+            self._process.wait(_KILL_SECONDS)
+        self._release()
+
+    def _release(self) -> None:
+        if not self._log_file.closed:
+            self._log_file.close()
+            os.close(self._signs)
+
+    def _signs_given(self) -> bytes:
+        try:
+            return os.read(self._signs, _SIGNS)
+        except BlockingIOError:
+            return b""
+
+    def _last_error(self) -> str:
+        """Returns the last error line that it printed, or its last line; it is near the log's end."""
+        try:
+            with self._log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, end - _LOG_TAIL))
+                lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"its log cannot be read: {error.strerror}"
+        errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else (lines[-1].strip() if lines else "it printed nothing")

@@ -1,0 +1,131 @@
+"""Whether a process that ended is started again: a pure policy, without a clock and without processes.
+
+What ended because of the machine or of others (a signal, no memory, a server that went away) is started again, after a
+pause that doubles. What ended because of itself is not: steps are deterministic, so an error that comes back at the same
+place comes back for ever.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from codistill.process.exit_codes import ExitCode
+
+__all__ = ["DEFAULT_RESTARTS", "RAN_WELL", "RESTARTS_OFF", "Ending", "GiveUp", "Restart", "decide"]
+
+DEFAULT_RESTARTS = 10
+RESTARTS_OFF = "restarts are turned off"
+
+RAN_WELL = 600.0
+"""A process that ran for so many seconds gets its restarts back."""
+
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+_NEVER = {
+    ExitCode.USAGE: "the command line stays wrong",
+    ExitCode.CONFIGURATION: "its cause stays",
+    ExitCode.REFUSED: "its cause stays",
+    ExitCode.DIVERGED: "a repeated step is the same step, so it would diverge again",
+    ExitCode.SUPERSEDED: "another worker trains this student",
+}
+_NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
+_WAITS = (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended.
+
+    Attributes:
+        code: its exit code; a signal's number, negative, if that killed it.
+        line: the last error that it printed, or its last line.
+        ran: for how many seconds it ran.
+        lost: what took it along, half a sentence, where that was not itself: the machine that it ran on.
+        started: whether it came to run at all; if not, `line` says what kept it from that.
+    """
+
+    code: int
+    line: str = ""
+    ran: float = 0.0
+    lost: str = ""
+    started: bool = True
+
+    def __str__(self) -> str:
+        if self.lost:
+            return f"was lost: {self.lost}"
+        if not self.started:
+            return f"could not be started: {self.line}"
+        if self.code < 0:
+            return f"was killed by {_signal_name(-self.code)}"
+        if self.code == ExitCode.OK:
+            return "ended before the run did"
+        return f"ended with exit code {self.code}: {self.line}"
+
+    def same_error(self, other: Ending) -> bool:
+        """Whether both are errors of their own, and the same one.
+
+        A signal, a request to end, a lack of memory, and what kept it from being started are none.
+        """
+        if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN or not self.started:
+            return False
+        return _without_addresses(self.line) == _without_addresses(other.line)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start it again after so many seconds: restart `number` of at most `limit`."""
+
+    after: float
+    number: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Do not start it again; `reason` says why, as half a sentence."""
+
+    reason: str
+
+
+def decide(ending: Ending, history: Sequence[Ending], limit: int, *, deterministic: bool = True) -> Restart | GiveUp:
+    """Decides about a process that ended although the run needs it.
+
+    Args:
+        ending: how it ended.
+        history: how its predecessors ended, oldest first; each was started again.
+        limit: how often it may be started again before it has run well.
+        deterministic: whether the same error comes back for ever. A worker repeats its steps; what a server meets is up to
+            its callers and its disk.
+    """
+    if limit == 0:
+        return GiveUp(RESTARTS_OFF)
+    if ending.code in _NEVER:
+        return GiveUp(_NEVER[ExitCode(ending.code)])
+    recent = _since_it_ran_well([*history, ending])
+    if deterministic and len(recent) > 1 and ending.same_error(recent[-2]):
+        return GiveUp("the same error came twice in a row, so it would come again")
+    if len(recent) > limit:
+        return GiveUp(f"{limit} restart{'s are' if limit > 1 else ' is'} used up")
+    number = len(recent)
+    return Restart(min(_FIRST_PAUSE * 2 ** min(number - 1, 30), _LONGEST_PAUSE), number, limit)
+
+
+def _since_it_ran_well(endings: Sequence[Ending]) -> Sequence[Ending]:
+    """Returns the endings from the last one on that came after a long life; one that ended in a long wait was none."""
+    long_lives = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL and ending.code not in _WAITS]
+    return endings[long_lives[-1] :] if long_lives else endings
+
+
+def _without_addresses(line: str) -> str:
+    return _ADDRESS.sub("0x", line)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

@@ -1,0 +1,188 @@
+"""The experiment file's `data` section, and what is known of the data sets that it names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from codistill.config.base import OPERATIONAL, REFERENCE, Section
+
+__all__ = ["DATASETS", "Augment", "Data", "DatasetInfo", "Normalize"]
+
+
+class DatasetInfo(BaseModel):
+    """What is known of a built-in data set without loading it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    classes: int | None
+    channels: int | None
+    size: int | None
+    about: str
+    train: int | None = None
+    test: int | None = None
+    divided: bool = False
+    """Whether train and test are drawn from one pool, so that more of one is less of the other."""
+
+
+DATASETS: Mapping[str, DatasetInfo] = {
+    "digits": DatasetInfo(
+        classes=10,
+        channels=1,
+        size=8,
+        train=1_347,
+        test=450,
+        divided=True,
+        about="scikit-learn's 1,797 handwritten digits; no download",
+    ),
+    "mnist": DatasetInfo(classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's MNIST"),
+    "fashion_mnist": DatasetInfo(
+        classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's Fashion-MNIST"
+    ),
+    "cifar10": DatasetInfo(classes=10, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-10"),
+    "cifar100": DatasetInfo(
+        classes=100, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-100"
+    ),
+    "imagenet": DatasetInfo(
+        classes=1000,
+        channels=3,
+        size=None,
+        train=1_281_167,
+        test=50_000,
+        about="torchvision's ImageNet; needs `image_size`",
+    ),
+    "image_folder": DatasetInfo(
+        classes=None,
+        channels=3,
+        size=None,
+        about="`root`/train/CLASS/* and `root`/test/CLASS/* (or val); needs `classes` and `image_size`",
+    ),
+}
+
+
+class Augment(Section):
+    """How training images are varied."""
+
+    crop_padding: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Pixels of zero padding around an image before a random crop of its own size; 0 for none.",
+    )
+    flip: bool = Field(default=False, description="Mirror an image left to right with probability ½.")
+    view: Literal["auto", "own", "shared"] = Field(
+        default="auto",
+        description="`own`: every student draws its own crop and flip of the same sample; `shared`: all see the same; `auto`: `shared` where a teacher teaches, `own` elsewhere.",
+    )
+
+
+class Normalize(Section):
+    """Channel statistics, of pixel values scaled to 0..1."""
+
+    mean: tuple[float, ...] = Field(description="Mean of each channel.", min_length=1, strict=False)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        description="Standard deviation of each channel.", min_length=1, strict=False
+    )
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Normalize:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}; give as many of each")
+        return self
+
+
+class Data(Section):
+    """What the students learn."""
+
+    dataset: str = Field(
+        description="One of `"
+        + "`, `".join(DATASETS)
+        + "`, or `package.module:callable`, which every process calls and which must return the same in each: seed whatever it draws."
+    )
+    root: str = Field(
+        default="data",
+        description="Folder that holds the data set's files; not used by `digits`.",
+        json_schema_extra=OPERATIONAL,
+    )
+    download: bool = Field(
+        default=False,
+        description="Let torchvision download the data set into `root` if it is not there.",
+        json_schema_extra=OPERATIONAL,
+    )
+    classes: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_000_000,
+        description="Number of classes; known for the built-in sets, needed for the others.",
+    )
+    image_size: int | None = Field(
+        default=None, ge=4, le=1024, description="Height and width that images of files are resized and cropped to."
+    )
+    train_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train on this many samples, drawn by `split_seed`; all by default. `digits` has no test split of its own: it trains on 1,347 by default and tests on the rest.",
+    )
+    test_size: int | None = Field(
+        default=None, ge=1, description="Test on this many samples, drawn by `split_seed`; all by default."
+    )
+    held_out: int = Field(
+        default=0,
+        ge=0,
+        description="Training samples set aside, on which `kdcl` with the `general` ensemble measures its weights once an epoch.",
+    )
+    split_seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of `train_size`, `test_size` and `held_out`; apart from `seed`, so that runs with other seeds use the same split.",
+    )
+    augment: Augment = Field(default_factory=Augment, description="How training images are varied.")
+    normalize: Normalize | None = Field(
+        default=None,
+        description="Channel statistics; measured on the training samples by default (ImageNet's for `imagenet`).",
+    )
+    memory_limit_gib: float = Field(
+        default=4.0,
+        gt=0,
+        description="Decoded images up to this size are kept on the device as uint8; a larger set streams from disk.",
+        json_schema_extra=OPERATIONAL,
+    )
+    loader_workers: int = Field(
+        default=2,
+        ge=0,
+        le=256,
+        description="Threads that decode images where the set streams from disk.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value in DATASETS or REFERENCE.fullmatch(value):
+            return value
+        close = difflib.get_close_matches(value, DATASETS, 1)
+        hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+        raise ValueError(f"unknown data set; {hint}: {', '.join(DATASETS)}, or package.module:callable")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        known = DATASETS.get(self.dataset)
+        if known is not None and known.classes is not None and self.classes not in (None, known.classes):
+            raise ValueError(f"classes: {self.classes}, but {self.dataset} has {known.classes}; leave it out")
+        if (known is None or known.classes is None) and self.classes is None:
+            raise ValueError(f"dataset {self.dataset} needs `classes`, its number of classes")
+        if known is not None and known.size is None and self.image_size is None:
+            raise ValueError(f"dataset {self.dataset} needs `image_size`, the height and width to resize images to")
+        return self
+
+    @property
+    def class_count(self) -> int:
+        """The number of classes, given or known."""
+        known = DATASETS.get(self.dataset)
+        count = self.classes or (known.classes if known else None)
+        assert count is not None  # noqa: S101 - _complete saw to it
+        return count

@@ -1,0 +1,113 @@
+"""The experiment file's `students` and `teachers`, what each may have of its own, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from codistill.config.base import OPERATIONAL, Section, plain_values
+from codistill.config.data import Data
+from codistill.config.errors import DEVICE, NAME
+from codistill.config.methods import Distillation, DistillationOverrides
+from codistill.config.training import Training
+
+__all__ = ["Student", "StudentPlan", "Teacher", "TeacherPlan"]
+
+
+class TrainingOverrides(Section):
+    """What of `training` one student may have of its own."""
+
+    optimizer: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.optimizer`.")
+    schedule: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.schedule`.")
+    clip_norm: float | None = Field(default=None, gt=0, description="As in `training`.")
+    device: str | None = Field(
+        default=None,
+        pattern=DEVICE,
+        description="As in `training`.",
+        json_schema_extra=OPERATIONAL,
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
+    channels_last: bool | None = Field(default=None, description="As in `training`.")
+    threads: int | None = Field(default=None, ge=1, le=256, description="As in `training`.")
+
+
+class DataOverrides(Section):
+    """What of `data` one student may have of its own."""
+
+    augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
+
+
+class Student(Section):
+    """One student: a model, and whatever it does differently from the others."""
+
+    name: str = Field(
+        pattern=NAME,
+        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
+    )
+    model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the model: text, finite numbers, lists, maps."
+    )
+    training: TrainingOverrides = Field(
+        default_factory=TrainingOverrides, description="What this student trains differently."
+    )
+    data: DataOverrides = Field(default_factory=DataOverrides, description="What this student sees differently.")
+    distillation: DistillationOverrides = Field(
+        default_factory=DistillationOverrides, description="What this student distils differently."
+    )
+
+    @field_validator("model_args")
+    @classmethod
+    def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return plain_values(value)
+
+
+class TeacherTraining(Section):
+    """What of `training` a teacher has of its own: how it is run, as it learns nothing."""
+
+    device: str | None = Field(
+        default=None, pattern=DEVICE, description="As in `training`.", json_schema_extra=OPERATIONAL
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
+    channels_last: bool | None = Field(default=None, description="As in `training`.")
+    threads: int | None = Field(default=None, ge=1, le=256, description="As in `training`.")
+
+
+class Teacher(Section):
+    """One teacher: a model with weights that never change."""
+
+    name: str = Field(
+        pattern=NAME,
+        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have it.",
+    )
+    model: str = Field(description="As a student's.")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="As a student's.")
+    weights: str = Field(
+        description="A run's folder or one of its checkpoints, or a file of plain weights: `.safetensors`, or a state dict as `torch.save` writes it.",
+        json_schema_extra=OPERATIONAL,
+    )
+    training: TeacherTraining = Field(default_factory=TeacherTraining, description="How it is run.")
+
+    @field_validator("model_args")
+    @classmethod
+    def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return plain_values(value)
+
+
+class TeacherPlan(Section):
+    """One teacher's settings with every override applied; see :meth:`Experiment.teacher_plan`."""
+
+    teacher: Teacher
+    data: Data
+    training: Training
+    distillation: Distillation
+
+
+class StudentPlan(Section):
+    """One student's settings with every override applied; see :meth:`Experiment.plan`."""
+
+    student: Student
+    data: Data
+    training: Training
+    distillation: Distillation

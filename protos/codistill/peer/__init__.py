@@ -1,0 +1,1 @@
+"""Taking part in a run: the session with a server, and the order of the samples."""

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: every path, lock and file format, once."""

@@ -1,0 +1,90 @@
+"""Writes a run's records to its folder as JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from codistill.rundir.records import Happened, Record
+
+__all__ = ["Recorder"]
+
+_log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Appends events to one file and what was measured to another; without a folder it drops them.
+
+    A record that cannot be written (a full disk) is logged, once until writing works again: records describe the
+    training, they must not end it.
+
+    Args:
+        folder: the run's folder.
+        events: the file of the events.
+        metrics: the file of all other records; None drops those.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+
+    def __init__(
+        self, folder: Path | None, events: str = "events.jsonl", metrics: str | None = "metrics.jsonl"
+    ) -> None:
+        self._events, self._metrics = events, metrics
+        self._files: dict[str | None, BinaryIO] = {}
+        self._failing = False
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                for name in (metrics, events):
+                    if name is not None:
+                        self._files[name] = _open(folder / name)
+            except OSError:
+                self.close()
+                raise
+
+    def write(self, record: Record) -> None:
+        """Appends one record and hands it to the operating system."""
+        file = self._files.get(self._events if isinstance(record, Happened) else self._metrics)
+        if file is None:
+            return
+        try:
+            _append(file, record.model_dump_json().encode() + b"\n")
+        except OSError as error:
+            if not self._failing:
+                _log.error("%s cannot be written: %s; training goes on without records", file.name, error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    """Writes a line, all of it or nothing: half a line would spoil the one that is written after it."""
+    whole = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(whole)
+        raise
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens for appending, unbuffered, after cutting off an unfinished last line that a killed process left."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+    return path.open("ab", buffering=0)

@@ -1,0 +1,1 @@
+"""What crosses the network: tensors, checksums, TLS and tokens."""

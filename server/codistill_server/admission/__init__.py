@@ -1,0 +1,1 @@
+"""What is checked of a message before anything in it is believed."""

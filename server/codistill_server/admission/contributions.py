@@ -1,0 +1,170 @@
+"""What students and teachers publish: how large it may be, its reading, and the gathering of a round's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.config.schedule import Rhythm
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import TensorError, check, decode, encoded_size
+from codistill_server import methods
+from codistill_server.errors import Refused
+from codistill_server.rounds.events import Contribution, Decide, Samples, Status
+
+__all__ = ["Contributions", "receive_limit"]
+
+_LARGEST_LOGIT = 1e30  # what the ensembles compute with; sums and differences stay finite in float32
+
+
+def receive_limit(experiment: Experiment) -> int:
+    """Returns the size in bytes of the largest message that an experiment can need.
+
+    That is a contribution with its held-out samples and the largest outputs that the method takes, or a join with the
+    experiment's identity, and 64 KiB on top for names and lengths.
+    """
+    half = methods.create(experiment.distillation)
+    classes, dtype = experiment.data.class_count, experiment.exchange.dtype
+    samples = [experiment.training.batch_size]
+    if experiment.data.held_out:
+        samples.append(experiment.data.held_out)
+
+    def contribution(outputs: Mapping[str, methods.Output]) -> int:
+        shapes = [each.largest(classes) for each in outputs.values()]
+        return sum(
+            2 * encoded_size([size], "int64") + sum(encoded_size([size, *shape], dtype) for shape in shapes)
+            for size in samples
+        )
+
+    published = (half.student, half.teacher if experiment.teachers else {}) if half is not None else ()
+    return max(*map(contribution, published), len(identity(experiment)), 0) + 65536
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """A contribution's decoded outputs."""
+
+    outputs: Mapping[str, torch.Tensor]
+    labels: torch.Tensor
+    held_out: Mapping[str, torch.Tensor]
+    held_out_labels: torch.Tensor | None
+
+
+class Contributions:
+    """Reads one run's contributions, and gathers those of a round for its method."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._classes = experiment.data.class_count
+        self._dtype = experiment.exchange.dtype
+        self._teachers = frozenset(experiment.teacher_names)
+
+    def read(
+        self, student: str, message: pb.Contribution, shapes: Mapping[str, list[int]], rhythm: Rhythm
+    ) -> Contribution:
+        """Returns what a message holds, checked before anything is computed from it.
+
+        Args:
+            student: whose it is.
+            message: the contribution as it came in.
+            shapes: of what the student publishes, by name, without the samples.
+            rhythm: which rounds exchange.
+
+        Raises:
+            Refused: something in it is not as the experiment has it.
+        """
+        try:
+            samples, outputs, labels = self._read_samples(
+                student, message.batch, "batch", message.round, self._experiment.training.batch_size, shapes
+            )
+            held_out: Samples | None = None
+            held_out_outputs: Mapping[str, torch.Tensor] = {}
+            held_out_labels: torch.Tensor | None = None
+            if message.HasField("held_out"):
+                if not self._experiment.data.held_out:
+                    raise TensorError("held_out: some samples are not allowed; this run's experiment holds out none")
+                held_out, held_out_outputs, held_out_labels = self._read_samples(
+                    student, message.held_out, "held_out", message.round, self._experiment.data.held_out, shapes
+                )
+        except TensorError as error:
+            raise Refused(Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}") from error
+        if not rhythm.exchanges(message.round):
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"round {message.round} exchanges nothing; allowed: round {rhythm.start} and one in "
+                f"{rhythm.every} from there",
+            )
+        payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
+        return Contribution(rhythm.exchanges_before(message.round), samples, held_out, payload)
+
+    def _read_samples(
+        self,
+        student: str,
+        message: pb.Samples,
+        field: str,
+        number: int,
+        size: int,
+        shapes: Mapping[str, list[int]],
+    ) -> tuple[Samples, Mapping[str, torch.Tensor], torch.Tensor]:
+        check(message.ids, f"{field}.ids", dtype="int64", shape=[size])
+        check(message.labels, f"{field}.labels", dtype="int64", shape=[size])
+        if set(message.outputs) != set(shapes):
+            raise TensorError(f"{field}.outputs: {sorted(message.outputs)} are not allowed; expected {sorted(shapes)}")
+        for name, dims in shapes.items():
+            check(message.outputs[name], f"{field}.outputs.{name}", dtype=self._dtype, shape=[size, *dims])
+        labels = decode(message.labels)
+        if not (int(labels.min()) >= 0 and int(labels.max()) < self._classes):
+            bad = int(labels[(labels < 0) | (labels >= self._classes)][0])
+            raise TensorError(f"{field}.labels: {bad} is not a class; allowed: 0 to {self._classes - 1}")
+        outputs = {name: decode(message.outputs[name]) for name in shapes}
+        for name, values in outputs.items():
+            low, high = torch.aminmax(values)  # both NaN where any value is
+            if not (float(low) >= -_LARGEST_LOGIT and float(high) <= _LARGEST_LOGIT):
+                place = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
+                why = (
+                    "the teacher's weights are damaged"
+                    if student in self._teachers
+                    else "the student has diverged, lower its learning rate"
+                )
+                raise Refused(
+                    Status.INVALID_ARGUMENT,
+                    f"student {student!r}, round {number}: {field}.outputs.{name}{place} is "
+                    f"{values[tuple(place)].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: {why}",
+                )
+        return Samples(message.ids.data, message.labels.data), outputs, labels
+
+    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
+        """Returns a round's contributions as its method takes them.
+
+        Args:
+            decide: the round.
+            state: the method's after the round before.
+            outsiders: whether students that did not contribute will ask for the targets.
+        """
+        payloads = {name: cast("_Payload", each.payload) for name, each in decide.contributions.items()}
+        students = [payload for name, payload in payloads.items() if name not in self._teachers]
+        first = next(iter(payloads.values()))
+        of_students = students[0] if students else _Payload({}, first.labels, {}, None)
+        return methods.Gathered(
+            students=tuple(name for name in payloads if name not in self._teachers),
+            outputs={
+                name: torch.stack([each.outputs[name] for each in students]).float() for name in of_students.outputs
+            },
+            labels=first.labels,
+            teachers={
+                name: {key: value.float() for key, value in payload.outputs.items()}
+                for name, payload in payloads.items()
+                if name in self._teachers
+            },
+            held_out={
+                name: torch.stack([each.held_out[name] for each in students]).float() for name in of_students.held_out
+            },
+            held_out_labels=of_students.held_out_labels,
+            state=state,
+            outsiders=outsiders,
+        )

@@ -1,0 +1,1 @@
+"""Where a run stands, shown to Prometheus and to a browser."""

@@ -1,0 +1,196 @@
+"""What a run's page shows, as one JSON document: pure, and the only thing that the page's script draws from.
+
+A run's document:
+
+- ``kind``: ``"run"``; ``title``; ``complete``.
+- ``run``: method, data set, seed, epochs and the like; times in seconds (``started`` since 1970-01-01 UTC).
+- ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
+  (the last test measurement) or null; ``best`` (the one with the highest accuracy) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
+  (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
+  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, those that closed
+  without it.
+- ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
+- ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
+  :data:`PAIRS` of them each student's mean over its pairs.
+- ``events``: oldest first; ``offset`` is in seconds since ``started``.
+
+Numbers that are not finite become null. A series is cut down to :data:`~codistill_server.observability.dashboard.downsample.LIMIT` points, of
+five significant digits but for the last, which is the tables' and rounds as theirs does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from codistill.rundir.history import History, StudentHistory, longest_wait, median_wait, waited_for
+from codistill.rundir.records import Measured, RoundsClosed
+from codistill_server.observability.dashboard.downsample import column, grouped, number, short, thinned
+
+__all__ = ["PAIRS", "run_document"]
+
+PAIRS = 10
+"""The most pairs of students whose disagreement is drawn pair by pair."""
+
+
+def run_document(history: History) -> dict[str, Any]:
+    """Returns the document of a run; see the module for its form."""
+    experiment = history.experiment
+    return {
+        "kind": "run",
+        "title": experiment.name,
+        "complete": history.complete,
+        "run": {
+            "method": experiment.distillation.title,
+            "exchanges": experiment.distillation.exchanges,
+            "dataset": experiment.data.dataset,
+            "train_size": experiment.data.train_size,
+            "seed": experiment.seed,
+            "epochs": experiment.training.epochs,
+            "batch_size": experiment.training.batch_size,
+            "optimizer": experiment.training.optimizer.name,
+            "lr": experiment.training.optimizer.lr,
+            "schedule": experiment.training.schedule.name,
+            "created": history.info.created.isoformat() if history.info.created else None,
+            "mode": history.info.mode,
+            "versions": history.info.versions,
+            "machine": {key: str(value) for key, value in history.info.machine.items()},
+            "command": list(history.info.command),
+            "started": number(history.started),
+            "seconds": number(history.seconds),
+            "total_rounds": history.total_rounds,
+            "closed_rounds": history.closed_rounds,
+            "median_wait": number(median_wait(history.rounds)),
+            "longest_wait": number(longest_wait(history.rounds)),
+            "without_targets": history.rounds_without_targets,
+            "ensemble_accuracy": number(history.ensemble_accuracy),
+            "server_restarts": history.server_restarts,
+        },
+        "students": [_student(student, history) for student in history.students],
+        "rounds": _rounds(history),
+        "disagreement": _disagreement(history),
+        "events": [
+            {
+                "time": number(event.time),
+                "offset": number(event.time - (history.started or 0.0)),
+                "what": event.what,
+                "student": event.student,
+                "message": event.message,
+            }
+            for event in history.events
+        ],
+    }
+
+
+def _student(student: StudentHistory, history: History) -> dict[str, Any]:
+    blocked = history.waits.get(student.name)
+    return {
+        "name": student.name,
+        "model": f"{student.model} (teacher)" if student.teacher else student.model,
+        "parameters": student.parameters,
+        "device": student.device,
+        "final": _point(student.final),
+        "latest": _point(student.test[-1] if student.test else None),
+        "best": _point(student.best),
+        "test": _series(student.test, student.test_count),
+        "train": _series(student.train, student.train_count),
+        "step": number(student.step_seconds),
+        "wait": number(student.wait_seconds),
+        "last": blocked.rounds if blocked else 0,
+        "missed": number(blocked.seconds) if blocked else 0.0,
+        "restarts": student.restarts,
+        "joins": student.joins,
+        "missed_rounds": student.missed_rounds,
+    }
+
+
+def _point(measured: Measured | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    return {"epoch": measured.epoch, "accuracy": number(measured.accuracy), "loss": number(measured.loss)}
+
+
+def _series(series: Sequence[Measured], measured: int) -> dict[str, Any]:
+    kept = [series[index] for index in thinned(len(series))]
+    return {
+        "count": measured,
+        "epoch": [short(each.epoch) for each in kept],
+        "accuracy": column(each.accuracy for each in kept),
+        "loss": column(each.loss for each in kept),
+        "distillation": column(each.distillation_loss for each in kept)
+        if any(each.distillation_loss is not None for each in kept)
+        else [],
+    }
+
+
+def _rounds(history: History) -> dict[str, Any]:
+    spans = history.rounds
+    groups = [spans[group.start : group.stop] for group in grouped(len(spans))]
+    known = [span for span in spans if span.ensemble_accuracy is not None]
+    drawn = [known[index] for index in thinned(len(known))]
+    blocked = [(waited_for(group), _length(group)) for group in groups]
+    return {
+        "x": _axis(history),
+        "spans": len(spans),
+        "round": [group[-1].last + 1 for group in groups],
+        "median": [short(median_wait(group)) for group in groups],
+        "longest": [short(longest_wait(group)) for group in groups],
+        "blocked": {
+            student.name: [
+                short(waits[student.name].seconds / length) if student.name in waits else 0 for waits, length in blocked
+            ]
+            for student in history.students
+        },
+        "ensemble": {
+            "position": [_position(history, span.last) for span in drawn],
+            "accuracy": column(span.ensemble_accuracy for span in drawn),
+        },
+    }
+
+
+def _disagreement(history: History) -> dict[str, Any]:
+    order = {student.name: place for place, student in enumerate(history.students)}
+    known = [span for span in history.rounds if span.disagreement]
+    latest: dict[str, float] = {}
+    for span in known:
+        latest |= span.disagreement
+    pairs = {pair: (first, second) for pair in latest for first, _, second in [pair.partition("|")]}
+    shown = sorted(
+        (pair for pair, (first, second) in pairs.items() if first in order and second in order),
+        key=lambda pair: (order[pairs[pair][0]], order[pairs[pair][1]]),
+    )
+    if len(shown) <= PAIRS:
+        lines = {pairs[pair]: [pair] for pair in shown}
+    else:
+        lines = {(name,): [pair for pair in shown if name in pairs[pair]] for name in order}
+    drawn = [known[index] for index in thinned(len(known))]
+    return {
+        "x": _axis(history),
+        "pairs": [
+            {"first": pairs[pair][0], "second": pairs[pair][1], "latest": number(latest[pair])} for pair in shown
+        ],
+        "lines": [{"students": list(students), **_line(history, drawn, of)} for students, of in lines.items() if of],
+    }
+
+
+def _line(history: History, spans: Sequence[RoundsClosed], pairs: Sequence[str]) -> dict[str, Any]:
+    """Returns the mean disagreement of some pairs over the spans that tell of one of them."""
+    points: list[tuple[int, float]] = []
+    for span in spans:
+        ratios = [span.disagreement[pair] for pair in pairs if pair in span.disagreement]
+        if ratios:
+            points.append((span.last, sum(ratios) / len(ratios)))
+    return {"position": [_position(history, last) for last, _ in points], "ratio": column(ratio for _, ratio in points)}
+
+
+def _axis(history: History) -> str:
+    return "epoch" if history.total_rounds else "round"
+
+
+def _position(history: History, last: int) -> float | None:
+    epoch = history.epoch(last + 1)
+    return short(float(last + 1) if epoch is None else epoch)
+
+
+def _length(spans: Sequence[RoundsClosed]) -> int:
+    return sum(span.last - span.first + 1 for span in spans)

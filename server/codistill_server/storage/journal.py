@@ -1,0 +1,291 @@
+"""The closed rounds of a run on disk, in SQLite.
+
+A round is written in one transaction before anybody is answered, so after the death of the process, at whatever
+instant, a round is either wholly there or was never told to anyone. Nothing in the journal is ever changed; rounds
+that no student needs any more are deleted from its old end.
+
+Disks damage what they hold, and SQLite notices only what concerns its own order of things. So every row has a checksum,
+and a journal is looked through when it is opened: it is used as it was written, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import zlib
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from codistill.config.fingerprint import difference, extends
+from codistill_server.rounds.events import Restored, Samples, StudentRecord
+
+__all__ = ["ClosedRound", "Journal", "JournalError"]
+
+_SCHEMA_VERSION = 2
+_LOOK = "check that it is a run's journal, whole and not locked, or choose another run folder"
+_FREE = "free disk space or check the folder's permissions, then resume the run"
+_REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
+# The second where what SQLite says of damage quotes it.
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS students (
+    student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
+    worker TEXT NOT NULL, checksum INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL,
+    checksum INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS targets (
+    round INTEGER NOT NULL, student TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, student)
+) WITHOUT ROWID;
+"""
+
+
+class JournalError(RuntimeError):
+    """The journal cannot be read or written; the text names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class ClosedRound:
+    """A round as it was decided.
+
+    Attributes:
+        round: the round.
+        samples: the samples that it was about.
+        replies: the serialised ``ExchangeReply`` by student; under "" for every student that has none of its own.
+        state: the method's serialised state after the round.
+        contributors: the students that the targets were made of, in the experiment's order.
+    """
+
+    round: int
+    samples: Samples
+    replies: Mapping[str, bytes] = field(repr=False)
+    state: bytes = field(default=b"", repr=False)
+    contributors: tuple[str, ...] = ()
+
+    def reply_to(self, student: str) -> bytes | None:
+        """Returns what a student is answered; None if nothing was made for one that did not contribute."""
+        return self.replies.get(student, self.replies.get(""))
+
+
+class Journal:
+    """One run's journal; used by one thread at a time."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        identity: str,
+        durability: Literal["process", "power"] = "process",
+        *,
+        may_grow: bool = False,
+    ) -> None:
+        """Opens a journal, or starts it.
+
+        Args:
+            path: the file; None keeps the journal in memory, for runs in one process.
+            identity: the experiment's :func:`codistill.config.fingerprint.identity`; a journal of another experiment is refused.
+            durability: whether a closed round survives the processes' death only, or the machine's.
+            may_grow: take over the journal of an experiment to which students were added since.
+
+        Raises:
+            JournalError: the file cannot be used, or belongs to another experiment.
+        """
+        self._where = str(path) if path is not None else ":memory:"
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self._where, isolation_level=None, check_same_thread=False)
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(f"journal {self._where} cannot be opened: {error}; {_LOOK}") from error
+        try:
+            self._prepare(identity, durability, may_grow)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, identity: str, durability: Literal["process", "power"], may_grow: bool) -> None:
+        try:
+            self._database.execute("PRAGMA journal_mode=WAL")
+            # Without a sync the pages are the kernel's once written: they survive this process, not a power cut.
+            self._database.execute(f"PRAGMA synchronous={'FULL' if durability == 'power' else 'OFF'}")
+            self._database.executescript(_SCHEMA)
+        except _ERRORS as error:
+            raise JournalError(
+                f"journal {self._where} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+            ) from error
+        stored: dict[str, str] = dict(self._query("SELECT key, value FROM run"))  # pyright: ignore[reportArgumentType]
+        if stored and stored.get("schema") != str(_SCHEMA_VERSION):
+            raise JournalError(
+                f"journal {self._where} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
+            )
+        self._look_through()
+        if not stored:
+            with self._transaction():
+                self._settle("schema", str(_SCHEMA_VERSION))
+                self._settle("identity", identity)
+        elif may_grow and extends(stored.get("identity", ""), identity):
+            with self._transaction():
+                row = ("identity", identity)
+                self._write("INSERT OR REPLACE INTO run VALUES (?, ?, ?)", (*row, _checksum(*row)))
+        elif stored.get("identity") != identity:
+            reason = difference(stored.get("identity", ""), identity) or "identity"
+            raise JournalError(
+                f"journal {self._where} belongs to another run: {reason.replace('this worker', 'this experiment')}; "
+                "choose another run folder"
+            )
+
+    def _look_through(self) -> None:
+        """Sees that the file is in order, that no round is missing in between, and that what is not a round is whole."""
+        ((verdict,),) = self._query("PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise self._damaged(" ".join(str(verdict).split()))
+        ((oldest, newest, count),) = self._query("SELECT min(round), max(round), count(*) FROM rounds")
+        if count and count != newest - oldest + 1:
+            raise self._damaged(f"of its rounds {oldest} to {newest} it holds {count}")
+        for *row, checksum in self._query("SELECT key, value, checksum FROM run"):
+            if checksum != _checksum(*row):
+                raise self._damaged("what it says of the run is not what was written")
+        for *row, checksum in self._query(
+            "SELECT student, session, durable_round, finished, worker, checksum FROM students"
+        ):
+            if checksum != _checksum(*row):
+                raise self._damaged(f"what it says of student {row[0]!r} is not what was written")
+
+    def restore(self) -> Restored:
+        """Returns what the rounds' state machine starts from."""
+        ((oldest, newest),) = self._query("SELECT min(round), max(round) FROM rounds")
+        frontier = newest + 1 if newest is not None else 0
+        students = self._query("SELECT student, session, durable_round, finished, worker FROM students")
+        return Restored(
+            oldest=frontier if oldest is None else oldest,
+            frontier=frontier,
+            students=tuple(
+                StudentRecord(name, session, durable, bool(done), int(worker))
+                for name, session, durable, done, worker in students
+            ),
+        )
+
+    def settled(self, key: str) -> str | None:
+        """Returns what the run was settled to under a key, or None."""
+        rows = self._query("SELECT value FROM run WHERE key = ?", (key,))
+        return rows[0][0] if rows else None
+
+    def settle(self, key: str, value: str) -> None:
+        """Settles a value of the run, once and for all.
+
+        Raises:
+            JournalError: the key is settled already, or it could not be written.
+        """
+        with self._transaction():
+            self._settle(key, value)
+
+    def last_state(self) -> bytes:
+        """Returns the method's state after the newest closed round; empty before the first."""
+        ((newest,),) = self._query("SELECT max(round) FROM rounds")
+        last = None if newest is None else self.read(newest)
+        return b"" if last is None else last.state
+
+    def append(self, closed: ClosedRound) -> None:
+        """Writes a closed round, all of it or nothing.
+
+        Raises:
+            JournalError: it could not be written; nothing of it is there.
+        """
+        with self._transaction():
+            samples, replies = closed.samples, sorted(closed.replies.items())
+            row = (closed.round, samples.ids, samples.labels, closed.state, ",".join(closed.contributors))
+            self._write("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row, *chain(*replies))))
+            for reply in replies:
+                self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, *reply))
+
+    def read(self, number: int) -> ClosedRound | None:
+        """Returns a closed round, or None if it is not kept.
+
+        Raises:
+            JournalError: it cannot be read, or is not what was written.
+        """
+        rows = self._query(
+            "SELECT round, ids, labels, state, contributors, checksum FROM rounds WHERE round = ?", (number,)
+        )
+        if not rows:
+            return None
+        ((*row, checksum),) = rows
+        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (number,))
+        if checksum != _checksum(*row, *chain(*replies)):
+            raise self._damaged(f"round {number} is not what was written")
+        _, ids, labels, state, contributors = row
+        names = tuple(contributors.split(",")) if contributors else ()
+        return ClosedRound(number, Samples(ids, labels), dict(replies), state, names)
+
+    def remember(self, record: StudentRecord) -> None:
+        """Writes what must be remembered of a student."""
+        with self._transaction():
+            # 64 bits without a sign are more than an INTEGER holds.
+            row = (record.student, record.session, record.durable_round, int(record.finished), str(record.worker))
+            self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
+
+    def forget(self, before: int) -> None:
+        """Drops the rounds before one; the newest round always stays, as it holds the method's state."""
+        with self._transaction():
+            ((newest,),) = self._query("SELECT max(round) FROM rounds")
+            limit = min(before, newest if newest is not None else before)
+            self._write("DELETE FROM rounds WHERE round < ?", (limit,))
+            self._write("DELETE FROM targets WHERE round < ?", (limit,))
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+
+    def _query(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except _ERRORS as error:
+            raise JournalError(
+                f"journal {self._where} cannot be read: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+            ) from error
+
+    def _settle(self, key: str, value: str) -> None:
+        self._write("INSERT INTO run VALUES (?, ?, ?)", (key, value, _checksum(key, value)))
+
+    def _damaged(self, how: str) -> JournalError:
+        return JournalError(f"journal {self._where} is damaged: {how}; {_REPLACE}")
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+        self._database.execute(statement, values)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[None, None, None]:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):  # some errors have rolled it back already
+                    self._database.execute("ROLLBACK")
+                raise
+        except _ERRORS as error:
+            raise JournalError(
+                f"journal {self._where} cannot be written: {error}; {_REPLACE if _is_damage(error) else _FREE}"
+            ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    return (
+        isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+    )
+
+
+def _checksum(*values: object) -> int:
+    """Returns a CRC-32 over values, their types and their lengths; a damaged row may hold any type anywhere."""
+    checksum = 0
+    for value in values:
+        content = value if isinstance(value, bytes) else str(value).encode()
+        checksum = zlib.crc32(content, zlib.crc32(f"{type(value).__name__} {len(content)} ".encode(), checksum))
+    return checksum

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
+from codistill_deploy.cli import app as command_line
+from codistill_deploy.cli.app import app
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "work", "status", "health"])
+def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that_uses_it(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    text = " ".join(shown.output.split()).lower()
+    for setting in (TLS_CERT, TLS_KEY, TLS_CA, TOKEN_FILE):
+        assert re.search(rf"{setting.option} <?path>? .*?{setting.variable.lower()}\b", text)
+    assert TOKEN_VARIABLE.lower() in text
+    assert "--token " not in text, "a token on a command line is read by everybody on the machine"
+
+
+def test_a_signal_while_the_process_ends_changes_nothing() -> None:
+    program = textwrap.dedent("""
+        import atexit, os, signal
+        from codistill_deploy.cli import app as cli
+        from codistill_deploy.cli import run as running
+
+        def interrupt():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+        def command(**options):
+            running.stop_on_signals().set()
+            atexit.register(interrupt)
+            raise SystemExit(7)
+
+        cli.app = command
+        cli.main()
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (7, "")
+
+
+def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:
+    program = "import sys, codistill_deploy.cli.app; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+ONE_SIDE = {
+    "serve": (
+        ["--listen", "0.0.0.0:50551"],
+        ["torchvision", "timm", "sklearn", "PIL", "safetensors", "ray"],
+        "nothing protects the port",
+    ),
+    "work": (
+        ["--server", "127.0.0.1:1", "--student", "nobody"],
+        ["prometheus_client", "grpc_reflection", "ray"],
+        "'nobody' is not one of the experiment's",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ONE_SIDE)
+def test_each_side_runs_with_its_own_extra_alone(command: str, tmp_path: Path) -> None:
+    options, missing, said = ONE_SIDE[command]
+    students = [{"name": name, "model": "mlp"} for name in ("a", "b")]
+    experiment = {"name": "x", "data": {"dataset": "digits"}, "training": {"epochs": 1}, "students": students}
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    ended = run_without(missing, [command, str(path), *options], tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert said in ended.stderr
+
+
+def run_without(missing: list[str], arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = textwrap.dedent(f"""
+        import sys
+        sys.modules.update(dict.fromkeys({missing!r}))
+        sys.argv = ["codistill", *{arguments!r}]
+        from codistill_deploy.cli.app import main
+        main()
+    """)
+    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_server_is_looked_for_in_a_folder_without_the_server_s_packages(tmp_path: Path) -> None:
+    ended = run_without(ONE_SIDE["work"][1], ["status", "--run-dir", str(tmp_path)], tmp_path)
+    assert ended.returncode == 5, ended.stderr
+    assert "no server runs in" in ended.stderr
+
+
+def test_a_command_whose_part_is_not_installed_says_which(tmp_path: Path) -> None:
+    (tmp_path / "students" / "a").mkdir(parents=True)
+    ended = run_without(ONE_SIDE["serve"][1], ["export", str(tmp_path), "--student", "a"], tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr == (
+        "error: safetensors is not installed, which codistill's worker needs; install it with: pip install "
+        "'codistill[worker]'\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["serve", "missing.yaml"], ["work", "missing.yaml", "--student", "a"]])
+def test_a_child_follows_its_parent_before_anything_that_may_take_long(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FollowedError(Exception):
+        pass
+
+    def follow(stop: threading.Event) -> None:
+        assert not stop.is_set()
+        raise FollowedError
+
+    monkeypatch.setattr(command_line, "follow_parent", follow)
+    assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import errno
+import io
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.cli.stdio import Outlet
+from codistill_deploy.console.progress import LiveView, PlainView, make_view
+
+PROGRAM = textwrap.dedent("""
+    import sys
+    from codistill_deploy.cli import app as cli, stdio
+    from codistill_deploy.cli.run import console
+    from codistill_deploy.console.progress import make_view
+
+    def command(**options):
+        stdio.outlive()
+        view = make_view(console)
+        view.start("x")
+        if sys.argv[1] == "pipe":
+            sys.stdin.readline()
+        for _ in range(3000):
+            view.note("one of many lines")
+        view.finish()
+        raise SystemExit(7)
+
+    cli.app = command
+    cli.main()
+""")
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(self.number, "gone")
+
+    def flush(self) -> None:
+        raise OSError(self.number, "gone")
+
+    number = errno.EPIPE
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_view_whose_output_is_gone_goes_on_and_says_so_once(
+    terminal: bool, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = Gone()
+    stream.number = number
+    console = Console(file=cast("Any", Outlet(stream, "standard output")), force_terminal=terminal)
+    view = make_view(console)
+    assert isinstance(view, LiveView if terminal else PlainView)
+    view.start("x")
+    view.note("a line")
+    view.update(pb.Run(name="x", complete=True))
+    view.finish()
+    console.print("report: x")
+    assert caplog.messages == ["standard output cannot be written: gone; the run goes on without it"]
+
+
+def test_a_pipe_that_nobody_reads_changes_no_exit_code() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "pipe"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "x: starting\n"
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate("on\n", timeout=60)
+    assert process.returncode == 7, errors
+    assert errors.splitlines() == [errors.strip()]
+    assert "WARNING standard output cannot be written: Broken pipe; the run goes on" in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_nor_does_a_full_disk_under_both() -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", PROGRAM, "full"], check=False, stdout=full, stderr=full)
+    assert ended.returncode == 7

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from codistill.config.experiment import Experiment, ExperimentError
+from codistill.config.methods import BornAgain, Distillation, Dml, Independent, Kd, Kdcl
+from codistill.rundir.records import Joined, Measured
+from codistill_deploy.compare import generations
+from codistill_deploy.compare.plan import METHODS, best_alone, choose
+from codistill_deploy.errors import CommandError
+from codistill_deploy.run_folder import RunFolder
+
+TEACHER = {"name": "old", "model": "cnn", "weights": "runs/old"}
+
+
+def experiment(students: int = 2, **sections: Any) -> Experiment:
+    document = {
+        "name": "tiny",
+        "seed": 5,
+        "data": {"dataset": "digits"},
+        "training": {"epochs": 1},
+        "distillation": {"method": "kdcl", "ensemble": "naive", "temperature": 3},
+        "students": [{"name": name, "model": "mlp", "model_args": {"hidden": 8}} for name in "abc"[:students]],
+    }
+    return Experiment.model_validate(document | sections)
+
+
+def only(method: str, of: Experiment) -> Experiment:
+    (*_, variant), _ = choose(of, ["independent", method])
+    return variant.experiment
+
+
+class TestSettings:
+    def test_the_experiments_own_hold_for_its_own_method(self) -> None:
+        assert only("kdcl", experiment()).distillation == Kdcl(ensemble="naive", temperature=3)
+        assert only("kdcl/linear", experiment()).distillation == Kdcl(ensemble="linear", temperature=3)
+        assert only("dml", experiment()).distillation == Dml()
+        assert only("independent", experiment()).distillation == Independent()
+
+    def test_an_unknown_method_names_the_known_ones(self) -> None:
+        with pytest.raises(
+            CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, kd, .*, kdcl, all$"
+        ):
+            choose(experiment(), ["kdlc"])
+        with pytest.raises(
+            CommandError, match=r"'custom' is not a method; .*is for an experiment with a pair of its own"
+        ):
+            choose(experiment(), ["custom"])
+
+    def test_a_pair_of_ones_own_is_compared_too(self) -> None:
+        pair = {"method": "custom", "server": "pairs:Server", "worker": "pairs:Worker"}
+        own = experiment(distillation=pair)
+        assert only("custom", own).distillation == own.distillation
+        variants, _ = choose(own, ["all"])
+        assert variants[-1].title == "custom/pairs:Worker"
+
+    def test_none_is_chosen_twice_and_alone_comes_first(self) -> None:
+        variants, _ = choose(experiment(), ["dml", "kdcl", "independent", "kdcl/naive", "dml"])
+        assert [each.title for each in variants] == ["independent", "dml", "kdcl/naive"]
+
+
+class TestAll:
+    def test_it_is_every_method_of_which_the_experiment_meets_the_needs(self) -> None:
+        variants, left_out = choose(experiment(), ["all"])
+        assert [*left_out] == ["kdcl/general"]
+        assert "data.held_out: 0" in left_out["kdcl/general"]
+        assert {each.title for each in variants} == set(METHODS) - {"kdcl/general"}
+        variants, left_out = choose(experiment(students=3, data={"dataset": "digits", "held_out": 9}), ["all"])
+        assert {each.title for each in variants} | set(left_out) == set(METHODS)
+        assert left_out.keys() == {"fddml", "hddml"}
+        assert left_out["fddml"] == "'fddml' is for 2 students, there are 3; remove some, or choose another method"
+
+    def test_what_is_named_beside_it_is_refused_all_the_same(self) -> None:
+        with pytest.raises(ExperimentError, match="'fddml' is for 2 students, there are 3"):
+            choose(experiment(students=3), ["all", "fddml"])
+
+    def test_there_is_no_method_that_it_does_not_know(self) -> None:
+        union, *_ = get_args(Distillation)
+        known = {kind.model_fields["method"].default for kind in get_args(union)}
+        assert known == {method.partition("/")[0] for method in METHODS} | {"custom"}
+
+
+class TestTeachers:
+    def test_the_experiments_own_teaches_where_there_is_one(self) -> None:
+        own = experiment(teachers=[TEACHER], distillation={"method": "kd", "temperature": 2})
+        variants, _ = choose(own, ["independent", "kd", "vid", "dml", "born_again"])
+        by_title = {each.title: each for each in variants}
+        assert not any(each.finds_teacher for each in variants)
+        assert by_title["kd"].experiment.distillation == Kd(temperature=2)
+        assert by_title["vid"].experiment.teacher_names == ("old",)
+        assert not by_title["dml"].experiment.teachers
+        assert by_title["born_again"].experiment.distillation == BornAgain()
+        assert generations.in_sequence(by_title["born_again"].experiment)
+
+    def test_without_one_the_best_of_the_students_alone_does(self, tmp_path: Path) -> None:
+        variants, _ = choose(experiment(), ["kd", "independent"])
+        assert [(each.title, each.finds_teacher) for each in variants] == [("independent", False), ("kd", True)]
+        alone = RunFolder(tmp_path)
+        alone.start(variants[0].experiment, mode="grpc", resume=False)
+        lines = [
+            record.model_dump_json()
+            for student, accuracy in (("a", 0.7), ("b", 0.8))
+            for record in (
+                Joined(time=1, student=student, model="m", parameters=1, device="cpu", total_rounds=9),
+                Measured(time=2, student=student, split="test", round=9, epoch=1, accuracy=accuracy, loss=1),
+            )
+        ]
+        alone.metrics_file.write_text("\n".join(lines) + "\n")
+        teacher = best_alone(variants[1].experiment, alone)
+        assert (teacher.name, teacher.model_args) == ("b.alone", {"hidden": 8})
+        assert teacher.weights == str(alone.student("b"))
+        taught = variants[1].taught(7, teacher)
+        assert (taught.seed, taught.teachers) == (7, (teacher,))
+
+    def test_without_anybody_who_could_it_says_what_to_add(self) -> None:
+        with pytest.raises(
+            CommandError, match=r"'kd' needs a teacher, there is none; add `teachers` .* or independent to"
+        ):
+            choose(experiment(), ["kd", "dml"])

@@ -1,0 +1,269 @@
+"""All students in one process: every method, to the bit, stopped and resumed wherever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from codistill.config.experiment import Experiment, parse
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir import records
+from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.launch.in_process import run_in_process
+from codistill_deploy.run_folder import RunFolder
+from codistill_server.storage.journal import Journal, JournalError
+from codistill_worker.errors import WorkerError
+from codistill_worker.training.checkpoints import CheckpointStore, read
+from codistill_worker.training.trainer import Trainer
+
+METHODS: dict[str, dict[str, Any]] = {
+    "independent": {"method": "independent"},
+    "dml": {"method": "dml", "temperature": 2},
+    "naive": {"method": "kdcl", "ensemble": "naive"},
+    "linear": {"method": "kdcl", "ensemble": "linear"},
+    "min_logit": {"method": "kdcl", "ensemble": "min_logit"},
+    "general": {"method": "kdcl", "ensemble": "general"},
+}
+
+
+class Shown:
+    """A view that keeps what it is shown, and may do something at a time."""
+
+    def __init__(self, each: Callable[[], None] = lambda: None) -> None:
+        self.runs: list[pb.Run] = []
+        self._each = each
+
+    def start(self, title: str) -> None:
+        pass
+
+    def update(self, run: pb.Run) -> None:
+        self.runs.append(run)
+
+    def offer(self, snapshot: Callable[[], pb.Run]) -> None:
+        del snapshot
+        self._each()
+
+    def note(self, line: str) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Any:
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    settings = cudnn.benchmark, cudnn.deterministic
+    yield
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.deterministic = settings
+
+
+def experiment(method: str = "min_logit", **training: Any) -> Experiment:
+    return parse(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "seed": 11,
+                "data": {
+                    "dataset": "digits",
+                    "train_size": 68,
+                    "test_size": 30,
+                    "held_out": 20,
+                    "augment": {"crop_padding": 1},
+                },
+                "training": {
+                    "epochs": 3,
+                    "batch_size": 16,
+                    "optimizer": {"name": "sgd", "lr": 0.05},
+                    "checkpoint_every": 1000,
+                    **training,
+                },
+                "distillation": METHODS[method],
+                "students": [
+                    {"name": "cnn", "model": "cnn", "model_args": {"width": 4, "dropout": 0.2}},
+                    {"name": "mlp", "model": "mlp", "model_args": {"hidden": 16, "dropout": 0.2}},
+                    {
+                        "name": "adam",
+                        "model": "mlp",
+                        "model_args": {"hidden": 8},
+                        "data": {"augment": {"flip": True}},
+                        "training": {"optimizer": {"name": "adamw", "lr": 0.01}, "clip_norm": 1.0},
+                    },
+                ],
+            }
+        )
+    )
+
+
+def go(
+    run: Experiment, path: Path, view: Shown | None = None, stop: threading.Event | None = None, *, resume: bool = False
+) -> ExitCode:
+    folder = RunFolder(path)
+    folder.start(run, mode="in-process", resume=resume)
+    return run_in_process(run, folder, view or Shown(), stop or threading.Event())
+
+
+def bits(path: Path) -> dict[str, Any]:
+    """Returns every student's round, weights and optimiser state, as bytes."""
+    found: dict[str, Any] = {}
+    for folder in sorted((path / "students").iterdir()):
+        checkpoint = read(folder / "checkpoint.safetensors")
+        found[folder.name] = (
+            checkpoint.round,
+            {name: value.numpy().tobytes() for name, value in checkpoint.model.items()},
+            repr(checkpoint.optimizer),
+        )
+    return found
+
+
+def measured(path: Path) -> dict[tuple[str, str, int], tuple[float, float, float | None]]:
+    return {
+        (each.student, each.split, each.round): (each.accuracy, each.loss, each.distillation_loss)
+        for each in records.read(path / "metrics.jsonl")
+        if isinstance(each, records.Measured)
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert go(experiment(), path) is ExitCode.OK
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_two_runs_give_the_same_bits(method: str, tmp_path: Path) -> None:
+    view = Shown()
+    assert go(experiment(method), tmp_path / "first", view) is ExitCode.OK
+    assert go(experiment(method), tmp_path / "second") is ExitCode.OK
+    ours = bits(tmp_path / "first")
+    assert ours == bits(tmp_path / "second")
+    assert [number for number, _, _ in ours.values()] == [9, 9, 9]
+    run = view.runs[-1]
+    assert run.complete
+    assert (run.frontier, run.total_rounds) == (9, 9)
+    assert {each.state for each in run.students} == {pb.STUDENT_STATE_FINISHED}
+    results = measured(tmp_path / "first")
+    assert results == measured(tmp_path / "second")
+    assert results.keys() == {
+        (name, split, number) for name in ours for split in ("train", "test") for number in (3, 6, 9)
+    }
+    distilled = [value for (_, split, _), (_, _, value) in results.items() if split == "train"]
+    if method == "independent":
+        assert distilled == [None] * 9
+    else:
+        assert all(value is not None and value >= 0 for value in distilled)
+        assert any(value is not None and value > 1e-3 for value in distilled)
+
+
+def test_every_method_trains_differently(tmp_path: Path) -> None:
+    seen = []
+    for method in METHODS:
+        assert go(experiment(method, epochs=2), tmp_path / method) is ExitCode.OK
+        seen.append(bits(tmp_path / method)["cnn"][1]["0.weight"])
+    assert len(set(seen)) == len(METHODS)
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 6])
+def test_stopped_and_resumed(rounds: int, undisturbed: Path, tmp_path: Path) -> None:
+    path, stop = tmp_path / "run", threading.Event()
+    seen: list[int] = []
+
+    def count() -> None:
+        seen.append(1)
+        if len(seen) == rounds:
+            stop.set()
+
+    view = Shown(count)
+    assert go(experiment(), path, view, stop) is ExitCode.INTERRUPTED
+    assert {number for number, _, _ in bits(path).values()} == {rounds}
+    assert {each.state for each in view.runs[-1].students} == {pb.STUDENT_STATE_ABSENT}
+    assert go(experiment(), path, resume=True) is ExitCode.OK
+    assert bits(path) == bits(undisturbed)
+    assert measured(path) == measured(undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+@pytest.mark.parametrize("method", ["min_logit", "general", "dml", "independent"])
+def test_students_that_resume_at_different_rounds_catch_up(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their checkpoints lie apart, and the run dies in the midst of a round; the closed rounds are in the journal."""
+    assert go(experiment(method), tmp_path / "undisturbed") is ExitCode.OK
+    save, begin = CheckpointStore.save, Trainer.begin
+    due = {"cnn": (2, 7), "mlp": (4,), "adam": ()}
+
+    def some(self: CheckpointStore, checkpoint: Any) -> None:
+        if checkpoint.round in due[checkpoint.student]:
+            save(self, checkpoint)
+
+    def die(self: Trainer) -> Any:
+        if self.round == 7 and self.student == "adam":
+            raise Killed
+        return begin(self)
+
+    path = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointStore, "save", some)
+        patched.setattr(Trainer, "begin", die)
+        with pytest.raises(Killed):
+            go(experiment(method, checkpoint_every=0), path)
+    assert sorted(each.parent.name for each in path.glob("students/*/checkpoint.safetensors")) == ["cnn", "mlp"]
+    assert go(experiment(method), path, resume=True) is ExitCode.OK
+    assert bits(path) == bits(tmp_path / "undisturbed")
+    assert measured(path) == measured(tmp_path / "undisturbed")
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert go(experiment(), path) is ExitCode.OK
+    assert go(experiment(), path, resume=True) is ExitCode.OK
+    assert bits(path) == bits(undisturbed)
+
+
+def test_a_journal_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    go(experiment("naive", epochs=1), path)
+    (path / "experiment.yaml").unlink()
+    with pytest.raises(
+        WorkerError, match=r"belongs to another run: experiment field distillation\.ensemble"
+    ) as refused:
+        go(experiment("linear", epochs=1), path)
+    assert refused.value.code is ExitCode.CONFIGURATION
+
+
+def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:
+    path, stop = tmp_path / "run", threading.Event()
+    assert go(experiment(), path, Shown(stop.set), stop) is ExitCode.INTERRUPTED
+    for each in path.glob("journal.sqlite*"):
+        each.unlink()
+    with pytest.raises(WorkerError, match="resumes at round 1, but this server's journal ends at round 0") as refused:
+        go(experiment(), path, resume=True)
+    assert refused.value.code is ExitCode.REFUSED
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Journal.append
+
+    def fail(self: Journal, closed: Any) -> None:
+        if closed.round == 2:
+            raise JournalError("journal x cannot be written: disk full")
+        append(self, closed)
+
+    monkeypatch.setattr(Journal, "append", fail)
+    with pytest.raises(WorkerError, match="journal x cannot be written: disk full"):
+        go(experiment(), tmp_path / "run")
+    monkeypatch.undo()
+    assert go(experiment(), tmp_path / "run", resume=True) is ExitCode.OK

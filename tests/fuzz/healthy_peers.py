@@ -1,0 +1,98 @@
+"""Honest students beside the fuzzing: they train nothing, but each target that they get must be right to the bit."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from codistill.config.experiment import Experiment
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.checksum import seal
+from codistill.wire.tensors import encode
+from codistill_server import methods
+from fuzz.endpoints import Door
+from server.support import contribution, join_request, logits_of
+
+TOTAL_ROUNDS = 10**9
+_REPORT_EVERY = 20
+
+
+def targets(experiment: Experiment, number: int) -> bytes:
+    """Returns the data of a round's targets: a pure function of what the students publish in it."""
+    half = methods.create(experiment.distillation)
+    assert half is not None
+    labels = torch.frombuffer(
+        bytearray(contribution(experiment, experiment.names[0], number).batch.labels.data), dtype=torch.int64
+    )
+    outputs = torch.stack([logits_of(experiment, name, number) for name in experiment.names])
+    made = half.targets(methods.Gathered(experiment.names, {"logits": outputs}, labels)).shared
+    assert made is not None
+    return encode(made["logits"], experiment.exchange.dtype).data
+
+
+class Student(threading.Thread):
+    """One honest worker, as :class:`GrpcExchange` makes it, until told to stop or until something is wrong.
+
+    Attributes:
+        rounds: how many rounds' targets were right.
+        slowest: the longest that a round took, in seconds.
+        problem: what went wrong; None while all is well.
+        traffic: the first messages that it sent, by rpc, as they go over the wire.
+    """
+
+    def __init__(self, door: Door, experiment: Experiment, name: str, pause: float = 0.02) -> None:
+        super().__init__(name=f"honest-{name}", daemon=True)
+        self._experiment, self._student, self._pause = experiment, name, pause
+        self._halt = threading.Event()
+        self._exchange = door.exchange(self._halt)
+        self.rounds = 0
+        self.slowest = 0.0
+        self.problem: str | None = None
+        self.traffic: list[tuple[str, bytes]] = []
+
+    def run(self) -> None:
+        try:
+            self._train()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the campaign must hear of it
+            if not self._halt.is_set():
+                self.problem = f"{type(error).__name__}: {error}"
+
+    def stop(self) -> None:
+        self._halt.set()
+        self.join(30)
+        self._exchange.close()
+
+    def _train(self) -> None:
+        request = join_request(self._experiment, self._student)
+        request.total_rounds = TOTAL_ROUNDS
+        self._record("Join", request)
+        session = self._exchange.join(request).session
+        while not self._halt.is_set():
+            number, started = self.rounds, time.monotonic()
+            message = contribution(self._experiment, self._student, number)
+            self._record("Exchange", message, str(session))
+            self._exchange.send(message)
+            got = self._exchange.receive(number).targets["logits"].data
+            self.slowest = max(self.slowest, time.monotonic() - started)
+            if got != targets(self._experiment, number):
+                self.problem = f"student {self._student}, round {number}: the targets are not the pure function's"
+                return
+            self.rounds += 1
+            if self.rounds % _REPORT_EVERY == 0:
+                report = pb.ReportRequest(round=self.rounds, epoch=1, durable_round=self.rounds, step_seconds=0.1)
+                report.measurements.add(split=pb.SPLIT_TEST, round=self.rounds, accuracy=0.5, loss=1.0)
+                self._exchange.report(report)
+                self._record("Report", report)
+                self._record("Leave", pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED, message="bye"))
+            self._halt.wait(self._pause)
+
+    def _record(
+        self,
+        rpc: str,
+        message: pb.JoinRequest | pb.Contribution | pb.ReportRequest | pb.LeaveRequest,
+        context: str = "",
+    ) -> None:
+        if len(self.traffic) < 60:
+            self.traffic.append((rpc, seal(message, context)))

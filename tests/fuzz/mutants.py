@@ -1,0 +1,80 @@
+"""Bugs to plant in a server, so that a test sees that a campaign would find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from codistill import PROTOCOL_VERSION
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.security import Token
+from codistill_server import app, coordinator, methods
+from codistill_server.methods import mutual
+
+_Base: Any = app.Coordinator
+
+
+class _Raises(_Base):
+    """An error that nobody thought of gets out of a call."""
+
+    def leave(self, request: pb.LeaveRequest) -> None:
+        if request.reason > 3:
+            raise KeyError(request.reason)
+        super().leave(request)
+
+
+class _Admits(coordinator.Door):
+    """A check is skipped for some values."""
+
+    def check(self, request: pb.JoinRequest) -> None:
+        if request.protocol_version == PROTOCOL_VERSION:
+            super().check(request)
+
+
+class _Keeps(_Base):
+    """Something is kept of every call that is refused."""
+
+    kept: list[bytearray] = []  # noqa: RUF012 - it must outlive everything
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        self.kept.append(bytearray(b"x" * 2**20))
+        return super().join(request)
+
+
+def _turned(self: Any, gathered: methods.Gathered) -> methods.Targets:
+    """One bit of one target is wrong, once in a while."""
+    targets = _right(self, gathered)
+    assert targets.shared is not None
+    made = targets.shared["logits"].clone()
+    if made[0, 1] < -1:  # in some rounds
+        made[0, 1] = torch.nextafter(made[0, 1], torch.tensor(9.0))
+    return methods.Targets(shared={"logits": made})
+
+
+def _matches(self: Token, value: str | bytes) -> bool:
+    """The beginning of the token is enough."""
+    _, right = self.metadata
+    return str(value)[:20] == right[:20]
+
+
+_right = mutual.Ensemble.targets
+
+
+def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
+    return lambda: setattr(app, "Coordinator", kind)
+
+
+PLANTS: Mapping[str, Callable[[], None]] = {
+    "raises": _with_coordinator(_Raises),
+    "admits": lambda: setattr(coordinator, "Door", _Admits),
+    "keeps": _with_coordinator(_Keeps),
+    "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
+    "matches": lambda: setattr(Token, "matches", _matches),
+}
+
+
+def plant(name: str) -> None:
+    """Plants a bug in this process, before it serves."""
+    PLANTS[name]()

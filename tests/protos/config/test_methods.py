@@ -1,0 +1,197 @@
+"""What methods need of an experiment, and what is said where it is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from codistill.config.experiment import ExperimentError, parse
+from codistill.config.schedule import Rhythm
+from protos.config.support import changed
+
+TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
+TWO = [{"name": "ant", "model": "mlp"}, {"name": "bee", "model": "cnn"}]
+
+
+def problems(**changes: Any) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        parse(yaml.safe_dump(changed({"students": TWO, **changes})))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "method", ["kd", "logit_regression", "vid", "rkd_distance", "rkd_angle", "rkd", "fddml", "hddml"]
+)
+def test_a_method_without_its_teacher_says_what_to_add(method: str) -> None:
+    assert problems(distillation={"method": method}) == [
+        (
+            f"distillation.method: '{method}' needs a teacher, there is none; add one, for example "
+            "teachers: [{name: teacher, model: MODEL, weights: FILE}]"
+        )
+    ]
+
+
+@pytest.mark.parametrize("method", ["independent", "dml", "kdcl", "dcm", "cross_architecture"])
+def test_a_teacher_that_nobody_learns_from_is_refused(method: str) -> None:
+    assert problems(distillation={"method": method}, teachers=[TEACHER]) == [
+        f"teachers: old, but method '{method}' has no use for a teacher; remove `teachers`"
+    ]
+
+
+@pytest.mark.parametrize("method", ["fddml", "hddml"])
+@pytest.mark.parametrize(
+    ("students", "problem"),
+    [
+        (TWO[:1], "needs 2 students, there is 1; add one, or choose `independent`"),
+        (
+            [*TWO, {"name": "cat", "model": "mlp"}],
+            "is for 2 students, there are 3; remove some, or choose another method",
+        ),
+    ],
+)
+def test_two_students_are_two(method: str, students: list[Any], problem: str) -> None:
+    assert problems(distillation={"method": method}, teachers=[TEACHER], students=students) == [
+        f"distillation.method: '{method}' {problem}"
+    ]
+
+
+def test_more_teachers_than_a_method_takes_are_refused() -> None:
+    assert problems(distillation={"method": "kd"}, teachers=[TEACHER, {**TEACHER, "name": "older"}]) == [
+        "teachers: there are 2, but method 'kd' takes 1; remove some"
+    ]
+
+
+def test_a_teachers_name_is_nobody_elses() -> None:
+    assert problems(distillation={"method": "kd"}, teachers=[{**TEACHER, "name": "Bee"}]) == [
+        "teachers.0.name: 'Bee' is the name of students.1 already, as file systems may tell no case apart; give each its own"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        ({"cat": ["a", "b"]}, "cat: there is nobody of this name; allowed: ant, bee, old"),
+        ({"ant": ["a"]}, "ant: 1 layers are not allowed; allowed are the 2 of distillation.stages"),
+    ],
+)
+def test_layers_are_somebodys_and_as_many_as_there_are_stages(layers: dict[str, list[str]], problem: str) -> None:
+    found = problems(distillation={"method": "vid", "layers": layers}, teachers=[TEACHER])
+    assert found == [f"distillation.layers.{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"start_epoch": 3},
+            "start_epoch: 3 is not allowed; allowed is less than the 3 of training.epochs, or nothing is ever exchanged",
+        ),
+        (
+            {"start_epoch": 1, "full_epoch": 1},
+            "full_epoch: 1 is not allowed; allowed is more than the 1 of distillation.start_epoch",
+        ),
+        ({"every": 0}, "every: 0 is not allowed: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_rhythm_that_cannot_be_is_refused(changes: dict[str, Any], problem: str) -> None:
+    found = problems(distillation={"method": "cross_architecture", **changes}, training={"epochs": 3, "batch_size": 2})
+    assert found == [f"distillation.{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "allowed"),
+    [({"start_epoch": 2.7}, True), ({"start_epoch": 2.76}, False), ({"start_epoch": 2.99}, False)],
+)
+def test_a_start_that_no_round_comes_after_is_refused(epochs: dict[str, float], allowed: bool) -> None:
+    """Of 4 rounds an epoch, the last of three begins at 2.75."""
+    changes: dict[str, Any] = {
+        "distillation": {"method": "cross_architecture", **epochs},
+        "training": {"epochs": 3, "batch_size": 10},
+        "data": {"dataset": "digits", "train_size": 45},
+    }
+    if allowed:
+        parse(yaml.safe_dump(changed({"students": TWO, **changes})))
+    else:
+        assert problems(**changes) == [
+            (
+                f"distillation.start_epoch: {epochs['start_epoch']:g} is not allowed; allowed is up to 2.75, where the last of 12 "
+                "rounds begins, or nothing is ever exchanged"
+            )
+        ]
+
+
+@pytest.mark.parametrize("method", ["rkd_distance", "rkd_angle", "rkd"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_without_relations_are_refused(method: str, size: int) -> None:
+    """The only distance of two samples is 1 mean distance, and they have no angle."""
+    assert problems(
+        distillation={"method": method}, teachers=[TEACHER], training={"epochs": 1, "batch_size": size}
+    ) == [
+        (
+            f"training.batch_size: {size} is not allowed; allowed is 3 or more, as `{method}` compares the relations among a "
+            "batch's samples, and fewer all have the same"
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "teachers", "problem"),
+    [
+        ({"generations": 1}, [], "distillation.generations: 1 is not allowed without `teachers`; allowed: 2 to 100"),
+        (
+            {},
+            [TEACHER],
+            "distillation.generations: 2, but `teachers` are the generation before; set it to 1, or remove `teachers`",
+        ),
+        ({"generations": 1}, [TEACHER], "teachers: there are 1, but `born_again` needs one for each of the 2 students"),
+        (
+            {"generations": 1},
+            [TEACHER, {**TEACHER, "name": "older"}],
+            "teachers.1.model: 'mlp' with {}, but `born_again` has the student's own architecture: 'cnn' with {}",
+        ),
+    ],
+)
+def test_generations_follow_one_another(changes: dict[str, Any], teachers: list[Any], problem: str) -> None:
+    assert problems(distillation={"method": "born_again", **changes}, teachers=teachers) == [problem]
+
+
+def test_a_pair_of_ones_own_is_two_references() -> None:
+    assert problems(distillation={"method": "custom", "server": "mine", "worker": "mine:half"}) == [
+        "distillation.server: 'mine': is not of the form package.module:callable"
+    ]
+    assert problems(
+        distillation={"method": "custom", "server": "mine:a", "worker": "mine:b", "parameters": {"rate": float("nan")}}
+    ) == [
+        "distillation.parameters: rate: nan is not allowed; allowed are text, finite numbers, true, false, null, lists and maps of them"
+    ]
+
+
+def test_where_a_teacher_teaches_all_see_the_same_view() -> None:
+    def shared(**changes: Any) -> bool:
+        return parse(yaml.safe_dump(changed({"students": TWO, **changes}))).shared_view
+
+    taught = {"distillation": {"method": "kd"}, "teachers": [TEACHER]}
+    assert not shared()
+    assert shared(**taught)
+    assert not shared(**taught, data={"dataset": "digits", "augment": {"view": "own"}})
+    assert shared(data={"dataset": "digits", "augment": {"view": "shared"}})
+
+
+def test_a_shared_view_is_nobodys_own() -> None:
+    own = [{**TWO[0], "data": {"augment": {"flip": True}}}, TWO[1]]
+    assert problems(distillation={"method": "kd"}, teachers=[TEACHER], students=own) == [
+        "students.0.data.augment: flip, but all see the same view of a sample; set data.augment, or data.augment.view: own"
+    ]
+
+
+class TestRhythm:
+    @pytest.mark.parametrize("rhythm", [Rhythm(), Rhythm(3, 1), Rhythm(0, 4), Rhythm(7, 3)])
+    def test_rounds_and_exchanges_count_each_other(self, rhythm: Rhythm) -> None:
+        rounds = [number for number in range(50) if rhythm.exchanges(number)]
+        assert rounds[0] == rhythm.start
+        assert [rhythm.round(exchange) for exchange in range(len(rounds))] == rounds
+        assert [rhythm.exchanges_before(number) for number in rounds] == list(range(len(rounds)))
+        for number in range(50):
+            assert rhythm.exchanges_before(number) == sum(each < number for each in rounds)

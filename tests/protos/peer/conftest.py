@@ -1,0 +1,7 @@
+"""The fixtures of the peer's tests: real servers, and exchanges with them."""
+
+from __future__ import annotations
+
+from worker.support import connect, serving, tiny
+
+__all__ = ["connect", "serving", "tiny"]

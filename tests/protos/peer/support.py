@@ -1,0 +1,92 @@
+"""What the tests of the exchange share: its messages, rounds of all students, and waiting."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from codistill import PROTOCOL_VERSION
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.peer.grpc import GrpcExchange
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import encode
+
+BOUND = 10.0
+"""Seconds far above what anything here takes, far below what it would take unbounded."""
+
+Connect = Callable[..., GrpcExchange]
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.01)
+
+
+def request(experiment: Experiment, student: str = "cnn", first: int = 0, **changes: Any) -> pb.JoinRequest:
+    fields: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "student": student,
+        "experiment": identity(experiment),
+        "data": pb.DataFingerprint(digest="d", train_samples=48, classes=10),
+        "outputs": {"logits": pb.Shape(dims=[10])},
+        "first_round": first,
+        "total_rounds": 9,
+    }
+    return pb.JoinRequest(**{**fields, **changes})
+
+
+def contribution(number: int, seed: int) -> pb.Contribution:
+    logits = torch.randn(16, 10, generator=torch.Generator().manual_seed(100 * seed + number))
+    labels = torch.arange(16) % 10
+    samples = pb.Samples(
+        ids=encode(torch.arange(16) + number, "int64"),
+        labels=encode(labels, "int64"),
+        outputs={"logits": encode(logits, "float32")},
+    )
+    return pb.Contribution(round=number, batch=samples)
+
+
+def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
+    measurements = [pb.Measurement(split=pb.SPLIT_TEST, round=each, accuracy=0.5, loss=each) for each in rounds]
+    return pb.ReportRequest(round=number, epoch=number / 3, durable_round=durable, measurements=measurements)
+
+
+def exchange_round(number: int, exchanges: list[GrpcExchange]) -> list[pb.Targets]:
+    """Exchanges one round, every student on a thread of its own, as it would be in a process of its own."""
+
+    def take_part(seed: int) -> pb.Targets:
+        exchanges[seed].send(contribution(number, seed))
+        return exchanges[seed].receive(number)
+
+    with ThreadPoolExecutor(len(exchanges)) as pool:
+        return list(pool.map(take_part, range(len(exchanges))))
+
+
+def both(experiment: Experiment, address: str, connect: Connect, **settings: Any) -> list[GrpcExchange]:
+    exchanges = [connect(address, **settings) for _ in experiment.names]
+    for name, each in zip(experiment.names, exchanges, strict=True):
+        each.join(request(experiment, name))
+    return exchanges
+
+
+def in_background(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException | object]]:
+    """Runs work beside; the list gets its result, or what it raised."""
+    outcome: list[BaseException | object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="background")
+    thread.start()
+    return thread, outcome

@@ -1,0 +1,315 @@
+"""One run's records as series: every measurement once, the later line standing."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill.config.experiment import Experiment, ExperimentError, parse
+from codistill.rundir import history
+from codistill.rundir.history import RunInfo
+from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
+
+
+def experiment(epochs: int = 4) -> Experiment:
+    return parse(
+        f"name: tiny\ndata: {{dataset: digits}}\ntraining: {{epochs: {epochs}}}\n"
+        "students: [{name: a, model: mlp}, {name: b, model: cnn}]\n"
+    )
+
+
+def measured(student: str, at: int, accuracy: float, split: str = "test", time: float = 0.0) -> Measured:
+    return Measured.model_validate(
+        {
+            "time": time,
+            "student": student,
+            "split": split,
+            "round": at,
+            "epoch": at / 10,
+            "accuracy": accuracy,
+            "loss": 1 - accuracy,
+        }
+    )
+
+
+def joined(student: str, device: str = "cpu", time: float = 0.0) -> Joined:
+    return Joined(
+        time=time, student=student, model=f"model of {student}", parameters=1000, device=device, total_rounds=40
+    )
+
+
+def span(first: int, last: int, p50: float = 0.001, longest: float = 0.002, **waits: tuple[int, float]) -> RoundsClosed:
+    return RoundsClosed(
+        time=float(last),
+        first=first,
+        last=last,
+        seconds=1.0,
+        wait_p50=p50,
+        wait_max=longest,
+        waits={name: StudentWait(rounds=rounds, seconds=seconds) for name, (rounds, seconds) in waits.items()},
+    )
+
+
+def test_a_repeated_measurement_stands_in_its_place_with_its_later_value() -> None:
+    run = history.collect(
+        experiment(),
+        [
+            measured("a", 10, 0.5),
+            measured("a", 20, 0.6),
+            measured("b", 20, 0.1),
+            measured("a", 10, 0.55),
+            measured("a", 20, 0.4, "train"),
+        ],
+    )
+    first, second = run.students
+    assert [(each.round, each.accuracy) for each in first.test] == [(10, 0.55), (20, 0.6)]
+    assert [each.accuracy for each in first.train] == [0.4]
+    assert [each.accuracy for each in second.test] == [0.1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from(["train", "test"]), st.integers(1, 6), st.floats(0, 1)),
+        max_size=40,
+    )
+)
+def test_the_series_are_those_of_a_dictionary_filled_in_order(lines: list[tuple[str, str, int, float]]) -> None:
+    run = history.collect(experiment(), [measured(student, at, value, split) for student, split, at, value in lines])
+    expected = {(student, split, at): value for student, split, at, value in lines}
+    found = {
+        (each.student, each.split, each.round): each.accuracy
+        for one in run.students
+        for each in (*one.train, *one.test)
+    }
+    assert found == expected
+    for one in run.students:
+        assert [each.round for each in one.test] == sorted(each.round for each in one.test)
+
+
+def test_the_final_measurement_is_the_last_epochs_not_the_best() -> None:
+    run = history.collect(experiment(), [measured("a", 30, 0.9), measured("a", 40, 0.8), measured("b", 30, 0.7)])
+    first, second = run.students
+    assert first.final is not None
+    assert first.final.accuracy == 0.8
+    assert second.final is None
+    assert not run.complete
+
+
+def test_students_come_in_the_experiments_order_and_are_there_without_records() -> None:
+    run = history.collect(experiment(), [joined("b", "cpu"), joined("b", "cuda:0"), joined("guest")])
+    assert [(each.name, each.model, each.device, each.parameters) for each in run.students] == [
+        ("a", "mlp", "", None),
+        ("b", "cnn", "cuda:0", 1000),
+        ("guest", "model of guest", "cpu", 1000),
+    ]
+    assert run.total_rounds == 40
+    assert run.epoch(15) == 1.5
+    assert history.collect(experiment(), []).epoch(15) is None
+
+
+def test_rounds_closed_again_replace_the_spans_they_overlap() -> None:
+    again = span(10, 24, 0.5)
+    run = history.collect(experiment(), [span(0, 9), span(10, 19), span(20, 29), again, span(30, 39)])
+    assert [(each.first, each.last) for each in run.rounds] == [(0, 9), (10, 24), (30, 39)]
+    assert run.rounds[1] == again
+    late = history.collect(experiment(), [span(10, 19), span(0, 9)])
+    assert [each.first for each in late.rounds] == [0, 10]
+
+
+def test_waits_are_summed_over_spans() -> None:
+    run = history.collect(experiment(), [span(0, 9, a=(4, 0.5), b=(6, 0.25)), span(10, 19, longest=3.0, a=(10, 1.5))])
+    assert run.waits == {"a": StudentWait(rounds=14, seconds=2.0), "b": StudentWait(rounds=6, seconds=0.25)}
+    assert run.closed_rounds == 20
+    assert history.longest_wait(run.rounds) == 3.0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 10)), min_size=1, max_size=30))
+def test_the_median_wait_counts_a_span_once_for_each_of_its_rounds(spans: list[tuple[int, float]]) -> None:
+    closed: list[RoundsClosed] = []
+    for rounds, wait in spans:
+        first = closed[-1].last + 1 if closed else 0
+        closed.append(span(first, first + rounds - 1, wait))
+    every_round = [wait for rounds, wait in spans for _ in range(rounds)]
+    assert history.median_wait(closed) == statistics.median_low(every_round)
+
+
+def test_without_spans_there_is_no_wait() -> None:
+    assert history.median_wait([]) is None
+    assert history.longest_wait([]) is None
+
+
+def test_steps_that_are_unknown_are_not_in_the_medians() -> None:
+    paces = [(1, 0.0, 0.0), (2, 0.2, 0.1), (3, 0.4, 0.0), (4, 0.3, 0.2)]
+    run = history.collect(
+        experiment(),
+        [Paced(time=0, student="a", round=at, step_seconds=step, wait_seconds=wait) for at, step, wait in paces],
+    )
+    assert run.students[0].step_seconds == pytest.approx(0.3)
+    assert run.students[0].wait_seconds == pytest.approx(0.1)
+    assert run.students[1].step_seconds is None
+
+
+def test_events_are_in_order_of_time_and_time_runs_from_first_to_last_record() -> None:
+    events: list[Record] = [Happened(time=9.0, what="finished"), Happened(time=3.0, what="absent", student="a")]
+    run = history.collect(experiment(), [joined("a", time=2.0), measured("a", 10, 0.5, time=5.0)], events)
+    assert [each.what for each in run.events] == ["absent", "finished"]
+    assert (run.started, run.ended, run.seconds) == (2.0, 9.0, 7.0)
+    assert history.collect(experiment(), []).seconds is None
+
+
+def test_the_ensembles_accuracy_is_the_last_known() -> None:
+    spans = [span(0, 9).model_copy(update={"ensemble_accuracy": 0.25}), span(10, 19)]
+    assert history.collect(experiment(), spans).ensemble_accuracy == 0.25
+    assert history.collect(experiment(), []).ensemble_accuracy is None
+
+
+def test_a_folder_reads_as_its_records(tmp_path: Path) -> None:
+    lines: list[Record] = [joined("a"), measured("a", 40, 0.75), span(0, 39)]
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{line.model_dump_json()}\n" for line in lines) + '{"kind": "measu'
+    )
+    (tmp_path / "events.jsonl").write_text(Happened(time=1, what="joined", student="a").model_dump_json() + "\n")
+    (tmp_path / "run.json").write_text(
+        '{"created": "2025-01-02T03:04:05Z", "mode": "grpc", "command": ["codistill", "run"]}'
+    )
+    run = history.read(tmp_path)
+    assert run == history.collect(experiment(), lines, [Happened(time=1, what="joined", student="a")], run.info)
+    assert run.info.command == ("codistill", "run")
+    assert run.info.created is not None
+    assert run.info.created.isoformat() == "2025-01-02T03:04:05+00:00"
+
+
+def test_only_the_experiment_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"experiment\.yaml"):
+        history.read(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    run = history.read(tmp_path)
+    assert run.info == RunInfo()
+    assert [each.test for each in run.students] == [(), ()]
+    assert run.started is None
+
+
+def test_a_run_json_of_another_form_names_the_field(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "run.json").write_text('{"mode": "telepathy"}')
+    with pytest.raises(ValueError, match=r"run\.json: mode: .*'grpc' or 'in-process'"):
+        history.read(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: Invalid JSON"):
+        history.read(tmp_path)
+
+
+def test_what_the_supervisor_saw_stands_among_the_servers_events(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    (tmp_path / "events.jsonl").write_text(
+        "".join(Happened(time=time, what="joined", student="b").model_dump_json() + "\n" for time in (1.0, 3.0))
+    )
+    lines = [
+        Happened(time=2.0, what=history.RESTARTED, student="b", message="was killed by SIGKILL"),
+        Happened(time=4.0, what=history.RESTARTED, message="the server was killed by SIGKILL"),
+        Happened(time=5.0, what="gave_up", student="b"),
+    ]
+    path = tmp_path / history.SUPERVISOR_FILE
+    path.write_text("".join(line.model_dump_json() + "\n" for line in lines) + '{"kind": "ev')
+    run = history.read(tmp_path)
+    assert [(event.time, event.what) for event in run.events] == [
+        (1.0, "joined"),
+        (2.0, "restarted"),
+        (3.0, "joined"),
+        (4.0, "restarted"),
+        (5.0, "gave_up"),
+    ]
+    assert [student.restarts for student in run.students] == [0, 1]
+
+
+def test_what_was_missed_is_summed_over_the_spans_that_stand() -> None:
+    missed = [
+        span(first, first + 4).model_copy(update={"missed": by_name, "without_targets": alone})
+        for first, by_name, alone in ((0, {"a": 2}, 1), (5, {"b": 5}, 4), (5, {"a": 1, "b": 3}, 2))
+    ]
+    run = history.collect(experiment(), [joined("a"), *missed, joined("a")])
+    assert [student.missed_rounds for student in run.students] == [3, 3]
+    assert [student.joins for student in run.students] == [2, 0]
+    assert run.rounds_without_targets == 3
+
+
+def test_a_history_that_is_followed_is_the_one_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
+    follower = history.Follower(experiment(), tmp_path)
+    assert follower.advance().students[0].test == ()
+    lines = [
+        joined("a"),
+        measured("a", 10, 0.5),
+        span(0, 9, a=(3, 0.5)),
+        measured("a", 20, 0.7),
+        measured("a", 10, 0.6),
+    ]
+    for line in lines:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(line.model_dump_json() + "\n")
+        assert follower.version != follower.written
+        assert follower.advance() == history.read(tmp_path)
+        assert follower.version == follower.written
+    assert follower.advance().students[0].test_count == 2
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=300), st.integers(4, 12))
+def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[int], limit: int) -> None:
+    collected = history._Collected(experiment(), limit)
+    for number, score in enumerate(scores):
+        collected.add(measured("a", number, score / 40))
+    student = collected.history(RunInfo()).students[0]
+    kept = [each.round for each in student.test]
+    assert len(kept) <= limit
+    assert kept[0] == 0
+    assert kept[-1] == len(scores) - 1
+    assert len({later - earlier for earlier, later in itertools.pairwise(kept[:-1])}) <= 1
+    assert student.test_count == len(scores)
+    assert student.best is not None
+    assert (student.best.accuracy, student.best.round) == (max(scores) / 40, scores.index(max(scores)))
+
+
+def test_a_bounded_series_takes_a_resumed_students_repetitions_for_what_they_are() -> None:
+    collected = history._Collected(experiment(), 8)
+    for number in (*range(40), *range(25, 60)):
+        collected.add(measured("a", number, 0.5))
+    student = collected.history(RunInfo()).students[0]
+    assert student.test_count == 60
+    assert len(student.test) <= 8
+
+
+def test_merged_spans_keep_totals_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_UNMERGED", 2)
+    spans = [
+        span(
+            5 * number, 5 * number + 4, 0.001 * number, 3.0 if number == 7 else 0.1, a=(2, 0.25), b=(3, 0.5)
+        ).model_copy(update={"missed": {"b": 1}, "without_targets": 1, "ensemble_accuracy": number / 100})
+        for number in range(60)
+    ]
+    whole, bounded = history._Collected(experiment()), history._Collected(experiment(), 10)
+    for each in spans:
+        whole.add(each)
+        bounded.add(each)
+    one, other = whole.history(RunInfo()), bounded.history(RunInfo())
+    assert len(other.rounds) <= 10
+    assert other.rounds[-1] == one.rounds[-1]
+    assert other.waits == one.waits
+    for what in ("closed_rounds", "rounds_without_targets", "ensemble_accuracy"):
+        assert getattr(other, what) == getattr(one, what)
+    assert history.longest_wait(other.rounds) == 3.0
+    assert [each.missed_rounds for each in other.students] == [0, 60]
+
+
+def test_of_events_a_bounded_history_keeps_the_newest_and_counts_all_restarts() -> None:
+    collected = history._Collected(experiment(), 5)
+    for number in range(20):
+        collected.add(Happened(time=number, what=history.RESTARTED, student="a" if number % 2 else ""))
+    run = collected.history(RunInfo())
+    assert [event.time for event in run.events] == [15, 16, 17, 18, 19]
+    assert (run.server_restarts, run.students[0].restarts) == (10, 10)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from codistill.rundir.records import Happened, Paced, Record, read
+from codistill.rundir.writer import Recorder
+
+
+def event(number: int, length: int = 0) -> Happened:
+    return Happened(time=float(number), what="joined", student="ant", message="x" * length)
+
+
+def pace(number: int) -> Paced:
+    return Paced(time=1.0, student="ant", round=number, step_seconds=0.1, wait_seconds=0.0)
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[Recorder]:
+    made = Recorder(tmp_path)
+    yield made
+    made.close()
+
+
+def test_records_go_to_their_files_at_once(recorder: Recorder, tmp_path: Path) -> None:
+    records: list[Record] = [event(1), pace(1), pace(2), event(2)]
+    for record in records:
+        recorder.write(record)
+    assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
+    assert list(read(tmp_path / "metrics.jsonl")) == [pace(1), pace(2)]
+
+
+def test_a_second_recorder_goes_on_where_the_first_ended(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.write(event(1))
+    recorder.close()
+    again = Recorder(tmp_path)
+    again.write(event(2))
+    again.close()
+    assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
+
+
+def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, events="supervisor.jsonl", metrics=None)
+    recorder.write(event(1))
+    recorder.write(pace(1))
+    recorder.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["supervisor.jsonl"]
+    assert list(read(tmp_path / "supervisor.jsonl")) == [event(1)]
+
+
+@pytest.mark.parametrize("whole", [0, 2])
+def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
+    lines = [event(number).model_dump_json() + "\n" for number in range(whole)]
+    (tmp_path / "events.jsonl").write_text("".join(lines) + '{"kind": "event", "ti')
+    recorder = Recorder(tmp_path)
+    assert (tmp_path / "events.jsonl").read_text() == "".join(lines)
+    recorder.write(event(9))
+    recorder.close()
+    assert list(read(tmp_path / "events.jsonl")) == [*map(event, range(whole)), event(9)]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recorder = Recorder(None)
+    recorder.write(event(1))
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        Recorder(tmp_path)
+
+
+def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
+    """The operating system takes half of a record and then no more, until there is room again."""
+    script = """
+        import logging, resource, signal, sys
+        from pathlib import Path
+        from codistill.rundir.records import Happened
+        from codistill.rundir.writer import Recorder
+        logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        recorder = Recorder(Path(sys.argv[1]))
+        def write(number):
+            recorder.write(Happened(time=number, what="joined", message="x" * 300))
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        for number in range(10):
+            write(number)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        write(10)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        write(11)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second, "once, and once more after it had worked again"
+    assert first.startswith(f"ERROR {tmp_path / 'events.jsonl'} cannot be written: ")
+    assert first.endswith("; training goes on without records")
+    assert [record.time for record in read(tmp_path / "events.jsonl")] == [0.0, 1.0, 10.0]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill_server.rounds.stragglers import Absence, Arrivals, Verdict, judge
+
+RULES = Absence(quorum=2, round_deadline=3.0, evict_after=30.0)
+AUTO = Absence(quorum=2, round_deadline=None, evict_after=30.0)
+NAMES = ("ant", "bee", "cat")
+
+
+def verdict(waited: float, contributed: tuple[str, ...], **changes: Any) -> Verdict:
+    arguments: dict[str, Any] = {
+        "waited": waited, "deadline": 3.0, "awaited": NAMES, "expected": (), "contributed": contributed
+    }  # fmt: skip
+    return judge(RULES, **{**arguments, **changes})
+
+
+class TestJudge:
+    def test_it_closes_when_every_awaited_student_is_in(self) -> None:
+        assert verdict(0.1, NAMES) == Verdict(True, True, (), "every awaited student is in; 3 contributions, quorum 2")
+        assert verdict(0.1, ("ant", "bee"), awaited=("ant", "bee")).close
+
+    def test_before_the_deadline_it_waits(self) -> None:
+        made = verdict(2.999, ("ant", "bee"))
+        assert not made.close
+        assert made.absent == ()
+        assert made.reason == "waits for cat since 3.0 s; 2 contributions, quorum 2"
+
+    def test_at_the_deadline_it_goes_on_with_a_quorum(self) -> None:
+        made = verdict(3.0, ("ant", "bee"))
+        assert (made.close, made.targets, made.absent) == (True, True, ("cat",))
+        assert made.reason == "without cat after 3.0 s; 2 contributions, quorum 2"
+
+    def test_below_the_quorum_it_has_no_targets(self) -> None:
+        made = verdict(3.0, ("bee",))
+        assert (made.close, made.targets, made.absent) == (True, False, ("ant", "cat"))
+        assert made.reason.endswith("1 contributions, quorum 2: no targets")
+
+    def test_the_contribution_of_an_absent_student_counts(self) -> None:
+        assert verdict(0.0, ("ant", "cat"), awaited=("ant",)).targets
+
+    def test_one_that_never_joined_is_given_longer(self) -> None:
+        early = verdict(29.9, ("ant",), expected=("cat",))
+        assert (early.close, early.absent) == (False, ("bee",))
+        late = verdict(30.0, ("ant",), expected=("cat",))
+        assert (late.close, late.absent) == (True, ("bee", "cat"))
+
+    @given(
+        waited=st.floats(0, 100),
+        contributed=st.sets(st.sampled_from(NAMES), min_size=1),
+        awaited=st.sets(st.sampled_from(NAMES)),
+        expected=st.sets(st.sampled_from(NAMES)),
+    )
+    def test_nothing_waits_past_the_longest_bound(
+        self, waited: float, contributed: set[str], awaited: set[str], expected: set[str]
+    ) -> None:
+        made = verdict(waited, tuple(contributed), awaited=tuple(sorted(awaited)), expected=expected)
+        assert made.close or waited < RULES.evict_after
+        assert made.close == (awaited - contributed <= set(made.absent))
+        assert made.targets == (made.close and len(contributed) >= 2)
+        assert not set(made.absent) & contributed
+
+
+class TestArrivals:
+    def of(self, *lags: float) -> Arrivals:
+        arrivals = Arrivals()
+        for lag in lags:
+            arrivals.add(lag)
+        return arrivals
+
+    def test_a_fixed_deadline_is_what_it_is(self) -> None:
+        assert self.of(*[20.0] * 10).deadline(RULES) == 3.0
+
+    def test_few_rounds_say_nothing(self) -> None:
+        assert self.of(*[0.1] * 7).deadline(AUTO) == 30.0
+        assert self.of(*[0.1] * 8).deadline(AUTO) == 2.0
+
+    def test_it_is_the_median_and_ten_spreads(self) -> None:
+        # Median 4; distances 3 2 1 0 1 2 3 4 from it, of which the median is 2.
+        assert self.of(1, 2, 3, 4, 4, 5, 6, 7).deadline(AUTO) == pytest.approx(4 + 10 * 1.5)
+
+    def test_one_pause_moves_it_little(self) -> None:
+        assert self.of(*[0.5] * 40, 25.0).deadline(AUTO) == 2.0
+
+    def test_it_is_bounded_by_the_eviction(self) -> None:
+        assert self.of(1, 9, 1, 9, 1, 9, 1, 9).deadline(AUTO) == 30.0
+
+    def test_it_forgets(self) -> None:
+        assert self.of(*[25.0] * 64, *[0.1] * 64).deadline(AUTO) == 2.0

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from codistill_server.rpc.log_filter import Seldom, quiet
+from server.support import Clock
+
+
+def record(message: str, *args: object) -> logging.LogRecord:
+    return logging.LogRecord("grpc", logging.ERROR, __file__, 1, message, args, None)
+
+
+class TestSeldom:
+    def test_a_line_stands_for_many(self) -> None:
+        clock = Clock()
+        seldom, written = Seldom(clock), list[str]()
+        for number in range(250):
+            told = record("Invalid encoding on %s", b"\xff" * (500 if number == 200 else 1))
+            if seldom.filter(told):
+                assert (told.levelname, told.exc_info) == ("WARNING", None)
+                written.append(told.getMessage())
+            clock.now += 0.1
+        assert written[0] == r"a call has a header that is not UTF-8 (Invalid encoding on b'\xff'); 0 more before it"
+        assert [text.rpartition("; ")[2] for text in written] == ["0 more before it", *["99 more before it"] * 2]
+        assert len(written[2]) < 180
+
+    def test_each_kind_has_its_own(self) -> None:
+        seldom = Seldom(Clock())
+        gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
+        error = RuntimeError('Failed "execute_batch": (SendMessageOperation,)')
+        told, again, other = record(gone), record(gone), record(gone)
+        told.exc_info = again.exc_info = (RuntimeError, error, None)
+        other.exc_info = (RuntimeError, RuntimeError("Failed grpc_call_start_batch: 8"), None)
+        assert seldom.filter(record("Invalid encoding on %s", b"\xff"))
+        assert seldom.filter(told)
+        assert not seldom.filter(again)
+        assert seldom.filter(other)
+        assert other.levelname == "ERROR", "that one is ours"
+        assert told.getMessage().startswith("a caller was gone before its answer was sent (ExecuteBatchError ")
+
+    def test_everything_else_is_written_as_it_is(self) -> None:
+        seldom = Seldom(Clock())
+        for _ in range(3):
+            told = record("Unexpected %s raised", "KeyError")
+            assert seldom.filter(told)
+            assert (told.getMessage(), told.levelname) == ("Unexpected KeyError raised", "ERROR")
+
+
+def test_it_ends_with_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("grpc._cython.cygrpc")
+    with quiet():
+        logger.error("Invalid encoding on %s", b"\xff")
+        logger.error("Invalid encoding on %s", b"\xff")
+    logger.error("Invalid encoding on %s", b"\xff")
+    assert [each.levelname for each in caplog.records] == ["WARNING", "ERROR"]

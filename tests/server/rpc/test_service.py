@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import grpc
+import grpc.aio
+import pytest
+
+from codistill.config.fingerprint import identity
+from codistill.config.methods import Distillation
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server import methods
+from codistill_server.storage.journal import ClosedRound, Journal, JournalError
+from server.rpc.support import PATIENCE, Student, drive, error_of, serving, until
+from server.support import join_request, make_experiment
+
+
+class TestRounds:
+    def test_eight_students_get_the_same_bytes(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment([f"s{number}" for number in range(8)])) as served:
+                students = await served.students()
+                for number in range(12):
+                    await asyncio.gather(*(student.send(number) for student in students))
+                    answers = await asyncio.gather(*(student.answer() for student in students))
+                    assert len(set(answers)) == 1
+                    assert pb.ExchangeReply.FromString(answers[0]).targets.round == number
+                assert served.coordinator.frontier == 12
+
+        drive(test)
+
+    def test_a_student_that_comes_back_is_answered_from_the_journal(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                answers: list[bytes] = []
+                for number in range(7):
+                    await asyncio.gather(ant.send(number), bee.send(number))
+                    answers.append(await ant.answer())
+                ant.call.cancel()
+                await until(lambda: served.presence["ant"] == "absent")
+                again = Student(served, "ant")
+                await again.start(2)
+                for number in range(2, 7):
+                    await again.send(number)
+                assert [await again.answer() for _ in range(5)] == answers[2:]
+
+        drive(test)
+
+    def test_who_waits_is_told_whom_for(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment(exchange={"waiting_notice": 0.3})) as served:
+                ant, bee = await served.students()
+                await ant.send(0)
+                raw = await ant.call.read()
+                waiting = pb.ExchangeReply.FromString(raw).waiting
+                assert (waiting.round, list(waiting.students)) == (0, ["bee"])
+                assert waiting.seconds >= 0.3
+                run = await served.stub.GetRun(pb.GetRunRequest())
+                assert list(run.waiting_for) == ["bee"]
+                await bee.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_a_student_that_finished_is_reported_and_completes_the_run(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment()) as served:
+                ant, bee = await served.students()
+                await served.stub.Report(pb.ReportRequest(session=ant.session, round=3, epoch=1, durable_round=0))
+                run = await served.stub.GetRun(pb.GetRunRequest())
+                assert [(student.name, student.round) for student in run.students] == [("ant", 3), ("bee", 0)]
+                for student in (ant, bee):
+                    assert not served.coordinator.complete
+                    leave = pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED)
+                    await served.stub.Leave(leave)
+                    student.call.cancel()
+                assert served.coordinator.complete
+
+        drive(test)
+
+
+class TestHeavyWork:
+    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
+    def test_linear_is_made_beside_the_loop(self, monkeypatch: pytest.MonkeyPatch, ensemble: str) -> None:
+        """Its targets are held back: meanwhile the server answers. Lighter ensembles are made on the loop's thread."""
+        experiment = make_experiment(distillation={"ensemble": ensemble})
+        half = methods.create(experiment.distillation)
+        assert half is not None
+        release, threads = threading.Event(), list[str]()
+
+        class Held:
+            heavy, student, teacher = half.heavy, half.student, half.teacher
+
+            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+                threads.append(threading.current_thread().name)
+                assert release.wait(PATIENCE)
+                return half.targets(gathered)
+
+        monkeypatch.setattr(methods, "create", _returning(Held()))
+        if not half.heavy:
+            release.set()
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                students = await served.students()
+                for student in students:
+                    await student.send(0)
+                if half.heavy:
+                    await until(lambda: len(threads) == 1)
+                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
+                    assert run.frontier == 0
+                    release.set()
+                answers = {await student.answer() for student in students}
+                assert len(answers) == 1
+
+        drive(test)
+        (thread,) = threads
+        assert thread.startswith("codistill-targets") == half.heavy
+
+    def test_a_real_linear_round(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment(distillation={"ensemble": "linear"})) as served:
+                students = await served.students()
+                for number in range(3):
+                    await asyncio.gather(*(student.send(number) for student in students))
+                    assert len({await student.answer() for student in students}) == 1
+                assert served.failures == []
+
+        drive(test)
+
+
+class TestWatchRun:
+    @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
+    def test_an_interval_that_is_not_allowed(self, interval: float) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                error = await error_of(call.read())
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60" in (error.details() or "")
+
+        drive(test)
+
+    @pytest.mark.parametrize("interval", [0.0, 0.1])
+    def test_it_goes_on_until_the_run_is_complete(self, interval: float) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                assert not (await call.read()).complete
+                for student in await served.students():
+                    await served.stub.Leave(pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED))
+                async with asyncio.timeout(PATIENCE):
+                    states = []
+                    while (state := await call.read()) is not grpc.aio.EOF:
+                        states.append(state.complete)
+                assert states[-1]
+                assert not any(states[:-1])
+
+        drive(test)
+
+    def test_a_watcher_that_goes_away_is_let_go(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                before = len(asyncio.all_tasks())
+                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=0.1)) for _ in range(5)]
+                for call in calls:
+                    await call.read()
+                while calls:
+                    calls.pop().cancel()
+                await until(lambda: len(asyncio.all_tasks()) <= before)
+
+        drive(test)
+
+
+def _returning(half: methods.ServerHalf) -> Callable[..., methods.ServerHalf]:
+    def create(
+        distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()
+    ) -> methods.ServerHalf:
+        del distillation, students, teachers
+        return half
+
+    return create
+
+
+class _BrokenJournal(Journal):
+    def append(self, closed: ClosedRound) -> None:
+        del closed
+        raise JournalError("the disk is full")
+
+
+class TestFaults:
+    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
+    def test_a_round_that_cannot_be_written_ends_the_run(self, ensemble: str) -> None:
+        experiment = make_experiment(distillation={"ensemble": ensemble})
+
+        async def test() -> None:
+            async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
+                students = await served.students()
+                for student in students:
+                    await student.send(0)
+                await until(lambda: bool(served.failures))
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+                served.service.end()  # as the process does on a failure
+                for student in students:
+                    assert (await student.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
+    def test_so_does_one_that_its_deadline_closes(self) -> None:
+        """Were the ticks to end unnoticed, no deadline would ever close a round again."""
+        experiment = make_experiment(
+            distillation={"ensemble": "min_logit"}, exchange={"on_absence": "proceed", "round_deadline": 0.2}
+        )
+
+        async def test() -> None:
+            async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
+                first, _ = await served.students()
+                await first.send(0)
+                await until(lambda: bool(served.failures))
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+                assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
+    @pytest.mark.parametrize("goes", ["Leave", "Join"])
+    def test_so_does_a_fault_in_a_call_that_closes_a_round(self, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The round is half decided; were the server to go on, it would never close."""
+        experiment = make_experiment(
+            distillation={"ensemble": "min_logit"}, exchange={"on_absence": "proceed", "evict_after": 30}
+        )
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                first, second = await served.students()
+
+                def fault(record: object) -> None:
+                    raise ZeroDivisionError("a fault of ours")
+
+                monkeypatch.setattr(served.coordinator._journal, "append", fault)
+                monkeypatch.setattr(served.coordinator._journal, "remember", fault)
+                await first.send(0)
+                await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
+                if goes == "Leave":
+                    call = served.stub.Leave(pb.LeaveRequest(session=second.session, reason=pb.LEAVE_REASON_STOPPED))
+                else:
+                    call = served.stub.Join(join_request(experiment, "bee"))
+                error = await error_of(call)
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "going down" in (error.details() or "")
+                assert [str(failure) for failure in served.failures] == ["a fault of ours"]
+                assert (await first.ending()).code() is grpc.StatusCode.UNAVAILABLE
+
+        drive(test)
+
+    @pytest.mark.parametrize("heavy", [True, False])
+    def test_so_does_any_other_fault_in_making_targets(self, monkeypatch: pytest.MonkeyPatch, heavy: bool) -> None:
+        """Nobody is left to wait for a round that cannot be decided."""
+
+        class Broken:
+            student: ClassVar = {"logits": methods.LOGITS}
+            teacher: ClassVar = {}
+
+            def __init__(self) -> None:
+                self.heavy = heavy
+
+            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+                del gathered
+                raise ZeroDivisionError("a fault of the method")
+
+        monkeypatch.setattr(methods, "create", _returning(Broken()))
+
+        async def test() -> None:
+            async with serving() as served:
+                for student in await served.students():
+                    await student.send(0)
+                await until(lambda: bool(served.failures))
+                assert [type(failure) for failure in served.failures] == [ZeroDivisionError]
+
+        drive(test)
+
+    def test_a_journal_that_fails_at_a_join(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(record: object) -> None:
+            raise JournalError("the disk is full")
+
+        async def test() -> None:
+            async with serving() as served:
+                monkeypatch.setattr(served.coordinator._journal, "remember", full)
+                error = await error_of(served.stub.Join(join_request(served.experiment, "ant")))
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert "the disk is full" in (error.details() or "")
+                assert [str(failure) for failure in served.failures] == ["the disk is full"]
+
+        drive(test)

@@ -1,0 +1,233 @@
+"""What the tests of the server's plumbing share: an experiment, messages as workers send them, and a run in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from codistill import PROTOCOL_VERSION
+from codistill.config.experiment import Experiment, parse
+from codistill.config.fingerprint import identity
+from codistill.config.methods import Independent
+from codistill.rundir.records import Happened, Record
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.checksum import seal
+from codistill.wire.tensors import encode
+from codistill_server.coordinator import Coordinator, Submit, run_inline
+from codistill_server.errors import Refused
+from codistill_server.observability.state import Observations
+from codistill_server.rounds.events import Status
+from codistill_server.storage.journal import Journal
+
+BATCH, CLASSES, HELD_OUT = 4, 3, 5
+TRAIN_SAMPLES, EPOCHS = 12, 4
+ROUNDS_PER_EPOCH = TRAIN_SAMPLES // BATCH
+TOTAL_ROUNDS = EPOCHS * ROUNDS_PER_EPOCH
+STUDENTS = ("ant", "bee")
+
+
+class Clock:
+    """Seconds that go by when told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Inbox:
+    """What a session was sent."""
+
+    def __init__(self) -> None:
+        self.raw: list[bytes] = []
+        self.ended: tuple[Status, str] | None = None
+
+    def reply(self, reply: bytes) -> None:
+        assert self.ended is None, "nothing is sent to a stream that has ended"
+        self.raw.append(reply)
+
+    def end(self, status: Status, message: str) -> None:
+        assert self.ended is None, "a stream ends once"
+        self.ended = status, message
+
+    @property
+    def replies(self) -> list[pb.ExchangeReply]:
+        return [pb.ExchangeReply.FromString(raw) for raw in self.raw]
+
+    @property
+    def rounds(self) -> list[int]:
+        return [reply.targets.round for reply in self.replies if reply.HasField("targets")]
+
+
+def make_experiment(students: Sequence[str] = STUDENTS, **sections: Any) -> Experiment:
+    """Returns a small experiment on `CLASSES` classes.
+
+    `section={...}` adds to a section, or takes its place where it names a method; other values replace.
+    """
+    document: dict[str, Any] = {
+        "name": "small",
+        "data": {"dataset": "somewhere:make", "classes": CLASSES},
+        "training": {"epochs": EPOCHS, "batch_size": BATCH},
+        "distillation": {"method": "kdcl", "ensemble": "min_logit"},
+        "exchange": {"waiting_notice": 5},
+        "students": [{"name": name, "model": "mlp"} for name in students],
+    }
+    for section, value in sections.items():
+        adds = isinstance(value, dict) and "method" not in value
+        document[section] = {**document.get(section, {}), **value} if adds else value
+    return parse(yaml.safe_dump(document))
+
+
+def general_experiment(**sections: Any) -> Experiment:
+    return make_experiment(
+        data={"held_out": HELD_OUT}, distillation={"method": "kdcl", "ensemble": "general"}, **sections
+    )
+
+
+def join_request(experiment: Experiment, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
+    """Returns what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
+    request = pb.JoinRequest(
+        protocol_version=PROTOCOL_VERSION,
+        student=student,
+        experiment=identity(experiment),
+        data=pb.DataFingerprint(digest="0" * 64, train_samples=TRAIN_SAMPLES, classes=experiment.data.class_count),
+        outputs={"logits": pb.Shape(dims=[experiment.data.class_count])} if experiment.distillation.exchanges else {},
+        first_round=first_round,
+        total_rounds=TOTAL_ROUNDS,
+        parameters=10,
+        device="cpu",
+    )
+    if "outputs" in changes:
+        request.outputs.clear()
+        for name, dims in changes.pop("outputs").items():
+            request.outputs[name].dims.extend(dims)
+    for key, value in changes.items():
+        *path, field = key.split("__")
+        setattr(getattr(request, path[0]) if path else request, field, value)
+    return request
+
+
+def logits_of(experiment: Experiment, student: str, number: int, rows: int | None = None) -> torch.Tensor:
+    """Returns the logits [rows, C] that a student publishes in a round; each has its own."""
+    position = experiment.names.index(student)
+    generator = torch.Generator().manual_seed(10_000 * position + number)
+    rows = experiment.training.batch_size if rows is None else rows
+    return 3 * torch.randn(rows, experiment.data.class_count, generator=generator)
+
+
+def samples(
+    logits: torch.Tensor, dtype: str = "float32", first: int = 0, labels: Sequence[int] | None = None
+) -> pb.Samples:
+    """Returns samples numbered from `first` on, of classes 0, 1, 2, 0 … unless given."""
+    rows = len(logits)
+    classes = torch.tensor([row % CLASSES for row in range(rows)] if labels is None else labels, dtype=torch.int64)
+    return pb.Samples(
+        ids=encode(torch.arange(first, first + rows), "int64"),
+        labels=encode(classes, "int64"),
+        outputs={"logits": encode(logits, dtype)},
+    )
+
+
+def contribution(
+    experiment: Experiment, student: str, number: int, *, first: int | None = None, held_out: bool = False
+) -> pb.Contribution:
+    """Returns what a student publishes in a round; the samples are the round's own unless `first` says otherwise."""
+    batch, dtype = experiment.training.batch_size, experiment.exchange.dtype
+    first = number * batch if first is None else first
+    message = pb.Contribution(
+        round=number, batch=samples(logits_of(experiment, student, number), dtype, first % (10 * batch))
+    )
+    if held_out:
+        rows = experiment.data.held_out
+        message.held_out.CopyFrom(samples(logits_of(experiment, student, 1_000 + number, rows), dtype, 500))
+    return message
+
+
+def sealed(message: pb.Contribution, session: int) -> pb.Contribution:
+    """Returns a contribution as it is sent in a session, its checksum set."""
+    return pb.Contribution.FromString(seal(message, str(session)))
+
+
+_open: list[Run] = []
+
+
+def close_runs() -> None:
+    """Closes every run that a test has made; a test may close its own before."""
+    while _open:
+        _open.pop().coordinator.close()
+
+
+class Run:
+    """A coordinator, its journal, and what it told the outside."""
+
+    def __init__(
+        self,
+        experiment: Experiment | None = None,
+        path: Path | None = None,
+        submit: Submit = run_inline,
+        journal: Journal | None = None,
+    ) -> None:
+        self.experiment = experiment or make_experiment()
+        self.clock = Clock()
+        self.records: list[Record] = []
+        self.journal = journal or Journal(path, identity(self.experiment))
+        self.observations = Observations(self.experiment, self.records.append, self.clock, Clock(1.7e9))
+        self.coordinator = Coordinator(self.experiment, self.journal, self.observations, submit, self.clock)
+        self.completed = 0
+        self.coordinator.on_complete = self._complete
+        self.sessions: dict[str, int] = {}
+        self.inboxes: dict[str, Inbox] = {}
+        _open.append(self)
+
+    def _complete(self) -> None:
+        self.completed += 1
+
+    def join(self, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinResponse:
+        """Joins and opens the stream."""
+        response = self.coordinator.join(join_request(self.experiment, student, first_round, **changes))
+        self.sessions[student], self.inboxes[student] = response.session, Inbox()
+        self.coordinator.open_stream(response.session, self.inboxes[student])
+        return response
+
+    def join_all(self, first_round: int = 0) -> None:
+        for student in self.experiment.names:
+            self.join(student, first_round)
+
+    def send(self, student: str, message: pb.Contribution) -> None:
+        self.coordinator.contribute(self.sessions[student], message, message.ByteSize())
+
+    def contribute(self, student: str, number: int, **options: Any) -> None:
+        self.send(student, contribution(self.experiment, student, number, **options))
+
+    def close_round(self, number: int, **options: Any) -> list[bytes]:
+        """Has every student contribute; returns each one's answer."""
+        for student in self.experiment.names:
+            self.contribute(student, number, **options)
+        return [self.inboxes[student].raw[-1] for student in self.experiment.names]
+
+    def report(self, student: str, **fields: Any) -> None:
+        self.coordinator.report(pb.ReportRequest(session=self.sessions[student], **fields))
+
+    def leave(self, student: str, reason: pb.LeaveReason.ValueType, message: str = "") -> None:
+        self.coordinator.leave(pb.LeaveRequest(session=self.sessions[student], reason=reason, message=message))
+
+    def events(self, what: str) -> list[Happened]:
+        return [record for record in self.records if isinstance(record, Happened) and record.what == what]
+
+
+def refused(call: Callable[[], object]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value
+
+
+def independent_experiment(students: tuple[str, ...] = ("ant",)) -> Experiment:
+    return make_experiment().replace(
+        distillation=Independent(), students=[{"name": name, "model": "mlp"} for name in students]
+    )

@@ -1,0 +1,264 @@
+"""What the worker's tests share: a tiny experiment, its data, its students, and comparison to the bit."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+
+from codistill.config.data import Data
+from codistill.config.experiment import Experiment, parse
+from codistill.peer.grpc import GrpcExchange
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir import records
+from codistill.rundir.address import ADDRESS_FILE
+from codistill.wire.security import Security
+from codistill_server.app import ServeOptions, serve
+from codistill_worker import data
+from codistill_worker.training.trainer import Published, Trainer
+from protos.peer.support import Connect, wait_for
+
+CPU = torch.device("cpu")
+
+DOCUMENT: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "data": {"dataset": "digits", "train_size": 48, "test_size": 30, "augment": {"crop_padding": 1, "flip": True}},
+    "training": {
+        "epochs": 3,
+        "batch_size": 16,
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+        "evaluation_batch_size": 13,
+        "checkpoint_every": 1000,
+    },
+    "exchange": {"connect_timeout": 20, "give_up_after": 20, "waiting_notice": 0.3},
+    "students": [
+        {"name": "cnn", "model": "cnn", "model_args": {"width": 4, "dropout": 0.3}},
+        {
+            "name": "mlp",
+            "model": "mlp",
+            "model_args": {"hidden": 16, "dropout": 0.3},
+            "training": {"optimizer": {"name": "adamw", "lr": 0.01}},
+        },
+    ],
+}
+
+
+def build(**changes: Any) -> Experiment:
+    """Returns the tiny experiment with changes; `section__key` names a key inside a section."""
+    document = yaml.safe_load(yaml.safe_dump(DOCUMENT))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = document
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return parse(yaml.safe_dump(document))
+
+
+_LOADED: dict[Data, data.Dataset] = {}
+
+
+def load(settings: Data) -> data.Dataset:
+    """Returns a data set, loaded once for all tests; nothing in it ever changes."""
+    if settings not in _LOADED:
+        _LOADED[settings] = data.load(settings, CPU)
+    return _LOADED[settings]
+
+
+def students(experiment: Experiment, name: str = "cnn") -> Trainer:
+    plan = experiment.plan(name)
+    return Trainer(experiment, plan, load(plan.data), CPU)
+
+
+def answer(published: Published | None) -> Mapping[str, torch.Tensor]:
+    """Returns targets that follow from what was published, for a method of one shared target; {} if nothing was."""
+    return {} if published is None else {"logits": published.batch.arrays["logits"].roll(1, 0) * 0.5}
+
+
+def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
+    """Trains some rounds; returns the logits of each."""
+    seen: list[torch.Tensor] = []
+    for _ in range(rounds):
+        published = trainer.begin()
+        if published is not None:
+            seen.append(published.batch.arrays["logits"].clone())
+        trainer.finish(answer(published))
+    return seen
+
+
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    """Returns a copy of everything that training changes."""
+    return cast(
+        "dict[str, Any]",
+        _copy({"round": trainer.round, "model": trainer.model.state_dict(), "optimizer": trainer.optimizer_state()}),
+    )
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in cast("list[Any]", value)]
+    return value
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two nested values are the same, tensors to the bit and the dtype."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype is right.dtype and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        ours, theirs = cast("Mapping[Any, Any]", left), cast("Mapping[Any, Any]", right)
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
+    if isinstance(left, list | tuple):
+        ours, theirs = cast("list[Any]", left), cast("list[Any]", right)
+        return len(ours) == len(theirs) and all(equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    return bool(left == right)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Experiment]:
+    return build
+
+
+@pytest.fixture
+def load_data() -> Callable[[Data], data.Dataset]:
+    return load
+
+
+@pytest.fixture
+def student() -> Callable[..., Trainer]:
+    return students
+
+
+@pytest.fixture
+def train() -> Callable[[Trainer, int], list[torch.Tensor]]:
+    return run
+
+
+@pytest.fixture
+def targets_for() -> Callable[[Published | None], Mapping[str, torch.Tensor]]:
+    return answer
+
+
+@pytest.fixture
+def state() -> Callable[[Trainer], dict[str, Any]]:
+    return snapshot
+
+
+@pytest.fixture
+def same() -> Callable[[Any, Any], bool]:
+    return equal
+
+
+class Server:
+    """A real aggregation server on a thread, which can be stopped and started again in its folder, on its port."""
+
+    def __init__(self, experiment: Experiment, folder: Path, security: Security | None = None) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.security = security or Security()
+        self.address = "127.0.0.1:0"
+        self.ended: ExitCode | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, *, stay: bool = False) -> None:
+        self._stop = threading.Event()
+        options = ServeOptions(self.address, self.folder, stay=stay, security=self.security)
+
+        def serve_it() -> None:
+            self.ended = serve(self.experiment, options, self._stop)
+
+        self._thread = threading.Thread(target=serve_it, name="server-under-test")
+        self._thread.start()
+        file = self.folder / ADDRESS_FILE
+        deadline = time.monotonic() + 30
+        while not file.exists() and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.address = str(json.loads(file.read_text())["address"])
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.wait()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join(30)
+            assert not self._thread.is_alive()
+
+    def records(self, name: str = "metrics.jsonl") -> list[records.Record]:
+        return list(records.read(self.folder / name))
+
+    def measured(self) -> list[records.Measured]:
+        return [each for each in self.records() if isinstance(each, records.Measured)]
+
+    def events(self) -> list[tuple[str, str]]:
+        """Returns what happened to whom."""
+        return [
+            (each.what, each.student) for each in self.records("events.jsonl") if isinstance(each, records.Happened)
+        ]
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts real servers, and ends those that a test leaves."""
+    servers: list[Server] = []
+
+    def start(experiment: Experiment, security: Security | None = None) -> Server:
+        servers.append(Server(experiment, tmp_path / f"run-{len(servers)}", security))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Makes exchanges, closes them, and sees that no thread of theirs is left."""
+    before = set(threading.enumerate())
+    made: list[GrpcExchange] = []
+
+    def make(
+        address: str,
+        stop: threading.Event | None = None,
+        connect_timeout: float = 20,
+        give_up_after: float = 20,
+        silence_after: float = 20,
+        find: Callable[[], str | None] = lambda: None,
+    ) -> GrpcExchange:
+        made.append(
+            GrpcExchange(
+                address,
+                connect_timeout=connect_timeout,
+                give_up_after=give_up_after,
+                silence_after=silence_after,
+                stop=stop or threading.Event(),
+                find=find,
+            )
+        )
+        return made[-1]
+
+    yield make
+    for exchange in made:
+        exchange.close()
+        exchange.close()  # a second time does nothing
+
+    def left() -> list[str]:
+        # gRPC names its threads after nobody; the server under test has one of its asyncio flavour's for the whole process.
+        after = [each.name for each in set(threading.enumerate()) - before if "_poll_wrapper" not in each.name]
+        return [name for name in after if name.startswith(("codistill-replies", "Thread-"))]
+
+    wait_for(lambda: not left(), "the threads of a closed exchange end")

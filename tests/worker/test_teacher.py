@@ -1,0 +1,173 @@
+"""A teacher publishes what its model says of each round's view, in whatever order and from wherever it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from codistill.config.data import Data
+from codistill.config.experiment import Experiment
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import decode
+from codistill_worker import data, models
+from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.teacher import Teaching
+from codistill_worker.training.trainer import Trainer
+
+Tiny = Callable[..., Experiment]
+CPU = torch.device("cpu")
+
+
+class Server:
+    """An exchange that closes every round at once."""
+
+    def __init__(self, frontier: int = 0) -> None:
+        self.frontier = frontier
+        self.joined: list[pb.JoinRequest] = []
+        self.sent: list[pb.Contribution] = []
+        self.reports: list[pb.ReportRequest] = []
+        self.left: list[tuple[int, str]] = []
+
+    def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
+        self.joined.append(request)
+        return pb.JoinResponse(session=1, frontier=self.frontier, run="tiny")
+
+    def send(self, contribution: pb.Contribution) -> None:
+        self.sent.append(contribution)
+
+    def receive(self, number: int) -> pb.Targets:
+        assert self.sent[-1].round == number
+        return pb.Targets(round=number)
+
+    def report(self, report: pb.ReportRequest) -> None:
+        self.reports.append(report)
+
+    def undelivered(self) -> Sequence[pb.Measurement]:
+        return ()
+
+    def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
+        self.left.append((reason, message))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    model = models.build("cnn", classes=10, channels=1, size=8, args={"width": 4}, seed=5)
+    save_file(model.state_dict(), tmp_path / "old.safetensors")
+    return tmp_path / "old.safetensors"
+
+
+@pytest.fixture
+def teacher(
+    tiny: Tiny, load_data: Callable[[Data], data.Dataset], weights: Path
+) -> Callable[..., tuple[Teaching, Server]]:
+    def make(frontier: int = 0, **changes: Any) -> tuple[Teaching, Server]:
+        named = {"name": "old", "model": "cnn", "model_args": {"width": 4}, "weights": str(weights)}
+        settings = {"distillation": {"method": "kd"}, "teachers": [named], "training__evaluation_batch_size": 40}
+        experiment = tiny(**settings | changes)
+        plan, server = experiment.teacher_plan("old"), Server(frontier)
+        return Teaching(experiment, plan, load_data(plan.data), CPU, server), server
+
+    return make
+
+
+def teach(teaching: Teaching) -> None:
+    teaching.join()
+    while not teaching.done:
+        teaching.begin_round()
+        teaching.end_round()
+    teaching.finish()
+
+
+def logits(server: Server) -> dict[int, torch.Tensor]:
+    return {each.round: decode(each.batch.outputs["logits"]) for each in server.sent}
+
+
+def test_a_run_from_its_first_round(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+    teaching, server = teacher()
+    teach(teaching)
+    (request,) = server.joined
+    assert (request.student, request.first_round, request.total_rounds) == ("old", 0, 9)
+    assert {name: list(shape.dims) for name, shape in request.outputs.items()} == {"logits": [10]}
+    assert len(request.weights) == 64
+    assert [each.round for each in server.sent] == list(range(9))
+    measured = [each for report in server.reports for each in report.measurements]
+    assert [(each.split, each.round) for each in measured] == [(pb.SPLIT_TEST, 0)], "evaluated once"
+    assert [(each.round, each.durable_round) for each in server.reports][-1] == (9, 9), "it needs no round again"
+    assert server.left == [(pb.LEAVE_REASON_FINISHED, "taught 9 rounds")]
+
+
+@pytest.mark.parametrize("frontier", [1, 2, 5, 8, 9])
+def test_begun_in_the_midst_it_gives_the_same_bits(
+    frontier: int, teacher: Callable[..., tuple[Teaching, Server]]
+) -> None:
+    """Two rounds of 16 fit into a forward pass of 40; which two does not follow from where it begins."""
+    whole, part = teacher(), teacher(frontier)
+    teach(whole[0])
+    teach(part[0])
+    expected = {number: value for number, value in logits(whole[1]).items() if number >= frontier}
+    found = logits(part[1])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[number], expected[number]) for number in found)
+
+
+def test_it_sees_what_a_student_sees(
+    teacher: Callable[..., tuple[Teaching, Server]],
+    tiny: Tiny,
+    load_data: Callable[[Data], data.Dataset],
+    weights: Path,
+) -> None:
+    named = {"name": "old", "model": "cnn", "model_args": {"width": 4}, "weights": str(weights)}
+    for view, alike in (("auto", True), ("own", False)):
+        changes = {"data__augment__view": view}
+        teaching, server = teacher(**changes)
+        teach(teaching)
+        experiment = tiny(distillation={"method": "kd"}, teachers=[named], **changes)
+        plan = experiment.plan("mlp")
+        student = Trainer(experiment, plan, load_data(plan.data), CPU)
+        with torch.inference_mode():
+            by_hand = teaching._network(student._prepare(0).images)["logits"]
+        assert torch.allclose(by_hand, logits(server)[0], atol=1e-5) is alike
+
+
+def test_it_publishes_in_rounds_that_exchange_alone(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+    custom = {"method": "custom", "server": "a:b", "worker": "a:c", "every": 2, "start_epoch": 1}
+    teaching, server = teacher(3, distillation=custom)
+    teach(teaching)
+    assert [each.round for each in server.sent] == [3, 5, 7]
+
+
+def test_stopped_and_failed(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+    teaching, server = teacher()
+    teaching.join()
+    teaching.stop()
+    teaching.fail("why")
+    assert server.left == [(pb.LEAVE_REASON_STOPPED, "stopped at round 0"), (pb.LEAVE_REASON_FAILED, "why")]
+
+
+def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[Teaching, Server]], weights: Path) -> None:
+    model = models.build("cnn", classes=10, channels=1, size=8, args={"width": 4}, seed=5)
+    save_file(
+        {
+            name: torch.full_like(value, torch.nan) if value.is_floating_point() else value
+            for name, value in model.state_dict().items()
+        },
+        weights,
+    )
+    teaching, _ = teacher()
+    with pytest.raises(
+        WorkerError, match=r"teacher 'old': its logits are not finite in rounds 0 to 1; its weights are"
+    ):
+        teaching._prepare(0)
+
+
+def test_another_models_weights_are_refused(teacher: Callable[..., tuple[Teaching, Server]], weights: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^weights: .* does not fit model 'mlp' with 10 classes"):
+        teacher(teachers=[{"name": "old", "model": "mlp", "weights": str(weights)}])

@@ -1,0 +1,490 @@
+"""One student's step: its two halves, what it depends on and what it does not."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from codistill.config.experiment import Experiment
+from codistill.process.exit_codes import ExitCode
+from codistill_worker.data import augmentation
+from codistill_worker.errors import WorkerError
+from worker.support_trainer import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
+
+
+class Odd(nn.Module):
+    """A model of a user's: a buffer that the forward pass replaces, and logits that a test spoils."""
+
+    mean: torch.Tensor
+
+    def __init__(self, classes: int, channels: int, size: int, spoil: str = "nothing") -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.register_buffer("mean", torch.zeros(()))
+        self.spoil = spoil
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layer(images.flatten(1))
+        if self.training:
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * logits.detach().mean()
+        spoiled = (self.spoil == "training" and self.training and self.calls > 2) or (
+            self.spoil == "evaluation" and not self.training and self.calls > 0
+        )
+        return logits * float("nan") if spoiled else logits
+
+
+class Masks(nn.Module):
+    """Answers with what dropout lets through, whatever the images are."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.ones = nn.Parameter(torch.ones(classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.ones.expand(len(images), -1), 0.5, self.training)
+
+
+class Pixels(nn.Module):
+    """Answers with the middle rows of the images."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, 24 : 24 + len(self.scale)] * self.scale
+
+
+@pytest.fixture(autouse=True)
+def odd(monkeypatch: pytest.MonkeyPatch) -> str:
+    module = types.ModuleType("odd_models")
+    for model in (Odd, Masks, Pixels):
+        setattr(module, model.__name__, model)
+    monkeypatch.setitem(sys.modules, "odd_models", module)
+    return "odd_models:Odd"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the two halves
+
+
+def test_what_is_published(tiny: Tiny, student: MakeStudent, load_data: Any) -> None:
+    experiment = tiny()
+    trainer = student(experiment)
+    published = trainer.begin()
+    assert published is not None
+    assert (published.round, published.held_out) == (0, None)
+    batch = published.batch
+    assert (batch.ids.dtype, batch.labels.dtype, batch.arrays["logits"].dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
+    assert batch.arrays["logits"].shape == (16, 10)
+    assert not batch.arrays["logits"].requires_grad
+    assert torch.equal(batch.labels, load_data(experiment.data).train.labels[batch.ids])
+
+
+def test_an_epoch_visits_every_sample_once_and_all_students_alike(
+    tiny: Tiny, student: MakeStudent, targets_for: Answer
+) -> None:
+    experiment = tiny()
+    visited: dict[str, list[int]] = {}
+    for name in STUDENTS:
+        trainer = student(experiment, name)
+        visited[name] = []
+        for _ in range(trainer.rounds_per_epoch):
+            published = trainer.begin()
+            assert published is not None
+            visited[name] += published.batch.ids.tolist()
+            trainer.finish(targets_for(published))
+    assert visited["cnn"] == visited["mlp"]
+    assert sorted(visited["cnn"]) == list(range(48))
+
+
+def test_the_step_by_hand(tiny: Tiny, student: MakeStudent) -> None:
+    """Plain SGD on a linear layer: w − lr·∂loss/∂w, with the loss written out."""
+    experiment = tiny(
+        training__optimizer={"name": "sgd", "lr": 0.1, "momentum": 0, "weight_decay": 0.01},
+        training__schedule={"name": "constant"},
+        distillation={"method": "kdcl", "temperature": 2, "weight": 0.5},
+        data__augment={},
+        students=[
+            {"name": "a", "model": "mlp", "model_args": {"depth": 1, "hidden": 8}},
+            {"name": "b", "model": "mlp"},
+        ],
+    )
+    trainer = student(experiment, "a")
+    published = trainer.begin()
+    assert published is not None
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    target = torch.linspace(-1, 1, 160).view(16, 10)
+    dataset = trainer._dataset
+    images = augmentation.normalise(dataset.train.images(published.batch.ids), dataset.mean, dataset.std)
+    weights = {name: value.clone().double().requires_grad_() for name, value in before.items()}
+    hidden = (images.flatten(1).double() @ weights["1.weight"].T + weights["1.bias"]).relu()
+    logits = hidden @ weights["4.weight"].T + weights["4.bias"]
+    log_p, teacher = logits.log_softmax(-1), (target.double() / 2).softmax(-1)
+    cross_entropy = -log_p.gather(1, published.batch.labels[:, None]).mean()
+    kl = (teacher * (teacher.log() - (logits / 2).log_softmax(-1))).sum() / 16
+    (cross_entropy + 0.5 * 4 * kl).backward()
+
+    step = trainer.finish({"logits": target})
+    for name, value in trainer.model.named_parameters():
+        gradient = weights[name].grad
+        assert gradient is not None
+        expected = before[name].double() - 0.1 * (gradient + 0.01 * before[name].double())
+        assert torch.allclose(value.detach().double(), expected, atol=1e-6), name
+    assert step.cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert step.distillation is not None
+    assert step.distillation.item() == pytest.approx(0.5 * 4 * kl.item(), rel=1e-4)
+    assert int(step.correct) == int((published.batch.arrays["logits"].argmax(-1) == published.batch.labels).sum())
+    assert step.samples == 16
+    assert trainer.round == 1
+
+
+def test_a_round_without_targets_is_learnt_from_the_labels_alone(
+    tiny: Tiny, student: MakeStudent, state: State, same: Same
+) -> None:
+    together = student(tiny(distillation={"method": "kdcl"}), "cnn")
+    alone = student(tiny(distillation={"method": "independent"}), "cnn")
+    for trainer in (together, alone):
+        for _ in range(3):
+            trainer.begin()
+            step = trainer.finish({})
+            assert step.distillation is None
+    assert same(state(together), state(alone))
+
+
+def test_one_forward_pass_a_round(tiny: Tiny, student: MakeStudent, train: Train) -> None:
+    """Whatever the number of students: KD_Lib's DML ran 2K² a step."""
+    trainer = student(tiny())
+    calls: list[int] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    train(trainer, 4)
+    assert len(calls) == 4
+
+
+def test_the_halves_come_in_turn(tiny: Tiny, student: MakeStudent) -> None:
+    trainer = student(tiny())
+    with pytest.raises(RuntimeError, match="no round is begun"):
+        trainer.finish({})
+    trainer.abandon()  # nothing to undo
+    trainer.begin()
+    with pytest.raises(RuntimeError, match="round 0 is begun already; finish or abandon it"):
+        trainer.begin()
+
+
+def test_a_method_without_an_exchange_publishes_nothing(tiny: Tiny, student: MakeStudent) -> None:
+    trainer = student(tiny(distillation={"method": "independent", "label_smoothing": 0.1}))
+    assert not trainer.exchanges
+    assert trainer.begin() is None
+    step = trainer.finish({})
+    assert step.distillation is None
+    assert trainer.round == 1
+
+
+# --- abandoning
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_an_abandoned_round_leaves_no_trace(
+    name: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same, targets_for: Answer
+) -> None:
+    experiment = tiny()
+    disturbed, undisturbed = student(experiment, name), student(experiment, name)
+    train(disturbed, 2)
+    train(undisturbed, 2)
+    before = state(disturbed)
+    first = disturbed.begin()
+    assert first is not None
+    if name == "cnn":
+        assert not same(state(disturbed), before), "batch statistics moved"
+    disturbed.prepare()
+    disturbed.abandon()
+    assert same(state(disturbed), before)
+    again = disturbed.begin()
+    assert again is not None
+    assert torch.equal(first.batch.arrays["logits"], again.batch.arrays["logits"])
+    assert torch.equal(first.batch.ids, again.batch.ids)
+    disturbed.finish(targets_for(again))
+    train(disturbed, 3)
+    train(undisturbed, 4)
+    assert same(state(disturbed), state(undisturbed))
+
+
+def test_a_buffer_that_the_model_replaces_is_restored_too(
+    odd: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+) -> None:
+    trainer = student(tiny(students=[{"name": "cnn", "model": odd}, {"name": "b", "model": "mlp"}]))
+    train(trainer, 2)
+    before = state(trainer)
+    trainer.begin()
+    assert not same(state(trainer), before)
+    trainer.abandon()
+    assert same(state(trainer), before)
+
+
+# --- randomness
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_preparing_ahead_changes_no_bit(
+    name: str, tiny: Tiny, student: MakeStudent, state: State, same: Same, targets_for: Answer
+) -> None:
+    experiment = tiny()
+    plain, ahead = student(experiment, name), student(experiment, name)
+    for each in range(plain.total_rounds):
+        expected = plain.begin()
+        plain.finish(targets_for(expected))
+        if each % 2:
+            ahead.prepare()
+        published = ahead.begin()
+        ahead.prepare()
+        ahead.prepare()
+        assert published is not None
+        assert expected is not None
+        assert torch.equal(published.batch.arrays["logits"], expected.batch.arrays["logits"])
+        ahead.finish(targets_for(published))
+        ahead.prepare()  # also after the last round, where there is nothing to prepare
+    assert same(state(plain), state(ahead))
+
+
+def test_dropout_and_augmentation_follow_from_seed_student_and_round(
+    tiny: Tiny, student: MakeStudent, train: Train, state: State
+) -> None:
+    def logits(seed: int = 3, name: str = "a", noise: int = 0, at: int = 0) -> torch.Tensor:
+        students = [{"name": each, "model": "mlp", "model_args": {"dropout": 0.5}} for each in ("a", "b")]
+        trainer = student(tiny(seed=seed, students=students), name)
+        # The same weights whatever seed and student are.
+        weights = state(student(tiny(students=students), "a"))
+        trainer.restore(at, weights["model"], trainer.optimizer_state())
+        torch.manual_seed(noise)
+        torch.rand(noise)
+        published = trainer.begin()
+        assert published is not None
+        order = published.batch.ids.argsort()
+        return published.batch.arrays["logits"][order] if at == 0 else published.batch.arrays["logits"]
+
+    assert torch.equal(logits(), logits(noise=5)), "the global generator has no part in it"
+    assert not torch.equal(logits(), logits(name="b"))
+    assert not torch.equal(logits(), logits(seed=4))
+    assert torch.equal(logits(at=4), logits(at=4, noise=9))
+
+
+@pytest.mark.parametrize("what", ["dropout", "crops and flips"])
+def test_every_student_and_round_draws_its_own(what: str, tiny: Tiny, student: MakeStudent) -> None:
+    """Seen by models that show nothing else: the mask that dropout draws, or the pixels of all samples."""
+    model = {"dropout": "odd_models:Masks", "crops and flips": "odd_models:Pixels"}[what]
+
+    def drawn(name: str, number: int, seed: int = 3) -> torch.Tensor:
+        students = [{"name": each, "model": model} for each in ("a", "b")]
+        trainer = student(tiny(seed=seed, students=students, training__batch_size=48), name)
+        trainer.restore(number, trainer.model.state_dict(), trainer.optimizer_state())
+        published = trainer.begin()
+        assert published is not None
+        logits, ids = published.batch.arrays["logits"], published.batch.ids
+        return logits if what == "dropout" else logits[ids.argsort()]
+
+    first = drawn("a", 0)
+    assert torch.equal(first, drawn("a", 0))
+    for other in (drawn("a", 1), drawn("b", 0), drawn("a", 0, seed=4)):
+        assert not torch.equal(first, other)
+
+
+def test_two_students_in_one_process_are_each_as_alone(
+    tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same, targets_for: Answer
+) -> None:
+    experiment = tiny()
+    alone = {}
+    for name in STUDENTS:
+        trainer = student(experiment, name)
+        train(trainer, 6)
+        alone[name] = state(trainer)
+    together = {name: student(experiment, name) for name in STUDENTS}
+    for each in range(6):
+        published = {name: together[name].begin() for name in STUDENTS[:: 1 if each % 2 else -1]}
+        for name in STUDENTS:
+            together[name].prepare()
+            together[name].finish(targets_for(published[name]))
+    assert same({name: state(each) for name, each in together.items()}, alone)
+
+
+def test_each_student_has_its_own_number_of_threads(tiny: Tiny, student: MakeStudent, train: Train) -> None:
+    students = [
+        {"name": "a", "model": "mlp", "training": {"threads": 2}},
+        {"name": "b", "model": "mlp"},
+    ]
+    experiment = tiny(students=students)
+    first, second = student(experiment, "a"), student(experiment, "b")
+    for trainer, threads in ((first, 2), (second, 1), (first, 2)):
+        trainer.begin()
+        assert torch.get_num_threads() == threads
+        trainer.abandon()
+
+
+# --- going on
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_restored_it_goes_on_as_if_nothing_had_been(
+    name: str, layout: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+) -> None:
+    experiment = tiny(training__channels_last=layout == "channels_last")
+    undisturbed = student(experiment, name)
+    train(undisturbed, 4)
+    saved = state(undisturbed)
+    expected = train(undisturbed, 5)
+
+    resumed = student(experiment, name)
+    train(resumed, 6)  # has been further already, as one whose process lives on
+    resumed.begin()
+    resumed.prepare()
+    resumed.restore(4, saved["model"], saved["optimizer"])
+    assert resumed.round == 4
+    assert same(train(resumed, 5), expected)
+    assert same(state(resumed), state(undisturbed))
+
+    fresh = student(experiment, name)
+    fresh.restore(4, saved["model"], saved["optimizer"])
+    train(fresh, 5)
+    assert same(state(fresh), state(undisturbed))
+
+
+def test_a_model_whose_code_has_versions_is_restored_from_tensors_alone(tiny: Tiny, student: MakeStudent) -> None:
+    """A checkpoint has no place for the versions that a state dict carries, and MNASNet takes none without."""
+    trainer = student(
+        tiny(students=[{"name": "cnn", "model": "torchvision:mnasnet0_5"}], distillation={"method": "independent"})
+    )
+    trained = {name: value + 1 for name, value in trainer.model.state_dict().items()}
+    trainer.restore(1, trained, trainer.optimizer_state())
+    assert all(torch.equal(value, trained[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_initial_weights_follow_from_seed_and_name(tiny: Tiny, student: MakeStudent, state: State, same: Same) -> None:
+    def weights(seed: int, name: str) -> Any:
+        students = [{"name": each, "model": "mlp"} for each in ("a", "b")]
+        return state(student(tiny(seed=seed, students=students), name))["model"]
+
+    assert same(weights(1, "a"), weights(1, "a"))
+    assert not same(weights(1, "a"), weights(1, "b"))
+    assert not same(weights(1, "a"), weights(2, "a"))
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_evaluation_has_no_effect_on_training(
+    name: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+) -> None:
+    experiment = tiny()
+    plain, measured = student(experiment, name), student(experiment, name)
+    augmentation._affine.cache_clear()  # what evaluation caches, training uses
+    test = measured._dataset.test
+    for _ in range(5):
+        measured.evaluate(test)
+        measured.prepare()
+        measured.evaluate(test)
+        train(measured, 1)
+        train(plain, 1)
+    assert same(state(plain), state(measured))
+
+
+def test_evaluation_by_hand(tiny: Tiny, student: MakeStudent, train: Train) -> None:
+    trainer = student(tiny())
+    train(trainer, 3)
+    split, dataset = trainer._dataset.test, trainer._dataset
+    score = trainer.evaluate(split)
+    images = augmentation.normalise(split.images(torch.arange(len(split))), dataset.mean, dataset.std)
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = trainer.model(images).double()
+    assert score.accuracy == pytest.approx((logits.argmax(-1) == split.labels).double().mean().item())
+    assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
+    assert trainer.evaluate(split) == score
+
+
+# --- held-out samples
+
+
+def general(tiny: Tiny, **changes: Any) -> Experiment:
+    return tiny(
+        data__train_size=68, data__held_out=20, distillation={"method": "kdcl", "ensemble": "general"}, **changes
+    )
+
+
+def test_held_out_samples_are_published_at_the_first_round_of_each_epoch_but_the_first(
+    tiny: Tiny, student: MakeStudent, targets_for: Answer, state: State
+) -> None:
+    trainer = student(general(tiny))
+    split = trainer._dataset.held_out
+    assert split is not None
+    at: list[int] = []
+    for _ in range(trainer.total_rounds):
+        trainer.prepare()
+        weights = state(trainer)["model"]
+        published = trainer.begin()
+        assert published is not None
+        if published.held_out is not None:
+            at.append(published.round)
+            assert published.held_out.ids.tolist() == list(range(20))
+            assert torch.equal(published.held_out.labels, split.labels)
+            reference = student(general(tiny))
+            reference.restore(0, weights, reference.optimizer_state())
+            reference.model.eval()
+            assert published.held_out.arrays["logits"].shape == (20, 10)
+            expected = reference._held_out().arrays["logits"]
+            assert torch.equal(published.held_out.arrays["logits"], expected), (
+                "of the weights before the round, no dropout"
+            )
+        trainer.finish(targets_for(published))
+    assert at == [3, 6]
+
+
+def test_measuring_held_out_samples_disturbs_neither_statistics_nor_dropout(
+    tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+) -> None:
+    measuring = student(general(tiny))
+    plain = student(tiny(data__train_size=68, data__held_out=20, distillation={"method": "kdcl"}))
+    assert same(train(measuring, 9), train(plain, 9))
+    assert same(state(measuring), state(plain))
+
+
+# --- divergence
+
+
+def test_logits_that_are_not_finite_end_the_student(odd: str, tiny: Tiny, student: MakeStudent, train: Train) -> None:
+    bad = {"name": "bad", "model": odd, "model_args": {"spoil": "training"}}
+    trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
+    train(trainer, 2)
+    with pytest.raises(WorkerError, match=r"student 'bad' has diverged in round 2: .*training\.optimizer\.lr") as ended:
+        trainer.begin()
+    assert ended.value.code is ExitCode.DIVERGED
+    trainer.abandon()
+    assert trainer.round == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_student(odd: str, tiny: Tiny, student: MakeStudent, train: Train) -> None:
+    bad = {"name": "bad", "model": odd, "model_args": {"spoil": "evaluation"}}
+    trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
+    trainer.evaluate(trainer._dataset.test)
+    train(trainer, 1)
+    with pytest.raises(WorkerError, match="student 'bad' has diverged in round 1: its loss is nan") as ended:
+        trainer.evaluate(trainer._dataset.test)
+    assert ended.value.code is ExitCode.DIVERGED

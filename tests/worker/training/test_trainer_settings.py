@@ -1,0 +1,140 @@
+"""What the experiment's settings do to a step: clipping, decay, precision, and the learning rate's course."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill.config.training import Schedule
+from codistill_worker.training.trainer import learning_rate
+from worker.support_trainer import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
+
+# --- settings
+
+
+def test_gradients_are_clipped(tiny: Tiny, student: MakeStudent) -> None:
+    optimizer = {"name": "sgd", "lr": 1.0, "momentum": 0, "weight_decay": 0}
+    settings = {"training__optimizer": optimizer, "training__schedule": {"name": "constant"}}
+
+    def moved(clip: float | None) -> float:
+        trainer = student(tiny(**settings, training__clip_norm=clip))
+        before = [value.detach().clone() for value in trainer.model.parameters()]
+        published = trainer.begin()
+        assert published is not None
+        trainer.finish({"logits": torch.zeros(16, 10)})
+        after = trainer.model.parameters()
+        return math.sqrt(sum(float((b - a.detach()).square().sum()) for b, a in zip(before, after, strict=True)))
+
+    free = moved(None)
+    assert free > 0.02
+    assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
+    assert moved(10 * free) == pytest.approx(free, rel=1e-5)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_norms_and_biases_decay_if_asked_to(name: str, everything: bool, tiny: Tiny, student: MakeStudent) -> None:
+    """With no gradient at all, only decay moves a weight."""
+    trainer = student(
+        tiny(
+            training__optimizer={"name": "sgd", "lr": 0.5, "weight_decay": 0.1, "decay_norm_and_bias": everything},
+            training__schedule={"name": "constant"},
+        ),
+        name,
+    )
+    for value in trainer.model.parameters():
+        value.data.fill_(1.0)
+        value.grad = torch.zeros_like(value)
+    for group in trainer._optimizer.param_groups:
+        group["lr"] = 0.5
+    trainer._optimizer.step()
+    for label, value in trainer.model.named_parameters():
+        decayed = value.ndim > 1 or everything
+        assert bool((value < 1).all()) == decayed, label
+    groups = trainer.optimizer_state()["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
+
+
+def test_the_learning_rate_that_the_optimiser_gets(tiny: Tiny, student: MakeStudent, targets_for: Answer) -> None:
+    experiment = tiny(training__optimizer={"name": "sgd", "lr": 0.2})
+    trainer = student(experiment)
+    for number in range(trainer.total_rounds):
+        trainer.finish(targets_for(trainer.begin()))
+        rates = {group["lr"] for group in trainer.optimizer_state()["param_groups"]}
+        assert rates == {learning_rate(0.2, experiment.training.schedule, number, 3, 3)}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precisions_and_layouts(
+    precision: str, channels_last: bool, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+) -> None:
+    experiment = tiny(training__precision=precision, training__channels_last=channels_last)
+    trainer, reference = student(experiment), student(tiny())
+    logits, expected = train(trainer, 3), train(reference, 3)
+    assert all(each.dtype is torch.float32 for each in logits)
+    assert torch.allclose(logits[0], expected[0], atol=0.05 if precision == "bfloat16" else 1e-4)
+    if precision == "bfloat16":
+        assert not torch.equal(logits[0], expected[0])
+        assert all(value.dtype is torch.float32 for value in trainer.model.parameters())
+    convolution = next(value for value in trainer.model.parameters() if value.ndim == 4 and value.shape[1] > 1)
+    assert convolution.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert 0 <= trainer.evaluate(trainer._dataset.test).accuracy <= 1
+    again = student(experiment)
+    train(again, 3)
+    assert same(state(trainer), state(again)), "the same experiment gives the same bits"
+
+
+# --- the learning rate's course
+
+
+def rates(schedule: Schedule, rounds_per_epoch: int = 10, epochs: int = 4) -> list[float]:
+    return [learning_rate(0.5, schedule, each, rounds_per_epoch, epochs) for each in range(rounds_per_epoch * epochs)]
+
+
+def test_constant() -> None:
+    assert rates(Schedule(name="constant")) == [0.5] * 40
+
+
+def test_warm_up_rises_evenly_from_zero_to_the_peak() -> None:
+    course = rates(Schedule(name="constant", warmup_epochs=0.9))
+    assert course[:9] == pytest.approx([0.05 * each for each in range(1, 10)])
+    assert course[9:] == [0.5] * 31
+
+
+def test_cosine() -> None:
+    course = rates(Schedule(name="cosine", warmup_epochs=1, min_lr=0.1))
+    assert course[:10] == pytest.approx([0.5 * each / 11 for each in range(1, 11)])
+    assert course[10] == pytest.approx(0.5), "the peak right after the warm-up"
+    assert course[25] == pytest.approx(0.3), "half way the mean of both ends"
+    assert learning_rate(0.5, Schedule(min_lr=0.1, warmup_epochs=1), 40, 10, 4) == pytest.approx(0.1)
+    assert 0.1 < course[-1] < 0.102
+    assert all(left > right for left, right in itertools.pairwise(course[10:]))
+
+
+def test_steps() -> None:
+    course = rates(Schedule(name="steps", milestones=(1, 2.5), gamma=0.1))
+    assert course == pytest.approx([0.5] * 10 + [0.05] * 15 + [0.005] * 15)
+    shuffled = rates(Schedule(name="steps", milestones=(2.5, 1), gamma=0.1))
+    assert shuffled == course
+
+
+@given(
+    st.sampled_from(["constant", "cosine", "steps"]),
+    st.floats(0, 10),
+    st.floats(0, 0.1),
+    st.integers(1, 50),
+    st.integers(1, 8),
+)
+def test_rates_lie_between_zero_and_the_peak(
+    name: Any, warmup: float, low: float, rounds_per_epoch: int, epochs: int
+) -> None:
+    schedule = Schedule(name=name, warmup_epochs=warmup, min_lr=low, milestones=(0.5, 3))
+    for rate in rates(schedule, rounds_per_epoch, epochs):
+        assert 0 < rate <= 0.5 * (1 + 1e-12)

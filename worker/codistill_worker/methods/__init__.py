@@ -1,0 +1,35 @@
+"""The worker halves of the methods: each turns a student's outputs and its targets into a loss.
+
+Halves are chosen by the experiment's ``distillation.method``; the server's half of the same name makes the targets.
+:mod:`.mechanism` says what a half is; a family of methods has a module of its own, and the losses themselves are pure
+functions in :mod:`codistill_worker.methods.losses`.
+"""
+
+from __future__ import annotations
+
+from codistill_worker.methods.base import (
+    Arrays,
+    ImageShape,
+    Logits,
+    Loss,
+    Step,
+    Subject,
+    WorkerHalf,
+    labels_alone,
+)
+from codistill_worker.methods.independent import LogitsHalf
+from codistill_worker.methods.registry import create, teacher_network
+
+__all__ = [
+    "Arrays",
+    "ImageShape",
+    "Logits",
+    "LogitsHalf",
+    "Loss",
+    "Step",
+    "Subject",
+    "WorkerHalf",
+    "create",
+    "labels_alone",
+    "teacher_network",
+]

@@ -1,0 +1,1 @@
+"""One training step of a student, its optimiser, its evaluation and its checkpoints."""

@@ -1,0 +1,315 @@
+"""A student's checkpoints: one safetensors file each, written atomically; nothing is ever unpickled.
+
+The file holds the model's and the optimiser's tensors, and everything else as JSON in its header, with a digest of it
+all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: should the newest be
+torn or damaged (a full disk, a power cut, a bad disk), the one before it is used.
+
+A process writes to a file of its own and renames that, so that two of one student, one of which was stopped or is not yet
+told that its place is taken, cannot mix what they write. The file is locked while it is used; one that is not was left by
+a process that died, and goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from codistill.config.fingerprint import difference, extends
+from codistill_worker.errors import ConfigurationError
+
+__all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read"]
+
+_log = logging.getLogger(__name__)
+_FORMAT = 2
+_NEWEST = "checkpoint.safetensors"
+_PREVIOUS = "checkpoint.previous.safetensors"
+_BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A student between two rounds.
+
+    Attributes:
+        student: its name.
+        identity: the :func:`codistill.config.fingerprint.identity` of the experiment that it belongs to.
+        round: the first round that it has not trained.
+        model: the model's state dict.
+        extra: the state dict of what the method trains besides the model.
+        optimizer: the optimiser's state dict.
+        progress: the measurements that the next report carries on from; plain JSON values.
+    """
+
+    student: str
+    identity: str
+    round: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+
+class CheckpointStore:
+    """The checkpoints of one student, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rounds: list[int] = []
+        self._torn = False
+        self._process = secrets.token_hex(4)  # a process id is another's too, in another container
+
+    @property
+    def durable_round(self) -> int:
+        """The first round that the student needs again if it has to go back to the older checkpoint kept."""
+        return self._rounds[0] if len(self._rounds) > 1 else 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, and keeps the one before it.
+
+        One of a later round is left alone: a newer worker of the student has come further than this one, which does not
+        know yet that its place is taken. The rounds that it would go back to may be forgotten already.
+
+        Raises:
+            OSError: it could not be written; what was there is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        newest = self.folder / _NEWEST
+        there = None if self._torn else _round_of(newest)
+        if there is not None and there > checkpoint.round:
+            raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
+        with self._written(checkpoint, _NEWEST) as part:
+            if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
+                newest.replace(self.folder / _PREVIOUS)
+            part.replace(newest)
+        self._torn = False
+        _sync_folder(self.folder)
+        if not self._rounds or self._rounds[-1] != checkpoint.round:
+            self._rounds = [*self._rounds[-1:], checkpoint.round]
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Writes the best weights so far, without the optimiser's state.
+
+        Raises:
+            OSError: they could not be written; what was there is still there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._written(checkpoint, _BEST) as part:
+            part.replace(self.folder / _BEST)
+
+    def load(self, student: str, identity: str) -> Checkpoint | None:
+        """Returns the newest checkpoint that can be read, or None if there is none; removes what dead processes left.
+
+        Raises:
+            ConfigurationError: there are checkpoints and none can be read, or they are of another student or
+                experiment.
+        """
+        self._remove_leftovers()
+        problems: dict[str, str] = {}
+        found: dict[str, Checkpoint] = {}
+        for name in (_NEWEST, _PREVIOUS):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                found[name] = read(path)
+            except ConfigurationError as error:
+                problems[name] = str(error)
+        if not found:
+            if problems:
+                what = "; ".join(problems.values())
+                raise ConfigurationError(f"{what}; remove {self.folder} to start from the beginning")
+            return None
+        name, newest = next(iter(found.items()))
+        for problem in problems.values():
+            _log.warning("%s; going on from %s, at round %d", problem, name, newest.round)
+        same = newest.identity == identity or extends(newest.identity, identity)
+        if newest.student != student or not same:
+            why = (
+                f"student {newest.student!r}, not {student!r}"
+                if newest.student != student
+                else (difference(newest.identity, identity) or "")
+                .replace("the run has", "it has")
+                .replace("this worker has", "this run has")
+            )
+            raise ConfigurationError(
+                f"checkpoint {self.folder / name} is of another run: {why}; choose another run folder"
+            )
+        self._torn = _NEWEST in problems
+        self._rounds = [checkpoint.round for checkpoint in reversed(found.values())]
+        return newest
+
+    def load_best(self) -> Checkpoint | None:
+        """Returns the best weights, or None if there are none.
+
+        Raises:
+            ConfigurationError: the file cannot be read.
+        """
+        path = self.folder / _BEST
+        return read(path) if path.exists() else None
+
+    @contextlib.contextmanager
+    def _written(self, checkpoint: Checkpoint, name: str) -> Generator[Path, None, None]:
+        """Writes a checkpoint beside its place; it is locked until it is there."""
+        part = self.folder / f"{name}.{self._process}.part"
+        content = _serialize(checkpoint)
+        # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
+        try:
+            with part.open("wb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks; there nothing is removed either
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                yield part
+        finally:
+            part.unlink(missing_ok=True)  # of a full disk it would keep what is left
+
+    def _remove_leftovers(self) -> None:
+        for part in self.folder.glob("*.part"):
+            with contextlib.suppress(OSError), part.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def newest(folder: Path) -> Path | None:
+    """Returns the newest checkpoint of a student's folder, or None if there is none."""
+    return next((folder / name for name in (_NEWEST, _PREVIOUS) if (folder / name).exists()), None)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a file was written as a checkpoint; what else is wrong with it :func:`read` says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is none of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = cast("dict[str, str] | None", file.metadata()) or {}
+            if "codistill" not in header:
+                raise ConfigurationError(f"checkpoint {path} was not written by codistill")
+            about = json.loads(header["codistill"])
+            if about["format"] != _FORMAT:
+                raise ConfigurationError(
+                    f"checkpoint {path} has format {about['format']}; this version reads {_FORMAT}"
+                )
+            # Copies, as these lie in the mapped file, which others may cut short.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        if header.get("digest") != _digest(header["codistill"], tensors):
+            raise ConfigurationError(
+                f"checkpoint {path} is damaged: its content does not have the digest that it was written with"
+            )
+        return Checkpoint(
+            student=about["student"],
+            identity=about["identity"],
+            round=about["round"],
+            model=_under("model.", tensors),
+            extra=_under("extra.", tensors),
+            optimizer=_restore(about["optimizer"], tensors),
+            progress=about["progress"],
+        )
+    except ConfigurationError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"checkpoint {path} cannot be read: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"checkpoint {path} was not written by codistill") from error
+
+
+def _round_of(path: Path) -> int | None:
+    """Returns a checkpoint's round from its header alone; None if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = cast("dict[str, str] | None", file.metadata()) or {}
+        return int(json.loads(header["codistill"])["round"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _serialize(checkpoint: Checkpoint) -> bytes:
+    tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
+    tensors |= {f"extra.{name}": value.detach().contiguous() for name, value in checkpoint.extra.items()}
+    optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)
+    about = {
+        "format": _FORMAT,
+        "student": checkpoint.student,
+        "identity": checkpoint.identity,
+        "round": checkpoint.round,
+        "optimizer": optimizer,
+        "progress": checkpoint.progress,
+    }
+    # Tied weights are one storage under two names, which safetensors refuses; each gets its own copy.
+    copies = {name: value.clone() for name, value in tensors.items()}
+    text = json.dumps(about)
+    return save(copies, {"codistill": text, "digest": _digest(text, copies)})
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors whose names begin with a prefix, under what is left of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 over everything that a checkpoint says."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Returns `value` as JSON, its tensors put aside under their paths."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {"map": [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in items]}
+    if isinstance(value, list | tuple):
+        sequence = cast("list[Any]", value)
+        return {"list": [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(sequence)]}
+    return {"value": value}
+
+
+def _restore(value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    match value:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"map": items}:
+            return {key: _restore(item, tensors) for key, item in items}
+        case {"list": items}:
+            return [_restore(item, tensors) for item in items]
+        case _:
+            return value["value"]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames durable; without it a power cut may bring back the old names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

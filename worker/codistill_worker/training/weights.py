@@ -1,0 +1,150 @@
+"""Weights: put into a model, and a teacher's from whatever file they are in; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.memory import ran_out
+from codistill_worker.models.pretrained_keys import named_as_here
+from codistill_worker.training import checkpoints
+
+__all__ = ["apply", "digest", "load", "read"]
+
+_NESTED = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before the names of the model that they wrap."""
+
+_OBJECTS = "it is damaged, or holds objects besides tensors, which are never unpickled"
+_ALLOWED = (
+    "allowed are a run's folder, a checkpoint of one, a file of plain weights (.safetensors), or a state dict that "
+    "torch.save wrote"
+)
+
+
+def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
+    """Reads weights, by their names in the model.
+
+    Args:
+        path: a run's folder, that of one of its students, a checkpoint, or a file of plain weights.
+        name: the teacher's name, which chooses among the students of a run.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds no weights.
+    """
+    file = _file_at(path, name)
+    if checkpoints.is_checkpoint(file):
+        return checkpoints.read(file).model
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return _unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reads a damaged file as it comes, and fails as it comes
+        if ran_out(error):
+            raise
+        known = isinstance(error, SafetensorError | OSError | RuntimeError)
+        # torch's own words on objects in a file are how to have them unpickled.
+        why = " ".join(str(error).split()) if known and "weights_only" not in str(error) else _OBJECTS
+        raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
+    for key in _NESTED:
+        if isinstance(found, Mapping) and isinstance(inner := cast("dict[str, Any]", found).get(key), Mapping):
+            found = inner
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigurationError(f"weights: {file} holds a {type(found).__name__}; {_ALLOWED}")
+    weights = cast("dict[Any, Any]", found)
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
+        if not isinstance(value, torch.Tensor):
+            raise ConfigurationError(f"weights: {file}: {key!r} is a {type(value).__name__}, no tensor; {_ALLOWED}")
+    return _unwrapped(weights)
+
+
+def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Puts weights into a model that has their very names.
+
+    A model's code may have versions, which a state dict carries beside its tensors and no other file does. There they
+    are taken to be the model's own, without which torchvision's MNASNet takes none. Counters of batches, which old files
+    lack, stay as they are.
+
+    Raises:
+        RuntimeError, ValueError: they are another model's.
+    """
+    own = model.state_dict()
+    state = OrderedDict((name, value) for name, value in own.items() if name.endswith("num_batches_tracked"))
+    state.update(weights)
+    versions = getattr(weights, "_metadata", None) or getattr(own, "_metadata")  # noqa: B009 - torch gives it no name
+    setattr(state, "_metadata", versions)  # noqa: B010 - as above
+    model.load_state_dict(state)
+
+
+def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
+    """Puts a teacher's weights into a model, and freezes it.
+
+    Raises:
+        ConfigurationError: they are another model's, or have other classes.
+    """
+    try:
+        load(model, named_as_here(weights, reference))
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).splitlines()
+        why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
+        raise ConfigurationError(
+            f"weights: {path} does not fit model {reference!r} with {classes} classes: {why[:300].rstrip('.')}; give the "
+            "model and the model_args that it was trained with, on data of as many classes and images of its size"
+        ) from error
+    model.requires_grad_(False).eval()
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 over weights and their names, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Returns weights by the names that they have in the model itself; those of no wrapper as they are."""
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in weights):
+            return {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _file_at(path: Path, name: str) -> Path:
+    """Returns the file that holds the weights."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ConfigurationError(
+            f"weights: {path} is not there; give the folder of a run that trains the teacher, made by "
+            f"`codistill run EXPERIMENT --run-dir {path}`, or a file"
+        )
+    folder = path
+    if (path / "students").is_dir():
+        students = sorted(each.name for each in (path / "students").iterdir() if each.is_dir())
+        chosen = name if name in students else students[0] if len(students) == 1 else None
+        if chosen is None:
+            raise ConfigurationError(
+                f"weights: {path} is a run of the students {', '.join(students)}; give the folder of one of them, for "
+                f"example {path / 'students' / students[0]}"
+            )
+        folder = path / "students" / chosen
+    newest = checkpoints.newest(folder)
+    if newest is None:
+        raise ConfigurationError(f"weights: {folder} holds no checkpoint; {_ALLOWED}")
+    return newest
