@@ -27,7 +27,7 @@ from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import ClosedRound, Journal
 
@@ -56,7 +56,7 @@ class _Contender:
     """A coordinator whose two students contribute in turn."""
 
     def __init__(self, experiment: Experiment, journal: Journal) -> None:
-        self._coordinator = Coordinator(experiment, journal, Observations(experiment, lambda _: None))
+        self._coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
         self._sessions: list[int] = []
         for name in experiment.names:
             request = pb.JoinRequest(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import parse
 from codistill.config.fingerprint import identity
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.grpc import GrpcTransport
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_deploy.supervise.discovery import find_server
@@ -69,7 +69,7 @@ class Work:
         batch, classes = course.configuration.batch, course.configuration.classes
         logits, labels = torch.from_numpy(course.logits()), torch.from_numpy(course.labels())
         ids = torch.arange(batch)
-        exchange = GrpcExchange(
+        exchange = GrpcTransport(
             find_server(self.folder, course.limit, stop),
             connect_timeout=course.limit,
             give_up_after=course.limit,

@@ -28,18 +28,18 @@ from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.address import ADDRESS_FILE, write_addresses
-from codistill.rundir.writer import Recorder
+from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.dashboard.live import POLL_SECONDS, LivePage
-from codistill_server.observability.http import WebServer
+from codistill_server.observability.http import HttpServer
 from codistill_server.observability.prometheus import registry
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 from codistill_server.ratelimit import Limits
-from codistill_server.rpc.auth import TokenGuard
-from codistill_server.rpc.log_filter import quiet
+from codistill_server.rpc.auth import TokenInterceptor
+from codistill_server.rpc.log_filter import limit_grpc_log
 from codistill_server.rpc.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
 from codistill_server.storage.journal import Journal, JournalError
 
@@ -155,7 +155,7 @@ class _Server:
         host, port = parse_address(options.listen, "--listen")
         credentials = options.security.server_credentials()
         _warn_of_half_a_protection(host, options.security)
-        with _only_server_in(options.run_dir), quiet(), Watchdog() as self._watchdog:
+        with _only_server_in(options.run_dir), limit_grpc_log(), Watchdog() as self._watchdog:
             self._begin("starting")
             return await self._serve(host, port, credentials, stop)
 
@@ -164,7 +164,7 @@ class _Server:
     ) -> ExitCode:
         options = self._options
         recorder, journal = self._open_files()
-        observations = Observations(self._experiment, recorder.write)
+        observations = RunState(self._experiment, recorder.write)
         submit = EventLoopSubmit(self._fail)
         try:
             coordinator = Coordinator(self._experiment, journal, observations, submit)
@@ -175,7 +175,7 @@ class _Server:
         service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
         token = options.security.token
-        guards = [*([] if token is None else [TokenGuard(token)]), ReadableRequests()]
+        guards = [*([] if token is None else [TokenInterceptor(token)]), ReadableRequests()]
         server = grpc.aio.server(
             interceptors=guards, options=server_options(limit, self._experiment.exchange.keepalive)
         )
@@ -186,7 +186,7 @@ class _Server:
             names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         coordinator.on_complete = lambda: self._complete(coordinator, service)
-        web: WebServer | None = None
+        web: HttpServer | None = None
         ticking: asyncio.Task[None] | None = None
         beating: asyncio.Task[None] | None = None
         listening: asyncio.Task[None] | None = None
@@ -255,7 +255,7 @@ class _Server:
         if not self._done.is_set():
             self._fail(ServerError(f"gRPC stopped listening ({why}); start the server again: the journal is whole"))
 
-    def _open_files(self) -> tuple[Recorder, Journal]:
+    def _open_files(self) -> tuple[RecordWriter, Journal]:
         exchange = self._experiment.exchange
         try:
             journal = Journal(
@@ -267,14 +267,14 @@ class _Server:
         except JournalError as error:
             raise ServerError(str(error)) from error
         try:
-            return Recorder(self._options.run_dir), journal
+            return RecordWriter(self._options.run_dir), journal
         except OSError as error:
             journal.close()
             raise ServerError(
                 f"run folder {self._options.run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
             ) from error
 
-    def _serve_web(self, observations: Observations, coordinator: Coordinator) -> WebServer | None:
+    def _serve_web(self, observations: RunState, coordinator: Coordinator) -> HttpServer | None:
         """Starts the port of page and metrics, if it is wanted."""
         loop = asyncio.get_running_loop()
 
@@ -295,7 +295,7 @@ class _Server:
         host, port = parse_address(self._options.metrics, "--metrics")
         self._page = LivePage(self._experiment, self._options.run_dir, snapshot_from_elsewhere)
         try:
-            return WebServer(host, port, self._page, made)
+            return HttpServer(host, port, self._page, made)
         except OSError as error:
             raise ServerError(
                 f"metrics: {self._options.metrics} cannot be listened on: {error.strerror}; choose another address for the "
@@ -310,7 +310,7 @@ class _Server:
             if self._page.watched:
                 await asyncio.sleep(_FAREWELL_SECONDS)
 
-    def _announce(self, host: str, port: int, web: WebServer | None, limit: int) -> None:
+    def _announce(self, host: str, port: int, web: HttpServer | None, limit: int) -> None:
         advertise = self._options.advertise
         metrics = ""
         if web is not None and self._options.metrics is not None:

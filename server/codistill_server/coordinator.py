@@ -16,15 +16,15 @@ from typing import Protocol, TypeVar
 import torch
 
 from codistill.config.experiment import Experiment
-from codistill.config.schedule import Rhythm
+from codistill.config.schedule import ExchangeSchedule
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal
+from codistill.wire.checksum import append_checksum
 from codistill_server import methods
 from codistill_server.admission.contributions import Contributions
-from codistill_server.admission.joins import Door
+from codistill_server.admission.joins import JoinAdmission
 from codistill_server.admission.progress import check_rounds, check_values
-from codistill_server.errors import Refused, printable
-from codistill_server.observability.state import Observations
+from codistill_server.errors import RequestRejected, printable
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import (
     Absent,
     Admit,
@@ -50,7 +50,7 @@ from codistill_server.rounds.events import (
     Tick,
 )
 from codistill_server.rounds.machine import Rounds, Rules
-from codistill_server.rounds.stragglers import Absence
+from codistill_server.rounds.stragglers import StragglerPolicy
 from codistill_server.storage.codec import dump_state, load_state, make_replies
 from codistill_server.storage.journal import ClosedRound, Journal
 
@@ -110,7 +110,7 @@ class Coordinator:
         self,
         experiment: Experiment,
         journal: Journal,
-        observations: Observations,
+        observations: RunState,
         submit: Submit = run_inline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -123,9 +123,9 @@ class Coordinator:
         self._half = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._state: Mapping[str, torch.Tensor] = load_state(journal.last_state())
         self._teachers = frozenset(experiment.teacher_names)
-        self._door = Door(experiment, journal, self._half)
+        self._door = JoinAdmission(experiment, journal, self._half)
         self._contributions = Contributions(experiment)
-        self._rhythm = self._rhythm_with(self._door.train_samples)
+        self._exchange_schedule = self._rhythm_with(self._door.train_samples)
         self._outboxes: dict[int, Outbox] = {}
         self._recent: OrderedDict[int, ClosedRound] = OrderedDict()
         restored = journal.restore()
@@ -135,16 +135,19 @@ class Coordinator:
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
             absence=_absence(experiment),
-            steps=experiment.distillation.rhythm(1).every,
+            steps=experiment.distillation.exchange_schedule(1).every,
         )
         self._keep_all = rules.keep_all
         self._rounds = Rounds(rules, restored)
         for record in restored.students:
             if record.student in observations.students:
                 view = observations.students[record.student]
-                view.durable_round = view.round = self._rhythm.round(record.durable_round)
+                view.durable_round = view.round = self._exchange_schedule.round(record.durable_round)
         if restored.frontier:
-            oldest, newest = self._rhythm.round(restored.oldest), self._rhythm.round(restored.frontier - 1)
+            oldest, newest = (
+                self._exchange_schedule.round(restored.oldest),
+                self._exchange_schedule.round(restored.frontier - 1),
+            )
             observations.event("resumed", message=f"the journal holds rounds {oldest} to {newest}")
 
     @property
@@ -160,28 +163,28 @@ class Coordinator:
     @property
     def frontier(self) -> int:
         """The first round that exchanges and is not closed."""
-        return self._rhythm.round(self._rounds.frontier)
+        return self._exchange_schedule.round(self._rounds.frontier)
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Opens a session.
 
         Raises:
-            Refused: something differs from the run; the text names the field and both values.
+            RequestRejected: something differs from the run; the text names the field and both values.
         """
         try:
             self._door.check(request)
-            rhythm = self._rhythm_with(request.data.train_samples)
+            exchange_schedule = self._rhythm_with(request.data.train_samples)
             # A teacher learns nothing, so it needs no round that is closed.
             taught = request.student not in self._teachers
-            first = rhythm.exchanges_before(request.first_round) if taught else self._rounds.frontier
+            first = exchange_schedule.exchanges_before(request.first_round) if taught else self._rounds.frontier
             admitted = self._apply(Join(request.student, first, request.worker, request.session))
-        except Refused as refused:
+        except RequestRejected as refused:
             who = request.student if request.student in self._rounds.presence else ""
             self.observations.refusal("refused", who, str(refused))
             raise
         assert admitted is not None  # noqa: S101 - a join is either refused or admitted
         self._door.settle(request)
-        self._rhythm = rhythm
+        self._exchange_schedule = exchange_schedule
         self.observations.total_rounds = request.total_rounds
         self.observations.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
         request.device = printable(request.device[:_LONGEST_DEVICE])
@@ -190,7 +193,7 @@ class Coordinator:
         again = f", from round {request.first_round}" if request.first_round else ""
         self.observations.event("joined", request.student, f"joined{where}{again}")
         return pb.JoinResponse(
-            session=admitted.session, frontier=rhythm.round(admitted.frontier), run=self.experiment.name
+            session=admitted.session, frontier=exchange_schedule.round(admitted.frontier), run=self.experiment.name
         )
 
     def student_of(self, session: int) -> str | None:
@@ -201,10 +204,10 @@ class Coordinator:
         """Says where a session's replies go.
 
         Raises:
-            Refused: the session is over.
+            RequestRejected: the session is over.
         """
         if self._rounds.student_of(session) is None:
-            raise Refused(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
+            raise RequestRejected(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
         older = self._outboxes.get(session)
         self._outboxes[session] = outbox
         if older is not None:
@@ -229,22 +232,24 @@ class Coordinator:
             size: its bytes on the wire.
 
         Raises:
-            Refused: the contribution is turned away; its session is over.
+            RequestRejected: the contribution is turned away; its session is over.
             JournalError: the round cannot be written down; the run cannot go on.
         """
         self.observations.bytes_in += size
         student = self._rounds.student_of(session)
         try:
             if student is None:
-                raise Refused(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
+                raise RequestRejected(
+                    Status.ABORTED, f"session {session} is over or unknown to this server; join again"
+                )
             if self._half is None:
-                raise Refused(
+                raise RequestRejected(
                     Status.FAILED_PRECONDITION, "this run's method exchanges nothing; a contribution is not allowed"
                 )
             shapes = self._door.shapes_of(student)
-            contribution = self._contributions.read(student, message, shapes, self._rhythm)
+            contribution = self._contributions.read(student, message, shapes, self._exchange_schedule)
             self._apply(Contribute(session, contribution))
-        except Refused as refused:
+        except RequestRejected as refused:
             self.observations.reject(refused.status)
             self.observations.refusal("rejected", student or "", str(refused))
             self._outboxes.pop(session, None)
@@ -262,13 +267,13 @@ class Coordinator:
         """Takes in a student's report.
 
         Raises:
-            Refused: the session is over, or a value cannot be.
+            RequestRejected: the session is over, or a value cannot be.
         """
         student = self._rounds.student_of(request.session)
         if student is not None:  # else Progress is refused
             check_rounds(request, self.observations.total_rounds)
         check_values(request)
-        self._apply(Progress(request.session, self._rhythm.exchanges_before(request.durable_round)))
+        self._apply(Progress(request.session, self._exchange_schedule.exchanges_before(request.durable_round)))
         assert student is not None  # noqa: S101 - else Progress was refused
         self.observations.reported(student, request)
 
@@ -276,11 +281,11 @@ class Coordinator:
         """Ends a session.
 
         Raises:
-            Refused: the session is over already, or the reason is unknown.
+            RequestRejected: the session is over already, or the reason is unknown.
         """
         reason = _LEAVE_REASONS.get(request.reason)
         if reason is None:
-            raise Refused(
+            raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"reason: {request.reason} is not allowed; allowed: FINISHED, STOPPED, FAILED",
             )
@@ -314,26 +319,26 @@ class Coordinator:
         self.observations.flush()
         self._journal.close()
 
-    def _rhythm_with(self, train_samples: int) -> Rhythm:
+    def _rhythm_with(self, train_samples: int) -> ExchangeSchedule:
         """Returns which rounds exchange, with so many samples to train on."""
-        return self.experiment.distillation.rhythm(train_samples // self.experiment.training.batch_size)
+        return self.experiment.distillation.exchange_schedule(train_samples // self.experiment.training.batch_size)
 
     # What the state machine asks for
 
     def _apply(self, event: Event) -> Admit | None:
         admitted: Admit | None = None
         asked = event.session if isinstance(event, Contribute) else 0  # who is answered by what this raises
-        refused: Refused | None = None  # raised last, as the others' part is done all the same
+        refused: RequestRejected | None = None  # raised last, as the others' part is done all the same
         completed = False
         for action in self._rounds.apply(event, self._clock()):
             match action:
                 case Admit():
                     admitted = action
                 case Refuse():
-                    refused = Refused(action.status, action.message)
+                    refused = RequestRejected(action.status, action.message)
                 case End() if action.session == asked:
                     self._outboxes.pop(asked, None)
-                    refused = Refused(action.status, action.message)
+                    refused = RequestRejected(action.status, action.message)
                 case End():
                     what = "superseded" if action.status is Status.SUPERSEDED else "evicted"
                     self._end(action, what)
@@ -342,22 +347,22 @@ class Coordinator:
                 case Answer():
                     try:
                         self._answer(action)
-                    except Refused as error:
+                    except RequestRejected as error:
                         if action.session == asked:
                             refused = error
                         else:
                             self._turn_away(action, error)
                 case Notify():
                     waiting = pb.Waiting(
-                        round=self._rhythm.round(action.waiting.round),
+                        round=self._exchange_schedule.round(action.waiting.round),
                         students=action.waiting.students,
                         seconds=action.waiting.seconds,
                     )
-                    self._send(action.session, seal(pb.ExchangeReply(waiting=waiting)))
+                    self._send(action.session, append_checksum(pb.ExchangeReply(waiting=waiting)))
                 case Absent():
-                    self.observations.absent(action.student, self._rhythm.round(action.round), action.reason)
+                    self.observations.absent(action.student, self._exchange_schedule.round(action.round), action.reason)
                 case Returned():
-                    self.observations.returned(action.student, self._rhythm.round(action.round))
+                    self.observations.returned(action.student, self._exchange_schedule.round(action.round))
                 case Remember():
                     self._journal.remember(action.record)
                 case Forget():
@@ -377,7 +382,7 @@ class Coordinator:
         if outbox is not None:
             outbox.end(action.status, action.message)
 
-    def _turn_away(self, answer: Answer, refused: Refused) -> None:
+    def _turn_away(self, answer: Answer, refused: RequestRejected) -> None:
         """Ends the session of one of those who wait for a round that was closed, and cannot be answered."""
         self.observations.reject(refused.status)
         self._end(End(answer.session, answer.student, refused.status, str(refused)), "rejected")
@@ -389,12 +394,12 @@ class Coordinator:
         state = self._state
         first = next(iter(decide.contributions.values()))
 
-        number = self._rhythm.round(decide.round)
+        number = self._exchange_schedule.round(decide.round)
         contributors = tuple(decide.contributions)
         missing = tuple(name for name in self.experiment.participants if name not in decide.contributions)
 
-        def work() -> tuple[ClosedRound, methods.Targets, methods.Gathered]:
-            gathered = self._contributions.gather(decide, state, outsiders=self._keep_all or bool(missing))
+        def work() -> tuple[ClosedRound, methods.Targets, methods.RoundInputs]:
+            gathered = self._contributions.gather(decide, state, include_absent=self._keep_all or bool(missing))
             useful = decide.targets and bool(gathered.students)
             targets = half.targets(gathered) if useful else replace(methods.NOTHING, state=state)
             closed = ClosedRound(
@@ -406,7 +411,7 @@ class Coordinator:
             )
             return closed, targets, gathered
 
-        def done(result: tuple[ClosedRound, methods.Targets, methods.Gathered]) -> None:
+        def done(result: tuple[ClosedRound, methods.Targets, methods.RoundInputs]) -> None:
             closed, targets, gathered = result
             self._state = targets.state
             self._journal.append(closed)
@@ -425,18 +430,18 @@ class Coordinator:
     def _answer(self, answer: Answer) -> None:
         asked = answer.contribution
         closed = self._recent.get(asked.round) or self._journal.read(asked.round)
-        number = self._rhythm.round(asked.round)
+        number = self._exchange_schedule.round(asked.round)
         if closed is None:
-            raise Refused(Status.FAILED_PRECONDITION, f"round {number} is not in the journal")
+            raise RequestRejected(Status.FAILED_PRECONDITION, f"round {number} is not in the journal")
         if closed.samples != asked.samples:
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"round {number}: student {answer.student!r} has {closed.samples.difference(asked.samples)} when it "
                 "was closed: seed, data and batch size must be the same as then",
             )
         reply = closed.reply_to(answer.student)
         if reply is None:
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"round {number} was closed by {', '.join(closed.contributors)} with targets for nobody else; a student "
                 "that joins later needs exchange.journal.keep: all from the run's start",
@@ -450,10 +455,10 @@ class Coordinator:
             outbox.reply(reply)
 
 
-def _absence(experiment: Experiment) -> Absence | None:
+def _absence(experiment: Experiment) -> StragglerPolicy | None:
     """Returns how an experiment goes on without a student; None where it waits for every one."""
     exchange = experiment.exchange
     if exchange.on_absence == "wait":
         return None
     deadline = None if exchange.round_deadline == "auto" else exchange.round_deadline
-    return Absence(exchange.quorum, deadline, exchange.evict_after)
+    return StragglerPolicy(exchange.quorum, deadline, exchange.evict_after)

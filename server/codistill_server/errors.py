@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from codistill_server.rounds.events import Status
 
-__all__ = ["Refused", "printable"]
+__all__ = ["RequestRejected", "printable"]
 
 _LONGEST = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a fault
+class RequestRejected(Exception):  # noqa: N818 - an answer, not a fault
     """A call is turned away; `status` says how, the text why and what to do."""
 
     def __init__(self, status: Status, message: str) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-__all__ = ["Bucket", "Buckets", "Gate", "Limits", "Rate", "Repeats", "TooMany"]
+__all__ = ["Limits", "QuotaExceeded", "Quotas", "Rate", "RepeatQuota", "TokenBucket", "TokenBuckets"]
 
 _MIB = 2**20
 
 
-class TooMany(Exception):  # noqa: N818 - an answer, not a fault
+class QuotaExceeded(Exception):  # noqa: N818 - an answer, not a fault
     """A peer asks for more than its share; `seconds` is after how long it may ask again."""
 
     def __init__(self, message: str, seconds: float) -> None:
@@ -49,7 +49,7 @@ class Limits:
     watchers: int = 64
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket: full at first, refilled as time goes by."""
 
     def __init__(self, rate: Rate, now: float) -> None:
@@ -71,7 +71,7 @@ class Bucket:
         return 0.0
 
 
-class Buckets:
+class TokenBuckets:
     """A bucket for each of many keys; the key that was quiet for longest is forgotten when there are too many.
 
     Args:
@@ -82,23 +82,23 @@ class Buckets:
     def __init__(self, rate: Rate, most: int = 1024) -> None:
         self._rate = rate
         self._most = most
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def take(self, key: str, now: float, amount: float = 1.0) -> float:
-        """Takes from a key's bucket; see :meth:`Bucket.take`."""
+        """Takes from a key's bucket; see :meth:`TokenBucket.take`."""
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = Bucket(self._rate, now)
+            bucket = self._buckets[key] = TokenBucket(self._rate, now)
             if len(self._buckets) > self._most:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(key)
         return bucket.take(now, amount)
 
 
-class Repeats:
+class RepeatQuota:
     """How often one session contributes again to rounds that it has contributed to.
 
     A session goes through the rounds in order, also when it catches up from the journal; only one that does not know
@@ -106,24 +106,26 @@ class Repeats:
     """
 
     def __init__(self, rate: Rate, now: float) -> None:
-        self._bucket = Bucket(rate, now)
+        self._bucket = TokenBucket(rate, now)
         self._next = 0
 
     def contribute(self, number: int, now: float) -> None:
         """Takes in a contribution.
 
         Raises:
-            TooMany: it is one repetition too many.
+            QuotaExceeded: it is one repetition too many.
         """
         if number >= self._next:
             self._next = number + 1
             return
         seconds = self._bucket.take(now)
         if seconds:
-            raise TooMany(f"round {number}: this session has contributed to it before, and repeats too often", seconds)
+            raise QuotaExceeded(
+                f"round {number}: this session has contributed to it before, and repeats too often", seconds
+            )
 
 
-class Gate:
+class Quotas:
     """What a server lets through, of all peers.
 
     Attributes:
@@ -133,33 +135,35 @@ class Gate:
     def __init__(self, limits: Limits) -> None:
         self.watching = 0
         self._limits = limits
-        self._joins = Buckets(limits.joins)
-        self._calls = Buckets(limits.calls)
-        self._bytes = Buckets(limits.call_bytes)
+        self._joins = TokenBuckets(limits.joins)
+        self._calls = TokenBuckets(limits.calls)
+        self._bytes = TokenBuckets(limits.call_bytes)
 
     def call(self, host: str, size: int, now: float) -> None:
         """Takes in a unary call.
 
         Raises:
-            TooMany: its host calls too often, or sends too much.
+            QuotaExceeded: its host calls too often, or sends too much.
         """
         seconds = self._calls.take(host, now)
         if seconds:
-            raise TooMany(f"{host} makes more than {self._limits.calls.per_second:g} calls a second", seconds)
+            raise QuotaExceeded(f"{host} makes more than {self._limits.calls.per_second:g} calls a second", seconds)
         seconds = self._bytes.take(host, now, size)
         if seconds:
-            raise TooMany(f"{host} sends more than {self._limits.call_bytes.per_second / _MIB:g} MiB a second", seconds)
+            raise QuotaExceeded(
+                f"{host} sends more than {self._limits.call_bytes.per_second / _MIB:g} MiB a second", seconds
+            )
 
     def join(self, student: str, now: float) -> None:
         """Takes in a join.
 
         Raises:
-            TooMany: there were too many for this student.
+            QuotaExceeded: there were too many for this student.
         """
         seconds = self._joins.take(student, now)
         if seconds:
             who = f"student {student!r}" if student else "students that the experiment does not have"
-            raise TooMany(
+            raise QuotaExceeded(
                 f"{who}: more than {self._limits.joins.per_second:g} joins a second; see that one worker runs, and why it "
                 "starts again",
                 seconds,
@@ -169,12 +173,12 @@ class Gate:
         """Takes in a WatchRun stream; `watching` is to be lowered when it ends.
 
         Raises:
-            TooMany: there are too many.
+            QuotaExceeded: there are too many.
         """
         if self.watching >= self._limits.watchers:
-            raise TooMany(f"{self.watching} WatchRun streams are open, as many as are allowed; end some", 1.0)
+            raise QuotaExceeded(f"{self.watching} WatchRun streams are open, as many as are allowed; end some", 1.0)
         self.watching += 1
 
-    def session(self, now: float) -> Repeats:
+    def session(self, now: float) -> RepeatQuota:
         """Returns what holds one session's contributions to its share."""
-        return Repeats(self._limits.repeats, now)
+        return RepeatQuota(self._limits.repeats, now)

@@ -44,7 +44,7 @@ from grpc_health.v1 import health_pb2
 from codistill.config.experiment import Experiment
 from codistill_server.admission.contributions import receive_limit
 from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, locked_out, make
-from fuzz.endpoints import Door
+from fuzz.endpoints import Endpoint
 from fuzz.floods import Flooder
 from fuzz.healthy_peers import TOTAL_ROUNDS, Student
 from fuzz.oracle import OK, Model
@@ -209,7 +209,7 @@ class Campaign:
     def _events(self) -> int:
         return (self._serving.folder / HEALTHY / "events.jsonl").read_bytes().count(b"\n")
 
-    async def _health(self, door: Door) -> Answer:
+    async def _health(self, door: Endpoint) -> Answer:
         async with door.channel() as channel:
             return await make(door, channel, Call("health", f"{HEALTH}Check", [b""], OK))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc.aio
 
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.grpc import GrpcTransport
 from codistill.wire.security import Security, Token
 
 OPTIONS: list[tuple[str, Any]] = [
@@ -21,7 +21,7 @@ OPTIONS: list[tuple[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Door:
+class Endpoint:
     """A server's address and what opens it.
 
     Attributes:
@@ -41,15 +41,15 @@ class Door:
         return () if self.token is None else (self.token.metadata,)
 
     @property
-    def stranger(self) -> Door:
+    def stranger(self) -> Endpoint:
         """The same for somebody who does not have the token."""
-        return Door(self.address)
+        return Endpoint(self.address)
 
     def channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
         """Returns a channel of its own connection; calls add `metadata` themselves."""
         return grpc.aio.insecure_channel(self.address, [*OPTIONS, *options])
 
-    def exchange(self, stop: threading.Event) -> GrpcExchange:
+    def exchange(self, stop: threading.Event) -> GrpcTransport:
         """Returns what an honest worker talks through."""
         security = Security(token=self.token)
-        return GrpcExchange(self.address, connect_timeout=30, give_up_after=60, stop=stop, security=security)
+        return GrpcTransport(self.address, connect_timeout=30, give_up_after=60, stop=stop, security=security)

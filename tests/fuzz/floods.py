@@ -16,8 +16,8 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.ratelimit import Limits, Rate
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
-from fuzz.endpoints import Door
-from fuzz.oracle import Code, Verdict
+from fuzz.endpoints import Endpoint
+from fuzz.oracle import Code, Decision
 from server.support import join_request
 
 _LIMITS = Limits()
@@ -33,7 +33,7 @@ class Flooder:
         seen: counts answers by (kind, status).
     """
 
-    def __init__(self, door: Door, experiment: Experiment, seen: Counter[tuple[str, str]]) -> None:
+    def __init__(self, door: Endpoint, experiment: Experiment, seen: Counter[tuple[str, str]]) -> None:
         self._door = door
         self._experiment = experiment
         self._seen = seen
@@ -102,6 +102,6 @@ async def _first(ongoing: Any) -> Answer:
     return Answer(await ongoing.code(), await ongoing.details() or "")
 
 
-def _or_later(code: Code, *words: str) -> Verdict:
+def _or_later(code: Code, *words: str) -> Decision:
     """What a call may get that can be one too many, of its kind or of the streams of a connection."""
-    return Verdict(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))
+    return Decision(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))

@@ -153,7 +153,7 @@ def sealed(raw: bytes, context: str = "") -> bytes:
     return raw + CHECKSUM_TAG + zlib.crc32(context.encode() + raw).to_bytes(4, "little")
 
 
-def is_whole(raw: bytes, context: str = "") -> bool:
+def verify_checksum(raw: bytes, context: str = "") -> bool:
     return len(raw) > 4 and raw == sealed(raw[:-5], context)
 
 

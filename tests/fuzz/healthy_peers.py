@@ -9,10 +9,10 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal
+from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import encode
 from codistill_server import methods
-from fuzz.endpoints import Door
+from fuzz.endpoints import Endpoint
 from server.support import contribution, join_request, logits_of
 
 TOTAL_ROUNDS = 10**9
@@ -27,13 +27,13 @@ def targets(experiment: Experiment, number: int) -> bytes:
         bytearray(contribution(experiment, experiment.names[0], number).batch.labels.data), dtype=torch.int64
     )
     outputs = torch.stack([logits_of(experiment, name, number) for name in experiment.names])
-    made = half.targets(methods.Gathered(experiment.names, {"logits": outputs}, labels)).shared
+    made = half.targets(methods.RoundInputs(experiment.names, {"logits": outputs}, labels)).shared
     assert made is not None
     return encode(made["logits"], experiment.exchange.dtype).data
 
 
 class Student(threading.Thread):
-    """One honest worker, as :class:`GrpcExchange` makes it, until told to stop or until something is wrong.
+    """One honest worker, as :class:`GrpcTransport` makes it, until told to stop or until something is wrong.
 
     Attributes:
         rounds: how many rounds' targets were right.
@@ -42,7 +42,7 @@ class Student(threading.Thread):
         traffic: the first messages that it sent, by rpc, as they go over the wire.
     """
 
-    def __init__(self, door: Door, experiment: Experiment, name: str, pause: float = 0.02) -> None:
+    def __init__(self, door: Endpoint, experiment: Experiment, name: str, pause: float = 0.02) -> None:
         super().__init__(name=f"honest-{name}", daemon=True)
         self._experiment, self._student, self._pause = experiment, name, pause
         self._halt = threading.Event()
@@ -95,4 +95,4 @@ class Student(threading.Thread):
         context: str = "",
     ) -> None:
         if len(self.traffic) < 60:
-            self.traffic.append((rpc, seal(message, context)))
+            self.traffic.append((rpc, append_checksum(message, context)))

@@ -25,7 +25,7 @@ class _Raises(_Base):
         super().leave(request)
 
 
-class _Admits(coordinator.Door):
+class _Admits(coordinator.Endpoint):
     """A check is skipped for some values."""
 
     def check(self, request: pb.JoinRequest) -> None:
@@ -43,7 +43,7 @@ class _Keeps(_Base):
         return super().join(request)
 
 
-def _turned(self: Any, gathered: methods.Gathered) -> methods.Targets:
+def _turned(self: Any, gathered: methods.RoundInputs) -> methods.Targets:
     """One bit of one target is wrong, once in a while."""
     targets = _right(self, gathered)
     assert targets.shared is not None
@@ -68,7 +68,7 @@ def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
 
 PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
-    "admits": lambda: setattr(coordinator, "Door", _Admits),
+    "admits": lambda: setattr(coordinator, "Endpoint", _Admits),
     "keeps": _with_coordinator(_Keeps),
     "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),

@@ -22,25 +22,25 @@ from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server import methods
-from fuzz.generators import CHECKSUM_TAG, is_whole
+from fuzz.generators import CHECKSUM_TAG, verify_checksum
 
 Code = grpc.StatusCode
 LARGEST_ROUNDS = 2**53
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What may be answered: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
 
     codes: frozenset[grpc.StatusCode]
     words: tuple[str, ...] = ()
 
 
-OK = Verdict(frozenset({Code.OK}))
+OK = Decision(frozenset({Code.OK}))
 
 
-def refusal(code: grpc.StatusCode, *words: str) -> Verdict:
-    return Verdict(frozenset({code}), words)
+def refusal(code: grpc.StatusCode, *words: str) -> Decision:
+    return Decision(frozenset({code}), words)
 
 
 def parsed(kind: type[Message], raw: bytes) -> Message | None:
@@ -58,7 +58,7 @@ def damaged(kind: type[Message], raw: bytes) -> bool:
     """Whether a unary call's message has a checksum that is not its own; one without is believed."""
     message: Any = parsed(kind, raw)
     has = raw[-5:-4] == CHECKSUM_TAG if message is None else message.HasField("checksum")
-    return has and not is_whole(raw)
+    return has and not verify_checksum(raw)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Model:
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     closed: dict[int, tuple[Published, bytes]] = field(default_factory=dict[int, tuple[Published, bytes]])
 
-    def join(self, raw: bytes) -> Verdict:
+    def join(self, raw: bytes) -> Decision:
         request = parsed(pb.JoinRequest, raw)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
@@ -119,7 +119,7 @@ class Model:
             differs.append("needs round ")
         codes = {Code.FAILED_PRECONDITION} if differs else set[grpc.StatusCode]()
         codes |= {Code.INVALID_ARGUMENT} if wrong else set[grpc.StatusCode]()
-        return Verdict(frozenset(codes), (*differs, *wrong)) if codes else OK
+        return Decision(frozenset(codes), (*differs, *wrong)) if codes else OK
 
     def joined(self, raw: bytes, session: int) -> int | None:
         """Takes in an admission; returns the session that it ended."""
@@ -136,7 +136,7 @@ class Model:
         self.sessions.pop(session, None)
         self.waiting.pop(session, None)
 
-    def report(self, raw: bytes) -> Verdict:
+    def report(self, raw: bytes) -> Decision:
         request = parsed(pb.ReportRequest, raw)
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
@@ -171,7 +171,7 @@ class Model:
         self.durable[student] = max(self.durable.get(student, 0), min(request.durable_round, self.frontier))
         self._forget()
 
-    def leave(self, raw: bytes) -> Verdict:
+    def leave(self, raw: bytes) -> Decision:
         request = parsed(pb.LeaveRequest, raw)
         if not isinstance(request, pb.LeaveRequest):
             return NO_MESSAGE
@@ -191,7 +191,7 @@ class Model:
             self._forget()
         return request.session
 
-    def unary(self, rpc: str, raw: bytes) -> Verdict:
+    def unary(self, rpc: str, raw: bytes) -> Decision:
         """Returns how a call is answered; one that was damaged is to be made again."""
         kinds: dict[str, type[Message]] = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
         if rpc in kinds and damaged(kinds[rpc], raw):
@@ -214,9 +214,9 @@ class Model:
                 return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval_seconds: ")
         raise KeyError(rpc)
 
-    def contribution(self, session: int, raw: bytes) -> Verdict | Published:
+    def contribution(self, session: int, raw: bytes) -> Decision | Published:
         """Returns how a contribution is refused, or what it publishes if it is taken."""
-        if not is_whole(raw, str(session)):
+        if not verify_checksum(raw, str(session)):
             return refusal(Code.ABORTED, "damaged on the way")
         message = parsed(pb.Contribution, raw)
         if not isinstance(message, pb.Contribution):
@@ -266,7 +266,7 @@ class Model:
         shape = (self.experiment.training.batch_size, self.experiment.data.class_count)
         outputs = [_floats(self.open[name].logits).reshape(shape) for name in self.experiment.names]
         labels = torch.frombuffer(bytearray(self.open[self.experiment.names[0]].labels), dtype=torch.int64)
-        gathered = methods.Gathered(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
+        gathered = methods.RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
         made = half.targets(gathered).shared
         assert made is not None
         return encode(made["logits"], "float32").data

@@ -16,15 +16,15 @@ import grpc.aio
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.ratelimit import Limits
 from fuzz import calls, generators, healthy_peers
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
-from fuzz.endpoints import Door
+from fuzz.endpoints import Endpoint
 from fuzz.healthy_peers import TOTAL_ROUNDS
-from fuzz.oracle import OK, Code, Model, Published, Verdict, refusal
+from fuzz.oracle import OK, Code, Decision, Model, Published, refusal
 from server.support import contribution, join_request, logits_of
 
 
@@ -43,7 +43,7 @@ class Teller:
 
     def __init__(
         self,
-        door: Door,
+        door: Endpoint,
         model: Model,
         traffic: Sequence[tuple[str, bytes]],
         seen: Counter[tuple[str, str]],
@@ -184,7 +184,7 @@ class Teller:
     async def _open(self, rng: random.Random, session: int) -> None:
         self._say("open", str(session))
         assert self._channel is not None
-        named = (SESSION_KEY, seal_session(session))
+        named = (SESSION_KEY, format_session(session))
         await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
         metadata = (named, *self._door.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
@@ -223,7 +223,7 @@ class Teller:
         before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
-        if isinstance(verdict, Verdict):
+        if isinstance(verdict, Decision):
             await self._ended(session, kind, verdict)
             return
         number = pb.Contribution.FromString(raw).round
@@ -244,7 +244,7 @@ class Teller:
         message = contribution(self._model.experiment, self._model.experiment.names[0], number)
         published, data = self._model.closed[number]
         message.batch.ids.data, message.batch.labels.data = published.ids, published.labels
-        raw, rate = seal(message, str(session)), Limits().repeats
+        raw, rate = append_checksum(message, str(session)), Limits().repeats
         self._say("insist", f"{session} round {number}")
         started = time.monotonic()
         with contextlib.suppress(grpc.aio.AioRpcError):  # how it ends is looked at below
@@ -324,7 +324,7 @@ class Teller:
         self._say(made.kind, str(made.metadata))
         self._count(made.kind, await calls.make(self._door.stranger, self._channel, made), made.verdict)
 
-    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
+    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Decision) -> Answer:
         if len(raw) > self._limit:
             verdict = refusal(Code.RESOURCE_EXHAUSTED)
         self._say(rpc, f"{_shown(raw)} {verdict}")
@@ -346,7 +346,7 @@ class Teller:
                     return reply.targets
 
     async def _ended(
-        self, session: int, kind: str, verdict: Verdict, *, superseded: bool = False, over: bool = True
+        self, session: int, kind: str, verdict: Decision, *, superseded: bool = False, over: bool = True
     ) -> None:
         if over:
             self._gone(session)
@@ -377,7 +377,7 @@ class Teller:
         self._model.over(session)
         self._dead = [*self._dead[-20:], session]
 
-    def _count(self, kind: str, answer: Answer, verdict: Verdict) -> None:
+    def _count(self, kind: str, answer: Answer, verdict: Decision) -> None:
         check(verdict, answer)
         self._seen[kind, answer.code.name] += 1
 

@@ -33,7 +33,7 @@ from codistill_server.ratelimit import Limits, Rate
 from codistill_server.rounds.events import StudentRecord
 from codistill_server.storage.journal import Journal
 from fuzz import mutants
-from fuzz.endpoints import Door
+from fuzz.endpoints import Endpoint
 
 PATIENCE = 60.0
 _BOUNDLESS = Rate(1e9, 1e9)
@@ -98,7 +98,7 @@ class Serving:
         self._names = tuple(experiments)
         self._token = Token(token, "the campaign") if token else None
         self._read = 0
-        self.doors: dict[str, Door] = {}
+        self.doors: dict[str, Endpoint] = {}
 
     def __enter__(self) -> Serving:
         deadline = time.monotonic() + PATIENCE
@@ -109,7 +109,7 @@ class Serving:
                     assert self.code is None, self.log.read_text()
                     assert time.monotonic() < deadline, f"no server within {PATIENCE} s: {self.log.read_text()}"
                     time.sleep(0.02)
-                self.doors[name] = Door(json.loads(path.read_text())["address"], self._token)
+                self.doors[name] = Endpoint(json.loads(path.read_text())["address"], self._token)
         except BaseException:
             self._process.kill()
             raise

@@ -14,7 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 
-from fuzz.endpoints import Door
+from fuzz.endpoints import Endpoint
 from fuzz.generators import noise
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -61,7 +61,7 @@ class Port:
         leave_open: how many connections at most stay open when an attack leaves one.
     """
 
-    def __init__(self, door: Door, leave_open: int = 40) -> None:
+    def __init__(self, door: Endpoint, leave_open: int = 40) -> None:
         self._door = door
         self._left: deque[asyncio.StreamWriter] = deque()
         self._most = leave_open

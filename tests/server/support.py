@@ -16,11 +16,11 @@ from codistill.config.fingerprint import identity
 from codistill.config.methods import Independent
 from codistill.rundir.records import Happened, Record
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal
+from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator, Submit, run_inline
-from codistill_server.errors import Refused
-from codistill_server.observability.state import Observations
+from codistill_server.errors import RequestRejected
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import Journal
 
@@ -151,7 +151,7 @@ def contribution(
 
 def sealed(message: pb.Contribution, session: int) -> pb.Contribution:
     """Returns a contribution as it is sent in a session, its checksum set."""
-    return pb.Contribution.FromString(seal(message, str(session)))
+    return pb.Contribution.FromString(append_checksum(message, str(session)))
 
 
 _open: list[Run] = []
@@ -177,7 +177,7 @@ class Run:
         self.clock = Clock()
         self.records: list[Record] = []
         self.journal = journal or Journal(path, identity(self.experiment))
-        self.observations = Observations(self.experiment, self.records.append, self.clock, Clock(1.7e9))
+        self.observations = RunState(self.experiment, self.records.append, self.clock, Clock(1.7e9))
         self.coordinator = Coordinator(self.experiment, self.journal, self.observations, submit, self.clock)
         self.completed = 0
         self.coordinator.on_complete = self._complete
@@ -221,8 +221,8 @@ class Run:
         return [record for record in self.records if isinstance(record, Happened) and record.what == what]
 
 
-def refused(call: Callable[[], object]) -> Refused:
-    with pytest.raises(Refused) as caught:
+def refused(call: Callable[[], object]) -> RequestRejected:
+    with pytest.raises(RequestRejected) as caught:
         call()
     return caught.value
 

@@ -25,7 +25,7 @@ from codistill.rundir.address import ADDRESS_FILE
 from codistill.rundir.records import Happened, read
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill.wire.checksum import seal_session
+from codistill.wire.checksum import format_session
 from codistill.wire.security import SecurityError
 from codistill_server import app
 from codistill_server.app import JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
@@ -178,7 +178,7 @@ class TestServing:
                 stub = DistillationStub(channel)
                 assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
                 session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
-                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
+                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE)
                 assert list(stream) == []
             served.stop.set()
             assert served.end() is ExitCode.OK
@@ -203,7 +203,7 @@ class TestServing:
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
             stub, hold = DistillationStub(channel), threading.Event()
             session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            metadata = ((SESSION_KEY, seal_session(session)),)
+            metadata = ((SESSION_KEY, format_session(session)),)
             stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
             stream.initial_metadata()
             other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
@@ -231,7 +231,7 @@ class TestServing:
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
             stub, hold = DistillationStub(channel), threading.Event()
             session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            metadata = ((SESSION_KEY, seal_session(session)),)
+            metadata = ((SESSION_KEY, format_session(session)),)
             stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
             stream.initial_metadata()
             stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
@@ -276,7 +276,7 @@ class TestServing:
             session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
             release = threading.Event()
             stream = stub.Exchange(
-                _then_hold(iter(()), release), metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE
+                _then_hold(iter(()), release), metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE
             )
             stream.initial_metadata()
             served.stop.set()
@@ -303,7 +303,7 @@ class TestServing:
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)
                 streams.append(
-                    stub.Exchange(requests, metadata=((SESSION_KEY, seal_session(session)),), timeout=PATIENCE)
+                    stub.Exchange(requests, metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE)
                 )
             for stream in streams:
                 with pytest.raises(grpc.RpcError) as caught:

@@ -51,7 +51,7 @@ class TestAbsence:
         half = methods.create(experiment.distillation)
         assert half is not None
         labels = decode(contribution(experiment, "ant", 0).batch.labels)
-        made = half.targets(methods.Gathered(("ant", "cat"), {"logits": logits}, labels, outsiders=True))
+        made = half.targets(methods.RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
         run.contribute("bee", 0)
         for student in run.experiment.names:
             (reply,) = [reply for reply in run.inboxes[student].replies if reply.HasField("targets")]

@@ -15,7 +15,7 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal
+from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 
@@ -104,7 +104,7 @@ class Reference:
     ) -> tuple[Mapping[str, bytes], State]:
         """Returns what a round closed with these contributions is answered with, and the method's state after it."""
         each = [sent[name] for name in self.experiment.names if name in sent]
-        gathered = methods.Gathered(
+        gathered = methods.RoundInputs(
             students=tuple(name for name in self.experiment.names if name in sent),
             outputs={"logits": torch.stack([decode(one.batch.outputs["logits"]) for one in each])},
             labels=decode(each[0].batch.labels),
@@ -113,14 +113,14 @@ class Reference:
             else {},
             held_out_labels=decode(each[0].held_out.labels) if each[0].HasField("held_out") else None,
             state=state,
-            outsiders=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
+            include_absent=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
         )
         made = self._half.targets(gathered) if targets else methods.Targets(shared={}, state=state)
         arrays = dict(made.each or {})
         if made.shared is not None:
             arrays[""] = made.shared
         replies = {
-            name: seal(
+            name: append_checksum(
                 pb.ExchangeReply(
                     targets=pb.Targets(
                         round=number, targets={key: encode(value, "float32") for key, value in values.items()}
@@ -190,7 +190,7 @@ class Ledger:
     def received(self, student: str, number: int, targets: pb.Targets) -> None:
         """A student learns from targets, as those of a round."""
         self.answers += 1
-        self._check_answer(student, number, seal(pb.ExchangeReply(targets=targets)), "takes")
+        self._check_answer(student, number, append_checksum(pb.ExchangeReply(targets=targets)), "takes")
 
     def finished(self, student: str, state: bytes) -> None:
         self.check_final(student, state)

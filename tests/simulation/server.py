@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from codistill.peer.session import Failure
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import is_whole
+from codistill.wire.checksum import verify_checksum
 from codistill_server.coordinator import Coordinator
-from codistill_server.errors import Refused
-from codistill_server.observability.state import Observations
+from codistill_server.errors import RequestRejected
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Decide, Status, StudentRecord
 from codistill_server.storage.journal import ClosedRound, Journal
 from simulation.model import Violation
@@ -36,7 +36,7 @@ class Crash(BaseException):
     """The server's process is killed at this very instant."""
 
 
-def failure(refused: Refused) -> Failure:
+def failure(refused: RequestRejected) -> Failure:
     return Failure(_CODES[refused.status], str(refused), refused.status is Status.SUPERSEDED)
 
 
@@ -93,7 +93,7 @@ class Outbox:
     def end(self, status: Status, message: str) -> None:
         if not self.ending:
             self.ending = True
-            self.server.later(lambda: self.server.end_stream(self, failure(Refused(status, message))))
+            self.server.later(lambda: self.server.end_stream(self, failure(RequestRejected(status, message))))
 
 
 class Server:
@@ -120,7 +120,7 @@ class Server:
         generation = self.generation
         cluster = self.cluster
         cluster.kernel.note("server: starts")
-        observations = Observations(cluster.experiment, lambda _: None, cluster.kernel.clock, cluster.kernel.clock)
+        observations = RunState(cluster.experiment, lambda _: None, cluster.kernel.clock, cluster.kernel.clock)
         try:
             coordinator = self.coordinator = cluster.plant.coordinator(
                 cluster.experiment, cluster.journal, observations, self._submit, cluster.kernel.clock
@@ -256,7 +256,7 @@ class Server:
                     answer(coordinator.report(request) or pb.ReportResponse())
                 case _:
                     answer(coordinator.leave(request) or pb.LeaveResponse())
-        except Refused as refused:
+        except RequestRejected as refused:
             answer(failure(refused))
         except Crash:
             answer(Failure("UNAVAILABLE", "connection reset by peer"))
@@ -272,7 +272,7 @@ class Server:
         self._outboxes[outbox] = None
         try:
             coordinator.open_stream(stream.session, outbox)
-        except Refused as refused:
+        except RequestRejected as refused:
             self.end_stream(outbox, failure(refused))
             return
 
@@ -281,11 +281,11 @@ class Server:
         if self.coordinator is None or outbox is None or outbox.ending:
             return
         try:
-            if not is_whole(raw, str(stream.session)):
+            if not verify_checksum(raw, str(stream.session)):
                 self.coordinator.damaged(stream.session, "a contribution was damaged on the way")
-                raise Refused(Status.ABORTED, "a contribution was damaged on the way; join again")
+                raise RequestRejected(Status.ABORTED, "a contribution was damaged on the way; join again")
             self.coordinator.contribute(stream.session, pb.Contribution.FromString(raw), len(raw))
-        except Refused as refused:
+        except RequestRejected as refused:
             outbox.end(refused.status, str(refused))
 
     def close_stream(self, stream: Stream) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from codistill import PROTOCOL_VERSION
 from codistill.peer import session as core
+from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.session import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import is_whole, seal
-from codistill_worker.errors import Interrupted, WorkerError
+from codistill.wire.checksum import append_checksum, verify_checksum
 from simulation import model
 from simulation.kernel import Arm, Process, sleep
 from simulation.model import Violation
@@ -163,7 +163,7 @@ class Worker:
             yield from self._leave(pb.LEAVE_REASON_STOPPED)
             self._exit(ExitCode.INTERRUPTED)
             return
-        except WorkerError as error:
+        except PeerError as error:
             if error.code in _STUDENT_IS_WELL:
                 self._save(number, state)
             if error.code not in _SESSION_IS_OVER:
@@ -212,7 +212,7 @@ class Worker:
             self._put(self.stream, contribution)
 
     def _put(self, stream: Stream, contribution: pb.Contribution) -> None:
-        stream.worker_send(seal(contribution, str(stream.session)))
+        stream.worker_send(append_checksum(contribution, str(stream.session)))
 
     def _receive(self, number: int) -> Generator[Arm, Any, pb.Targets]:
         self.core.receive(number, self.cluster.kernel.now)
@@ -331,7 +331,7 @@ class Worker:
             self._listening = None
         item = stream.read() if stream is not None and stream.inbox else None
         if isinstance(item, bytes):
-            if not is_whole(item):
+            if not verify_checksum(item):
                 return Failure("UNAVAILABLE", "a reply was damaged on the way", damaged=True)
             return pb.ExchangeReply.FromString(item)
         return item

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from codistill.config.experiment import load
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.console.progress import PlainView
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
-from codistill_worker.errors import WorkerError
 from codistill_worker.training.checkpoints import read
 from system.run_harness import ALL_WELL, CHANGES, ROUNDS, running
 from system.support import assert_bit_equal, experiment_file, rounds_trained, weights
@@ -150,7 +150,7 @@ def test_a_journal_that_lost_its_end_refuses_who_is_ahead_and_says_the_way_out(t
     train(70)
     assert rounds_trained(folder.path) == 120
     shutil.copy(copy, journal)
-    with pytest.raises(WorkerError) as refused:
+    with pytest.raises(PeerError) as refused:
         train(ROUNDS)
     assert refused.value.code is ExitCode.REFUSED
     assert "student 'mlp' resumes at round 120, but this server's journal ends at round 50" in str(refused.value)

@@ -12,7 +12,7 @@ import torch
 from codistill.config.experiment import parse
 from codistill.config.methods import Distillation, Method
 from codistill_server import methods
-from codistill_server.methods import Gathered
+from codistill_server.methods import RoundInputs
 from system.support import assert_bit_equal, run, weights
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def crossing(method: str) -> set[tuple[int, int]]:
     def drawn(outputs: Any, *before: int) -> dict[str, torch.Tensor]:
         return {name: torch.randn(*before, B, *SIZES.get(name, (C,)), generator=generator) for name in outputs}
 
-    gathered = Gathered(
+    gathered = RoundInputs(
         students=tuple(names),
         outputs=drawn(half.student, K),
         labels=torch.zeros(B, dtype=torch.int64),

@@ -23,7 +23,7 @@ from codistill.config.fingerprint import identity
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill.wire.checksum import seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_worker import data
 from system.run_harness import ALL_WELL, CHANGES, PACE, ROUNDS, STUDENTS, running
@@ -118,7 +118,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
             stub = DistillationStub(channel)
             session = stub.Join(_join_request(experiment, "vit"), timeout=20).session
             sent: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
-            metadata = ((SESSION_KEY, seal_session(session)),)
+            metadata = ((SESSION_KEY, format_session(session)),)
             stream = stub.Exchange(iter(sent.get, None), metadata=metadata)
             try:
                 for name in STUDENTS:
@@ -127,7 +127,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 assert run.present() == {*STUDENTS, "vit"}
                 for number in range(140):
                     message = _contribution(run.folder, number)
-                    sent.put(pb.Contribution.FromString(seal(message, str(session))))
+                    sent.put(pb.Contribution.FromString(append_checksum(message, str(session))))
                 run.until(lambda: run.events("disconnected") == ["vit"], "it is cut off")
                 run.until(lambda: all(each.poll() == 0 for each in run.workers.values()), "the others' end")
             finally:

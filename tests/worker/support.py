@@ -15,7 +15,7 @@ import yaml
 
 from codistill.config.data import Data
 from codistill.config.experiment import Experiment, parse
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir import records
 from codistill.rundir.address import ADDRESS_FILE
@@ -229,7 +229,7 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def connect() -> Iterator[Connect]:
     """Makes exchanges, closes them, and sees that no thread of theirs is left."""
     before = set(threading.enumerate())
-    made: list[GrpcExchange] = []
+    made: list[GrpcTransport] = []
 
     def make(
         address: str,
@@ -238,9 +238,9 @@ def connect() -> Iterator[Connect]:
         give_up_after: float = 20,
         silence_after: float = 20,
         find: Callable[[], str | None] = lambda: None,
-    ) -> GrpcExchange:
+    ) -> GrpcTransport:
         made.append(
-            GrpcExchange(
+            GrpcTransport(
                 address,
                 connect_timeout=connect_timeout,
                 give_up_after=give_up_after,

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from codistill.config.experiment import Experiment
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.errors import PeerError
+from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, student_folder, work
-from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.errors import ConfigurationError
 from codistill_worker.training.checkpoints import read
 
 Tiny = Callable[..., Experiment]
@@ -191,19 +192,19 @@ def test_a_worker_that_gives_up_has_saved_its_student(
 ) -> None:
     experiment = tiny(exchange__give_up_after=2)
     server = serving(experiment)
-    send = GrpcExchange.send
+    send = GrpcTransport.send
 
-    def silent(self: GrpcExchange, contribution: Any) -> None:
+    def silent(self: GrpcTransport, contribution: Any) -> None:
         if contribution.round == 4 and self._request.student == "mlp":  # type: ignore[union-attr]
             if gone == "the server":
                 server.stop()
             return
         send(self, contribution)
 
-    monkeypatch.setattr(GrpcExchange, "send", silent)
+    monkeypatch.setattr(GrpcTransport, "send", silent)
     outcomes = Workers(experiment, server.address, tmp_path).wait()
     error = outcomes["cnn"]
-    assert isinstance(error, WorkerError)
+    assert isinstance(error, PeerError)
     assert error.code is (ExitCode.GAVE_UP if gone == "the peer" else ExitCode.UNREACHABLE)
     assert weights(tmp_path, "cnn").round == 4
 

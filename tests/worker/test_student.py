@@ -13,12 +13,13 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
-from codistill_worker.errors import ConfigurationError, WorkerError
-from codistill_worker.student import Learner
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.student import StudentLoop
 from codistill_worker.training.checkpoints import CheckpointStore, read
 
 Tiny = Callable[..., Experiment]
@@ -76,30 +77,30 @@ class Clock:
 
 
 @pytest.fixture
-def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[Learner, Recorded]]:
+def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[StudentLoop, Recorded]]:
     def make(
         experiment: Experiment,
         folder: str = "run",
         name: str = "cnn",
         clock: Clock | None = None,
         watchdog: Watchdog | None = None,
-    ) -> tuple[Learner, Recorded]:
+    ) -> tuple[StudentLoop, Recorded]:
         plan, exchange = experiment.plan(name), Recorded()
         store = CheckpointStore(tmp_path / folder)
         device, dataset = torch.device("cpu"), load_data(plan.data)
-        return Learner(experiment, plan, dataset, device, exchange, store, clock or Clock(), watchdog), exchange
+        return StudentLoop(experiment, plan, dataset, device, exchange, store, clock or Clock(), watchdog), exchange
 
     return make
 
 
-def go(learner: Learner, rounds: int | None = None) -> None:
+def go(learner: StudentLoop, rounds: int | None = None) -> None:
     while not learner.done and rounds != 0:
         learner.begin_round()
         learner.end_round()
         rounds = None if rounds is None else rounds - 1
 
 
-def to_the_end(learner: Learner) -> None:
+def to_the_end(learner: StudentLoop) -> None:
     go(learner)
     learner.finish()
 
@@ -197,7 +198,7 @@ def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: 
             students=[{"name": "cnn", "model": "mlp"}],
         )
     )
-    with pytest.raises(WorkerError, match="student 'cnn' has diverged in round 3: its loss is nan") as ended:
+    with pytest.raises(PeerError, match="student 'cnn' has diverged in round 3: its loss is nan") as ended:
         go(learner)
     assert ended.value.code is ExitCode.DIVERGED
 
@@ -323,7 +324,7 @@ def test_a_student_that_cannot_be_saved_at_the_end_has_not_finished(
     with monkeypatch.context() as full:
         full_disk(full, "save", "save_best")
         go(learner)
-        with pytest.raises(WorkerError, match=r"student 'cnn' is trained, but cannot be saved to .*free disk space"):
+        with pytest.raises(PeerError, match=r"student 'cnn' is trained, but cannot be saved to .*free disk space"):
             learner.finish()
     assert exchange.left == []
     again, exchange = learn(tiny())

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from codistill.config.data import Data
 from codistill.config.experiment import Experiment
+from codistill.peer.errors import PeerError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode
 from codistill_worker import data, models
-from codistill_worker.errors import ConfigurationError, WorkerError
-from codistill_worker.teacher import Teaching
+from codistill_worker.errors import ConfigurationError
+from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.trainer import Trainer
 
 Tiny = Callable[..., Experiment]
@@ -67,18 +68,18 @@ def weights(tmp_path: Path) -> Path:
 @pytest.fixture
 def teacher(
     tiny: Tiny, load_data: Callable[[Data], data.Dataset], weights: Path
-) -> Callable[..., tuple[Teaching, Server]]:
-    def make(frontier: int = 0, **changes: Any) -> tuple[Teaching, Server]:
+) -> Callable[..., tuple[TeacherLoop, Server]]:
+    def make(frontier: int = 0, **changes: Any) -> tuple[TeacherLoop, Server]:
         named = {"name": "old", "model": "cnn", "model_args": {"width": 4}, "weights": str(weights)}
         settings = {"distillation": {"method": "kd"}, "teachers": [named], "training__evaluation_batch_size": 40}
         experiment = tiny(**settings | changes)
         plan, server = experiment.teacher_plan("old"), Server(frontier)
-        return Teaching(experiment, plan, load_data(plan.data), CPU, server), server
+        return TeacherLoop(experiment, plan, load_data(plan.data), CPU, server), server
 
     return make
 
 
-def teach(teaching: Teaching) -> None:
+def teach(teaching: TeacherLoop) -> None:
     teaching.join()
     while not teaching.done:
         teaching.begin_round()
@@ -90,7 +91,7 @@ def logits(server: Server) -> dict[int, torch.Tensor]:
     return {each.round: decode(each.batch.outputs["logits"]) for each in server.sent}
 
 
-def test_a_run_from_its_first_round(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+def test_a_run_from_its_first_round(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
     teaching, server = teacher()
     teach(teaching)
     (request,) = server.joined
@@ -106,7 +107,7 @@ def test_a_run_from_its_first_round(teacher: Callable[..., tuple[Teaching, Serve
 
 @pytest.mark.parametrize("frontier", [1, 2, 5, 8, 9])
 def test_begun_in_the_midst_it_gives_the_same_bits(
-    frontier: int, teacher: Callable[..., tuple[Teaching, Server]]
+    frontier: int, teacher: Callable[..., tuple[TeacherLoop, Server]]
 ) -> None:
     """Two rounds of 16 fit into a forward pass of 40; which two does not follow from where it begins."""
     whole, part = teacher(), teacher(frontier)
@@ -119,7 +120,7 @@ def test_begun_in_the_midst_it_gives_the_same_bits(
 
 
 def test_it_sees_what_a_student_sees(
-    teacher: Callable[..., tuple[Teaching, Server]],
+    teacher: Callable[..., tuple[TeacherLoop, Server]],
     tiny: Tiny,
     load_data: Callable[[Data], data.Dataset],
     weights: Path,
@@ -137,14 +138,14 @@ def test_it_sees_what_a_student_sees(
         assert torch.allclose(by_hand, logits(server)[0], atol=1e-5) is alike
 
 
-def test_it_publishes_in_rounds_that_exchange_alone(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+def test_it_publishes_in_rounds_that_exchange_alone(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
     custom = {"method": "custom", "server": "a:b", "worker": "a:c", "every": 2, "start_epoch": 1}
     teaching, server = teacher(3, distillation=custom)
     teach(teaching)
     assert [each.round for each in server.sent] == [3, 5, 7]
 
 
-def test_stopped_and_failed(teacher: Callable[..., tuple[Teaching, Server]]) -> None:
+def test_stopped_and_failed(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
     teaching, server = teacher()
     teaching.join()
     teaching.stop()
@@ -152,7 +153,7 @@ def test_stopped_and_failed(teacher: Callable[..., tuple[Teaching, Server]]) -> 
     assert server.left == [(pb.LEAVE_REASON_STOPPED, "stopped at round 0"), (pb.LEAVE_REASON_FAILED, "why")]
 
 
-def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[Teaching, Server]], weights: Path) -> None:
+def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[TeacherLoop, Server]], weights: Path) -> None:
     model = models.build("cnn", classes=10, channels=1, size=8, args={"width": 4}, seed=5)
     save_file(
         {
@@ -162,12 +163,10 @@ def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[Teachin
         weights,
     )
     teaching, _ = teacher()
-    with pytest.raises(
-        WorkerError, match=r"teacher 'old': its logits are not finite in rounds 0 to 1; its weights are"
-    ):
+    with pytest.raises(PeerError, match=r"teacher 'old': its logits are not finite in rounds 0 to 1; its weights are"):
         teaching._prepare(0)
 
 
-def test_another_models_weights_are_refused(teacher: Callable[..., tuple[Teaching, Server]], weights: Path) -> None:
+def test_another_models_weights_are_refused(teacher: Callable[..., tuple[TeacherLoop, Server]], weights: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^weights: .* does not fit model 'mlp' with 10 classes"):
         teacher(teachers=[{"name": "old", "model": "mlp", "weights": str(weights)}])

@@ -13,15 +13,15 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.config.participants import TeacherPlan
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.errors import Interrupted, PeerError
+from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.errors import ConfigurationError, Interrupted, WorkerError
-from codistill_worker.memory import ran_out
-from codistill_worker.student import Learner
-from codistill_worker.teacher import Teaching
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.student import StudentLoop
+from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 
 __all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
@@ -106,7 +106,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     """Trains one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
     Raises:
-        WorkerError: it cannot go on; the text is one line, its code the exit code.
+        PeerError: it cannot go on; the text is one line, its code the exit code.
         SecurityError: a certificate or key cannot be used.
     """
     stop = stop or threading.Event()
@@ -117,7 +117,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
     device = choose_device(plan.training.device, experiment.participants.index(options.student))
-    exchange = GrpcExchange(
+    exchange = GrpcTransport(
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
@@ -134,14 +134,14 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             )
             dataset = data.load(plan.data, device)
             if isinstance(plan, TeacherPlan):
-                return _train(Teaching(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
+                return _train(TeacherLoop(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
             store = CheckpointStore(student_folder(options.run_dir, options.student))
-            return _train(Learner(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
+            return _train(StudentLoop(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         line = (str(error) or type(error).__name__).splitlines()[0]
-        raise WorkerError(
+        raise PeerError(
             f"student {options.student!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
             "training.precision: bfloat16",
             ExitCode.OUT_OF_MEMORY,
@@ -150,7 +150,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
         exchange.close()
 
 
-def _train(learner: Learner | Teaching, stop: threading.Event) -> ExitCode:
+def _train(learner: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     try:
         learner.join()
     except Interrupted:
@@ -171,7 +171,7 @@ def _train(learner: Learner | Teaching, stop: threading.Event) -> ExitCode:
         if code in _STUDENT_IS_WELL:
             learner.keep()
         if code not in _SESSION_IS_OVER:
-            line = str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+            line = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
             learner.fail(line.splitlines()[0])
         raise
     return ExitCode.OK

@@ -1,26 +1,23 @@
-"""What a worker raises.
+"""What a worker raises, besides what ends any peer, and how a lack of memory is told.
 
-WorkerError              anything that ends a worker; knows its exit code
+PeerError                anything that ends a worker; knows its exit code (codistill.peer.errors)
 └── ConfigurationError   an experiment's model, data set or checkpoint cannot be used as it is
-Interrupted              the worker was asked to stop while it waited
 """
 
 from __future__ import annotations
 
+import torch
+
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 
-__all__ = ["ConfigurationError", "Interrupted", "WorkerError"]
+__all__ = ["ConfigurationError", "is_out_of_memory"]
+
+# On a CPU, PyTorch raises a plain RuntimeError; its text depends on the system.
+_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
-class WorkerError(RuntimeError):
-    """Something that ends a worker; the text is one line for people, `code` how the process ends."""
-
-    def __init__(self, message: str, code: ExitCode = ExitCode.ERROR) -> None:
-        self.code = code
-        super().__init__(message)
-
-
-class ConfigurationError(WorkerError, ValueError):
+class ConfigurationError(PeerError, ValueError):
     """An experiment's model, data set or setting cannot be used as it is.
 
     The text names the field, its value, what is allowed and what to do next; it is meant to be shown without a traceback.
@@ -30,5 +27,8 @@ class ConfigurationError(WorkerError, ValueError):
         super().__init__(message, ExitCode.CONFIGURATION)
 
 
-class Interrupted(Exception):  # noqa: N818 - a request, not a fault
-    """The worker was asked to stop while it waited."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that there was not enough memory, on the device or in the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

@@ -1,6 +1,6 @@
 """A student's whole course: rounds, evaluations, checkpoints and reports, through an exchange.
 
-:class:`Learner` is driven round by round, so that one process can drive one (a worker) or all (the in-process run).
+:class:`StudentLoop` is driven round by round, so that one process can drive one (a worker) or all (the in-process run).
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import StudentPlan
-from codistill.peer.base import Exchange
+from codistill.peer.base import Transport
+from codistill.peer.errors import PeerError
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_worker.data import Dataset, check_batch
-from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.errors import ConfigurationError
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
 from codistill_worker.training.trainer import Outputs, Published, StepLoss, Trainer, diverged
 
-__all__ = ["Learner", "contribution", "describe"]
+__all__ = ["StudentLoop", "contribution", "describe"]
 
 _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 1.0
@@ -62,7 +63,7 @@ class _Pace:
     waits: list[float] = field(default_factory=list[float])
 
 
-class Learner:
+class StudentLoop:
     """One student on its way through a run.
 
     Args:
@@ -85,7 +86,7 @@ class Learner:
         plan: StudentPlan,
         dataset: Dataset,
         device: torch.device,
-        exchange: Exchange,
+        exchange: Transport,
         store: CheckpointStore,
         clock: Callable[[], float] = time.monotonic,
         watchdog: Watchdog | None = None,
@@ -123,7 +124,7 @@ class Learner:
         """Opens the session with the run.
 
         Raises:
-            WorkerError: the run cannot be reached, or refuses this student.
+            PeerError: the run cannot be reached, or refuses this student.
         """
         trainer, dataset = self.trainer, self._dataset
         request = pb.JoinRequest(
@@ -182,12 +183,12 @@ class Learner:
         """Saves the trained student and says goodbye.
 
         Raises:
-            WorkerError: it cannot be saved; or the server cannot be told.
+            PeerError: it cannot be saved; or the server cannot be told.
         """
         self._save()
         if self._saved_round != self.trainer.round:
             # Were it to leave as finished, the server would drop the rounds that it needs to be trained again.
-            raise WorkerError(
+            raise PeerError(
                 f"student {self.trainer.student!r} is trained, but cannot be saved to {self._store.folder}; free disk space "
                 "or check the folder's permissions, then resume the run"
             )

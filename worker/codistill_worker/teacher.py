@@ -17,12 +17,12 @@ from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import TeacherPlan
-from codistill.peer.base import Exchange
+from codistill.peer.base import Transport
+from codistill.peer.errors import PeerError
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, augmentation, check_batch
-from codistill_worker.errors import WorkerError
 from codistill_worker.randomness import Order, derive
 from codistill_worker.student import contribution, describe
 from codistill_worker.training import weights
@@ -38,15 +38,15 @@ from codistill_worker.training.evaluation import (
 )
 from codistill_worker.training.trainer import Outputs, Published
 
-__all__ = ["Teaching"]
+__all__ = ["TeacherLoop"]
 
 _log = logging.getLogger(__name__)
 _REPORT_SECONDS = 1.0
 _CALLS_SECONDS = 60.0  # of calls that are under way when a limit of the exchange is reached
 
 
-class Teaching:
-    """One teacher on its way through a run; driven as a :class:`codistill_worker.student.Learner` is.
+class TeacherLoop:
+    """One teacher on its way through a run; driven as a :class:`codistill_worker.student.StudentLoop` is.
 
     Args:
         experiment: the run's experiment.
@@ -70,7 +70,7 @@ class Teaching:
         plan: TeacherPlan,
         dataset: Dataset,
         device: torch.device,
-        exchange: Exchange,
+        exchange: Transport,
         clock: Callable[[], float] = time.monotonic,
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class Teaching:
         self._watchdog = watchdog or Watchdog()
         self._view = view_of(experiment, teacher.name)
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
-        self._rhythm = plan.distillation.rhythm(self._order.rounds_per_epoch)
+        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.rounds_per_epoch)
         self._total = training.epochs * self._order.rounds_per_epoch
         self._at_once = max(1, training.evaluation_batch_size // training.batch_size)
         model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
@@ -94,7 +94,7 @@ class Teaching:
         weights.apply(read, model, teacher.weights, teacher.model, dataset.classes)
         self._digest = weights.digest(read)
         self._model = placed(model, device, training)
-        subject = methods.Subject(teacher.name, self._model, shape, dict)
+        subject = methods.StudentContext(teacher.name, self._model, shape, dict)
         self._network = methods.teacher_network(plan.distillation, subject)
         self._shapes = output_shapes(self._network, shape, device)
         self._network.eval()
@@ -112,7 +112,7 @@ class Teaching:
         """Opens the session with the run, and begins at its frontier.
 
         Raises:
-            WorkerError: the run cannot be reached, or refuses this teacher.
+            PeerError: the run cannot be reached, or refuses this teacher.
         """
         dataset, name = self._dataset, self._plan.teacher.name
         request = pb.JoinRequest(
@@ -150,7 +150,7 @@ class Teaching:
     def end_round(self) -> None:
         """Waits for the round's end; meanwhile computes what comes next."""
         published = self.round
-        following = self._rhythm.round(self._rhythm.exchanges_before(published) + 1)
+        following = self._exchange_schedule.round(self._exchange_schedule.exchanges_before(published) + 1)
         self._prepare(following)
         self._begin("waiting for the round's end", self._longest_exchange)
         self._exchange.receive(published)
@@ -181,8 +181,8 @@ class Teaching:
             return
         self._begin("the forward pass")
         set_threads(self._plan.training)
-        first = self._rhythm.exchanges_before(number) // self._at_once * self._at_once
-        rounds = [self._rhythm.round(each) for each in range(first, first + self._at_once)]
+        first = self._exchange_schedule.exchanges_before(number) // self._at_once * self._at_once
+        rounds = [self._exchange_schedule.round(each) for each in range(first, first + self._at_once)]
         rounds = [each for each in rounds if each < self._total]
         ids = [self._order.samples(each) for each in rounds]
         streamed = zip(rounds, ids, self._dataset.train.stream(iter(ids)), strict=True)
@@ -192,7 +192,7 @@ class Teaching:
         arrays = to_cpu({name: value.float() for name, value in found.items()}, self._device)
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
-                raise WorkerError(
+                raise PeerError(
                     f"teacher {self._plan.teacher.name!r}: its {name} are not finite in rounds {rounds[0]} to {rounds[-1]}; "
                     "its weights are damaged, give others"
                 )

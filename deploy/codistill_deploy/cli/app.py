@@ -42,11 +42,11 @@ from codistill_deploy.cli.run import (
     stop_on_signals,
     write_report,
 )
-from codistill_deploy.cli.stdio import outlive, outlive_errors, settle
+from codistill_deploy.cli.stdio import flush_or_drop, tolerate_lost_stderr, tolerate_lost_stdout
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.supervise.heartbeat import beat, say_that_it_ends
-from codistill_deploy.supervise.parent_death import follow_parent
+from codistill_deploy.supervise.heartbeat import announce_exit, start_heartbeat
+from codistill_deploy.supervise.parent_death import exit_with_parent
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def run(
     """
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
-    outlive()
+    tolerate_lost_stdout()
     stop = stop_on_signals()
     security = None if in_process else read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     wire = Wire(security, listen, metrics, announce=True, insecure=insecure)
@@ -194,7 +194,7 @@ def ray(
     if run_dir is None and (address or os.environ.get("RAY_ADDRESS")):
         raise CommandError("--run-dir: on a cluster the run's folder must be on storage that all nodes share; name it")
     folder = RunFolder(run_dir.absolute()) if run_dir is not None else RunFolder.default(loaded.name)
-    outlive()
+    tolerate_lost_stdout()
     stop = stop_on_signals()
     security = read_security_for_both(tls_cert, tls_key, tls_ca, token_file)
     options = RayOptions(
@@ -244,7 +244,7 @@ def compare(
 
     loaded = load(experiment)
     folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
-    outlive()
+    tolerate_lost_stdout()
     stop = stop_on_signals()
     wire = Wire(None if in_process else read_security_for_both())
     find_modules_beside(experiment)
@@ -295,14 +295,14 @@ def serve(
 ) -> None:
     """Run one aggregation server. A journal in the run's folder is gone on with."""
     stop = threading.Event()
-    follow_parent(stop)
+    exit_with_parent(stop)
     loaded = load(experiment)
     from codistill.wire.security import read
     from codistill_deploy.compare.generations import refuse
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
-    beat()  # the imports above may hold up every thread, for long on a distant disk
+    start_heartbeat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
     find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
@@ -344,14 +344,14 @@ def work(
 ) -> None:
     """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
     stop = threading.Event()
-    follow_parent(stop)
+    exit_with_parent(stop)
     loaded = load(experiment)
     from codistill.wire.security import read
     from codistill_deploy.compare.generations import refuse
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
-    beat()  # the imports above may hold up every thread, for long on a distant disk
+    start_heartbeat()  # the imports above may hold up every thread, for long on a distant disk
     refuse(loaded)
     find_modules_beside(experiment)
     if server is None and run_dir is None:
@@ -385,7 +385,7 @@ def status(
 ) -> None:
     """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
     from codistill.wire.security import read
-    from codistill_deploy.cli.status import add_supervision, ask, recorded, show
+    from codistill_deploy.cli.status import add_supervisor_events, fetch_status, print_status, recorded
 
     if server is None and run_dir is not None and not as_json:
         line = recorded(RunFolder(run_dir))
@@ -396,16 +396,16 @@ def status(
         from codistill_deploy.supervise.discovery import find_server
 
         server = find_server(run_dir, 0, threading.Event())
-    state = ask(server or DEFAULT_SERVER, read(tls_cert, tls_key, tls_ca, token_file))
+    state = fetch_status(server or DEFAULT_SERVER, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
-        add_supervision(state, run_dir)
+        add_supervisor_events(state, run_dir)
     if as_json:
         from google.protobuf.json_format import MessageToDict
 
         fields = MessageToDict(state, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         sys.stdout.write(json.dumps(fields, indent=2) + "\n")
         return
-    show(state, console)
+    print_status(state, console)
 
 
 @app.command()
@@ -462,7 +462,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get(_DEBUG_VARIABLE) == "1"
     if debug:
         os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
-    outlive_errors()
+    tolerate_lost_stderr()
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -486,11 +486,11 @@ def main() -> None:
     # How the process ends is settled: another Ctrl-C would only tear what is cleaned up, and show a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    say_that_it_ends()
+    announce_exit()
     watchdog = Watchdog()
     watchdog.begin("the end of this process", _EXIT_SECONDS)
     watchdog.start()
-    settle()
+    flush_or_drop()
     sys.exit(int(code) if isinstance(code, int) else code)
 
 

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import Security
-from codistill_deploy.cli.status import ask
+from codistill_deploy.cli.status import fetch_status
 from codistill_deploy.errors import CommandError
 
 __all__ = ["check_server", "check_student"]
@@ -59,7 +59,7 @@ def check_student(address: str, student: str, security: Security | None = None) 
         CommandError: the worker is not there, or the server does not answer.
         SecurityError: a certificate or key cannot be used.
     """
-    run = ask(address, security)
+    run = fetch_status(address, security)
     states = {each.name: each.state for each in run.students}
     if student not in states:
         raise CommandError(f"student: {student!r} is not one of the run's; allowed: {', '.join(states)}")

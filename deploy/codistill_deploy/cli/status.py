@@ -23,14 +23,14 @@ from codistill_deploy.console.progress import status_table
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
-__all__ = ["add_supervision", "ask", "recorded", "show"]
+__all__ = ["add_supervisor_events", "fetch_status", "print_status", "recorded"]
 
 _SECONDS = 5.0
 _EVENTS = 5
 _UNBOUNDED = 10_000
 
 
-def ask(address: str, security: Security | None = None) -> pb.Run:
+def fetch_status(address: str, security: Security | None = None) -> pb.Run:
     """Returns where the run of a server stands.
 
     Args:
@@ -103,7 +103,7 @@ def _again(history: History, folder: RunFolder) -> str:
     return shlex.join(command)
 
 
-def add_supervision(run: pb.Run, folder: Path) -> None:
+def add_supervisor_events(run: pb.Run, folder: Path) -> None:
     """Adds what `codistill run` wrote down of its processes to the events of a run, in order of time."""
     try:
         for record in records.read(folder / SUPERVISOR_FILE):
@@ -116,7 +116,7 @@ def add_supervision(run: pb.Run, folder: Path) -> None:
     run.events.sort(key=lambda event: event.unix_seconds)
 
 
-def show(run: pb.Run, console: Console) -> None:
+def print_status(run: pb.Run, console: Console) -> None:
     """Prints where a run stands, whom it waits for, and what happened last."""
     if not console.is_terminal:  # a file or a pipe has no width to wrap for
         console = Console(file=console.file, width=_UNBOUNDED, highlight=False)

@@ -8,12 +8,12 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
-__all__ = ["Outlet", "outlive", "outlive_errors", "settle"]
+__all__ = ["LossyStream", "flush_or_drop", "tolerate_lost_stderr", "tolerate_lost_stdout"]
 
 _log = logging.getLogger("codistill")
 
 
-class Outlet:
+class LossyStream:
     """A stream that loses what it cannot write; the first loss is logged, where that goes elsewhere."""
 
     def __init__(self, stream: TextIO, name: str = "") -> None:
@@ -44,19 +44,19 @@ class Outlet:
             _log.warning("%s cannot be written: %s; the run goes on without it", name, error.strerror)
 
 
-def outlive() -> None:
+def tolerate_lost_stdout() -> None:
     """Lets this process go on when nobody reads what it shows any more, or there is no room for it."""
     if sys.stdout is not None:  # as it is where it was closed from the start
-        sys.stdout = cast("TextIO", Outlet(sys.stdout, "standard output"))
+        sys.stdout = cast("TextIO", LossyStream(sys.stdout, "standard output"))
 
 
-def outlive_errors() -> None:
+def tolerate_lost_stderr() -> None:
     """Does the same for what it logs; before anything holds the stream."""
     if sys.stderr is not None:
-        sys.stderr = cast("TextIO", Outlet(sys.stderr))
+        sys.stderr = cast("TextIO", LossyStream(sys.stderr))
 
 
-def settle() -> None:
+def flush_or_drop() -> None:
     """Flushes what was printed; what cannot be is dropped, so that the interpreter's own flush at its end succeeds."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:

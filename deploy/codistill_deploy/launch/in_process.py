@@ -15,31 +15,31 @@ from codistill.config.data import Augment
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import TeacherPlan
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
-from codistill.rundir.writer import Recorder
+from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.console.progress import View
 from codistill_deploy.run_folder import RunFolder
 from codistill_server.app import JOURNAL_FILE
 from codistill_server.coordinator import Coordinator
-from codistill_server.errors import Refused
-from codistill_server.observability.state import Observations
+from codistill_server.errors import RequestRejected
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
 from codistill_worker.app import choose_device, student_folder, use_deterministic_kernels
-from codistill_worker.errors import WorkerError
-from codistill_worker.student import Learner
-from codistill_worker.teacher import Teaching
+from codistill_worker.student import StudentLoop
+from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 
-__all__ = ["LocalExchange", "run_in_process"]
+__all__ = ["InProcessTransport", "run_in_process"]
 
 _T = TypeVar("_T")
 
 
-class LocalExchange:
+class InProcessTransport:
     """A student's session with a coordinator in the same process; see :class:`codistill.peer.base.Exchange`."""
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -54,16 +54,16 @@ class LocalExchange:
             response = self._coordinator.join(request)
             self._session = response.session
             self._coordinator.open_stream(self._session, self)
-        except Refused as refused:
-            raise WorkerError(str(refused), ExitCode.REFUSED) from None
+        except RequestRejected as refused:
+            raise PeerError(str(refused), ExitCode.REFUSED) from None
         return response
 
     def send(self, contribution: pb.Contribution) -> None:
         """Publishes a round's outputs."""
         try:
             self._coordinator.contribute(self._session, contribution, contribution.ByteSize())
-        except Refused as refused:
-            raise WorkerError(str(refused), ExitCode.REFUSED) from None
+        except RequestRejected as refused:
+            raise PeerError(str(refused), ExitCode.REFUSED) from None
 
     def receive(self, number: int) -> pb.Targets:
         """Returns the round's targets, which are there as soon as every student has sent."""
@@ -71,7 +71,7 @@ class LocalExchange:
             reply = self._inbox.pop(0)
             if reply.targets.round == number and reply.HasField("targets"):
                 return reply.targets
-        raise WorkerError(self._ended or f"round {number} was not closed although every student has contributed to it")
+        raise PeerError(self._ended or f"round {number} was not closed although every student has contributed to it")
 
     def report(self, report: pb.ReportRequest) -> None:
         """Reports progress."""
@@ -109,7 +109,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
         stop: set to stop after the round under way.
 
     Raises:
-        WorkerError: a student cannot be trained.
+        PeerError: a student cannot be trained.
     """
     use_deterministic_kernels()
     settings = experiment.exchange.journal
@@ -118,9 +118,9 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
             folder.path / JOURNAL_FILE, identity(experiment), settings.durability, may_grow=settings.keep == "all"
         )
     except JournalError as error:
-        raise WorkerError(str(error), ExitCode.CONFIGURATION) from error
-    recorder = Recorder(folder.path)
-    observations = Observations(experiment, recorder.write)
+        raise PeerError(str(error), ExitCode.CONFIGURATION) from error
+    recorder = RecordWriter(folder.path)
+    observations = RunState(experiment, recorder.write)
     coordinator = Coordinator(experiment, journal, observations, _submit)
     try:
         with Watchdog() as watchdog:
@@ -129,7 +129,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
                 learner.join()
             return _train(learners, coordinator, view, stop)
     except JournalError as error:
-        raise WorkerError(str(error)) from error
+        raise PeerError(str(error)) from error
     finally:
         coordinator.close()
         recorder.close()
@@ -144,9 +144,9 @@ def _submit(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) 
 
 def _learners(
     experiment: Experiment, folder: RunFolder, coordinator: Coordinator, watchdog: Watchdog
-) -> list[Learner | Teaching]:
+) -> list[StudentLoop | TeacherLoop]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
-    learners: list[Learner | Teaching] = []
+    learners: list[StudentLoop | TeacherLoop] = []
     for position, name in enumerate(experiment.participants):
         plan = experiment.teacher_plan(name) if name in experiment.teacher_names else experiment.plan(name)
         device = choose_device(plan.training.device, position)
@@ -154,16 +154,18 @@ def _learners(
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
         if key not in datasets:
             datasets[key] = data.load(plan.data, device)
-        exchange = LocalExchange(coordinator)
+        exchange = InProcessTransport(coordinator)
         if isinstance(plan, TeacherPlan):
-            learners.append(Teaching(experiment, plan, datasets[key], device, exchange, watchdog=watchdog))
+            learners.append(TeacherLoop(experiment, plan, datasets[key], device, exchange, watchdog=watchdog))
             continue
         store = CheckpointStore(student_folder(folder.path, name))
-        learners.append(Learner(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
+        learners.append(StudentLoop(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
     return learners
 
 
-def _train(learners: list[Learner | Teaching], coordinator: Coordinator, view: View, stop: threading.Event) -> ExitCode:
+def _train(
+    learners: list[StudentLoop | TeacherLoop], coordinator: Coordinator, view: View, stop: threading.Event
+) -> ExitCode:
     while not all(learner.done for learner in learners):
         if stop.is_set():
             for learner in learners:

@@ -15,10 +15,10 @@ from codistill.wire.security import Security
 from codistill_deploy.console.progress import View
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise import spec
-from codistill_deploy.supervise.child import Member, Port
+from codistill_deploy.supervise.child import Child, Port
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
-from codistill_deploy.supervise.supervisor import Crew
+from codistill_deploy.supervise.supervisor import Supervisor
 
 __all__ = ["LocalOptions", "run_local"]
 
@@ -72,7 +72,7 @@ def run_local(
     try:
         launch = Launch(_environment(options), reading, options.keep)
         again = f"codistill run … --run-dir {folder.path} --resume"
-        crew = Crew(experiment, folder, view, options.security, again=again)
+        crew = Supervisor(experiment, folder, view, options.security, again=again)
         server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)
         workers = [_worker(part, folder, options, launch) for part in spec.workers(experiment, folder)]
         return crew.run(server, workers, stop, announce=options.announce)
@@ -93,11 +93,11 @@ def _environment(options: LocalOptions) -> dict[str, str]:
 
 def _server(
     folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str, hang_after: float
-) -> Member:
+) -> Child:
     serve = [*spec.serve_arguments(folder), "--listen", listen, "--metrics", metrics]
     serve += ["--insecure"] if options.insecure else []
     command = [sys.executable, *serve]
-    return Member(
+    return Child(
         "the server",
         "",
         lambda: Process(command, folder.server_log, launch, hang_after),
@@ -107,7 +107,7 @@ def _server(
     )
 
 
-def _worker(part: spec.Part, folder: RunFolder, options: LocalOptions, launch: Launch) -> Member:
+def _worker(part: spec.ProcessSpec, folder: RunFolder, options: LocalOptions, launch: Launch) -> Child:
     command = [sys.executable, *spec.work_arguments(folder, part.name)]
     begin = partial(Process, command, part.log, launch, part.hang_after)
-    return Member(part.title, part.name, begin, part.log, options.restarts)
+    return Child(part.title, part.name, begin, part.log, options.restarts)

@@ -108,7 +108,7 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _teach(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.ServerHalf | None
+    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
 ) -> None:
     """Builds a teacher as its worker does."""
     plan = experiment.teacher_plan(name)
@@ -116,20 +116,20 @@ def _teach(
     model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
     read = weights.read(Path(teacher.weights), name)
     weights.apply(read, model, teacher.weights, teacher.model, shape["classes"])
-    network = worker_methods.teacher_network(plan.distillation, worker_methods.Subject(name, model, shape, dict))
+    network = worker_methods.teacher_network(plan.distillation, worker_methods.StudentContext(name, model, shape, dict))
     _check_outputs(
         output_shapes(network, shape, _CPU), half.teacher if half is not None else {}, shape["classes"], name
     )
 
 
 def _learn(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.ServerHalf | None
+    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
 ) -> None:
     """Builds a student and its worker half as its worker does."""
     plan = experiment.plan(name)
     model = models.build(plan.student.model, **shape, args=plan.student.model_args, seed=0)
     teachers = partial(teacher_shapes, experiment, shape)
-    made = worker_methods.create(plan.distillation, worker_methods.Subject(name, model, shape, teachers))
+    made = worker_methods.create(plan.distillation, worker_methods.StudentContext(name, model, shape, teachers))
     shapes = output_shapes(made.network, shape, _CPU)
     published = {each: shapes[each] for each in made.publishes}
     _check_outputs(published, half.student if half is not None else {}, shape["classes"], name)

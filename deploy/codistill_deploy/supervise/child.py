@@ -14,10 +14,10 @@ from codistill.process.exit_codes import ExitCode
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS, Ending, GiveUp, Restart, decide
 from codistill_server.app import ServerError, parse_address
 
-__all__ = ["Life", "Member", "Port"]
+__all__ = ["Child", "ManagedProcess", "Port"]
 
 
-class Life(Protocol):
+class ManagedProcess(Protocol):
     """One life of a member: a process, here (:class:`codistill_deploy.supervise.process.Process`) or elsewhere."""
 
     @property
@@ -38,7 +38,7 @@ class Life(Protocol):
         ...
 
 
-class Member:
+class Child:
     """A part that the run needs, through all its lives.
 
     Args:
@@ -58,7 +58,7 @@ class Member:
         self,
         title: str,
         student: str,
-        begin: Callable[[], Life],
+        begin: Callable[[], ManagedProcess],
         log: Path,
         restarts: int = DEFAULT_RESTARTS,
         *,
@@ -73,7 +73,7 @@ class Member:
         self._restarts = restarts
         self._ends = ends
         self._history: list[Ending] = []
-        self._life: Life | None = None
+        self._life: ManagedProcess | None = None
         self._started = 0.0
         self._due: float | None = None
 
@@ -102,7 +102,7 @@ class Member:
         self._started, self._due = now, None
         self._life = self._begin()
 
-    def attend(self, now: float, *, start: bool = True) -> Restart | GiveUp | None:
+    def poll(self, now: float, *, start: bool = True) -> Restart | GiveUp | None:
         """Takes in that it ended, or starts it again when it is time.
 
         Args:

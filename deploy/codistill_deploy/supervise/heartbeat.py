@@ -11,9 +11,9 @@ import os
 import threading
 import time
 
-__all__ = ["PULSE_VARIABLE", "Pulse", "beat", "say_that_it_ends"]
+__all__ = ["HEARTBEAT_VARIABLE", "Heartbeat", "announce_exit", "start_heartbeat"]
 
-PULSE_VARIABLE = "CODISTILL_PULSE_FD"
+HEARTBEAT_VARIABLE = "CODISTILL_PULSE_FD"
 """The environment variable that names the pipe's descriptor to a child."""
 
 _INTERVAL = 1.0
@@ -27,7 +27,7 @@ _STARTING = 12  # times the limit: as for loading, a start from a cold or distan
 _given: list[int] = []
 
 
-class Pulse:
+class Heartbeat:
     """Counts how long a process has given no sign of life.
 
     It counts its own ticks, capped: where this process was stopped too, or the machine slept, nobody has been silent.
@@ -72,12 +72,12 @@ class Pulse:
         )
 
 
-def beat() -> None:
+def start_heartbeat() -> None:
     """Gives signs of life from now on, to the end of this process.
 
     Does nothing in a process that was not started by one of ours.
     """
-    descriptor = os.environ.pop(PULSE_VARIABLE, "")
+    descriptor = os.environ.pop(HEARTBEAT_VARIABLE, "")
     if not descriptor.isdigit():
         return
     os.set_blocking(int(descriptor), False)
@@ -96,7 +96,7 @@ def beat() -> None:
     threading.Thread(target=give, name="codistill-pulse", daemon=True).start()
 
 
-def say_that_it_ends() -> None:
+def announce_exit() -> None:
     """Gives the last sign of life, if this process gives any."""
     for descriptor in _given:
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ import threading
 
 from codistill.process.exit_codes import ExitCode
 
-__all__ = ["PARENT_VARIABLE", "follow_parent"]
+__all__ = ["PARENT_VARIABLE", "exit_with_parent"]
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ PARENT_VARIABLE = "CODISTILL_PARENT_FD"
 _GRACE_SECONDS = 10.0
 
 
-def follow_parent(stop: threading.Event) -> None:
+def exit_with_parent(stop: threading.Event) -> None:
     """Sets `stop` when the parent dies, and ends this process for good if that has not ended it soon.
 
     Does nothing in a process that was not started by one of ours.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.supervise.heartbeat import PULSE_VARIABLE, Pulse
+from codistill_deploy.supervise.heartbeat import HEARTBEAT_VARIABLE, Heartbeat
 from codistill_deploy.supervise.parent_death import PARENT_VARIABLE
 from codistill_deploy.supervise.restart_policy import Ending
 
@@ -70,7 +70,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,
-                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe), PULSE_VARIABLE: str(theirs)},
+                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe), HEARTBEAT_VARIABLE: str(theirs)},
                 pass_fds=(launch.pipe, theirs, *launch.keep),
                 start_new_session=True,
             )
@@ -79,7 +79,7 @@ class Process:
             raise
         finally:
             os.close(theirs)
-        self._pulse = Pulse(hang_after, time.monotonic())
+        self._pulse = Heartbeat(hang_after, time.monotonic())
 
     @property
     def code(self) -> int | None:

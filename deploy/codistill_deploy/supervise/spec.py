@@ -8,13 +8,13 @@ from pathlib import Path
 from codistill.config.experiment import Experiment
 from codistill_deploy.run_folder import RunFolder
 
-__all__ = ["Part", "serve_arguments", "work_arguments", "workers"]
+__all__ = ["ProcessSpec", "serve_arguments", "work_arguments", "workers"]
 
 _MODULE = ("-m", "codistill_deploy")
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessSpec:
     """One that takes part in a run.
 
     Attributes:
@@ -30,15 +30,17 @@ class Part:
     hang_after: float
 
 
-def workers(experiment: Experiment, folder: RunFolder) -> list[Part]:
+def workers(experiment: Experiment, folder: RunFolder) -> list[ProcessSpec]:
     """Returns the students, then the teachers, in the experiment's order."""
     return [
         *(
-            Part(f"student {name!r}", name, folder.student_log(name), experiment.plan(name).training.hang_after)
+            ProcessSpec(f"student {name!r}", name, folder.student_log(name), experiment.plan(name).training.hang_after)
             for name in experiment.names
         ),
         *(
-            Part(f"teacher {name!r}", name, folder.teacher_log(name), experiment.teacher_plan(name).training.hang_after)
+            ProcessSpec(
+                f"teacher {name!r}", name, folder.teacher_log(name), experiment.teacher_plan(name).training.hang_after
+            )
             for name in experiment.teacher_names
         ),
     ]

@@ -15,18 +15,18 @@ from codistill.process.exit_codes import ExitCode
 from codistill.rundir.address import ADDRESS_FILE
 from codistill.rundir.history import RESTARTED, SUPERVISOR_FILE
 from codistill.rundir.records import Happened
-from codistill.rundir.writer import Recorder
+from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill.wire.security import Security
 from codistill_deploy.console.progress import View
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.supervise.child import Member
+from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.discovery import Addresses, addresses
 from codistill_deploy.supervise.restart_policy import RESTARTS_OFF, GiveUp, Restart
 
-__all__ = ["Crew", "watch"]
+__all__ = ["Supervisor", "watch"]
 
 _POLL_SECONDS = 0.1
 _END_SECONDS = 30.0
@@ -51,7 +51,7 @@ _PASSED_ON = (
 )
 
 
-class Crew:
+class Supervisor:
     """The parts of one run.
 
     Args:
@@ -71,20 +71,20 @@ class Crew:
         security: Security,
         *,
         again: str,
-        tend: Callable[[], None] = lambda: None,
+        on_poll: Callable[[], None] = lambda: None,
     ) -> None:
         self._experiment = experiment
         self._folder = folder
         self._view = view
         self._security = security
         self._again = again
-        self._tend = tend
-        self._recorder: Recorder | None = None
-        self._members: list[Member] = []
+        self._tend = on_poll
+        self._recorder: RecordWriter | None = None
+        self._members: list[Child] = []
         self._watcher: threading.Thread | None = None
 
     def run(
-        self, server: Member, workers: Sequence[Member], stop: threading.Event, *, announce: bool = False
+        self, server: Child, workers: Sequence[Child], stop: threading.Event, *, announce: bool = False
     ) -> ExitCode:
         """Runs to the end, and leaves no member alive.
 
@@ -118,12 +118,12 @@ class Crew:
             if self._recorder is not None:
                 self._recorder.close()
 
-    def _supervise(self, server: Member, workers: Sequence[Member], stop: threading.Event) -> ExitCode:
+    def _supervise(self, server: Child, workers: Sequence[Child], stop: threading.Event) -> ExitCode:
         while not stop.wait(_POLL_SECONDS):
             if all(worker.done for worker in workers):
                 return self._end(server)
             for member in self._members:
-                decision = member.attend(time.monotonic())
+                decision = member.poll(time.monotonic())
                 if decision is not None:
                     self._tell(member, decision)
             lost = [member for member in self._members if member.given_up is not None]
@@ -167,7 +167,7 @@ class Crew:
         self._watcher = threading.Thread(target=watch, args=arguments, name="codistill-watch", daemon=True)
         self._watcher.start()
 
-    def _end(self, server: Member) -> ExitCode:
+    def _end(self, server: Child) -> ExitCode:
         """Ends the server of a run in which every student has finished."""
         server.tell(signal.SIGTERM)
         self._await([server], _END_SECONDS)
@@ -176,7 +176,7 @@ class Crew:
             raise self._error(server)
         return ExitCode.OK  # where it was killed at the last moment, nobody needed it any more
 
-    def _tell(self, member: Member, decision: Restart | GiveUp) -> None:
+    def _tell(self, member: Child, decision: Restart | GiveUp) -> None:
         """Writes down, and shows, what became of a member."""
         how = str(member.ending)
         if isinstance(decision, Restart):
@@ -191,24 +191,24 @@ class Crew:
             who = message if member.student else f"{member.title} {message}"
             self._recorder.write(Happened(time=time.time(), what=what, student=member.student, message=who))
 
-    def _await(self, members: Sequence[Member], seconds: float) -> None:
+    def _await(self, members: Sequence[Child], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and any(member.running for member in members):
             time.sleep(_POLL_SECONDS / 2)
 
-    def _failure(self, server: Member) -> CommandError:
+    def _failure(self, server: Child) -> CommandError:
         """Returns the error of the member that failed first, as far as can be told."""
         deadline = time.monotonic() + _SETTLE_SECONDS
         while time.monotonic() < deadline and any(member.running for member in self._members):
             time.sleep(_POLL_SECONDS / 2)
         for member in self._members:
-            member.attend(time.monotonic(), start=False)
+            member.poll(time.monotonic(), start=False)
         failed = [member for member in self._members if member.given_up is not None]
         server.tell(signal.SIGTERM)  # it writes down what it knows of the last rounds
         self._await([server], _KILL_SECONDS)
         return self._error(min(failed, key=lambda member: member.code in _FOLLOWERS))
 
-    def _error(self, member: Member) -> CommandError:
+    def _error(self, member: Child) -> CommandError:
         ending = member.ending
         assert ending is not None  # noqa: S101 - only what has ended can have failed
         why = f"; not started again: {member.given_up}" if member.given_up and member.given_up != RESTARTS_OFF else ""
@@ -220,16 +220,16 @@ class Crew:
         return CommandError(f"{member.title} {ending}{why} (log: {member.log})", code)
 
 
-def _start(member: Member) -> None:
+def _start(member: Child) -> None:
     try:
         member.start(time.monotonic())
     except OSError as error:
         raise CommandError(f"{member.title} cannot be started: {error}", ExitCode.WORKER_FAILED) from error
 
 
-def _open_recorder(folder: Path) -> Recorder:
+def _open_recorder(folder: Path) -> RecordWriter:
     try:
-        return Recorder(folder, events=SUPERVISOR_FILE, metrics=None)
+        return RecordWriter(folder, events=SUPERVISOR_FILE, metrics=None)
     except OSError as error:
         raise CommandError(
             f"run folder {folder} cannot be written: {error.strerror}; make it writable, or give another --run-dir"

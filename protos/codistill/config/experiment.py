@@ -160,7 +160,7 @@ class Experiment(Section):
         method, rounds = self.distillation, self.training.epochs * rounds_per_epoch
         if not isinstance(method, CrossArchitecture | Custom) or method.start_epoch >= self.training.epochs:
             return
-        if method.rhythm(rounds_per_epoch).start >= rounds:
+        if method.exchange_schedule(rounds_per_epoch).start >= rounds:
             yield (
                 f"distillation.start_epoch: {method.start_epoch:g} is not allowed; allowed is up to "
                 f"{(rounds - 1) * 1000 // rounds_per_epoch / 1000:g}, where the last of {rounds} rounds begins, or nothing is ever "

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, field_validator
 
 from codistill.config.base import REFERENCE, Section, plain_values
-from codistill.config.schedule import EVERY_ROUND, Rhythm
+from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
 
 __all__ = [
     "BornAgain",
@@ -58,10 +58,10 @@ class Method(Section):
         """The method with its variant."""
         return cast("str", getattr(self, "method"))  # noqa: B009 - each subclass declares its own literal
 
-    def rhythm(self, rounds_per_epoch: int) -> Rhythm:
+    def exchange_schedule(self, rounds_per_epoch: int) -> ExchangeSchedule:
         """Returns which rounds exchange."""
         del rounds_per_epoch
-        return EVERY_ROUND
+        return EVERY_STEP
 
     def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
         """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
@@ -287,9 +287,9 @@ class _Sometimes(Method):
     every: int = Field(default=1, ge=1, description="One round in so many exchanges; the others learn from the labels.")
     start_epoch: float = Field(default=0.0, ge=0, description="Epochs before the first exchange.")
 
-    def rhythm(self, rounds_per_epoch: int) -> Rhythm:
+    def exchange_schedule(self, rounds_per_epoch: int) -> ExchangeSchedule:
         """Returns which rounds exchange."""
-        return Rhythm(math.ceil(self.start_epoch * rounds_per_epoch), self.every)
+        return ExchangeSchedule(math.ceil(self.start_epoch * rounds_per_epoch), self.every)
 
     def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
         """Yields what of the run does not meet the method's needs, each with its path in the experiment."""

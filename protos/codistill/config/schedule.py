@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EVERY_ROUND", "Rhythm"]
+__all__ = ["EVERY_STEP", "ExchangeSchedule"]
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class ExchangeSchedule:
     """Round `start`, and from there one round in `every`, exchanges; in the others students learn from the labels alone.
 
     A worker counts training steps, the server what is exchanged. Where every round exchanges the two are the same.
@@ -18,10 +18,10 @@ class Rhythm:
         every: rounds from one exchange to the next.
 
     Example:
-        >>> rhythm = Rhythm(start=4, every=3)
-        >>> [number for number in range(12) if rhythm.exchanges(number)]
+        >>> schedule = ExchangeSchedule(start=4, every=3)
+        >>> [number for number in range(12) if schedule.exchanges(number)]
         [4, 7, 10]
-        >>> rhythm.exchanges_before(8), rhythm.round(2)
+        >>> schedule.exchanges_before(8), schedule.round(2)
         (2, 10)
     """
 
@@ -41,4 +41,4 @@ class Rhythm:
         return self.start + exchange * self.every
 
 
-EVERY_ROUND = Rhythm()
+EVERY_STEP = ExchangeSchedule()

@@ -1,6 +1,6 @@
 """What a student's training loop exchanges its outputs through.
 
-There are two: :class:`codistill.peer.grpc.GrpcExchange` speaks to a server, and the in-process run has its own, on
+There are two: :class:`codistill.peer.grpc.GrpcTransport` speaks to a server, and the in-process run has its own, on
 the same core. The loop cannot tell them apart, and their numbers are the same bits.
 """
 
@@ -11,10 +11,10 @@ from typing import Protocol
 
 from codistill.v1 import distillation_pb2 as pb
 
-__all__ = ["Exchange"]
+__all__ = ["Transport"]
 
 
-class Exchange(Protocol):
+class Transport(Protocol):
     """One student's session with the run."""
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:

@@ -23,16 +23,16 @@ from google.protobuf.message import DecodeError
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.config.exchange import KEEPALIVE_ANSWER
-from codistill.peer.log_backoff import Telling
+from codistill.peer.errors import Interrupted, PeerError
+from codistill.peer.log_backoff import LogBackoff
 from codistill.peer.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire import diagnose
-from codistill.wire.checksum import is_whole, seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session, verify_checksum
 from codistill.wire.security import Security
-from codistill_worker.errors import Interrupted, WorkerError
 
-__all__ = ["GrpcExchange"]
+__all__ = ["GrpcTransport"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-class GrpcExchange:
+class GrpcTransport:
     """A student's session with an aggregation server.
 
     Args:
@@ -102,8 +102,8 @@ class GrpcExchange:
         self._stream: _Stream | None = None
         self._open: pb.Contribution | None = None
         self._goodbye = pb.LeaveRequest()
-        self._absence = Telling()
-        self._round = Telling()
+        self._absence = LogBackoff()
+        self._round = LogBackoff()
         self._waits: tuple[int, list[str]] | None = None
         self._reports = _Reports(self._session.answered)
 
@@ -111,7 +111,7 @@ class GrpcExchange:
         """Opens the session and its stream.
 
         Raises:
-            WorkerError: the server cannot be reached in time, or refuses; the text says why.
+            PeerError: the server cannot be reached in time, or refuses; the text says why.
             Interrupted: the worker was asked to stop.
         """
         self._request = request
@@ -130,7 +130,7 @@ class GrpcExchange:
         """Returns the targets of a round, waiting for them; a broken connection is mended meanwhile.
 
         Raises:
-            WorkerError: the wait outlasted `give_up_after`, the server stayed away, or it refused.
+            PeerError: the wait outlasted `give_up_after`, the server stayed away, or it refused.
             Interrupted: the worker was asked to stop.
         """
         self._session.receive(number, time.monotonic())
@@ -145,7 +145,7 @@ class GrpcExchange:
         A connection that is found broken is mended first, unless the worker was asked to stop: then the report is kept.
 
         Raises:
-            WorkerError: the server stayed away, or refused.
+            PeerError: the server stayed away, or refused.
             Interrupted: the worker was asked to stop while the connection was mended.
         """
         self._reports.add(report)
@@ -166,7 +166,7 @@ class GrpcExchange:
         For any other reason the end of the connection tells the server enough.
 
         Raises:
-            WorkerError: a student that finished could not say so: the server stayed away, refused, or has a newer worker.
+            PeerError: a student that finished could not say so: the server stayed away, refused, or has a newer worker.
             Interrupted: the worker was asked to stop before it could say so.
         """
         self._goodbye = pb.LeaveRequest(reason=reason, message=message)
@@ -250,7 +250,7 @@ class GrpcExchange:
         """Looks at the port where a failure is not plain, and returns it with what was found.
 
         Raises:
-            WorkerError: certificates keep a worker out that was never in; later they may be renewed in time.
+            PeerError: certificates keep a worker out that was never in; later they may be renewed in time.
         """
         never_in = not self._session.number
         if not failure.temporary or not (never_in or self._session.overdue(time.monotonic())):
@@ -259,7 +259,7 @@ class GrpcExchange:
         if wrong is None:
             return failure
         if never_in:
-            raise WorkerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
+            raise PeerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
         return replace(failure, details=wrong, advice="")
 
     def _listen(self, seconds: float) -> pb.Targets | None:
@@ -348,7 +348,9 @@ class _Stub:
         service = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 
         def unary(name: str) -> Any:
-            return channel.unary_unary(f"/{service}/{name}", request_serializer=seal, response_deserializer=None)
+            return channel.unary_unary(
+                f"/{service}/{name}", request_serializer=append_checksum, response_deserializer=None
+            )
 
         self.join = unary("Join")
         self.report = unary("Report")
@@ -363,8 +365,8 @@ class _Stream:
         self._outgoing: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.ExchangeReply | grpc.RpcError] = queue.SimpleQueue()
         contributions: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
-        requests = (seal(contribution, str(session)) for contribution in contributions)
-        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, seal_session(session)),))
+        requests = (append_checksum(contribution, str(session)) for contribution in contributions)
+        self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, format_session(session)),))
         self._thread = threading.Thread(target=self._read, name="codistill-replies", daemon=True)
         self._thread.start()
 
@@ -397,7 +399,7 @@ class _Stream:
     def _read(self) -> None:
         try:
             for raw in self._call:
-                if not is_whole(raw):
+                if not verify_checksum(raw):
                     self._incoming.put(_Damaged(f"a reply of {len(raw)} bytes {_DAMAGED}"))
                     self._call.cancel()
                     return
@@ -437,7 +439,7 @@ def _join_response(raw: bytes) -> pb.JoinResponse:
         response = pb.JoinResponse.FromString(raw)
     except DecodeError:
         raise damaged from None
-    if response.HasField("checksum") and not is_whole(raw):
+    if response.HasField("checksum") and not verify_checksum(raw):
         raise damaged
     return response
 

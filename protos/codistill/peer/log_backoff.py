@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Telling"]
+__all__ = ["LogBackoff"]
 
 _FIRST_PAUSE = 5.0
 _LONGEST_PAUSE = 60.0
 
 
-class Telling:
+class LogBackoff:
     """Each line comes after twice as long as the one before, and in the end once a minute."""
 
     def __init__(self) -> None:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
-from codistill_worker.errors import WorkerError
 
 __all__ = ["CALL_SECONDS", "Done", "Failure", "Goodbye", "HangUp", "Join", "Listen", "Pause", "Send", "Session", "Step"]
 
@@ -284,10 +284,10 @@ class Session:
         """Takes in that Join failed.
 
         Raises:
-            WorkerError: the server refused, has a newer worker, or was away for too long.
+            PeerError: the server refused, has a newer worker, or was away for too long.
         """
         if failure.superseded:
-            raise WorkerError(failure.details, ExitCode.SUPERSEDED)
+            raise PeerError(failure.details, ExitCode.SUPERSEDED)
         if not failure.temporary and not self._may_be_damage(failure):
             raise self._refused(failure)
         if now >= self._until:
@@ -304,7 +304,7 @@ class Session:
             Whether they are those waited for; others answer a contribution that was sent twice, around a reconnection.
 
         Raises:
-            WorkerError: they are not, and the wait is over.
+            PeerError: they are not, and the wait is over.
         """
         self._heard, self._strange = now, 0
         if self._goal is not _Goal.RECEIVE or number != self._awaited:
@@ -319,7 +319,7 @@ class Session:
         """Takes in that the server waits for some students; it says whom, and gives no more time.
 
         Raises:
-            WorkerError: the wait is over.
+            PeerError: the wait is over.
         """
         self._heard, self._strange = now, 0
         if number == self._awaited:
@@ -330,7 +330,7 @@ class Session:
         """Takes in that the stream brought nothing of use; one that was silent for too long is left.
 
         Raises:
-            WorkerError: the wait is over.
+            PeerError: the wait is over.
         """
         if self._goal is not _Goal.RECEIVE:
             return
@@ -344,13 +344,13 @@ class Session:
         """Takes in that the stream ended.
 
         Raises:
-            WorkerError: joining again would not help, or the wait is over.
+            PeerError: joining again would not help, or the wait is over.
         """
         self.standing = self._hang_up = False
         self._silent = ""
         self._away_since = now
         if failure.superseded:
-            raise WorkerError(failure.details, ExitCode.SUPERSEDED)
+            raise PeerError(failure.details, ExitCode.SUPERSEDED)
         passing = failure.temporary or failure.code in ("ABORTED", "CANCELLED")
         if not passing and not self._may_be_damage(failure):
             raise self._refused(failure)
@@ -373,7 +373,7 @@ class Session:
         """Takes in that the goodbye failed; one that matters is said again, in a new session.
 
         Raises:
-            WorkerError: it matters, and the server refused or was away for too long.
+            PeerError: it matters, and the server refused or was away for too long.
         """
         if not self._finished:
             self._goal = _Goal.NOTHING
@@ -407,27 +407,27 @@ class Session:
 
     # What ends the worker
 
-    def _unreachable(self, failure: Failure) -> WorkerError:
+    def _unreachable(self, failure: Failure) -> PeerError:
         what = "went away and did not come back" if self.number else "cannot be reached"
         seconds = round(self._until - self._away_since, 1)
         why = "; ".join(filter(None, (failure.details, failure.advice)))
-        return WorkerError(f"server {self._address} {what} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
+        return PeerError(f"server {self._address} {what} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
 
-    def _refused(self, failure: Failure) -> WorkerError:
+    def _refused(self, failure: Failure) -> PeerError:
         if failure.code in _NAMELESS:
-            return WorkerError(
+            return PeerError(
                 f"server {self._address} does not answer as an aggregation server ({failure.code}: {failure.details}); "
                 "check the address and that both sides have the same version",
                 ExitCode.REFUSED,
             )
         diverged = failure.code == "INVALID_ARGUMENT" and "diverged" in failure.details
-        return WorkerError(
+        return PeerError(
             f"server {self._address} refused: {failure.details}", ExitCode.DIVERGED if diverged else ExitCode.REFUSED
         )
 
-    def _gave_up(self, now: float) -> WorkerError:
+    def _gave_up(self, now: float) -> PeerError:
         who = ", ".join(self._missing) or "the server"
-        return WorkerError(
+        return PeerError(
             f"gave up after {now - self._started:.0f} s: round {self._awaited} still waits for {who}; see why it is away, "
             "then resume the run (exchange.give_up_after sets this limit)",
             ExitCode.GAVE_UP,

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ADDRESS_FILE", "write_addresses"]
+__all__ = ["Addresses", "read_addresses", "write_addresses"]
 
-ADDRESS_FILE = "server.json"
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
-def write_addresses(run_dir: Path, address: str, metrics: str) -> None:
-    """Writes the file; who reads it meanwhile finds the one before, or none.
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server is reached: "HOST:PORT" of each; `metrics` is "" where there are none."""
 
-    Args:
-        run_dir: the run's folder.
-        address: "HOST:PORT" of the exchange.
-        metrics: that of the live page and the metrics; "" for none.
+    server: str
+    metrics: str
+
+    def __str__(self) -> str:
+        apart = self.metrics.startswith(_LOOPBACK) and not self.server.startswith(_LOOPBACK)
+        where = " on the server's own machine" if apart else ""
+        web = f"http://{self.metrics}"
+        return f"live page{where}: {web}/ (server {self.server}, metrics on {web}/metrics)"
+
+
+def read_addresses(path: Path) -> Addresses | None:
+    """Returns what an address file says; None if there is none, or none that can be read."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return Addresses(str(written["address"]), str(written["metrics"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_addresses(path: Path, addresses: Addresses) -> None:
+    """Writes an address file; a reader meanwhile finds the one before, or none.
 
     Raises:
         OSError: it cannot be written.
     """
-    written = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
-    part = run_dir / f"{ADDRESS_FILE}.part"
+    written = json.dumps({"address": addresses.server, "metrics": addresses.metrics, "pid": os.getpid()})
+    part = path.with_name(f"{path.name}.part")
     part.write_text(written, encoding="utf-8")
-    part.replace(run_dir / ADDRESS_FILE)
+    part.replace(path)

@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from codistill.rundir.records import Happened, Record
 
-__all__ = ["Recorder"]
+__all__ = ["RecordWriter"]
 
 _log = logging.getLogger(__name__)
 
 
-class Recorder:
+class RecordWriter:
     """Appends events to one file and what was measured to another; without a folder it drops them.
 
     A record that cannot be written (a full disk) is logged, once until writing works again: records describe the

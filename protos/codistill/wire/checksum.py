@@ -5,12 +5,12 @@ made over bytes, not over values, so it covers whatever the message holds, and c
 
 Example:
     >>> from codistill.v1 import distillation_pb2 as pb
-    >>> raw = seal(pb.LeaveRequest(session=7))
-    >>> is_whole(raw), is_whole(raw[1:])
+    >>> raw = append_checksum(pb.LeaveRequest(session=7))
+    >>> verify_checksum(raw), verify_checksum(raw[1:])
     (True, False)
     >>> pb.LeaveRequest.FromString(raw).session
     7
-    >>> session_in(seal_session(7)), session_in("7")
+    >>> parse_session(format_session(7)), parse_session("7")
     (7, None)
 """
 
@@ -20,7 +20,7 @@ import zlib
 
 from google.protobuf.message import Message
 
-__all__ = ["CHECKSUM_FIELD", "has_checksum", "is_whole", "seal", "seal_session", "session_in"]
+__all__ = ["CHECKSUM_FIELD", "append_checksum", "format_session", "has_checksum", "parse_session", "verify_checksum"]
 
 CHECKSUM_FIELD = 15
 """The number of the field `checksum`, of type fixed32, in every message that has one; the largest, so that it comes last."""
@@ -30,7 +30,7 @@ _LENGTH = len(_TAG) + 4
 _LONGEST_SESSION = 20
 
 
-def seal(message: Message, context: str = "") -> bytes:
+def append_checksum(message: Message, context: str = "") -> bytes:
     """Returns a message's bytes with their checksum.
 
     Args:
@@ -46,23 +46,23 @@ def has_checksum(raw: bytes) -> bool:
     return raw[-_LENGTH:-4] == _TAG
 
 
-def is_whole(raw: bytes, context: str = "") -> bool:
+def verify_checksum(raw: bytes, context: str = "") -> bool:
     """Returns whether a message's bytes are those that were sealed; False too if they were not."""
     expected = _checksum(memoryview(raw)[:-_LENGTH], context)
     return has_checksum(raw) and int.from_bytes(raw[-4:], "little") == expected
 
 
-def seal_session(session: int) -> str:
+def format_session(session: int) -> str:
     """Returns a session with its checksum, as it goes into a call's metadata."""
     return f"{session}-{_checksum(str(session).encode(), ''):08x}"
 
 
-def session_in(value: str) -> int | None:
-    """Returns the session in what :func:`seal_session` has made; None if it is not that."""
+def parse_session(value: str) -> int | None:
+    """Returns the session in what :func:`format_session` has made; None if it is not that."""
     text = value.partition("-")[0]
     if not (text.isascii() and text.isdigit() and len(text) < _LONGEST_SESSION):
         return None
-    return int(text) if value == seal_session(int(text)) else None
+    return int(text) if value == format_session(int(text)) else None
 
 
 def _checksum(raw: bytes | memoryview, context: str) -> int:

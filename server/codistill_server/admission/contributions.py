@@ -10,11 +10,11 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.schedule import Rhythm
+from codistill.config.schedule import ExchangeSchedule
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import TensorError, check, decode, encoded_size
 from codistill_server import methods
-from codistill_server.errors import Refused
+from codistill_server.errors import RequestRejected
 from codistill_server.rounds.events import Contribution, Decide, Samples, Status
 
 __all__ = ["Contributions", "receive_limit"]
@@ -65,7 +65,11 @@ class Contributions:
         self._teachers = frozenset(experiment.teacher_names)
 
     def read(
-        self, student: str, message: pb.Contribution, shapes: Mapping[str, list[int]], rhythm: Rhythm
+        self,
+        student: str,
+        message: pb.Contribution,
+        shapes: Mapping[str, list[int]],
+        exchange_schedule: ExchangeSchedule,
     ) -> Contribution:
         """Returns what a message holds, checked before anything is computed from it.
 
@@ -73,10 +77,10 @@ class Contributions:
             student: whose it is.
             message: the contribution as it came in.
             shapes: of what the student publishes, by name, without the samples.
-            rhythm: which rounds exchange.
+            exchange_schedule: which rounds exchange.
 
         Raises:
-            Refused: something in it is not as the experiment has it.
+            RequestRejected: something in it is not as the experiment has it.
         """
         try:
             samples, outputs, labels = self._read_samples(
@@ -92,15 +96,17 @@ class Contributions:
                     student, message.held_out, "held_out", message.round, self._experiment.data.held_out, shapes
                 )
         except TensorError as error:
-            raise Refused(Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}") from error
-        if not rhythm.exchanges(message.round):
-            raise Refused(
+            raise RequestRejected(
+                Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}"
+            ) from error
+        if not exchange_schedule.exchanges(message.round):
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
-                f"round {message.round} exchanges nothing; allowed: round {rhythm.start} and one in "
-                f"{rhythm.every} from there",
+                f"round {message.round} exchanges nothing; allowed: round {exchange_schedule.start} and one in "
+                f"{exchange_schedule.every} from there",
             )
         payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
-        return Contribution(rhythm.exchanges_before(message.round), samples, held_out, payload)
+        return Contribution(exchange_schedule.exchanges_before(message.round), samples, held_out, payload)
 
     def _read_samples(
         self,
@@ -131,26 +137,26 @@ class Contributions:
                     if student in self._teachers
                     else "the student has diverged, lower its learning rate"
                 )
-                raise Refused(
+                raise RequestRejected(
                     Status.INVALID_ARGUMENT,
                     f"student {student!r}, round {number}: {field}.outputs.{name}{place} is "
                     f"{values[tuple(place)].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: {why}",
                 )
         return Samples(message.ids.data, message.labels.data), outputs, labels
 
-    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, outsiders: bool) -> methods.Gathered:
+    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> methods.RoundInputs:
         """Returns a round's contributions as its method takes them.
 
         Args:
             decide: the round.
             state: the method's after the round before.
-            outsiders: whether students that did not contribute will ask for the targets.
+            include_absent: whether students that did not contribute will ask for the targets.
         """
         payloads = {name: cast("_Payload", each.payload) for name, each in decide.contributions.items()}
         students = [payload for name, payload in payloads.items() if name not in self._teachers]
         first = next(iter(payloads.values()))
         of_students = students[0] if students else _Payload({}, first.labels, {}, None)
-        return methods.Gathered(
+        return methods.RoundInputs(
             students=tuple(name for name in payloads if name not in self._teachers),
             outputs={
                 name: torch.stack([each.outputs[name] for each in students]).float() for name in of_students.outputs
@@ -166,5 +172,5 @@ class Contributions:
             },
             held_out_labels=of_students.held_out_labels,
             state=state,
-            outsiders=outsiders,
+            include_absent=include_absent,
         )

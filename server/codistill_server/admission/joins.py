@@ -10,16 +10,16 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import difference, identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
-from codistill_server.errors import Refused, printable
+from codistill_server.errors import RequestRejected, printable
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import Journal
 
-__all__ = ["Door"]
+__all__ = ["JoinAdmission"]
 
 _LARGEST_ROUND = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
 
 
-class Door:
+class JoinAdmission:
     """Lets in who computes the same run, and settles what the experiment does not say.
 
     Args:
@@ -28,7 +28,7 @@ class Door:
         half: the method's server half; None where nothing is exchanged.
     """
 
-    def __init__(self, experiment: Experiment, journal: Journal, half: methods.ServerHalf | None) -> None:
+    def __init__(self, experiment: Experiment, journal: Journal, half: methods.Aggregator | None) -> None:
         self._experiment = experiment
         self._journal = journal
         self._half = half
@@ -52,10 +52,10 @@ class Door:
         """Sees that a worker computes what the others do.
 
         Raises:
-            Refused: something differs from the run; the text names the field and both values.
+            RequestRejected: something differs from the run; the text names the field and both values.
         """
         if request.protocol_version != PROTOCOL_VERSION:
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {request.protocol_version}; "
                 "install the same codistill on both sides",
@@ -63,20 +63,20 @@ class Door:
         if request.student not in self._participants:
             return  # the state machine names the students there are
         if request.total_rounds > _LARGEST_ROUND:
-            raise Refused(
+            raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"total_rounds: {request.total_rounds} is not allowed; allowed are at most {_LARGEST_ROUND}",
             )
         if request.first_round > request.total_rounds:
-            raise Refused(
+            raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"first_round: {request.first_round} is not allowed; allowed: 0 to total_rounds, {request.total_rounds}",
             )
         differs = difference(self._identity, request.experiment)
         if differs is not None:
-            raise Refused(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
+            raise RequestRejected(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
         if request.data.classes != self._classes:
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"data.classes: the run has {self._classes}, this worker {request.data.classes}",
             )
@@ -85,7 +85,7 @@ class Door:
         drawn = f"; {dataset!r} must return the same in every process: seed whatever it draws" if ":" in dataset else ""
         for field, value in self._settled.items():
             if theirs[field] != value:
-                raise Refused(
+                raise RequestRejected(
                     Status.FAILED_PRECONDITION,
                     f"{field}: the run has {value}, this worker {theirs[field]}; all students need the same data set, "
                     f"in the same order{drawn}",
@@ -103,14 +103,14 @@ class Door:
             each.takes(outputs[name], classes) for name, each in expected.items()
         ):
             allowed = ", ".join(f"'{name}': {each.describe(classes)}" for name, each in sorted(expected.items()))
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"outputs: this worker publishes {outputs}, method {self._experiment.distillation.title} "
                 f"with {classes} classes takes {{{allowed}}}",
             )
         settled = self._journal.settled(self._outputs_key(who))
         if settled is not None and json.loads(settled) != outputs:
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"outputs: {who!r} publishes {outputs}, the run was settled to {json.loads(settled)}; its model must give "
                 "the same shapes as before, and all students the same",
@@ -120,7 +120,7 @@ class Door:
         """Sees that a teacher is the one that it was."""
         settled = self._journal.settled(f"weights/{request.student}")
         if request.student in self._teachers and settled not in (None, request.weights):
-            raise Refused(
+            raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"weights: the run has a teacher {request.student!r} with weights of digest {settled}, this worker's are "
                 f"{printable(request.weights[:128])}; give its teachers.weights the file that the run began with",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.errors import Refused
+from codistill_server.errors import RequestRejected
 from codistill_server.rounds.events import Status
 
 __all__ = ["check_rounds", "check_values"]
@@ -15,40 +15,40 @@ def check_rounds(request: pb.ReportRequest, last: int) -> None:
     """Sees that a report names no round after the run's last.
 
     Raises:
-        Refused: it does.
+        RequestRejected: it does.
     """
     rounds = {"round": request.round, "durable_round": request.durable_round}
     rounds |= {f"measurements.{index}.round": each.round for index, each in enumerate(request.measurements)}
     for field, number in rounds.items():
         if number > last:
-            raise Refused(Status.INVALID_ARGUMENT, f"{field}: {number} is not allowed; allowed: 0 to {last}")
+            raise RequestRejected(Status.INVALID_ARGUMENT, f"{field}: {number} is not allowed; allowed: 0 to {last}")
 
 
 def check_values(request: pb.ReportRequest) -> None:
     """Sees that what a report measured can be.
 
     Raises:
-        Refused: a value cannot.
+        RequestRejected: a value cannot.
     """
     seconds = {"epoch": request.epoch, "step_seconds": request.step_seconds, "wait_seconds": request.wait_seconds}
     for field, value in seconds.items():
         if not (math.isfinite(value) and value >= 0):
-            raise Refused(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
+            raise RequestRejected(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
     for index, measurement in enumerate(request.measurements):
         if measurement.split not in (pb.SPLIT_TRAIN, pb.SPLIT_TEST):
-            raise Refused(
+            raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"measurements.{index}.split: {measurement.split} is not allowed; allowed: SPLIT_TRAIN, SPLIT_TEST",
             )
         if not 0 <= measurement.accuracy <= 1:
-            raise Refused(
+            raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"measurements.{index}.accuracy: {measurement.accuracy} is not allowed; allowed: 0 to 1",
             )
         for name in ("loss", "distillation_loss"):
             value: float = getattr(measurement, name)
             if not math.isfinite(value):
-                raise Refused(
+                raise RequestRejected(
                     Status.INVALID_ARGUMENT,
                     f"measurements.{index}.{name}: {value} is not allowed; allowed are finite values",
                 )

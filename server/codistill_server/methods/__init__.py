@@ -11,10 +11,10 @@ from codistill_server.methods.base import (
     FEATURES,
     LOGITS,
     NOTHING,
+    Aggregator,
     Arrays,
-    Gathered,
     Output,
-    ServerHalf,
+    RoundInputs,
     Targets,
 )
 from codistill_server.methods.registry import create
@@ -24,10 +24,10 @@ __all__ = [
     "FEATURES",
     "LOGITS",
     "NOTHING",
+    "Aggregator",
     "Arrays",
-    "Gathered",
     "Output",
-    "ServerHalf",
+    "RoundInputs",
     "Targets",
     "create",
 ]

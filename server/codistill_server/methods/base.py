@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-__all__ = ["EMBEDDING", "FEATURES", "LOGITS", "NOTHING", "Arrays", "Gathered", "Output", "ServerHalf", "Targets"]
+__all__ = ["EMBEDDING", "FEATURES", "LOGITS", "NOTHING", "Aggregator", "Arrays", "Output", "RoundInputs", "Targets"]
 
 Arrays: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -67,7 +67,7 @@ def _no_teachers() -> dict[str, Arrays]:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class RoundInputs:
     """What was published in a round, in the experiment's order.
 
     Attributes:
@@ -78,7 +78,7 @@ class Gathered:
         held_out: each named output for the held-out samples, [K, N, ...], float32; empty in most rounds.
         held_out_labels: their classes, [N], int64; None in most rounds.
         state: what the half returned with the round before; empty for the first.
-        outsiders: whether students that did not contribute will ask for the targets.
+        include_absent: whether students that did not contribute will ask for the targets.
     """
 
     students: tuple[str, ...]
@@ -88,7 +88,7 @@ class Gathered:
     held_out: Arrays = field(default_factory=_no_arrays)
     held_out_labels: torch.Tensor | None = None
     state: Arrays = field(default_factory=_no_arrays)
-    outsiders: bool = False
+    include_absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ NOTHING = Targets(shared={})
 """The targets of a round that nothing can be made of."""
 
 
-class ServerHalf(Protocol):
+class Aggregator(Protocol):
     """The server half of a method.
 
     Attributes:
@@ -123,6 +123,6 @@ class ServerHalf(Protocol):
     student: Mapping[str, Output]
     teacher: Mapping[str, Output]
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns the targets of one round."""
         ...

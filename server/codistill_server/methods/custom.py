@@ -11,7 +11,7 @@ import torch
 from codistill.config.methods import Custom
 from codistill.process import plugins
 from codistill.process.plugins import LoadError
-from codistill_server.methods.base import Gathered, Output, ServerHalf, Targets
+from codistill_server.methods.base import Aggregator, Output, RoundInputs, Targets
 
 __all__ = ["load"]
 
@@ -19,7 +19,7 @@ _HERE = str(Path(__file__).parents[1])
 _NEEDED = ("heavy", "student", "teacher", "targets")
 
 
-def load(settings: Custom) -> ServerHalf:
+def load(settings: Custom) -> Aggregator:
     """Returns what the experiment's callable makes of its parameters.
 
     Its `targets` raises LoadError too, where the user's raises an error or returns what cannot be sent.
@@ -34,20 +34,20 @@ def load(settings: Custom) -> ServerHalf:
             f"distillation.server: {settings.server!r} returned {type(half).__name__}, which lacks {', '.join(missing)}; "
             f"a server half has {', '.join(_NEEDED)}"
         )
-    return _Told(cast("ServerHalf", half), f"distillation.server: {settings.server!r}")
+    return _Told(cast("Aggregator", half), f"distillation.server: {settings.server!r}")
 
 
 class _Told:
     """A half that names itself where it fails: nobody knows a user's code by its errors alone."""
 
-    def __init__(self, half: ServerHalf, name: str) -> None:
+    def __init__(self, half: Aggregator, name: str) -> None:
         self.heavy = half.heavy
         self.student: Mapping[str, Output] = half.student
         self.teacher: Mapping[str, Output] = half.teacher
         self._half = half
         self._name = name
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns the targets that the user's half makes of one round."""
         try:
             targets = self._half.targets(gathered)
@@ -59,7 +59,7 @@ class _Told:
         return targets
 
 
-def _problems(targets: Any, gathered: Gathered) -> Iterator[str]:
+def _problems(targets: Any, gathered: RoundInputs) -> Iterator[str]:
     """Yields why something cannot be sent."""
     if not isinstance(targets, Targets):
         yield f"targets returned {type(targets).__name__}; expected codistill_server.methods.Targets"

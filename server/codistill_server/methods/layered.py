@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from codistill_server.ensembles import dense
-from codistill_server.methods.base import LOGITS, Arrays, Gathered, Output, Targets
+from codistill_server.methods.base import LOGITS, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["Dense"]
 
@@ -26,10 +26,10 @@ class Dense:
         self._names = [*(f"logits/stage{number}" for number in range(1, auxiliary + 1)), "logits"]
         self.student: Mapping[str, Output] = dict.fromkeys(self._names, LOGITS)
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns to each `same` and `other`, [B, S, C], of S stages with the final classifier last."""
         logits = torch.stack([gathered.outputs[name] for name in self._names], 1)
-        shared = _arrays(*dense.pooled_dense_probabilities(logits)) if gathered.outsiders else None
+        shared = _arrays(*dense.pooled_dense_probabilities(logits)) if gathered.include_absent else None
         nothing: Arrays = {}
         if len(gathered.students) < 2:  # a student has no peers, and whoever asks later learns from it
             return Targets(shared=shared or {}, each=dict.fromkeys(gathered.students, nothing))

@@ -8,7 +8,7 @@ import torch
 
 from codistill.config.methods import Kdcl
 from codistill_server import ensembles
-from codistill_server.methods.base import LOGITS, Arrays, Gathered, Output, ServerHalf, Targets
+from codistill_server.methods.base import LOGITS, Aggregator, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["Ensemble", "General", "Mean", "Mutual", "ensemble_of"]
 
@@ -23,7 +23,7 @@ class Ensemble:
         self.heavy = heavy
         self._ensemble = ensemble
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns the ensemble's logits, [B, C], for all."""
         return Targets(shared={"logits": self._ensemble(gathered.outputs["logits"], gathered.labels)})
 
@@ -39,7 +39,7 @@ class General:
     student: Mapping[str, Output] = {"logits": LOGITS}
     teacher: Mapping[str, Output] = {}
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns the weighted sum of the logits, [B, C], for all."""
         state = gathered.state
         if gathered.held_out_labels is not None:
@@ -81,7 +81,7 @@ class Mutual:
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns to each `probabilities` [B, C] and `divergence` [B]."""
         logits = gathered.outputs["logits"]
         probabilities, divergence = ensembles.peer_probabilities(logits, self._temperature)
@@ -89,7 +89,7 @@ class Mutual:
             student: {"probabilities": probabilities[position], "divergence": divergence[position]}
             for position, student in enumerate(gathered.students)
         }
-        if not gathered.outsiders:
+        if not gathered.include_absent:
             return Targets(each=each)
         probabilities, divergence = ensembles.pooled_probabilities(logits, self._temperature)
         return Targets(each=each, shared={"probabilities": probabilities, "divergence": divergence})
@@ -105,14 +105,14 @@ class Mean:
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns `probabilities`, [B, C], for all."""
         return Targets(
             shared={"probabilities": ensembles.mean_probabilities(gathered.outputs["logits"], self._temperature)}
         )
 
 
-def ensemble_of(settings: Kdcl) -> ServerHalf:
+def ensemble_of(settings: Kdcl) -> Aggregator:
     """Returns KDCL's half with the ensemble that the experiment chooses."""
     match settings.ensemble:
         case "general":

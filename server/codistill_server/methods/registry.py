@@ -8,7 +8,7 @@ from typing import Any
 
 from codistill.config.methods import Distillation
 from codistill_server.methods import custom, layered, mutual, taught
-from codistill_server.methods.base import EMBEDDING, FEATURES, LOGITS, ServerHalf
+from codistill_server.methods.base import EMBEDDING, FEATURES, LOGITS, Aggregator
 
 __all__ = ["create"]
 
@@ -22,21 +22,21 @@ class _Run:
     teachers: Sequence[str]
 
 
-def _features(run: _Run) -> ServerHalf:
+def _features(run: _Run) -> Aggregator:
     return taught.Taught({f"features/{number}": FEATURES for number in range(1, run.settings.stages + 1)})
 
 
-def _embedding(run: _Run) -> ServerHalf:
+def _embedding(run: _Run) -> Aggregator:
     del run
     return taught.Taught({"embedding": EMBEDDING})
 
 
-def _logits(run: _Run) -> ServerHalf:
+def _logits(run: _Run) -> Aggregator:
     del run
     return taught.Taught({"logits": LOGITS})
 
 
-_HALVES: Mapping[str, Callable[[_Run], ServerHalf]] = {
+_HALVES: Mapping[str, Callable[[_Run], Aggregator]] = {
     "kd": _logits,
     "logit_regression": _logits,
     "born_again": lambda run: taught.BornAgain(run.students, run.teachers),
@@ -54,7 +54,7 @@ _HALVES: Mapping[str, Callable[[_Run], ServerHalf]] = {
 }
 
 
-def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> ServerHalf | None:
+def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> Aggregator | None:
     """Returns the server half of an experiment's method; None if it exchanges nothing.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from codistill_server import ensembles
-from codistill_server.methods.base import LOGITS, NOTHING, Arrays, Gathered, Output, Targets
+from codistill_server.methods.base import LOGITS, NOTHING, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["BornAgain", "Taught", "TaughtMutual"]
 
@@ -19,7 +19,7 @@ class Taught:
     def __init__(self, outputs: Mapping[str, Output]) -> None:
         self.teacher = outputs
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns the teacher's outputs, for all."""
         for outputs in gathered.teachers.values():
             return Targets(shared=outputs)
@@ -41,7 +41,7 @@ class BornAgain:
     def __init__(self, students: Sequence[str], teachers: Sequence[str]) -> None:
         self._teachers = dict(zip(students, teachers, strict=False))
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns to each student `logits`, [B, C], whether it contributed or will ask later."""
         nothing: Arrays = {}
         each = {student: gathered.teachers.get(teacher, nothing) for student, teacher in self._teachers.items()}
@@ -64,7 +64,7 @@ class TaughtMutual:
     def __init__(self, taught: Sequence[str]) -> None:
         self._taught = frozenset(taught)
 
-    def targets(self, gathered: Gathered) -> Targets:
+    def targets(self, gathered: RoundInputs) -> Targets:
         """Returns to each student `probabilities` [B, C], and to those that are taught `logits` [B, C]."""
         if len(gathered.students) < 2:
             return NOTHING

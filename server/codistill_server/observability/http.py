@@ -29,7 +29,7 @@ from prometheus_client.exposition import choose_encoder
 from codistill_server.observability.dashboard.html import render_live
 from codistill_server.observability.dashboard.live import LivePage
 
-__all__ = ["WebServer"]
+__all__ = ["HttpServer"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class _Answer:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-class WebServer:
+class HttpServer:
     """Serves a run's page and metrics from threads of its own.
 
     Args:

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from codistill import __version__
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 
 __all__ = ["registry"]
 
@@ -32,7 +32,7 @@ _STATES = {
 }
 
 
-def registry(observations: Observations, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
+def registry(observations: RunState, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
     """Returns a registry that shows one run, and hooks its histograms up to the run's observations.
 
     Args:
@@ -68,7 +68,7 @@ def registry(observations: Observations, snapshot: Callable[[], pb.Run]) -> Coll
 class _RunCollector(Collector):
     """Reads the observations when Prometheus asks."""
 
-    def __init__(self, observations: Observations, snapshot: Callable[[], pb.Run]) -> None:
+    def __init__(self, observations: RunState, snapshot: Callable[[], pb.Run]) -> None:
         self._observations = observations
         self._snapshot = snapshot
 

@@ -1,6 +1,6 @@
 """Where a run stands: everything that status, metrics, reports and the live table show.
 
-The coordinator feeds :class:`Observations`; nothing in here has any effect on training.
+The coordinator feeds :class:`RunState`; nothing in here has any effect on training.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.ratelimit import Buckets, Rate
+from codistill_server.ratelimit import Rate, TokenBuckets
 from codistill_server.rounds.events import Presence, Status, Waiting
 
-__all__ = ["Observations", "StudentView"]
+__all__ = ["ParticipantState", "RunState"]
 
 _EVENTS = 200
 _RATE_MARKS = 20
@@ -39,7 +39,7 @@ _STATES: Mapping[Presence, pb.StudentState.ValueType] = {
 
 
 @dataclass
-class StudentView:
+class ParticipantState:
     """What is known of one student."""
 
     name: str
@@ -85,7 +85,7 @@ class _Agreement:
     """Samples on which two students differ, [K, K]."""
 
 
-class Observations:
+class RunState:
     """The run's state as seen from outside.
 
     Args:
@@ -106,7 +106,7 @@ class Observations:
         self.method = experiment.distillation.title
         self.exchanges = experiment.distillation.exchanges
         taking_part = (*experiment.students, *experiment.teachers)
-        self.students = {each.name: StudentView(each.name, each.model) for each in taking_part}
+        self.students = {each.name: ParticipantState(each.name, each.model) for each in taking_part}
         for name in experiment.teacher_names:
             self.students[name].teacher = True
         self.total_rounds = 0
@@ -123,7 +123,7 @@ class Observations:
         self._wall = wall
         self._started = clock()
         self._events: deque[Happened] = deque(maxlen=_EVENTS)
-        self._refusals = Buckets(_REFUSALS)
+        self._refusals = TokenBuckets(_REFUSALS)
         self._untold: Counter[tuple[str, str]] = Counter()
         self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         self._last_closing: float | None = None

@@ -10,7 +10,7 @@ The life of a round: every awaited student's contribution comes in (:class:`Cont
 contribution to it, however late or repeated, is answered again from the journal. So a duplicate, a retry and the
 replay of a student that came back from its checkpoint are one and the same thing.
 
-Who is awaited: every student; or, with :class:`codistill_server.rounds.stragglers.Absence` rules, every student but those that
+Who is awaited: every student; or, with :class:`codistill_server.rounds.stragglers.StragglerPolicy` rules, every student but those that
 missed a round's deadline or said goodbye. An absent student learns the rounds that it missed from the journal, at its
 own speed, and is awaited again once it is at the frontier and quick enough to keep up.
 """
@@ -49,7 +49,7 @@ from codistill_server.rounds.events import (
     Tick,
     Waiting,
 )
-from codistill_server.rounds.stragglers import Absence, Arrivals, Verdict, judge
+from codistill_server.rounds.stragglers import ArrivalLags, Decision, StragglerPolicy, decide
 
 __all__ = ["Rounds", "Rules"]
 
@@ -71,7 +71,7 @@ class Rules:
     exchanges: bool = True
     waiting_notice: float = 5.0
     keep_all: bool = False
-    absence: Absence | None = None
+    absence: StragglerPolicy | None = None
     steps: int = 1
 
 
@@ -111,7 +111,7 @@ class Rounds:
             for name in rules.students
         }
         self._awaited = set(rules.students)
-        self._arrivals = Arrivals()
+        self._arrivals = ArrivalLags()
         self._heard: dict[int, float] = {}
         self._answered: dict[int, float] = {}
 
@@ -307,11 +307,11 @@ class Rounds:
         decide = Decide(self._frontier, ordered, dict(opened.arrived), verdict.targets)
         return [*actions, decide]
 
-    def _judge(self, now: float, opened: float) -> Verdict:
+    def _judge(self, now: float, opened: float) -> Decision:
         contributed, absence = self._open.contributions, self.rules.absence
         if absence is None:
-            return Verdict(len(contributed) == len(self.rules.students), True, (), "every student is in")
-        return judge(
+            return Decision(len(contributed) == len(self.rules.students), True, (), "every student is in")
+        return decide(
             absence,
             waited=now - opened,
             deadline=self._arrivals.deadline(absence),

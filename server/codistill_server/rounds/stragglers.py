@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Absence", "Arrivals", "Verdict", "judge"]
+__all__ = ["ArrivalLags", "Decision", "StragglerPolicy", "decide"]
 
 _WINDOW = 64
 _ENOUGH = 8
@@ -23,7 +23,7 @@ _SHORTEST = 2.0
 
 
 @dataclass(frozen=True)
-class Absence:
+class StragglerPolicy:
     """How a run goes on without a student (``exchange.on_absence: proceed``).
 
     Attributes:
@@ -38,7 +38,7 @@ class Absence:
     evict_after: float
 
 
-class Arrivals:
+class ArrivalLags:
     """How late the last contribution of recent rounds was, from which the automatic deadline follows.
 
     The deadline is median + 10·MAD of the last 64 rounds' lags, a lag being the time from a round's first contribution
@@ -53,7 +53,7 @@ class Arrivals:
         """Takes in a closed round's lag, in seconds."""
         self._lags.append(lag)
 
-    def deadline(self, absence: Absence) -> float:
+    def deadline(self, absence: StragglerPolicy) -> float:
         """Returns the seconds that a round waits after its first contribution."""
         if absence.round_deadline is not None:
             return absence.round_deadline
@@ -65,7 +65,7 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What becomes of an open round.
 
     Attributes:
@@ -81,21 +81,21 @@ class Verdict:
     reason: str
 
 
-def judge(
-    absence: Absence,
+def decide(
+    absence: StragglerPolicy,
     *,
     waited: float,
     deadline: float,
     awaited: Iterable[str],
     expected: Collection[str],
     contributed: Collection[str],
-) -> Verdict:
+) -> Decision:
     """Returns what becomes of an open round.
 
     Args:
         absence: the rules.
         waited: seconds since the round's first contribution.
-        deadline: :meth:`Arrivals.deadline`.
+        deadline: :meth:`ArrivalLags.deadline`.
         awaited: the students that the round waits for, in the experiment's order.
         expected: the students that have not joined since the server started; they are given `evict_after`.
         contributed: the students whose contribution is in.
@@ -105,7 +105,7 @@ def judge(
     left = [name for name in missing if name not in late]
     count = f"{len(contributed)} contributions, quorum {absence.quorum}"
     if left:
-        return Verdict(False, False, late, f"waits for {', '.join(left)} since {waited:.1f} s; {count}")
+        return Decision(False, False, late, f"waits for {', '.join(left)} since {waited:.1f} s; {count}")
     why = f"without {', '.join(late)} after {waited:.1f} s" if late else "every awaited student is in"
     enough = len(contributed) >= absence.quorum
-    return Verdict(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))
+    return Decision(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))

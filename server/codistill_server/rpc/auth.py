@@ -12,7 +12,7 @@ import grpc.aio
 
 from codistill.wire.security import TOKEN_HELP, TOKEN_KEY, Token
 
-__all__ = ["OPEN_METHODS", "TokenGuard"]
+__all__ = ["OPEN_METHODS", "TokenInterceptor"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ The health service's Watch is not among them: it holds a stream for as long as i
 _LOG_SECONDS = 10.0
 
 
-class TokenGuard(grpc.aio.ServerInterceptor):
+class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls whose metadata do not hold the token, whatever they call.
 
     Args:

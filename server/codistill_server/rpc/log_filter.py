@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 
-__all__ = ["Seldom", "quiet"]
+__all__ = ["RareRecordFilter", "limit_grpc_log"]
 
 _LOGGER = "grpc._cython.cygrpc"
 _STRANGERS = {
@@ -22,7 +22,7 @@ _STRANGERS = {
 _SECONDS = 10.0
 
 
-class Seldom(logging.Filter):
+class RareRecordFilter(logging.Filter):
     """Lets one of each kind of records that strangers cause through in 10 s, without its traceback, and every other record.
 
     Args:
@@ -54,9 +54,9 @@ class Seldom(logging.Filter):
 
 
 @contextlib.contextmanager
-def quiet() -> Generator[None, None, None]:
+def limit_grpc_log() -> Generator[None, None, None]:
     """Has gRPC's own logger write such records seldom."""
-    logger, seldom = logging.getLogger(_LOGGER), Seldom()
+    logger, seldom = logging.getLogger(_LOGGER), RareRecordFilter()
     logger.addFilter(seldom)
     try:
         yield

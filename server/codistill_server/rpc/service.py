@@ -21,10 +21,10 @@ from google.protobuf.message import DecodeError, Message
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.config.exchange import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import has_checksum, is_whole, seal, session_in
+from codistill.wire.checksum import append_checksum, has_checksum, parse_session, verify_checksum
 from codistill_server.coordinator import Coordinator
-from codistill_server.errors import Refused
-from codistill_server.ratelimit import Gate, Limits, TooMany
+from codistill_server.errors import RequestRejected
+from codistill_server.ratelimit import Limits, QuotaExceeded, Quotas
 from codistill_server.rounds.events import Status
 
 __all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
@@ -88,7 +88,7 @@ class _Stream:
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(_OUTBOX_REPLIES)
-        self.ended: asyncio.Future[Refused | TooMany] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[RequestRejected | QuotaExceeded] = asyncio.get_running_loop().create_future()
         # gRPC takes no status while something is being written, headers too, cancelled or not: a worker that is refused at
         # that moment would not be told why. So whoever writes, or ends the stream, holds this.
         self.operation = asyncio.Lock()
@@ -100,9 +100,9 @@ class _Stream:
             self.end(Status.ABORTED, f"{_OUTBOX_REPLIES} replies lie unread; read them, or join again")
 
     def end(self, status: Status, message: str) -> None:
-        self.refuse(Refused(status, message))
+        self.refuse(RequestRejected(status, message))
 
-    def refuse(self, refused: Refused | TooMany) -> None:
+    def refuse(self, refused: RequestRejected | QuotaExceeded) -> None:
         if not self.ended.done():
             self.ended.set_result(refused)
 
@@ -125,7 +125,7 @@ class DistillationService:
         self._coordinator = coordinator
         self._on_failure = on_failure
         self.streams = 0
-        self._gate = Gate(limits or Limits())
+        self._gate = Quotas(limits or Limits())
         self._ending = asyncio.Event()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -179,8 +179,10 @@ class DistillationService:
             try:
                 self._gate.call(_host_of(context), len(raw), time.monotonic())
                 response = call(_parse_whole(request_type, raw))
-                return seal(response) if _has_checksum_field(type(response)) else response.SerializeToString()
-            except (Refused, TooMany) as refused:
+                return (
+                    append_checksum(response) if _has_checksum_field(type(response)) else response.SerializeToString()
+                )
+            except (RequestRejected, QuotaExceeded) as refused:
                 await _abort(context, refused)
             except _Damaged as damaged:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"{damaged}; send it again")
@@ -203,9 +205,9 @@ class DistillationService:
             interval = _parse(pb.WatchRunRequest, raw).interval_seconds or 1.0
             if not 0.1 <= interval <= 60:
                 message = f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60, or 0 for 1"
-                raise Refused(Status.INVALID_ARGUMENT, message)
+                raise RequestRejected(Status.INVALID_ARGUMENT, message)
             self._gate.watch()
-        except (Refused, TooMany) as refused:
+        except (RequestRejected, QuotaExceeded) as refused:
             await _abort(context, refused)
         try:
             while True:
@@ -223,7 +225,7 @@ class DistillationService:
         try:
             session = _session_of(context)
             self._coordinator.open_stream(session, stream)
-        except Refused as refused:
+        except RequestRejected as refused:
             await _abort(context, refused)
         self.streams += 1
         writing = asyncio.ensure_future(_write(stream, context))
@@ -255,14 +257,14 @@ class DistillationService:
         repeats = self._gate.session(time.monotonic())
         async for raw in requests:
             try:
-                if not is_whole(raw, str(session)):
+                if not verify_checksum(raw, str(session)):
                     message = f"a contribution of {len(raw)} bytes {_DAMAGED}; join again"
                     self._coordinator.damaged(session, message)
-                    raise Refused(Status.ABORTED, message)
+                    raise RequestRejected(Status.ABORTED, message)
                 contribution = _parse(pb.Contribution, raw)
                 repeats.contribute(contribution.round, time.monotonic())
                 self._coordinator.contribute(session, contribution, len(raw))
-            except (Refused, TooMany) as refused:
+            except (RequestRejected, QuotaExceeded) as refused:
                 stream.refuse(refused)
                 return
             except Exception as error:  # noqa: BLE001 - the open round may be half decided; the run cannot go on
@@ -319,7 +321,7 @@ class ReadableRequests(grpc.aio.ServerInterceptor):
         async def readable(raw: bytes, context: _Context) -> Message:
             try:
                 return _parse(request_type, raw)
-            except Refused as refused:
+            except RequestRejected as refused:
                 await _abort(context, refused)
 
         async def unary(raw: bytes, context: _Context) -> Any:
@@ -346,14 +348,14 @@ def _parse(request_type: type[_Request], raw: bytes) -> _Request:
         return request_type.FromString(raw)
     except DecodeError as error:
         message = f"{len(raw)} bytes are not a {request_type.DESCRIPTOR.full_name}: {error}"
-        raise Refused(Status.INVALID_ARGUMENT, message) from error
+        raise RequestRejected(Status.INVALID_ARGUMENT, message) from error
 
 
 def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
     """Returns a message whose checksum, if it has one, is right.
 
     Raises:
-        Refused: the bytes are no such message.
+        RequestRejected: the bytes are no such message.
         _Damaged: they are not those that were sealed.
     """
     if not _has_checksum_field(request_type):
@@ -361,11 +363,11 @@ def _parse_whole(request_type: type[_Request], raw: bytes) -> _Request:
     damaged = _Damaged(f"a {request_type.DESCRIPTOR.full_name} of {len(raw)} bytes {_DAMAGED}")
     try:
         message = _parse(request_type, raw)
-    except Refused:
-        if has_checksum(raw) and not is_whole(raw):
+    except RequestRejected:
+        if has_checksum(raw) and not verify_checksum(raw):
             raise damaged from None
         raise
-    if message.HasField("checksum") and not is_whole(raw):
+    if message.HasField("checksum") and not verify_checksum(raw):
         raise damaged
     return message
 
@@ -376,9 +378,9 @@ def _has_checksum_field(message_type: type[Message]) -> bool:
 
 def _session_of(context: _Context) -> int:
     value = dict(context.invocation_metadata() or ()).get(SESSION_KEY, "")
-    session = session_in(str(value))
+    session = parse_session(str(value))
     if session is None:
-        raise Refused(
+        raise RequestRejected(
             Status.ABORTED,
             f"metadata {SESSION_KEY}: {str(value)[:80]!r} is no session, or was damaged on the way; join again, and send the "
             "session in decimal, a hyphen and the CRC-32 of the decimal in hexadecimal",
@@ -401,8 +403,8 @@ async def _write(stream: _Stream, context: _Context) -> None:
             await context.write(reply)
 
 
-async def _abort(context: _Context, refused: Refused | TooMany) -> NoReturn:
-    if isinstance(refused, TooMany):
+async def _abort(context: _Context, refused: RequestRejected | QuotaExceeded) -> NoReturn:
+    if isinstance(refused, QuotaExceeded):
         pushback = ((_PUSHBACK_KEY, str(max(round(1000 * refused.seconds), 1))),)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(refused), pushback)
     trailing = ((SUPERSEDED_KEY, "1"),) if refused.status is Status.SUPERSEDED else ()

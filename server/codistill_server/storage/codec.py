@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal
+from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 
@@ -28,7 +28,7 @@ def make_replies(number: int, targets: methods.Targets, teachers: Sequence[str],
     if targets.shared is not None:
         by_student[""] = targets.shared
     return {
-        student: seal(
+        student: append_checksum(
             pb.ExchangeReply(
                 targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})
             )

@@ -118,5 +118,5 @@ def test_a_child_follows_its_parent_before_anything_that_may_take_long(
         assert not stop.is_set()
         raise FollowedError
 
-    monkeypatch.setattr(command_line, "follow_parent", follow)
+    monkeypatch.setattr(command_line, "exit_with_parent", follow)
     assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)

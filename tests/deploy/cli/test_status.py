@@ -22,7 +22,7 @@ from codistill.rundir.records import Happened, Joined, Measured
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill.wire.security import Security
-from codistill_deploy.cli.status import add_supervision, ask, recorded, show
+from codistill_deploy.cli.status import add_supervisor_events, fetch_status, print_status, recorded
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.supervisor import watch
@@ -66,13 +66,13 @@ def serving(servicer: Server, security: Security) -> Generator[str]:
 
 def test_with_the_token_it_is_answered(certificates: Certificates) -> None:
     with serving(Server(), certificates.of("server", "ca")) as address:
-        assert ask(address, certificates.of("worker", "ca", TOKEN)).name == "small"
+        assert fetch_status(address, certificates.of("worker", "ca", TOKEN)).name == "small"
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
 def test_a_refusal_is_one_line_and_a_code_of_its_own(code: grpc.StatusCode, certificates: Certificates) -> None:
     with serving(Server(code), certificates.of("server")) as address, pytest.raises(CommandError) as caught:
-        ask(address, certificates.of(None, "ca"))
+        fetch_status(address, certificates.of(None, "ca"))
     assert str(caught.value) == f"server {address} refused: not you; give something else"
     assert caught.value.code is ExitCode.REFUSED
 
@@ -81,7 +81,7 @@ def test_a_handshake_that_fails_is_explained(certificates: Certificates) -> None
     wants = "it asks for a client's certificate"
     protected = serving(Server(), certificates.of("server", "ca"))
     with protected as address, pytest.raises(CommandError, match=wants) as caught:
-        ask(address, certificates.of(None, "ca", TOKEN))
+        fetch_status(address, certificates.of(None, "ca", TOKEN))
     assert caught.value.code is ExitCode.REFUSED
 
 
@@ -113,7 +113,7 @@ def state() -> pb.Run:
 
 def shown(run: pb.Run, *, terminal: bool = False) -> str:
     console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
-    show(run, console)
+    print_status(run, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -158,21 +158,21 @@ def test_restarts_stand_among_the_servers_events(tmp_path: Path) -> None:
     happened = Happened(time=2, what="restarted", student="cnn", message="was killed by SIGKILL; started again")
     (tmp_path / SUPERVISOR_FILE).write_text(happened.model_dump_json() + "\n")
     run = state()
-    add_supervision(run, tmp_path)
+    add_supervisor_events(run, tmp_path)
     assert [event.kind for event in run.events] == ["joined", "restarted", "joined"]
     assert "cnn restarted: was killed by SIGKILL; started again" in shown(run)
 
 
 def test_a_run_without_a_supervisor_has_the_servers_events_alone(tmp_path: Path) -> None:
     run = state()
-    add_supervision(run, tmp_path)
+    add_supervisor_events(run, tmp_path)
     assert run == state()
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / SUPERVISOR_FILE).write_text("nonsense\n")
     with pytest.raises(CommandError, match=rf"{SUPERVISOR_FILE}.*line 1"):
-        add_supervision(state(), tmp_path)
+        add_supervisor_events(state(), tmp_path)
 
 
 def left_by(folder: RunFolder, command: list[str], *, rounds: int, epoch: float) -> str:

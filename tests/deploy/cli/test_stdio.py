@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.cli.stdio import Outlet
+from codistill_deploy.cli.stdio import LossyStream
 from codistill_deploy.console.progress import LiveView, PlainView, make_view
 
 PROGRAM = textwrap.dedent("""
@@ -54,7 +54,7 @@ def test_a_view_whose_output_is_gone_goes_on_and_says_so_once(
 ) -> None:
     stream = Gone()
     stream.number = number
-    console = Console(file=cast("Any", Outlet(stream, "standard output")), force_terminal=terminal)
+    console = Console(file=cast("Any", LossyStream(stream, "standard output")), force_terminal=terminal)
     view = make_view(console)
     assert isinstance(view, LiveView if terminal else PlainView)
     view.start("x")

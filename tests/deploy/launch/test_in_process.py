@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from codistill.config.experiment import Experiment, parse
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir import records
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_server.storage.journal import Journal, JournalError
-from codistill_worker.errors import WorkerError
 from codistill_worker.training.checkpoints import CheckpointStore, read
 from codistill_worker.training.trainer import Trainer
 
@@ -235,9 +235,7 @@ def test_a_journal_of_another_experiment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     go(experiment("naive", epochs=1), path)
     (path / "experiment.yaml").unlink()
-    with pytest.raises(
-        WorkerError, match=r"belongs to another run: experiment field distillation\.ensemble"
-    ) as refused:
+    with pytest.raises(PeerError, match=r"belongs to another run: experiment field distillation\.ensemble") as refused:
         go(experiment("linear", epochs=1), path)
     assert refused.value.code is ExitCode.CONFIGURATION
 
@@ -247,7 +245,7 @@ def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:
     assert go(experiment(), path, Shown(stop.set), stop) is ExitCode.INTERRUPTED
     for each in path.glob("journal.sqlite*"):
         each.unlink()
-    with pytest.raises(WorkerError, match="resumes at round 1, but this server's journal ends at round 0") as refused:
+    with pytest.raises(PeerError, match="resumes at round 1, but this server's journal ends at round 0") as refused:
         go(experiment(), path, resume=True)
     assert refused.value.code is ExitCode.REFUSED
 
@@ -263,7 +261,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(
         append(self, closed)
 
     monkeypatch.setattr(Journal, "append", fail)
-    with pytest.raises(WorkerError, match="journal x cannot be written: disk full"):
+    with pytest.raises(PeerError, match="journal x cannot be written: disk full"):
         go(experiment(), tmp_path / "run")
     monkeypatch.undo()
     assert go(experiment(), tmp_path / "run", resume=True) is ExitCode.OK

@@ -125,7 +125,7 @@ def test_an_embedding_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 HALVES = """
 from codistill_server.methods import FEATURES, LOGITS, Targets
-from codistill_worker.methods import LogitsHalf, labels_alone
+from codistill_worker.methods import LogitsObjective, labels_alone
 
 class Server:
     heavy, student, teacher = False, {"logits": LOGITS}, {}
@@ -135,7 +135,7 @@ class Server:
 class Maps(Server):
     student = {"maps": FEATURES}
 
-class Worker(LogitsHalf):
+class Worker(LogitsObjective):
     publishes = ("logits",)
     def __init__(self, subject, rate=1):
         super().__init__(subject)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.supervise.child import Member, Port
+from codistill_deploy.supervise.child import Child, Port
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import RAN_WELL, GiveUp, Restart
 
@@ -31,14 +31,14 @@ def launch() -> Iterator[Launch]:
 
 
 @pytest.fixture
-def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Member]]:
-    made: list[Member] = []
+def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    made: list[Child] = []
 
-    def member(script: str, *, ends: bool = True, restarts: int = 10, hang_after: float = 600) -> Member:
+    def member(script: str, *, ends: bool = True, restarts: int = 10, hang_after: float = 600) -> Child:
         arguments = [sys.executable, "-c", script]
         log = tmp_path / "log.txt"
         made.append(
-            Member("student 'a'", "a", lambda: Process(arguments, log, launch, hang_after), log, restarts, ends=ends)
+            Child("student 'a'", "a", lambda: Process(arguments, log, launch, hang_after), log, restarts, ends=ends)
         )
         return made[-1]
 
@@ -55,80 +55,80 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def end_of(member: Member) -> None:
+def end_of(member: Child) -> None:
     deadline = time.monotonic() + 60
     while member.running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_killed_process_is_started_again_after_its_pause(make: Callable[..., Member]) -> None:
+def test_a_killed_process_is_started_again_after_its_pause(make: Callable[..., Child]) -> None:
     member = make(SLEEP)
     member.start(100)
-    assert member.attend(100) is None
+    assert member.poll(100) is None
     member.tell(signal.SIGKILL)
     end_of(member)
-    assert member.attend(101) == Restart(0.1, 1, 10)
+    assert member.poll(101) == Restart(0.1, 1, 10)
     assert str(member.ending) == "was killed by SIGKILL"
-    assert member.attend(101.05) is None
+    assert member.poll(101.05) is None
     assert not member.running, "the pause is not over"
-    assert member.attend(101.2) is None
+    assert member.poll(101.2) is None
     assert member.running
     member.tell(signal.SIGKILL)
     end_of(member)
-    assert member.attend(102) == Restart(0.2, 2, 10)
-    member.attend(102.3)
+    assert member.poll(102) == Restart(0.2, 2, 10)
+    member.poll(102.3)
     member.tell(signal.SIGKILL)
     end_of(member)
-    assert member.attend(102.3 + RAN_WELL) == Restart(0.1, 1, 10), "it had run well"
+    assert member.poll(102.3 + RAN_WELL) == Restart(0.1, 1, 10), "it had run well"
 
 
 def test_a_start_that_fails_counts_and_is_made_again(
-    make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = make("import sys; sys.exit(1)")
     member.start(0)
     end_of(member)
-    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert member.poll(1) == Restart(0.1, 1, 10)
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", refuse_to_start)
-        assert member.attend(2) == Restart(0.2, 2, 10)
+        assert member.poll(2) == Restart(0.2, 2, 10)
         assert str(member.ending) == "could not be started: [Errno 11] Resource temporarily unavailable"
-        assert member.attend(2.1) is None, "the pause is not over"
-        assert member.attend(3) == Restart(0.4, 3, 10), "the same lack twice is no error of its own"
+        assert member.poll(2.1) is None, "the pause is not over"
+        assert member.poll(3) == Restart(0.4, 3, 10), "the same lack twice is no error of its own"
     assert not member.running
-    assert member.attend(4) is None
+    assert member.poll(4) is None
     end_of(member)
-    assert member.attend(5) == Restart(0.8, 4, 10), "it has lived once more"
+    assert member.poll(5) == Restart(0.8, 4, 10), "it has lived once more"
 
 
-def test_starts_that_fail_use_the_restarts_up(make: Callable[..., Member], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_that_fail_use_the_restarts_up(make: Callable[..., Child], monkeypatch: pytest.MonkeyPatch) -> None:
     member = make("import sys; sys.exit(1)", restarts=3)
     member.start(0)
     end_of(member)
-    member.attend(1)
+    member.poll(1)
     before = open_files()
     monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
-    decisions = [member.attend(10 * number) for number in (1, 2, 3)]
+    decisions = [member.poll(10 * number) for number in (1, 2, 3)]
     assert decisions == [Restart(0.2, 2, 3), Restart(0.4, 3, 3), GiveUp("3 restarts are used up")]
     assert member.given_up == "3 restarts are used up"
-    assert member.attend(1000) is None
+    assert member.poll(1000) is None
     assert open_files() < before, "nothing is left open"
 
 
-def test_a_folder_that_was_moved_away_is_made_again(make: Callable[..., Member], tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_away_is_made_again(make: Callable[..., Child], tmp_path: Path) -> None:
     member = make("print('up')", ends=False)
     member.start(0)
     end_of(member)
-    member.attend(1)
+    member.poll(1)
     tmp_path.rename(tmp_path.with_name("elsewhere"))
-    assert member.attend(2) is None
+    assert member.poll(2) is None
     end_of(member)
     assert member.log.read_text() == "up\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, None])
-def test_what_gives_no_sign_of_life_is_killed(make: Callable[..., Member], number: signal.Signals | None) -> None:
+def test_what_gives_no_sign_of_life_is_killed(make: Callable[..., Child], number: signal.Signals | None) -> None:
     """Stopped, or with every thread held up: here by a regular expression, which lets no other thread run."""
     held = "re.match('(a|aa)+$', 60 * 'a' + 'b')" if number is None else "time.sleep(600)"
     member = make(
@@ -141,13 +141,13 @@ def test_what_gives_no_sign_of_life_is_killed(make: Callable[..., Member], numbe
     if number is not None:
         member.tell(number)
     end_of(member)
-    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert member.poll(1) == Restart(0.1, 1, 10)
     assert str(member.ending).startswith("ended with exit code 11: killed after 2 s without a sign of life, ")
-    assert member.attend(2) is None
+    assert member.poll(2) is None
     assert member.running, "and it lives again"
 
 
-def test_what_beats_is_left_alone(make: Callable[..., Member]) -> None:
+def test_what_beats_is_left_alone(make: Callable[..., Child]) -> None:
     member = make(
         "from codistill_deploy.supervise.heartbeat import beat; import time; beat(); time.sleep(5)", hang_after=3
     )
@@ -156,77 +156,77 @@ def test_what_beats_is_left_alone(make: Callable[..., Member]) -> None:
     assert member.done
 
 
-def test_once_the_run_is_over_nothing_is_started_again(make: Callable[..., Member]) -> None:
+def test_once_the_run_is_over_nothing_is_started_again(make: Callable[..., Child]) -> None:
     member = make("import sys; sys.exit(1)")
     member.start(0)
     end_of(member)
-    assert member.attend(1, start=False) is not None, "how it ended still counts"
-    assert member.attend(100, start=False) is None
+    assert member.poll(1, start=False) is not None, "how it ended still counts"
+    assert member.poll(100, start=False) is None
     assert not member.running
 
 
-def test_what_has_done_its_part_is_left_alone(make: Callable[..., Member]) -> None:
+def test_what_has_done_its_part_is_left_alone(make: Callable[..., Child]) -> None:
     member = make("")
     member.start(0)
     end_of(member)
     assert member.done
-    assert member.attend(1) is None
+    assert member.poll(1) is None
     assert member.ending is None
 
 
-def test_a_server_has_never_done_its_part(make: Callable[..., Member]) -> None:
+def test_a_server_has_never_done_its_part(make: Callable[..., Child]) -> None:
     member = make("", ends=False)
     member.start(0)
     end_of(member)
     assert not member.done
-    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert member.poll(1) == Restart(0.1, 1, 10)
 
 
-def test_the_same_error_twice_is_given_up(make: Callable[..., Member], tmp_path: Path) -> None:
+def test_the_same_error_twice_is_given_up(make: Callable[..., Child], tmp_path: Path) -> None:
     script = "import sys; print('12:00:00 INFO'); print('error: ValueError: boom'); print('more'); sys.exit(1)"
     member = make(script)
     member.start(0)
     end_of(member)
-    assert member.attend(1) == Restart(0.1, 1, 10)
-    member.attend(2)
+    assert member.poll(1) == Restart(0.1, 1, 10)
+    member.poll(2)
     end_of(member)
-    decision = member.attend(3)
+    decision = member.poll(3)
     assert isinstance(decision, GiveUp)
     assert member.given_up == decision.reason
     assert str(member.ending) == "ended with exit code 1: ValueError: boom"
-    assert member.attend(1000) is None
+    assert member.poll(1000) is None
     assert not member.running
     assert (tmp_path / "log.txt").read_text().count("boom") == 2, "the log goes on"
 
 
-def test_only_what_this_life_printed_counts(make: Callable[..., Member], tmp_path: Path) -> None:
+def test_only_what_this_life_printed_counts(make: Callable[..., Child], tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("error: of an earlier run\n")
     member = make("import sys; sys.exit(1)")
     member.start(0)
     end_of(member)
-    member.attend(1)
+    member.poll(1)
     assert member.ending is not None
     assert member.ending.line == "it printed nothing"
 
 
-def test_a_log_that_is_gone_is_no_fault_of_the_run(make: Callable[..., Member], tmp_path: Path) -> None:
+def test_a_log_that_is_gone_is_no_fault_of_the_run(make: Callable[..., Child], tmp_path: Path) -> None:
     member = make("import sys; sys.exit(1)")
     member.start(0)
     end_of(member)
     (tmp_path / "log.txt").unlink()
-    assert member.attend(1) == Restart(0.1, 1, 10)
+    assert member.poll(1) == Restart(0.1, 1, 10)
     assert str(member.ending) == "ended with exit code 1: its log cannot be read: No such file or directory"
 
 
-def test_of_a_long_log_only_the_end_is_read(make: Callable[..., Member]) -> None:
+def test_of_a_long_log_only_the_end_is_read(make: Callable[..., Child]) -> None:
     member = make("import sys; print('error: early'); print(100_000 * 'more\\n'); print('late'); sys.exit(1)")
     member.start(0)
     end_of(member)
-    member.attend(1)
+    member.poll(1)
     assert str(member.ending) == "ended with exit code 1: late"
 
 
-def test_a_stopped_process_can_be_closed(make: Callable[..., Member]) -> None:
+def test_a_stopped_process_can_be_closed(make: Callable[..., Child]) -> None:
     member = make(SLEEP)
     member.start(0)
     member.tell(signal.SIGSTOP)
@@ -234,11 +234,11 @@ def test_a_stopped_process_can_be_closed(make: Callable[..., Member]) -> None:
     assert member.code == -signal.SIGKILL
 
 
-def test_without_restarts_the_first_end_is_the_last(make: Callable[..., Member]) -> None:
+def test_without_restarts_the_first_end_is_the_last(make: Callable[..., Child]) -> None:
     member = make(f"import sys; sys.exit({ExitCode.ERROR})", restarts=0)
     member.start(0)
     end_of(member)
-    assert isinstance(member.attend(1), GiveUp)
+    assert isinstance(member.poll(1), GiveUp)
 
 
 def listener(port: int) -> socket.socket:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from codistill.config.experiment import ExperimentError, parse
-from codistill.config.schedule import Rhythm
+from codistill.config.schedule import ExchangeSchedule
 from protos.config.support import changed
 
 TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
@@ -187,11 +187,13 @@ def test_a_shared_view_is_nobodys_own() -> None:
 
 
 class TestRhythm:
-    @pytest.mark.parametrize("rhythm", [Rhythm(), Rhythm(3, 1), Rhythm(0, 4), Rhythm(7, 3)])
-    def test_rounds_and_exchanges_count_each_other(self, rhythm: Rhythm) -> None:
-        rounds = [number for number in range(50) if rhythm.exchanges(number)]
-        assert rounds[0] == rhythm.start
-        assert [rhythm.round(exchange) for exchange in range(len(rounds))] == rounds
-        assert [rhythm.exchanges_before(number) for number in rounds] == list(range(len(rounds)))
+    @pytest.mark.parametrize(
+        "rhythm", [ExchangeSchedule(), ExchangeSchedule(3, 1), ExchangeSchedule(0, 4), ExchangeSchedule(7, 3)]
+    )
+    def test_rounds_and_exchanges_count_each_other(self, exchange_schedule: ExchangeSchedule) -> None:
+        rounds = [number for number in range(50) if exchange_schedule.exchanges(number)]
+        assert rounds[0] == exchange_schedule.start
+        assert [exchange_schedule.round(exchange) for exchange in range(len(rounds))] == rounds
+        assert [exchange_schedule.exchanges_before(number) for number in rounds] == list(range(len(rounds)))
         for number in range(50):
-            assert rhythm.exchanges_before(number) == sum(each < number for each in rounds)
+            assert exchange_schedule.exchanges_before(number) == sum(each < number for each in rounds)

@@ -13,14 +13,14 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.grpc import GrpcTransport
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 
 BOUND = 10.0
 """Seconds far above what anything here takes, far below what it would take unbounded."""
 
-Connect = Callable[..., GrpcExchange]
+Connect = Callable[..., GrpcTransport]
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
@@ -59,7 +59,7 @@ def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
     return pb.ReportRequest(round=number, epoch=number / 3, durable_round=durable, measurements=measurements)
 
 
-def exchange_round(number: int, exchanges: list[GrpcExchange]) -> list[pb.Targets]:
+def exchange_round(number: int, exchanges: list[GrpcTransport]) -> list[pb.Targets]:
     """Exchanges one round, every student on a thread of its own, as it would be in a process of its own."""
 
     def take_part(seed: int) -> pb.Targets:
@@ -70,7 +70,7 @@ def exchange_round(number: int, exchanges: list[GrpcExchange]) -> list[pb.Target
         return list(pool.map(take_part, range(len(exchanges))))
 
 
-def both(experiment: Experiment, address: str, connect: Connect, **settings: Any) -> list[GrpcExchange]:
+def both(experiment: Experiment, address: str, connect: Connect, **settings: Any) -> list[GrpcTransport]:
     exchanges = [connect(address, **settings) for _ in experiment.names]
     for name, each in zip(experiment.names, exchanges, strict=True):
         each.join(request(experiment, name))

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from codistill.config.experiment import Experiment
+from codistill.peer.errors import Interrupted, PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
-from codistill_worker.errors import Interrupted, WorkerError
 from protos.peer.support import (
     BOUND,
     Connect,
@@ -67,7 +67,7 @@ def test_a_refused_join_says_why(tiny: Tiny, serving: Any, connect: Connect) -> 
         (request(experiment, protocol_version=99), "protocol_version"),
         (request(experiment, first=5), "journal ends at round 0"),
     ):
-        with pytest.raises(WorkerError) as refused:
+        with pytest.raises(PeerError) as refused:
             connect(server.address).join(wrong)
         assert refused.value.code is ExitCode.REFUSED
         assert str(refused.value).startswith(f"server {server.address} refused: ")
@@ -90,7 +90,7 @@ def test_a_refused_contribution_ends_the_worker(tiny: Tiny, serving: Any, connec
         else:
             wrong.batch.outputs["logits"].CopyFrom(encode(torch.full((16, 10), spoil), "float32"))
         exchange.send(wrong)
-        with pytest.raises(WorkerError, match=text) as ended:
+        with pytest.raises(PeerError, match=text) as ended:
             exchange.receive(0)
         assert ended.value.code is code
 
@@ -182,9 +182,7 @@ def test_the_older_of_two_workers_ends(tiny: Tiny, serving: Any, connect: Connec
     older.join(request(experiment))
     older.send(contribution(0, 0))
     newer.join(request(experiment))
-    with pytest.raises(
-        WorkerError, match="a newer worker of student 'cnn' has joined; this one must not go on"
-    ) as ended:
+    with pytest.raises(PeerError, match="a newer worker of student 'cnn' has joined; this one must not go on") as ended:
         older.receive(0)
     assert ended.value.code is ExitCode.SUPERSEDED
     newer.send(contribution(0, 0))
@@ -205,7 +203,7 @@ def test_a_worker_that_was_superseded_unnoticed_does_not_take_the_student_back(
     newer.join(request(experiment))
     wait_for(lambda: not older._connected, "the older one's stream ends")
     calls = {"report": lambda: older.report(report(9, 9)), "leave": lambda: older.leave(pb.LEAVE_REASON_FINISHED, "")}
-    with pytest.raises(WorkerError) as ended:
+    with pytest.raises(PeerError) as ended:
         calls[call]()
     assert ended.value.code is ExitCode.SUPERSEDED
     assert server.events().count(("joined", "cnn")) == 2
@@ -228,7 +226,7 @@ def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
     older._stream.cancel()
     older._stream = None  # what the old server said last is lost
     older._session.standing = False
-    with pytest.raises(WorkerError, match="a newer worker of student 'cnn' has joined") as ended:
+    with pytest.raises(PeerError, match="a newer worker of student 'cnn' has joined") as ended:
         older.report(report(0))
     assert ended.value.code is ExitCode.SUPERSEDED
     newer.report(report(0))
@@ -242,7 +240,7 @@ def test_giving_up_names_who_was_waited_for(tiny: Tiny, serving: Any, connect: C
     exchange.join(request(experiment))
     exchange.send(contribution(0, 0))
     started = time.monotonic()
-    with pytest.raises(WorkerError) as ended:
+    with pytest.raises(PeerError) as ended:
         exchange.receive(0)
     assert 1.5 <= time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.GAVE_UP
@@ -356,7 +354,7 @@ def test_a_server_that_is_not_there(connect: Connect) -> None:
         nobody.bind(("127.0.0.1", 0))  # bound, not listening: nobody else takes the port
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(WorkerError) as ended:
+        with pytest.raises(PeerError) as ended:
             connect(address, connect_timeout=0.5).join(pb.JoinRequest())
     assert time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.UNREACHABLE
@@ -369,7 +367,7 @@ def test_a_server_that_takes_connections_and_says_nothing(connect: Connect) -> N
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)
         started = time.monotonic()
-        with pytest.raises(WorkerError) as ended:
+        with pytest.raises(PeerError) as ended:
             connect(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout=1).join(pb.JoinRequest())
         assert time.monotonic() - started < BOUND
         assert ended.value.code is ExitCode.UNREACHABLE
@@ -383,7 +381,7 @@ def test_a_server_that_went_away_for_good(tiny: Tiny, serving: Any, connect: Con
     exchange.send(contribution(0, 0))
     server.stop()
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="went away and did not come back within 1 s") as ended:
+    with pytest.raises(PeerError, match="went away and did not come back within 1 s") as ended:
         exchange.receive(0)
     assert time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.UNREACHABLE
@@ -394,7 +392,7 @@ def test_another_grpc_server_is_not_taken_for_an_aggregation_server(connect: Con
         server = grpc.server(pool)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        with pytest.raises(WorkerError) as ended:
+        with pytest.raises(PeerError) as ended:
             connect(f"127.0.0.1:{port}").join(pb.JoinRequest())
         server.stop(0).wait()
     assert ended.value.code is ExitCode.REFUSED

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from codistill import SESSION_KEY, SUPERSEDED_KEY
+from codistill.peer.errors import PeerError
 from codistill.peer.session import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
-from codistill.wire.checksum import is_whole, seal, session_in
+from codistill.wire.checksum import append_checksum, parse_session, verify_checksum
 from codistill.wire.tensors import decode, encode
-from codistill_worker.errors import WorkerError
 from protos.peer.support import BOUND, Connect, contribution, report, wait_for
 
 
@@ -47,7 +47,7 @@ class Script(DistillationServicer):
         return self.on_join(len(self.joins))
 
     def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeReply]:  # noqa: N802
-        session = session_in(dict(context.invocation_metadata())[SESSION_KEY])
+        session = parse_session(dict(context.invocation_metadata())[SESSION_KEY])
         assert session is not None
         context.send_initial_metadata(())
         for each in request_iterator:
@@ -72,7 +72,7 @@ def reply(number: int) -> pb.ExchangeReply:
 
 
 def sealed(message: pb.ExchangeReply) -> pb.ExchangeReply:
-    return pb.ExchangeReply.FromString(seal(message))
+    return pb.ExchangeReply.FromString(append_checksum(message))
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_what_grpc_makes_of_damaged_bytes_passes(
     again = connect(address)
     again.join(pb.JoinRequest(student="cnn"))
     again.send(contribution(5, 0))
-    with pytest.raises(WorkerError, match="frame of unknown type") as ended:
+    with pytest.raises(PeerError, match="frame of unknown type") as ended:
         again.receive(5)
     assert ended.value.code is ExitCode.REFUSED, "but not for ever"
 
@@ -240,10 +240,10 @@ def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) ->
     exchange.report(report(4, 4))
     exchange.leave(pb.LEAVE_REASON_FINISHED, "done")
     assert [each.checksum for each in server.contributions] == [
-        pb.Contribution.FromString(seal(sent, "1")).checksum,
+        pb.Contribution.FromString(append_checksum(sent, "1")).checksum,
     ]
     for each in (*server.joins, *server.reports, *server.left):
-        assert is_whole(each.SerializeToString())
+        assert verify_checksum(each.SerializeToString())
 
 
 def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str], connect: Connect) -> None:
@@ -266,7 +266,7 @@ def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str],
     exchange = connect(address)
     exchange.join(pb.JoinRequest())
     exchange.send(contribution(0, 0))
-    with pytest.raises(WorkerError, match="a newer worker is here") as ended:
+    with pytest.raises(PeerError, match="a newer worker is here") as ended:
         exchange.receive(0)
     assert ended.value.code is ExitCode.SUPERSEDED
     assert len(server.joins) == 1
@@ -284,7 +284,7 @@ def test_a_server_that_breaks_every_stream_is_given_up(script: tuple[Script, str
     exchange.join(pb.JoinRequest())
     exchange.send(contribution(0, 0))
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="gave up after") as ended:
+    with pytest.raises(PeerError, match="gave up after") as ended:
         exchange.receive(0)
     assert time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.GAVE_UP
@@ -298,7 +298,7 @@ def test_a_server_that_never_answers_a_round_is_given_up(script: tuple[Script, s
     exchange.join(pb.JoinRequest())
     exchange.send(contribution(7, 0))
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="gave up after 1 s: round 7 still waits for the server"):
+    with pytest.raises(PeerError, match="gave up after 1 s: round 7 still waits for the server"):
         exchange.receive(7)
     assert time.monotonic() - started < BOUND
 
@@ -379,7 +379,7 @@ def test_a_goodbye_that_is_refused(script: tuple[Script, str], connect: Connect)
     server.on_leave = lambda _, context: context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no,\nnever")
     exchange = connect(address)
     exchange.join(pb.JoinRequest())
-    with pytest.raises(WorkerError, match="refused: no, never") as ended:
+    with pytest.raises(PeerError, match="refused: no, never") as ended:
         exchange.leave(pb.LEAVE_REASON_FINISHED, "")
     assert ended.value.code is ExitCode.REFUSED
     exchange.leave(pb.LEAVE_REASON_FAILED, "")  # logs, as there is nothing more to do

@@ -15,11 +15,11 @@ import pytest
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.peer.grpc import GrpcExchange
+from codistill.peer.errors import PeerError
+from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import Security
-from codistill_worker.errors import WorkerError
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 Tiny = Callable[..., Experiment]
@@ -40,7 +40,7 @@ def request(experiment: Experiment, student: str) -> pb.JoinRequest:
 
 def join(experiment: Experiment, address: str, security: Security, student: str = "mlp") -> None:
     """Joins and leaves again."""
-    exchange = GrpcExchange(
+    exchange = GrpcTransport(
         address, connect_timeout=CONNECT_TIMEOUT, give_up_after=5, stop=threading.Event(), security=security
     )
     try:
@@ -117,7 +117,7 @@ def test_who_is_refused_is_told_what_to_give(
     experiment = tiny()
     server = serving(experiment, certificates.of(*theirs))
     started = time.monotonic()
-    with pytest.raises(WorkerError) as caught:
+    with pytest.raises(PeerError) as caught:
         join(experiment, server.address, certificates.of(*ours))
     assert time.monotonic() - started < CONNECT_TIMEOUT
     assert caught.value.code is ExitCode.REFUSED
@@ -151,14 +151,14 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
     experiment = tiny()
     server = serving(experiment)
     server.stop()
-    exchange = GrpcExchange(
+    exchange = GrpcTransport(
         server.address,
         connect_timeout=0.5,
         give_up_after=5,
         stop=threading.Event(),
         security=certificates.of("worker", "ca", TOKEN),
     )
-    with pytest.raises(WorkerError, match=r"cannot be reached within 0\.5 s") as caught:
+    with pytest.raises(PeerError, match=r"cannot be reached within 0\.5 s") as caught:
         exchange.join(request(experiment, "mlp"))
     exchange.close()
     assert caught.value.code is ExitCode.UNREACHABLE
@@ -169,7 +169,7 @@ def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
 ) -> None:
     experiment = tiny()
     server = serving(experiment, certificates.of("server", None, TOKEN))
-    exchange = GrpcExchange(
+    exchange = GrpcTransport(
         server.address,
         connect_timeout=CONNECT_TIMEOUT,
         give_up_after=30,
@@ -198,7 +198,7 @@ def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
 ) -> None:
     experiment = tiny()
     server = serving(experiment, certificates.of("server"))
-    exchange = GrpcExchange(
+    exchange = GrpcTransport(
         server.address,
         connect_timeout=CONNECT_TIMEOUT,
         give_up_after=1,
@@ -209,7 +209,7 @@ def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
     server.stop()
     server.security = certificates.of("expired")
     server.start()
-    with pytest.raises(WorkerError, match=r"did not come back within 1 s: its certificate.* has expired") as caught:
+    with pytest.raises(PeerError, match=r"did not come back within 1 s: its certificate.* has expired") as caught:
         exchange.receive(0)
     exchange.close()
     assert caught.value.code is ExitCode.UNREACHABLE

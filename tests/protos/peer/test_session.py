@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from codistill.peer.errors import PeerError
 from codistill.peer.session import (
     Done,
     Failure,
@@ -19,7 +20,6 @@ from codistill.peer.session import (
     Step,
 )
 from codistill.process.exit_codes import ExitCode
-from codistill_worker.errors import WorkerError
 
 GONE = Failure("UNAVAILABLE", "gone")
 OVER = Failure("ABORTED", "evicted; join again")
@@ -48,7 +48,7 @@ def receiving(number: int = 0, now: float = 0, silence: float = SILENCE) -> Sess
 
 
 def raises(code: ExitCode, text: str, call: Callable[[], object]) -> None:
-    with pytest.raises(WorkerError) as ended:
+    with pytest.raises(PeerError) as ended:
         call()
     assert ended.value.code is code
     assert text in str(ended.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codistill.rundir.records import Happened, Paced, Record, read
-from codistill.rundir.writer import Recorder
+from codistill.rundir.writer import RecordWriter
 
 
 def event(number: int, length: int = 0) -> Happened:
@@ -21,13 +21,13 @@ def pace(number: int) -> Paced:
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    made = Recorder(tmp_path)
+def recorder(tmp_path: Path) -> Iterator[RecordWriter]:
+    made = RecordWriter(tmp_path)
     yield made
     made.close()
 
 
-def test_records_go_to_their_files_at_once(recorder: Recorder, tmp_path: Path) -> None:
+def test_records_go_to_their_files_at_once(recorder: RecordWriter, tmp_path: Path) -> None:
     records: list[Record] = [event(1), pace(1), pace(2), event(2)]
     for record in records:
         recorder.write(record)
@@ -35,17 +35,17 @@ def test_records_go_to_their_files_at_once(recorder: Recorder, tmp_path: Path) -
     assert list(read(tmp_path / "metrics.jsonl")) == [pace(1), pace(2)]
 
 
-def test_a_second_recorder_goes_on_where_the_first_ended(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_second_recorder_goes_on_where_the_first_ended(recorder: RecordWriter, tmp_path: Path) -> None:
     recorder.write(event(1))
     recorder.close()
-    again = Recorder(tmp_path)
+    again = RecordWriter(tmp_path)
     again.write(event(2))
     again.close()
     assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
 
 
 def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, events="supervisor.jsonl", metrics=None)
+    recorder = RecordWriter(tmp_path, events="supervisor.jsonl", metrics=None)
     recorder.write(event(1))
     recorder.write(pace(1))
     recorder.close()
@@ -57,7 +57,7 @@ def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
 def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
     lines = [event(number).model_dump_json() + "\n" for number in range(whole)]
     (tmp_path / "events.jsonl").write_text("".join(lines) + '{"kind": "event", "ti')
-    recorder = Recorder(tmp_path)
+    recorder = RecordWriter(tmp_path)
     assert (tmp_path / "events.jsonl").read_text() == "".join(lines)
     recorder.write(event(9))
     recorder.close()
@@ -66,7 +66,7 @@ def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recorder = Recorder(None)
+    recorder = RecordWriter(None)
     recorder.write(event(1))
     recorder.close()
     assert list(tmp_path.iterdir()) == []
@@ -75,7 +75,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(OSError, match="directory"):
-        Recorder(tmp_path)
+        RecordWriter(tmp_path)
 
 
 def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
         import logging, resource, signal, sys
         from pathlib import Path
         from codistill.rundir.records import Happened
-        from codistill.rundir.writer import Recorder
+        from codistill.rundir.writer import RecordWriter
         logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        recorder = Recorder(Path(sys.argv[1]))
+        recorder = RecordWriter(Path(sys.argv[1]))
         def write(number):
             recorder.write(Happened(time=number, what="joined", message="x" * 300))
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -16,7 +16,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 from codistill_server.admission.contributions import receive_limit
-from codistill_server.errors import Refused
+from codistill_server.errors import RequestRejected
 from codistill_server.rounds.events import Presence, Status
 from server.support import (
     BATCH,
@@ -75,7 +75,9 @@ class TestContribute:
         half = methods.create(run.experiment.distillation)
         assert half is not None
         logits = torch.stack([logits_of(run.experiment, name, 0) for name in run.experiment.names])
-        expected = half.targets(methods.Gathered(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0])))
+        expected = half.targets(
+            methods.RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0]))
+        )
         assert expected.shared is not None
         assert torch.equal(decode(targets.targets["logits"]), expected.shared["logits"])
 
@@ -192,7 +194,7 @@ class TestContribute:
         raw = bytearray(contribution(run.experiment, "ant", 0, held_out=True).SerializeToString())
         for _ in range(data.draw(st.integers(1, 6))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        with contextlib.suppress(DecodeError, Refused):
+        with contextlib.suppress(DecodeError, RequestRejected):
             run.send("ant", pb.Contribution.FromString(bytes(raw)))
         run.join("ant")
         answers = run.close_round(0, held_out=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from codistill.config.methods import Distillation, Dml, Independent, Kdcl
 from codistill_server import ensembles, methods
-from codistill_server.methods import Gathered
+from codistill_server.methods import RoundInputs
 
 STUDENTS = ("ant", "bee", "cat")
 EXCHANGING = [
@@ -21,17 +21,17 @@ EXCHANGING = [
 ]
 
 
-def gathered(logits: Tensor, labels: list[int], **more: object) -> Gathered:
-    return Gathered(STUDENTS[: len(logits)], {"logits": logits}, torch.tensor(labels), **more)  # type: ignore[arg-type]
+def gathered(logits: Tensor, labels: list[int], **more: object) -> RoundInputs:
+    return RoundInputs(STUDENTS[: len(logits)], {"logits": logits}, torch.tensor(labels), **more)  # type: ignore[arg-type]
 
 
-def targets(distillation: Distillation, what: Gathered) -> methods.Targets:
+def targets(distillation: Distillation, what: RoundInputs) -> methods.Targets:
     half = methods.create(distillation)
     assert half is not None
     return half.targets(what)
 
 
-def shared(distillation: Distillation, what: Gathered) -> Tensor:
+def shared(distillation: Distillation, what: RoundInputs) -> Tensor:
     made = targets(distillation, what)
     assert made.each is None
     assert made.shared is not None
@@ -121,7 +121,9 @@ class TestGeneral:
 
     def test_without_an_absent_student_the_weights_are_those_of_the_others_errors(self) -> None:
         state = self.measured().state
-        without_bee = Gathered(("ant", "cat"), {"logits": self.LOGITS[[0, 2]]}, torch.tensor([0, 1, 2, 3]), state=state)
+        without_bee = RoundInputs(
+            ("ant", "cat"), {"logits": self.LOGITS[[0, 2]]}, torch.tensor([0, 1, 2, 3]), state=state
+        )
         expected = torch.einsum("k,kbc->bc", self.weights_by_hand(0, 2), self.LOGITS[[0, 2]].double())
         torch.testing.assert_close(shared(self.METHOD, without_bee).double(), expected, atol=1e-4, rtol=0)
 
@@ -158,7 +160,7 @@ class TestDml:
 
     def test_an_outsider_learns_from_all(self) -> None:
         probabilities = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
-        made = targets(Dml(), gathered(probabilities.log()[:, None, :], [0], outsiders=True))
+        made = targets(Dml(), gathered(probabilities.log()[:, None, :], [0], include_absent=True))
         assert made.shared is not None
         torch.testing.assert_close(made.shared["probabilities"], torch.tensor([[0.5, 0.5]]))
         expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
@@ -180,7 +182,7 @@ def test_students_may_come_in_any_order(method: Dml | Kdcl) -> None:
 
     def of(positions: list[int]) -> dict[str, dict[str, Tensor]]:
         names = tuple(STUDENTS[position] for position in positions)
-        what = Gathered(
+        what = RoundInputs(
             names,
             {"logits": logits[positions]},
             torch.tensor(labels),
@@ -205,7 +207,7 @@ def test_targets_stay_finite_whatever_is_let_in(method: Dml | Kdcl, magnitude: f
     """The coordinator lets in logits up to 1e30, the ensembles' limit."""
     signs = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(5)).sign()
     logits = signs * torch.nextafter(torch.tensor(magnitude), torch.tensor(0.0))
-    made = targets(method, Gathered(STUDENTS, {"logits": logits}, torch.tensor([0, 1, 2, 3, 0, 1])))
+    made = targets(method, RoundInputs(STUDENTS, {"logits": logits}, torch.tensor([0, 1, 2, 3, 0, 1])))
     arrays = [made.shared] if made.shared is not None else list((made.each or {}).values())
     assert arrays
     for each in arrays:
@@ -216,7 +218,7 @@ def test_targets_stay_finite_whatever_is_let_in(method: Dml | Kdcl, magnitude: f
 def test_kdcl_answers_with_the_ensembles_bits() -> None:
     logits = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(6))
     labels = torch.arange(8) % 6
-    what = Gathered(STUDENTS, {"logits": logits}, labels)
+    what = RoundInputs(STUDENTS, {"logits": logits}, labels)
     for ensemble in (ensembles.naive, ensembles.linear, ensembles.min_logit):
         method = Kdcl.model_validate({"ensemble": ensemble.__name__})
         assert torch.equal(shared(method, what), ensemble(logits, labels))

@@ -11,7 +11,7 @@ from codistill.config.methods import BornAgain, CrossArchitecture, Custom, Dcm, 
 from codistill.process.plugins import LoadError
 from codistill_server import ensembles, methods
 from codistill_server.ensembles import dense
-from codistill_server.methods import LOGITS, Gathered, Output, ServerHalf, Targets
+from codistill_server.methods import LOGITS, Aggregator, Output, RoundInputs, Targets
 
 STUDENTS, B, C = ("ant", "bee"), 4, 3
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -21,7 +21,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def half_of(settings: Any, teachers: tuple[str, ...] = ("old",)) -> ServerHalf:
+def half_of(settings: Any, teachers: tuple[str, ...] = ("old",)) -> Aggregator:
     half = methods.create(settings, STUDENTS, teachers)
     assert half is not None
     return half
@@ -29,12 +29,12 @@ def half_of(settings: Any, teachers: tuple[str, ...] = ("old",)) -> ServerHalf:
 
 def test_one_teachers_outputs_are_for_all() -> None:
     outputs = {"logits": drawn(1, B, C)}
-    made = half_of(Kd()).targets(Gathered(STUDENTS, {}, LABELS, teachers={"old": outputs}))
+    made = half_of(Kd()).targets(RoundInputs(STUDENTS, {}, LABELS, teachers={"old": outputs}))
     assert made == Targets(shared=outputs)
 
 
 def test_without_the_teacher_there_is_nothing() -> None:
-    assert half_of(Kd()).targets(Gathered(STUDENTS, {}, LABELS)) == methods.NOTHING
+    assert half_of(Kd()).targets(RoundInputs(STUDENTS, {}, LABELS)) == methods.NOTHING
 
 
 def test_what_teachers_publish() -> None:
@@ -46,16 +46,16 @@ def test_what_teachers_publish() -> None:
 def test_a_generation_is_taught_by_its_own() -> None:
     half = half_of(BornAgain(generations=1), ("ant.1", "bee.1"))
     first, second = {"logits": drawn(1, B, C)}, {"logits": drawn(2, B, C)}
-    made = half.targets(Gathered(STUDENTS, {}, LABELS, teachers={"ant.1": first, "bee.1": second}))
+    made = half.targets(RoundInputs(STUDENTS, {}, LABELS, teachers={"ant.1": first, "bee.1": second}))
     assert made.each == {"ant": first, "bee": second}
-    made = half.targets(Gathered(("ant",), {}, LABELS, teachers={"bee.1": second}, outsiders=True))
+    made = half.targets(RoundInputs(("ant",), {}, LABELS, teachers={"bee.1": second}, include_absent=True))
     assert made.each == {"ant": {}, "bee": second}, "bee asks later, ant learns from the labels alone"
 
 
 @pytest.mark.parametrize(("settings", "taught"), [(Fddml(), STUDENTS), (Hddml(), ("ant",))])
 def test_two_students_and_whom_the_teacher_teaches(settings: Any, taught: tuple[str, ...]) -> None:
     logits, outputs = drawn(3, 2, B, C), {"logits": drawn(4, B, C)}
-    made = half_of(settings).targets(Gathered(STUDENTS, {"logits": logits}, LABELS, teachers={"old": outputs}))
+    made = half_of(settings).targets(RoundInputs(STUDENTS, {"logits": logits}, LABELS, teachers={"old": outputs}))
     assert made.each is not None
     for position, student in enumerate(STUDENTS):
         peer = logits[1 - position].softmax(-1)
@@ -66,10 +66,10 @@ def test_two_students_and_whom_the_teacher_teaches(settings: Any, taught: tuple[
 
 def test_two_students_without_their_teacher_have_each_other_and_one_alone_has_nothing() -> None:
     logits = drawn(3, 2, B, C)
-    made = half_of(Fddml()).targets(Gathered(STUDENTS, {"logits": logits}, LABELS))
+    made = half_of(Fddml()).targets(RoundInputs(STUDENTS, {"logits": logits}, LABELS))
     assert made.each is not None
     assert [set(each) for each in made.each.values()] == [{"probabilities"}] * 2
-    alone = Gathered(("bee",), {"logits": logits[:1]}, LABELS, teachers={"old": {"logits": logits[0]}})
+    alone = RoundInputs(("bee",), {"logits": logits[:1]}, LABELS, teachers={"old": {"logits": logits[0]}})
     assert half_of(Fddml()).targets(alone) == methods.NOTHING
 
 
@@ -81,7 +81,7 @@ class TestDcm:
     def test_each_gets_its_peers_at_its_stage_and_at_the_others(self) -> None:
         half, outputs = half_of(Dcm(stages=1), ()), self.OUTPUTS(2)
         assert set(half.student) == {"logits/stage1", "logits"}
-        made = half.targets(Gathered(STUDENTS, outputs, LABELS))
+        made = half.targets(RoundInputs(STUDENTS, outputs, LABELS))
         assert made.each is not None
         assert made.shared is None
         for position, student in enumerate(STUDENTS):
@@ -92,13 +92,13 @@ class TestDcm:
 
     def test_who_asks_later_learns_from_all(self) -> None:
         outputs = self.OUTPUTS(2)
-        made = half_of(Dcm(stages=1), ()).targets(Gathered(STUDENTS, outputs, LABELS, outsiders=True))
+        made = half_of(Dcm(stages=1), ()).targets(RoundInputs(STUDENTS, outputs, LABELS, include_absent=True))
         expected, _ = dense.pooled_dense_probabilities(torch.stack([outputs["logits/stage1"], outputs["logits"]], 1))
         assert made.shared is not None
         assert torch.equal(made.shared["same"], expected.transpose(0, 1))
 
     def test_one_alone_has_no_peers(self) -> None:
-        made = half_of(Dcm(stages=1), ()).targets(Gathered(("ant",), self.OUTPUTS(1), LABELS, outsiders=True))
+        made = half_of(Dcm(stages=1), ()).targets(RoundInputs(("ant",), self.OUTPUTS(1), LABELS, include_absent=True))
         assert made.each == {"ant": {}}
         assert made.shared is not None
         assert set(made.shared) == {"same", "other"}
@@ -106,7 +106,7 @@ class TestDcm:
 
 def test_cross_architecture_is_the_mean_of_all() -> None:
     logits = drawn(5, 2, B, C)
-    made = half_of(CrossArchitecture(temperature=3), ()).targets(Gathered(STUDENTS, {"logits": logits}, LABELS))
+    made = half_of(CrossArchitecture(temperature=3), ()).targets(RoundInputs(STUDENTS, {"logits": logits}, LABELS))
     assert made.shared is not None
     assert torch.equal(made.shared["probabilities"], ensembles.mean_probabilities(logits, 3))
 
@@ -163,8 +163,8 @@ def nothing():
         assert (half.heavy, half.student, half.teacher) == (False, {"logits": LOGITS}, {})
         assert torch.equal(half.targets(gathered).shared["logits"], gathered.outputs["logits"].mean(0))
 
-    def gathered(self) -> Gathered:
-        return Gathered(("ant", "bee"), {"logits": torch.ones(2, 2, 3)}, torch.zeros(2, dtype=torch.int64))
+    def gathered(self) -> RoundInputs:
+        return RoundInputs(("ant", "bee"), {"logits": torch.ones(2, 2, 3)}, torch.zeros(2, dtype=torch.int64))
 
     @pytest.mark.parametrize(
         ("answer", "message"),

@@ -18,7 +18,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability import http as web
 from codistill_server.observability.dashboard.html import render_live
 from codistill_server.observability.dashboard.live import LivePage
-from codistill_server.observability.http import WebServer
+from codistill_server.observability.http import HttpServer
 
 EXPERIMENT = parse(
     "name: x\ndata: {dataset: digits}\ntraining: {epochs: 1}\nstudents: [{name: a, model: mlp}, {name: b, model: mlp}]\n"
@@ -27,16 +27,16 @@ PATHS = ("/", "/now.json", "/run.json", "/metrics")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     registry = CollectorRegistry()
     Gauge("codistill_thing", "A thing.", registry=registry).set(3)
     Gauge("codistill_other", "Another.", registry=registry)
-    made = WebServer("127.0.0.1", 0, LivePage(EXPERIMENT, tmp_path_factory.mktemp("run"), pb.Run), registry)
+    made = HttpServer("127.0.0.1", 0, LivePage(EXPERIMENT, tmp_path_factory.mktemp("run"), pb.Run), registry)
     yield made
     made.close()
 
 
-def asked(served: WebServer, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def asked(served: HttpServer, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     try:
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
@@ -46,14 +46,14 @@ def asked(served: WebServer, path: str, method: str = "GET", **headers: str) -> 
         connection.close()
 
 
-def raw(served: WebServer, content: bytes) -> bytes:
+def raw(served: HttpServer, content: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
         connection.sendall(content)
         return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_head_tells_what_get_tells_without_its_body(served: WebServer, path: str) -> None:
+def test_head_tells_what_get_tells_without_its_body(served: HttpServer, path: str) -> None:
     status, headers, body = asked(served, path)
     assert status == 200
     assert body
@@ -64,7 +64,7 @@ def test_head_tells_what_get_tells_without_its_body(served: WebServer, path: str
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/nowhere"])
-def test_every_answer_says_what_a_browser_may_not_do_with_it(served: WebServer, path: str) -> None:
+def test_every_answer_says_what_a_browser_may_not_do_with_it(served: HttpServer, path: str) -> None:
     _, headers, _ = asked(served, path)
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
     assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
@@ -75,7 +75,7 @@ def test_every_answer_says_what_a_browser_may_not_do_with_it(served: WebServer, 
     assert headers["Server"] == "codistill", "and no version of Python's"
 
 
-def test_the_pages_policy_is_in_the_page_too_and_its_title_is_text(served: WebServer) -> None:
+def test_the_pages_policy_is_in_the_page_too_and_its_title_is_text(served: HttpServer) -> None:
     _, headers, body = asked(served, "/")
     found = re.search(r'Content-Security-Policy" content="([^"]+)"', body.decode())
     assert found
@@ -86,7 +86,7 @@ def test_the_pages_policy_is_in_the_page_too_and_its_title_is_text(served: WebSe
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/metrics/", "/../etc/passwd", "*", "http://h/metrics"])
-def test_another_path_is_not_found(served: WebServer, path: str) -> None:
+def test_another_path_is_not_found(served: HttpServer, path: str) -> None:
     status, headers, body = asked(served, path, Host="localhost")
     assert status == 404
     assert headers["Content-Type"] == "text/plain; charset=utf-8"
@@ -97,7 +97,7 @@ def test_another_path_is_not_found(served: WebServer, path: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil", "[::1", ""]
 )
-def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: WebServer, host: str, path: str) -> None:
+def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: HttpServer, host: str, path: str) -> None:
     status, headers, body = asked(served, path, Host=host)
     assert status == 421
     assert body == b"this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
@@ -107,7 +107,7 @@ def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: WebServer
 @pytest.mark.parametrize(
     "host", ["localhost:1", "LOCALHOST", "run.localhost:9464", "127.0.0.1", "[::1]:9464", "192.0.2.7:80"]
 )
-def test_this_machine_s_names_and_addresses_are_answered(served: WebServer, host: str) -> None:
+def test_this_machine_s_names_and_addresses_are_answered(served: HttpServer, host: str) -> None:
     assert asked(served, "/now.json", Host=host)[0] == 200
     assert raw(served, b"GET /metrics HTTP/1.0\r\n\r\n").splitlines()[0].endswith(b" 200 OK")
 
@@ -120,7 +120,7 @@ def test_beyond_loopback_and_by_the_name_that_it_was_given_it_is_answered(
         socket, "getaddrinfo", lambda host, *rest, **more: find({"Node": "127.0.0.1"}.get(host, host), *rest, **more)
     )
     for given, called, status in (("0.0.0.0", "node.example", 200), ("Node", "node", 200), ("Node", "other", 421)):  # noqa: S104
-        made = WebServer(given, 0, LivePage(EXPERIMENT, tmp_path, pb.Run), CollectorRegistry())
+        made = HttpServer(given, 0, LivePage(EXPERIMENT, tmp_path, pb.Run), CollectorRegistry())
         try:
             assert asked(made, "/metrics", Host=called)[0] == status
         finally:
@@ -128,7 +128,7 @@ def test_beyond_loopback_and_by_the_name_that_it_was_given_it_is_answered(
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "NONSENSE"])
-def test_another_method_is_not_allowed(served: WebServer, method: str) -> None:
+def test_another_method_is_not_allowed(served: HttpServer, method: str) -> None:
     status, headers, body = asked(served, "/metrics", method)
     assert status == 405
     assert headers["Allow"] == "GET, HEAD"
@@ -144,14 +144,14 @@ def test_another_method_is_not_allowed(served: WebServer, method: str) -> None:
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
     ],
 )
-def test_what_is_no_request_is_refused_in_one_line(served: WebServer, content: bytes, status: int) -> None:
+def test_what_is_no_request_is_refused_in_one_line(served: HttpServer, content: bytes, status: int) -> None:
     answer = raw(served, content)
     assert f" {status} ".encode() in answer.splitlines()[0] or answer.startswith(b"Bad Request")
     assert b"<" not in answer
     assert asked(served, "/metrics")[0] == 200
 
 
-def test_what_is_known_is_not_sent_again(served: WebServer) -> None:
+def test_what_is_known_is_not_sent_again(served: HttpServer) -> None:
     for path in ("/", "/run.json"):
         tag = asked(served, path)[1]["ETag"]
         status, headers, body = asked(served, path, If_None_Match=tag)
@@ -160,7 +160,7 @@ def test_what_is_known_is_not_sent_again(served: WebServer) -> None:
         assert asked(served, path, If_None_Match='"another"')[0] == 200
 
 
-def test_what_is_large_is_compressed_for_who_can_read_it(served: WebServer) -> None:
+def test_what_is_large_is_compressed_for_who_can_read_it(served: HttpServer) -> None:
     plain = asked(served, "/")[2]
     _, headers, body = asked(served, "/", Accept_Encoding="gzip, deflate")
     assert headers["Content-Encoding"] == "gzip"
@@ -168,7 +168,7 @@ def test_what_is_large_is_compressed_for_who_can_read_it(served: WebServer) -> N
     assert len(body) < len(plain) / 2
 
 
-def test_the_metrics_are_prometheus_and_open_metrics(served: WebServer) -> None:
+def test_the_metrics_are_prometheus_and_open_metrics(served: HttpServer) -> None:
     status, headers, body = asked(served, "/metrics")
     assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     assert b"codistill_thing 3.0" in body
@@ -184,14 +184,14 @@ def test_a_state_that_cannot_be_had_is_said(tmp_path: Path) -> None:
     def snapshot() -> pb.Run:
         raise TimeoutError
 
-    made = WebServer("127.0.0.1", 0, LivePage(EXPERIMENT, tmp_path, snapshot), CollectorRegistry())
+    made = HttpServer("127.0.0.1", 0, LivePage(EXPERIMENT, tmp_path, snapshot), CollectorRegistry())
     try:
         assert asked(made, "/now.json")[0::2] == (503, b"/now.json cannot be told now: TimeoutError\n")
     finally:
         made.close()
 
 
-def test_connections_are_bounded_in_number_and_in_time(served: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_bounded_in_number_and_in_time(served: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "_CONNECTIONS", 5)
     monkeypatch.setattr(web, "_CONNECTION_SECONDS", 3.0)
     held = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(5)]
@@ -211,7 +211,7 @@ def test_connections_are_bounded_in_number_and_in_time(served: WebServer, monkey
             connection.close()
 
 
-def test_a_name_that_is_no_host_and_a_busy_port_cannot_be_listened_on(served: WebServer, tmp_path: Path) -> None:
+def test_a_name_that_is_no_host_and_a_busy_port_cannot_be_listened_on(served: HttpServer, tmp_path: Path) -> None:
     for host, port in (("127.0.0.1", served.port), ("no.such.host.invalid", 0)):
         with pytest.raises(OSError, match=r".+"):
-            WebServer(host, port, LivePage(EXPERIMENT, tmp_path, pb.Run), CollectorRegistry())
+            HttpServer(host, port, LivePage(EXPERIMENT, tmp_path, pb.Run), CollectorRegistry())

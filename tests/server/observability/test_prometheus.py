@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from codistill import __version__
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
-from codistill_server.errors import Refused
+from codistill_server.errors import RequestRejected
 from codistill_server.observability.prometheus import registry
 from server.support import BATCH, CLASSES, TOTAL_ROUNDS, Run, contribution, make_experiment
 
@@ -79,7 +79,7 @@ def scraped() -> Scraped:
         run.report(student, round=3 - position, epoch=1, measurements=measured, step_seconds=0.5, wait_seconds=0.125)
     broken = contribution(run.experiment, "cat", 3)
     broken.batch.outputs["logits"].CopyFrom(encode(torch.full((BATCH, CLASSES), torch.nan), "float32"))
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRejected):
         run.send("cat", broken)
     run.join("cat", 3)
     run.contribute("ant", 3)

@@ -11,7 +11,7 @@ from codistill.config.experiment import Experiment
 from codistill.config.methods import Independent
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Presence, Status, Waiting
 from server.support import TOTAL_ROUNDS, Clock, join_request, make_experiment
 
@@ -26,7 +26,7 @@ class Watched:
         self.clock, self.wall = Clock(), Clock(1.7e9)
         self.records: list[Record] = []
         self.experiment = experiment or make_experiment(NAMES)
-        self.it = Observations(self.experiment, self.records.append, self.clock, self.wall)
+        self.it = RunState(self.experiment, self.records.append, self.clock, self.wall)
         self.it.rounds_per_epoch = rounds_per_epoch
 
     def close(self, number: int, *, took: float = 1.0, **after: float) -> None:

@@ -36,11 +36,11 @@ from codistill_server.rounds.events import (
     Tick,
 )
 from codistill_server.rounds.machine import Rounds, Rules
-from codistill_server.rounds.stragglers import Absence
+from codistill_server.rounds.stragglers import StragglerPolicy
 from server.rounds.support import contribution, joined, machine_settings
 
 NAMES = ("ant", "bee", "cat")
-RULES = Rules(NAMES, waiting_notice=5.0, absence=Absence(quorum=2, round_deadline=3.0, evict_after=10.0))
+RULES = Rules(NAMES, waiting_notice=5.0, absence=StragglerPolicy(quorum=2, round_deadline=3.0, evict_after=10.0))
 
 
 class Driven:
@@ -276,7 +276,7 @@ class AbsenceMachine(RuleBasedStateMachine):
 
     @initialize(quorum=st.integers(2, 3))
     def start(self, quorum: int) -> None:
-        self.rules_of_run = Rules(NAMES, absence=Absence(quorum, 3.0, 10.0))
+        self.rules_of_run = Rules(NAMES, absence=StragglerPolicy(quorum, 3.0, 10.0))
         self.now = 0.0
         self.journal: dict[int, tuple[tuple[str, ...], bool]] = {}
         self.finished: set[str] = set()

@@ -6,23 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill_server.rounds.stragglers import Absence, Arrivals, Verdict, judge
+from codistill_server.rounds.stragglers import ArrivalLags, Decision, StragglerPolicy, decide
 
-RULES = Absence(quorum=2, round_deadline=3.0, evict_after=30.0)
-AUTO = Absence(quorum=2, round_deadline=None, evict_after=30.0)
+RULES = StragglerPolicy(quorum=2, round_deadline=3.0, evict_after=30.0)
+AUTO = StragglerPolicy(quorum=2, round_deadline=None, evict_after=30.0)
 NAMES = ("ant", "bee", "cat")
 
 
-def verdict(waited: float, contributed: tuple[str, ...], **changes: Any) -> Verdict:
+def verdict(waited: float, contributed: tuple[str, ...], **changes: Any) -> Decision:
     arguments: dict[str, Any] = {
         "waited": waited, "deadline": 3.0, "awaited": NAMES, "expected": (), "contributed": contributed
     }  # fmt: skip
-    return judge(RULES, **{**arguments, **changes})
+    return decide(RULES, **{**arguments, **changes})
 
 
 class TestJudge:
     def test_it_closes_when_every_awaited_student_is_in(self) -> None:
-        assert verdict(0.1, NAMES) == Verdict(True, True, (), "every awaited student is in; 3 contributions, quorum 2")
+        assert verdict(0.1, NAMES) == Decision(True, True, (), "every awaited student is in; 3 contributions, quorum 2")
         assert verdict(0.1, ("ant", "bee"), awaited=("ant", "bee")).close
 
     def test_before_the_deadline_it_waits(self) -> None:
@@ -67,8 +67,8 @@ class TestJudge:
 
 
 class TestArrivals:
-    def of(self, *lags: float) -> Arrivals:
-        arrivals = Arrivals()
+    def of(self, *lags: float) -> ArrivalLags:
+        arrivals = ArrivalLags()
         for lag in lags:
             arrivals.add(lag)
         return arrivals

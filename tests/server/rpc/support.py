@@ -19,10 +19,10 @@ from codistill.config.fingerprint import identity
 from codistill.rundir.records import Record
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill.wire.checksum import seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 from codistill_server.ratelimit import Limits
 from codistill_server.rpc.service import DistillationService, EventLoopSubmit, server_options
 from codistill_server.storage.journal import Journal
@@ -83,14 +83,14 @@ class Student:
         channel = self.channel or self.served.channel
         request = join_request(self.served.experiment, self.name, first_round)
         self.session = (await cast("Any", DistillationStub(channel)).Join(request)).session
-        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(self.session)),))
+        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(self.session)),))
         await self.call.initial_metadata()
 
     async def send(self, number: int, **options: Any) -> None:
         await self.contribute(contribution(self.served.experiment, self.name, number, **options))
 
     async def contribute(self, message: pb.Contribution) -> None:
-        await self.write(seal(message, str(self.session)))
+        await self.write(append_checksum(message, str(self.session)))
 
     async def write(self, raw: bytes) -> None:
         await self.call.write(raw)
@@ -129,7 +129,7 @@ async def serving(
     coordinator = Coordinator(
         experiment,
         journal or Journal(None, identity(experiment)),
-        Observations(experiment, list[Record]().append),
+        RunState(experiment, list[Record]().append),
         submit,
     )
     made = DistillationService(coordinator, failures.append, limits)

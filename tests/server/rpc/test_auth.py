@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from codistill.wire.security import Token
-from codistill_server.rpc.auth import OPEN_METHODS, TokenGuard
+from codistill_server.rpc.auth import OPEN_METHODS, TokenInterceptor
 from support_certificates import TOKEN, WRONG_TOKEN
 
 JOIN = "/codistill.v1.Distillation/Join"
@@ -32,7 +32,7 @@ class Context:
         self.aborted = code, details
 
 
-def ask(guard: TokenGuard, details: Details) -> Any:
+def ask(guard: TokenInterceptor, details: Details) -> Any:
     async def own(details: grpc.HandlerCallDetails) -> Any:
         return OWN
 
@@ -58,11 +58,11 @@ def bearer(token: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def guard() -> TokenGuard:
-    return TokenGuard(Token(TOKEN, "a test"))
+def guard() -> TokenInterceptor:
+    return TokenInterceptor(Token(TOKEN, "a test"))
 
 
-def test_the_right_token_gets_the_calls_own_handler(guard: TokenGuard) -> None:
+def test_the_right_token_gets_the_calls_own_handler(guard: TokenInterceptor) -> None:
     assert ask(guard, Details(JOIN, ("other", "x"), bearer(TOKEN))) is OWN
 
 
@@ -82,7 +82,7 @@ def test_the_right_token_gets_the_calls_own_handler(guard: TokenGuard) -> None:
         [bearer(WRONG_TOKEN), bearer(TOKEN)],
     ],
 )
-def test_a_wrong_token(guard: TokenGuard, metadata: list[tuple[str, str]]) -> None:
+def test_a_wrong_token(guard: TokenInterceptor, metadata: list[tuple[str, str]]) -> None:
     code, text = refusal(ask(guard, Details(JOIN, *metadata)))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert text.startswith("the token given is not this server's; give the server's own with --token-file")
@@ -90,13 +90,13 @@ def test_a_wrong_token(guard: TokenGuard, metadata: list[tuple[str, str]]) -> No
 
 
 @pytest.mark.parametrize("method", [JOIN, "/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.X/Y", "/no/such"])
-def test_no_token(guard: TokenGuard, method: str) -> None:
+def test_no_token(guard: TokenInterceptor, method: str) -> None:
     code, text = refusal(ask(guard, Details(method, ("authorisation", f"Bearer {TOKEN}"))))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert text.startswith("this server asks for a token, and none was given; give the server's own")
 
 
-def test_health_is_answered_without(guard: TokenGuard) -> None:
+def test_health_is_answered_without(guard: TokenInterceptor) -> None:
     assert set(OPEN_METHODS) == {"/grpc.health.v1.Health/Check"}
     for method in OPEN_METHODS:
         assert ask(guard, Details(method)) is OWN
@@ -104,7 +104,7 @@ def test_health_is_answered_without(guard: TokenGuard) -> None:
 
 def test_many_refusals_make_few_lines(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    guard = TokenGuard(Token(TOKEN, "a test"), lambda: now[0])
+    guard = TokenInterceptor(Token(TOKEN, "a test"), lambda: now[0])
     with caplog.at_level(logging.WARNING):
         for number in range(2000):
             now[0] = number / 100

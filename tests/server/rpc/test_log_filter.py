@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from codistill_server.rpc.log_filter import Seldom, quiet
+from codistill_server.rpc.log_filter import RareRecordFilter, limit_grpc_log
 from server.support import Clock
 
 
@@ -15,7 +15,7 @@ def record(message: str, *args: object) -> logging.LogRecord:
 class TestSeldom:
     def test_a_line_stands_for_many(self) -> None:
         clock = Clock()
-        seldom, written = Seldom(clock), list[str]()
+        seldom, written = RareRecordFilter(clock), list[str]()
         for number in range(250):
             told = record("Invalid encoding on %s", b"\xff" * (500 if number == 200 else 1))
             if seldom.filter(told):
@@ -27,7 +27,7 @@ class TestSeldom:
         assert len(written[2]) < 180
 
     def test_each_kind_has_its_own(self) -> None:
-        seldom = Seldom(Clock())
+        seldom = RareRecordFilter(Clock())
         gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
         error = RuntimeError('Failed "execute_batch": (SendMessageOperation,)')
         told, again, other = record(gone), record(gone), record(gone)
@@ -41,7 +41,7 @@ class TestSeldom:
         assert told.getMessage().startswith("a caller was gone before its answer was sent (ExecuteBatchError ")
 
     def test_everything_else_is_written_as_it_is(self) -> None:
-        seldom = Seldom(Clock())
+        seldom = RareRecordFilter(Clock())
         for _ in range(3):
             told = record("Unexpected %s raised", "KeyError")
             assert seldom.filter(told)
@@ -50,7 +50,7 @@ class TestSeldom:
 
 def test_it_ends_with_the_server(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("grpc._cython.cygrpc")
-    with quiet():
+    with limit_grpc_log():
         logger.error("Invalid encoding on %s", b"\xff")
         logger.error("Invalid encoding on %s", b"\xff")
     logger.error("Invalid encoding on %s", b"\xff")

@@ -95,7 +95,7 @@ class TestHeavyWork:
         class Held:
             heavy, student, teacher = half.heavy, half.student, half.teacher
 
-            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
                 threads.append(threading.current_thread().name)
                 assert release.wait(PATIENCE)
                 return half.targets(gathered)
@@ -176,10 +176,10 @@ class TestWatchRun:
         drive(test)
 
 
-def _returning(half: methods.ServerHalf) -> Callable[..., methods.ServerHalf]:
+def _returning(half: methods.Aggregator) -> Callable[..., methods.Aggregator]:
     def create(
         distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()
-    ) -> methods.ServerHalf:
+    ) -> methods.Aggregator:
         del distillation, students, teachers
         return half
 
@@ -267,7 +267,7 @@ class TestFaults:
             def __init__(self) -> None:
                 self.heavy = heavy
 
-            def targets(self, gathered: methods.Gathered) -> methods.Targets:
+            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
                 del gathered
                 raise ZeroDivisionError("a fault of the method")
 

@@ -10,7 +10,7 @@ import pytest
 from codistill import SESSION_KEY
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill.wire.checksum import seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.ratelimit import Limits, Rate
 from codistill_server.rpc import service
 from codistill_server.rpc.service import server_options
@@ -137,12 +137,12 @@ class TestLimits:
         async def test() -> None:
             async with serving() as served:
                 ant, bee = await served.students()
-                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
+                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(ant.session)),))
                 await second.initial_metadata()
                 error = await ant.ending()
                 assert error.code() is grpc.StatusCode.ABORTED
                 assert "has opened another stream" in str(error.details())
-                await second.write(seal(contribution(served.experiment, "ant", 0), str(ant.session)))
+                await second.write(append_checksum(contribution(served.experiment, "ant", 0), str(ant.session)))
                 await bee.send(0)
                 assert await second.read() == await bee.answer()
 

@@ -14,11 +14,11 @@ import torch
 from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import is_whole, seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session, verify_checksum
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
-from codistill_server.observability.state import Observations
+from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Status
 from codistill_server.rpc.service import DistillationService
 from codistill_server.storage.journal import Journal
@@ -40,7 +40,7 @@ class TestStatus:
                 self.session = session
 
             def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-                return ((SESSION_KEY, seal_session(self.session)),)
+                return ((SESSION_KEY, format_session(self.session)),)
 
             async def send_initial_metadata(self, _: object) -> None:
                 self.headers = "under way"
@@ -56,7 +56,7 @@ class TestStatus:
         async def test() -> None:
             experiment = make_experiment()
             journal = Journal(None, identity(experiment))
-            coordinator = Coordinator(experiment, journal, Observations(experiment, lambda _: None))
+            coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
             context = Context(coordinator.join(join_request(experiment, "ant")).session)
 
             async def requests() -> AsyncGenerator[bytes]:
@@ -157,12 +157,12 @@ class TestStatus:
             "-1",
             "1.0",
             "9" * 5000,
-            seal_session(1)[:-1],
-            f"{seal_session(1)} 2",
+            format_session(1)[:-1],
+            f"{format_session(1)} 2",
             f"{'9' * 20}-{zlib.crc32(b'9' * 20):08x}",
-            seal_session(2).replace("2-", "1-"),
-            seal_session(0),
-            seal_session(10**18),
+            format_session(2).replace("2-", "1-"),
+            format_session(0),
+            format_session(10**18),
         ],
     )
     def test_a_stream_without_a_proper_session(self, value: str | None) -> None:
@@ -209,12 +209,12 @@ class TestStatus:
             async with serving() as served:
                 ant, bee = await served.students()
                 message = contribution(served.experiment, "ant", 0)
-                raw = seal(message, str(ant.session))
+                raw = append_checksum(message, str(ant.session))
                 raw = {
                     "a bit": raw[:-40] + bytes([raw[-40] ^ 4]) + raw[-39:],
                     "the tail": raw[:-1],
                     "no checksum": message.SerializeToString(),
-                    "another session": seal(message, str(bee.session)),
+                    "another session": append_checksum(message, str(bee.session)),
                 }[damage]
                 await bee.send(0)
                 await ant.write(raw)
@@ -246,7 +246,7 @@ class TestStatus:
                     "Report": pb.ReportRequest(session=ant.session, round=3, durable_round=2),
                     "Leave": pb.LeaveRequest(session=ant.session, reason=pb.LEAVE_REASON_FINISHED, message="done"),
                 }[name]
-                raw = seal(request)
+                raw = append_checksum(request)
                 call = served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")
                 for position in range(0, len(raw) - 5, max(1, len(raw) // 30)):
                     damaged = bytearray(raw)
@@ -259,7 +259,7 @@ class TestStatus:
                 await call(request.SerializeToString())  # without a checksum, as other programs may
                 answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
                 if name == "Join":
-                    assert is_whole(answer), "the response is sealed too"
+                    assert verify_checksum(answer), "the response is sealed too"
 
         drive(test)
 
@@ -285,7 +285,7 @@ class _SlowHeaders:
         self.sent: list[str] = []
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ((SESSION_KEY, seal_session(self._session)),)
+        return ((SESSION_KEY, format_session(self._session)),)
 
     async def send_initial_metadata(self, _: object) -> None:
         try:

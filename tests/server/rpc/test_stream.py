@@ -9,7 +9,7 @@ import pytest
 
 from codistill import SESSION_KEY
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import seal, seal_session
+from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.rpc import service
 from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, until
 from server.support import contribution, join_request, make_experiment
@@ -58,7 +58,7 @@ class TestStreams:
             async with serving() as served:
                 for hops in range(12):
                     session = (await served.stub.Join(join_request(served.experiment, "ant"))).session
-                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(session)),))
+                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(session)),))
                     for _ in range(hops):
                         await asyncio.sleep(0)
                     call.cancel()
@@ -73,7 +73,9 @@ class TestStreams:
             async with serving() as served:
                 ant, bee = await served.students()
                 first = ant.call
-                ant.call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, seal_session(ant.session)),))
+                ant.call = served.channel.stream_stream(EXCHANGE)(
+                    metadata=((SESSION_KEY, format_session(ant.session)),)
+                )
                 await ant.call.initial_metadata()
                 error = await error_of(first.read())
                 assert error.code() is grpc.StatusCode.ABORTED
@@ -110,7 +112,7 @@ class TestStreams:
                 await asyncio.wait([asking])
 
         async def _ask(student: Student) -> None:
-            raw = seal(contribution(experiment, student.name, 0), str(student.session))
+            raw = append_checksum(contribution(experiment, student.name, 0), str(student.session))
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while True:
                     await student.write(raw)

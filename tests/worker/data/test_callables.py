@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from codistill.config.data import Data
+from codistill.peer.errors import PeerError
 from codistill_worker.data import Dataset, load
 from codistill_worker.data.dataset import MemorySplit
-from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.errors import ConfigurationError
 from worker.data.support import CPU, TINY, everything
 
 # --- a user's own
@@ -120,5 +121,5 @@ def test_what_a_callable_returns_is_checked(
 
 def test_a_callables_own_error_says_where_it_was_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own(monkeypatch, tmp_path, "def make(): raise KeyError('disk')")
-    with pytest.raises(WorkerError, match=r"data\.dataset: 'own_data:make': KeyError at .*own_data\.py:2: 'disk'$"):
+    with pytest.raises(PeerError, match=r"data\.dataset: 'own_data:make': KeyError at .*own_data\.py:2: 'disk'$"):
         load_own()

@@ -10,12 +10,12 @@ from torch import nn
 
 from codistill.config.methods import Custom
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.methods import Step, Subject, WorkerHalf, create
+from codistill_worker.methods import Objective, Step, StudentContext, create
 
 MODULE = """
 import torch
 from codistill_worker.methods import losses
-from codistill_worker.methods import LogitsHalf, Loss
+from codistill_worker.methods import LogitsObjective, Loss
 
 ANSWERS = {
     "good": lambda z, loss: Loss(loss, loss.detach()),
@@ -29,7 +29,7 @@ ANSWERS = {
 def exhausted():
     raise MemoryError
 
-class Half(LogitsHalf):
+class Half(LogitsObjective):
     publishes = ("logits",)
     def __init__(self, subject, answer):
         super().__init__(subject)
@@ -46,9 +46,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def half(answer: str) -> WorkerHalf:
+def half(answer: str) -> Objective:
     settings = Custom(server="a:b", worker="custom_worker_half:Half", parameters={"answer": answer})
-    return create(settings, Subject("a", nn.Identity(), {"classes": 3, "channels": 1, "size": 8}, dict))
+    return create(settings, StudentContext("a", nn.Identity(), {"classes": 3, "channels": 1, "size": 8}, dict))
 
 
 def test_it_is_what_the_user_wrote() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codistill_worker import models
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.methods.features import Observed, as_map, layer_names, pooled, stage_layers
+from codistill_worker.methods.features import FeatureExtractor, as_map, layer_names, pooled, stage_layers
 
 MODELS = {
     "mlp": ("mlp", {"dropout": 0.3}, 8),
@@ -39,11 +39,11 @@ def built(name: str) -> tuple[nn.Module, int]:
     return models.build(reference, classes=10, channels=1, size=size, args=args, seed=0), size
 
 
-def observed(name: str, **changes: Any) -> tuple[Observed, int]:
+def observed(name: str, **changes: Any) -> tuple[FeatureExtractor, int]:
     model, size = built(name)
     layers = stage_layers(model, 2, channels=1, size=size)
     settings: dict[str, Any] = {"features": layers, "heads": layers, "embedding": True, **changes}
-    return Observed(model, channels=1, size=size, classes=10, **settings), size
+    return FeatureExtractor(model, channels=1, size=size, classes=10, **settings), size
 
 
 def images_of(size: int) -> Tensor:
@@ -77,8 +77,8 @@ class Branching(nn.Module):
         return self.last(-flat if flat.sum() > 0 else flat)
 
 
-def small(**settings: Any) -> Observed:
-    return Observed(Small(), channels=1, size=16, classes=3, **settings)
+def small(**settings: Any) -> FeatureExtractor:
+    return FeatureExtractor(Small(), channels=1, size=16, classes=3, **settings)
 
 
 def test_what_is_read_is_what_the_layers_compute() -> None:
@@ -177,7 +177,9 @@ def test_every_loss_reaches_the_weights_below_it_and_no_others() -> None:
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Identity(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Identity(), nn.Identity(),
             nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Identity(), nn.Linear(4, 3),
         )  # fmt: skip
-        wrapped = Observed(model, channels=1, size=8, classes=3, features=["1", "4"], heads=["1", "8"], embedding=True)
+        wrapped = FeatureExtractor(
+            model, channels=1, size=8, classes=3, features=["1", "4"], heads=["1", "8"], embedding=True
+        )
         wrapped(images_of(8))[output].square().sum().backward()
         with_gradients = {name for name, each in wrapped.named_parameters() if each.grad is not None}
         assert {".".join(name.split(".")[:2]) for name in with_gradients} == reached
@@ -187,7 +189,7 @@ def test_classifiers_follow_from_their_seed() -> None:
     students = [Small() for _ in range(3)]
     state = torch.get_rng_state()
     one, same, other = (
-        Observed(student, channels=1, size=16, classes=3, heads=["twice"], seed=seed)
+        FeatureExtractor(student, channels=1, size=16, classes=3, heads=["twice"], seed=seed)
         for student, seed in zip(students, (3, 3, 4), strict=True)
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -204,7 +206,7 @@ def test_nothing_is_left_on_the_student_between_calls() -> None:
 
 def test_the_mode_is_that_of_before() -> None:
     model = Small().eval()
-    wrapped = Observed(model, channels=1, size=16, classes=3, features=["twice"])
+    wrapped = FeatureExtractor(model, channels=1, size=16, classes=3, features=["twice"])
     stage_layers(model, 1, channels=1, size=16)
     layer_names(model)
     assert not wrapped.training
@@ -264,26 +266,26 @@ def test_an_operation_without_a_map_is_refused() -> None:
             return super().forward(images * images.size(0) / images.size(0))
 
     with pytest.raises(ConfigurationError, match=r"^hidden layers: 'size' gives int for 2 images; allowed are "):
-        Observed(Sized(), channels=1, size=16, classes=3, features=["size"])
+        FeatureExtractor(Sized(), channels=1, size=16, classes=3, features=["size"])
 
 
 def test_a_model_that_cannot_be_traced_is_refused_for_layers_and_taken_for_its_embedding() -> None:
     with pytest.raises(ConfigurationError, match=r"^hidden layers: the model cannot be traced: .*; choose a model "):
-        Observed(Branching(), channels=1, size=4, classes=3, features=["last"])
-    outputs = Observed(Branching(), channels=1, size=4, classes=3, embedding=True)(torch.ones(2, 1, 4, 4))
+        FeatureExtractor(Branching(), channels=1, size=4, classes=3, features=["last"])
+    outputs = FeatureExtractor(Branching(), channels=1, size=4, classes=3, embedding=True)(torch.ones(2, 1, 4, 4))
     assert torch.equal(outputs["embedding"], -torch.ones(2, 16))
 
 
 def test_the_embedding_of_a_convolutional_classifier_is_the_mean_of_its_map() -> None:
     model = nn.Sequential(nn.Identity(), nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images = images_of(4)
-    outputs = Observed(model, channels=1, size=4, classes=3, embedding=True)(images)
+    outputs = FeatureExtractor(model, channels=1, size=4, classes=3, embedding=True)(images)
     torch.testing.assert_close(outputs["embedding"], images.mean((2, 3)))
 
 
 def test_a_model_without_weights_has_no_embedding() -> None:
     with pytest.raises(ConfigurationError, match=r"^embedding: the model has no layer with weights; "):
-        Observed(nn.Flatten(), channels=1, size=2, classes=4, embedding=True)
+        FeatureExtractor(nn.Flatten(), channels=1, size=2, classes=4, embedding=True)
 
 
 def test_any_output_is_a_map() -> None:

@@ -28,7 +28,7 @@ from codistill.config.methods import (
     RkdDistance,
     Vid,
 )
-from codistill_worker.methods import Loss, Step, Subject, WorkerHalf, create, teacher_network
+from codistill_worker.methods import Loss, Objective, Step, StudentContext, create, teacher_network
 
 Values = NDArray[np.float64]
 Arrays = Mapping[str, Values]
@@ -54,11 +54,11 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def half_of(method: Distillation) -> WorkerHalf:
+def half_of(method: Distillation) -> Objective:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)
         shapes = {"features/1": (3, 8, 8), "features/2": (7, 4, 4)}
-        return create(method, Subject("a", small(), SHAPE, lambda: shapes, seed=2))
+        return create(method, StudentContext("a", small(), SHAPE, lambda: shapes, seed=2))
 
 
 IMAGES, LABELS = drawn(3, B, 1, SIZE, SIZE), torch.arange(B) % C
@@ -111,7 +111,7 @@ def cosines(rows: Values) -> Values:
     return found
 
 
-def informed(half: WorkerHalf, outputs: Arrays, targets: Arrays) -> float:
+def informed(half: Objective, outputs: Arrays, targets: Arrays) -> float:
     total = 0.0
     learnt = {name: value.detach().double().numpy() for name, value in half.extra.named_parameters()}
     for number in (1, 2):
@@ -133,7 +133,7 @@ def dense(outputs: Arrays, targets: Arrays, auxiliary: float, same: float, other
     return total
 
 
-FORMULAS: dict[str, tuple[Distillation, Callable[[WorkerHalf, Arrays, Arrays], float]]] = {
+FORMULAS: dict[str, tuple[Distillation, Callable[[Objective, Arrays, Arrays], float]]] = {
     "kd": (
         Kd(weight=0.7, temperature=3),
         lambda _, o, t: 0.3 * entropy(o["logits"]) + 0.7 * distilled(t["logits"], o["logits"], 3),
@@ -188,7 +188,7 @@ FORMULAS: dict[str, tuple[Distillation, Callable[[WorkerHalf, Arrays, Arrays], f
 }  # fmt: skip
 
 
-def step_of(half: WorkerHalf, without: str = "") -> Step:
+def step_of(half: Objective, without: str = "") -> Step:
     half.network.train()
     targets = {name: value for name, value in TARGETS.items() if name != without}
     return Step(half.network(IMAGES), LABELS, targets, EPOCH, EPOCHS)
@@ -292,5 +292,5 @@ def test_what_a_student_publishes(name: str) -> None:
     ],
 )
 def test_what_a_teacher_publishes(method: Distillation, names: set[str]) -> None:
-    network = teacher_network(method, Subject("old", small(), SHAPE, dict))
+    network = teacher_network(method, StudentContext("old", small(), SHAPE, dict))
     assert set(network(IMAGES)) == names

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from codistill.config.methods import Distillation, Dml, Independent, Kdcl
-from codistill_worker.methods import Loss, Step, Subject, WorkerHalf, create
+from codistill_worker.methods import Loss, Objective, Step, StudentContext, create
 from codistill_worker.methods.losses import divergence
 
 B, C, K = 3, 4, 3
@@ -45,8 +45,8 @@ def targets(settings: Distillation, seed: int = 5, rows: int = B) -> dict[str, t
             return peers(drawn(seed, K, rows, C), 0, settings.temperature)
 
 
-def half_of(method: Distillation) -> WorkerHalf:
-    return create(method, Subject("a", nn.Identity(), {"classes": C, "channels": 1, "size": 8}, dict))
+def half_of(method: Distillation) -> Objective:
+    return create(method, StudentContext("a", nn.Identity(), {"classes": C, "channels": 1, "size": 8}, dict))
 
 
 METHODS: dict[str, Distillation] = {
@@ -60,7 +60,7 @@ METHODS: dict[str, Distillation] = {
 DISTILLING = {name: method for name, method in METHODS.items() if method.exchanges}
 
 
-def loss_by(half: WorkerHalf, logits: torch.Tensor, labels: torch.Tensor, given: Any) -> Loss:
+def loss_by(half: Objective, logits: torch.Tensor, labels: torch.Tensor, given: Any) -> Loss:
     return half.loss(Step({"logits": logits}, labels, given))
 
 
@@ -264,7 +264,7 @@ def test_targets_in_half_precision_are_computed_with_in_float32() -> None:
 
 
 def test_the_halves_are_chosen_by_the_method() -> None:
-    def traits(half: WorkerHalf) -> tuple[bool, bool]:
+    def traits(half: Objective) -> tuple[bool, bool]:
         return bool(half.publishes), half.measures_held_out
 
     assert traits(half_of(Independent())) == (False, False)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 from codistill.config.data import Data
+from codistill.peer.errors import PeerError
 from codistill_worker.data import load
 from codistill_worker.data.augmentation import normalise
-from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import timm, torchvision
 from codistill_worker.models import build, builtin_names, check
 from codistill_worker.models.stems import STEMS
@@ -474,5 +475,5 @@ def test_what_a_callable_makes_is_checked(name: str, args: dict[str, Any], messa
 
 @pytest.mark.usefixtures("own")
 def test_a_callables_own_error_says_where_it_was_raised() -> None:
-    with pytest.raises(WorkerError, match=r"model: 'own_models:failing': KeyError at .*own_models\.py:\d+: 'weights'$"):
+    with pytest.raises(PeerError, match=r"model: 'own_models:failing': KeyError at .*own_models\.py:\d+: 'weights'$"):
         built("own_models:failing")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from codistill_server.methods import Gathered, create
+from codistill_server.methods import RoundInputs, create
 from codistill_worker.methods import losses
 from codistill_worker.training.trainer import Published, Trainer
 
@@ -70,7 +70,7 @@ def together(tiny: Any, student: Any, method: str) -> tuple[list[Trainer], Calla
     assert half is not None
 
     def targets(published: list[Published]) -> list[Any]:
-        gathered = Gathered(
+        gathered = RoundInputs(
             students=experiment.names,
             outputs={name: torch.stack([each.batch.arrays[name] for each in published]) for name in half.student},
             labels=published[0].batch.labels,

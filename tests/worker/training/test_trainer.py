@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from codistill.config.experiment import Experiment
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.data import augmentation
-from codistill_worker.errors import WorkerError
 from worker.support_trainer import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
 
 
@@ -473,7 +473,7 @@ def test_logits_that_are_not_finite_end_the_student(odd: str, tiny: Tiny, studen
     bad = {"name": "bad", "model": odd, "model_args": {"spoil": "training"}}
     trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
     train(trainer, 2)
-    with pytest.raises(WorkerError, match=r"student 'bad' has diverged in round 2: .*training\.optimizer\.lr") as ended:
+    with pytest.raises(PeerError, match=r"student 'bad' has diverged in round 2: .*training\.optimizer\.lr") as ended:
         trainer.begin()
     assert ended.value.code is ExitCode.DIVERGED
     trainer.abandon()
@@ -485,6 +485,6 @@ def test_a_loss_that_is_not_finite_ends_the_student(odd: str, tiny: Tiny, studen
     trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
     trainer.evaluate(trainer._dataset.test)
     train(trainer, 1)
-    with pytest.raises(WorkerError, match="student 'bad' has diverged in round 1: its loss is nan") as ended:
+    with pytest.raises(PeerError, match="student 'bad' has diverged in round 1: its loss is nan") as ended:
         trainer.evaluate(trainer._dataset.test)
     assert ended.value.code is ExitCode.DIVERGED

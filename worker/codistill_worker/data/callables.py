@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from codistill.config.data import Data
+from codistill.peer.errors import PeerError
 from codistill_worker import plugins
 from codistill_worker.data.sources import Arrays
-from codistill_worker.errors import ConfigurationError, WorkerError
-from codistill_worker.memory import ran_out
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
 
 __all__ = ["from_callable"]
 
@@ -28,7 +28,7 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
 
     Raises:
         ConfigurationError: it cannot be imported or called so, or returns something else.
-        WorkerError: it raised an error of its own.
+        PeerError: it raised an error of its own.
     """
     where = f"data.dataset: {data.dataset!r}"
     function = plugins.load(data.dataset, "data.dataset")
@@ -36,9 +36,9 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     try:
         returned = function(*arguments)
     except Exception as error:
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
-        raise WorkerError(f"{where}: {plugins.explained(error)}") from error
+        raise PeerError(f"{where}: {plugins.explained(error)}") from error
     parts = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if parts is None or len(parts) != 4:
         size = f" of {len(parts)}" if parts is not None else ""

@@ -12,23 +12,23 @@ from codistill_worker.methods.base import (
     ImageShape,
     Logits,
     Loss,
+    Objective,
     Step,
-    Subject,
-    WorkerHalf,
+    StudentContext,
     labels_alone,
 )
-from codistill_worker.methods.independent import LogitsHalf
+from codistill_worker.methods.independent import LogitsObjective
 from codistill_worker.methods.registry import create, teacher_network
 
 __all__ = [
     "Arrays",
     "ImageShape",
     "Logits",
-    "LogitsHalf",
+    "LogitsObjective",
     "Loss",
+    "Objective",
     "Step",
-    "Subject",
-    "WorkerHalf",
+    "StudentContext",
     "create",
     "labels_alone",
     "teacher_network",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Arrays", "ImageShape", "Logits", "Loss", "Step", "Subject", "WorkerHalf", "labels_alone"]
+__all__ = ["Arrays", "ImageShape", "Logits", "Loss", "Objective", "Step", "StudentContext", "labels_alone"]
 
 Arrays: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -67,7 +67,7 @@ class ImageShape(TypedDict):
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudentContext:
     """Whom a half is made for.
 
     Attributes:
@@ -86,7 +86,7 @@ class Subject:
     seed: int = 0
 
 
-class WorkerHalf(Protocol):
+class Objective(Protocol):
     """The worker half of a method, for one student.
 
     Attributes:

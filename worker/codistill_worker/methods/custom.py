@@ -7,9 +7,8 @@ from typing import Any, cast
 from codistill.config.methods import Custom
 from codistill.process import plugins
 from codistill.process.plugins import LoadError
-from codistill_worker.errors import ConfigurationError
-from codistill_worker.memory import ran_out
-from codistill_worker.methods.base import Loss, Step, Subject, WorkerHalf
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.methods.base import Loss, Objective, Step, StudentContext
 from codistill_worker.plugins import explained
 
 __all__ = ["load"]
@@ -17,7 +16,7 @@ __all__ = ["load"]
 _NEEDED = ("network", "extra", "publishes", "measures_held_out", "loss")
 
 
-def load(settings: Custom, subject: Subject) -> WorkerHalf:
+def load(settings: Custom, subject: StudentContext) -> Objective:
     """Returns what the experiment's callable makes of the student, given as `subject`, and of its parameters.
 
     Its `loss` raises ConfigurationError too, where the user's raises an error or returns what cannot be minimised.
@@ -35,13 +34,13 @@ def load(settings: Custom, subject: Subject) -> WorkerHalf:
             f"distillation.worker: {settings.worker!r} returned {type(half).__name__}, which lacks {', '.join(missing)}; a "
             f"worker half has {', '.join(_NEEDED)}"
         )
-    return _Told(cast("WorkerHalf", half), f"distillation.worker: {settings.worker!r}")
+    return _Told(cast("Objective", half), f"distillation.worker: {settings.worker!r}")
 
 
 class _Told:
     """A half that names itself where it fails: nobody knows a user's code by its errors alone."""
 
-    def __init__(self, half: WorkerHalf, name: str) -> None:
+    def __init__(self, half: Objective, name: str) -> None:
         self.network = half.network
         self.extra = half.extra
         self.publishes = half.publishes
@@ -54,7 +53,7 @@ class _Told:
         try:
             loss: Any = self._half.loss(step)
         except Exception as error:
-            if ran_out(error):
+            if is_out_of_memory(error):
                 raise
             raise ConfigurationError(f"{self._name}: {explained(error)}") from error
         if not isinstance(loss, Loss):

@@ -1,6 +1,6 @@
 """What a model computes on its way to the logits: hidden layers, embeddings, and classifiers on them.
 
-:class:`Observed` wraps a student without changing it: its weights, their names and its own forward pass stay those of
+:class:`FeatureExtractor` wraps a student without changing it: its weights, their names and its own forward pass stay those of
 the plain model, which is what is evaluated and exported. Hidden layers are read by torchvision's feature extraction,
 which traces the model, so they have the names of modules and of operations in them. What the wrapper adds, auxiliary
 classifiers, has a part of the weights of its own.
@@ -24,7 +24,7 @@ from torch.nn import functional
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import torchvision
 
-__all__ = ["Observed", "as_map", "layer_names", "pooled", "stage_layers"]
+__all__ = ["FeatureExtractor", "as_map", "layer_names", "pooled", "stage_layers"]
 
 _LARGEST = 8
 _LISTED = 60
@@ -122,7 +122,7 @@ def stage_layers(model: nn.Module, count: int, *, channels: int, size: int) -> t
     return tuple(chosen)
 
 
-class Observed(nn.Module):
+class FeatureExtractor(nn.Module):
     """A student that answers with more than its logits.
 
     Calling it gives, by name: `logits` [B, C]; `features/1`, `features/2`, … the chosen layers' maps, as
@@ -190,7 +190,7 @@ class Observed(nn.Module):
             outputs = self(images)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(each.shape[1:]) for name, each in outputs.items()}
 
-    def train(self, mode: bool = True) -> Observed:
+    def train(self, mode: bool = True) -> FeatureExtractor:
         """Sets the mode of the student, of its traced form and of the classifiers."""
         super().train(mode)
         if self._traced is not None:

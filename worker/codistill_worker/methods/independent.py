@@ -6,26 +6,26 @@ from torch import nn
 
 from codistill.config.methods import Independent
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Logits, Loss, Step, Subject
+from codistill_worker.methods.base import Logits, Loss, Step, StudentContext
 
-__all__ = ["IndependentHalf", "LogitsHalf"]
+__all__ = ["IndependentObjective", "LogitsObjective"]
 
 
-class LogitsHalf:
+class LogitsObjective:
     """What a half is that needs the model's logits and trains nothing else; it lacks the loss."""
 
     publishes: tuple[str, ...] = ()
     measures_held_out = False
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: StudentContext) -> None:
         self.network: nn.Module = Logits(subject.model)
         self.extra = nn.Module()
 
 
-class IndependentHalf(LogitsHalf):
+class IndependentObjective(LogitsObjective):
     """Cross-entropy against the labels, smoothed: y' = (1−ε)·onehot + ε/C."""
 
-    def __init__(self, settings: Independent, subject: Subject) -> None:
+    def __init__(self, settings: Independent, subject: StudentContext) -> None:
         super().__init__(subject)
         self._smoothing = settings.label_smoothing
 

@@ -10,10 +10,10 @@ from torch import nn
 from codistill.config.methods import Dcm, Rkd, RkdAngle, RkdDistance, Vid
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Arrays, Loss, Step, Subject
-from codistill_worker.methods.features import Observed, stage_layers
+from codistill_worker.methods.base import Arrays, Loss, Step, StudentContext
+from codistill_worker.methods.features import FeatureExtractor, stage_layers
 
-__all__ = ["DcmHalf", "RelationalHalf", "VidHalf", "relational_teacher", "vid_teacher"]
+__all__ = ["DcmObjective", "RelationalObjective", "VidObjective", "relational_teacher", "vid_teacher"]
 
 
 class _Publishing(nn.Module):
@@ -29,14 +29,16 @@ class _Publishing(nn.Module):
         return {name: value for name, value in self.network(images).items() if name.startswith(self._word)}
 
 
-class VidHalf:
+class VidObjective:
     """CE + λ·Σ_k mean[½·((μ_k − t_k)²/σ_k² + log σ_k²)], VID (Ahn et al. 2019), of the chosen layers k."""
 
     publishes: tuple[str, ...] = ()
     measures_held_out = False
 
-    def __init__(self, settings: Vid, subject: Subject) -> None:
-        network = Observed(subject.model, **subject.shape, features=_layers(settings, subject), seed=subject.seed)
+    def __init__(self, settings: Vid, subject: StudentContext) -> None:
+        network = FeatureExtractor(
+            subject.model, **subject.shape, features=_layers(settings, subject), seed=subject.seed
+        )
         theirs = subject.teacher_shapes()
         self._names = [f"features/{number}" for number in range(1, settings.stages + 1)]
         self._terms = [losses.VariationalInformation(network.shapes[name][0], theirs[name][0]) for name in self._names]
@@ -55,13 +57,13 @@ class VidHalf:
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
-class RelationalHalf:
+class RelationalObjective:
     """CE + λ_d·D + λ_a·A, RKD (Park et al. 2019): the embeddings' distances and angles are to be the teacher's."""
 
     publishes: tuple[str, ...] = ()
     measures_held_out = False
 
-    def __init__(self, settings: Rkd | RkdAngle | RkdDistance, subject: Subject) -> None:
+    def __init__(self, settings: Rkd | RkdAngle | RkdDistance, subject: StudentContext) -> None:
         self.network: nn.Module = _embedding(subject)
         self.extra = nn.Module()
         self._distance = 0.0 if isinstance(settings, RkdAngle) else settings.distance_weight
@@ -79,13 +81,13 @@ class RelationalHalf:
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
-class DcmHalf:
+class DcmObjective:
     """CE + α·Σ CE of the auxiliary classifiers + β·same stage + γ·other stages, DCM (Yao & Sun 2020)."""
 
     measures_held_out = False
 
-    def __init__(self, settings: Dcm, subject: Subject) -> None:
-        network = Observed(subject.model, **subject.shape, heads=_layers(settings, subject), seed=subject.seed)
+    def __init__(self, settings: Dcm, subject: StudentContext) -> None:
+        network = FeatureExtractor(subject.model, **subject.shape, heads=_layers(settings, subject), seed=subject.seed)
         self.network: nn.Module = network
         self.extra: nn.Module = network.heads
         self.publishes: tuple[str, ...] = (
@@ -110,32 +112,34 @@ class DcmHalf:
         return Loss(total, cross_entropy, total.detach() - cross_entropy)
 
 
-def vid_teacher(settings: Vid, subject: Subject) -> nn.Module:
+def vid_teacher(settings: Vid, subject: StudentContext) -> nn.Module:
     """Returns what gives a teacher's chosen layers, as maps of at most 8×8."""
-    return _Publishing(Observed(subject.model, **subject.shape, features=_layers(settings, subject)), "features/")
+    return _Publishing(
+        FeatureExtractor(subject.model, **subject.shape, features=_layers(settings, subject)), "features/"
+    )
 
 
-def relational_teacher(settings: Rkd | RkdAngle | RkdDistance, subject: Subject) -> nn.Module:
+def relational_teacher(settings: Rkd | RkdAngle | RkdDistance, subject: StudentContext) -> nn.Module:
     """Returns what gives a teacher's embedding."""
     del settings
     return _Publishing(_embedding(subject), "embedding")
 
 
-def _embedding(subject: Subject) -> Observed:
+def _embedding(subject: StudentContext) -> FeatureExtractor:
     try:
-        return Observed(subject.model, **subject.shape, embedding=True)
+        return FeatureExtractor(subject.model, **subject.shape, embedding=True)
     except ConfigurationError as error:
         raise ConfigurationError(f"{subject.name!r} has no embedding to compare: {error}") from error
 
 
-def _layers(settings: Vid | Dcm, subject: Subject) -> Sequence[str]:
+def _layers(settings: Vid | Dcm, subject: StudentContext) -> Sequence[str]:
     """Returns the layers of a student or teacher, named or found."""
     named = settings.layers.get(subject.name)
     try:
         if named is None:
             shape = subject.shape
             return stage_layers(subject.model, settings.stages, channels=shape["channels"], size=shape["size"])
-        Observed(subject.model, **subject.shape, features=named)
+        FeatureExtractor(subject.model, **subject.shape, features=named)
     except ConfigurationError as error:
         raise ConfigurationError(f"distillation.layers.{subject.name}: {error}") from error
     return named

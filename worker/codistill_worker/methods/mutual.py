@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from codistill.config.methods import CrossArchitecture, Dml, Kdcl
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Loss, Step, Subject
-from codistill_worker.methods.independent import LogitsHalf
+from codistill_worker.methods.base import Loss, Step, StudentContext
+from codistill_worker.methods.independent import LogitsObjective
 
-__all__ = ["CrossArchitectureHalf", "DmlHalf", "KdclHalf"]
+__all__ = ["CrossArchitectureObjective", "DmlObjective", "KdclObjective"]
 
 
-class KdclHalf(LogitsHalf):
+class KdclObjective(LogitsObjective):
     """CE + λ·T²·KL(softmax(target/T) ‖ softmax(z/T)), KDCL (Guo et al. 2020), the loss of every student."""
 
     publishes: tuple[str, ...] = ("logits",)
 
-    def __init__(self, settings: Kdcl, subject: Subject) -> None:
+    def __init__(self, settings: Kdcl, subject: StudentContext) -> None:
         super().__init__(subject)
         self.measures_held_out = settings.ensemble == "general"
         self._weight = settings.weight
@@ -29,7 +29,7 @@ class KdclHalf(LogitsHalf):
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
-class DmlHalf(LogitsHalf):
+class DmlObjective(LogitsObjective):
     """CE_k + λ·T²·1/(K−1)·Σ_{l≠k} KL(p_l ‖ p_k), DML (Zhang et al. 2018, eq. 7).
 
     The server sends m, the mean of the others' probabilities, and per sample the constant by which KL(m ‖ p_k) falls
@@ -39,7 +39,7 @@ class DmlHalf(LogitsHalf):
 
     publishes: tuple[str, ...] = ("logits",)
 
-    def __init__(self, settings: Dml, subject: Subject) -> None:
+    def __init__(self, settings: Dml, subject: StudentContext) -> None:
         super().__init__(subject)
         self._weight = settings.weight
         self._temperature = settings.temperature
@@ -53,7 +53,7 @@ class DmlHalf(LogitsHalf):
         return Loss(cross_entropy + term, cross_entropy.detach(), term.detach() + constant)
 
 
-class CrossArchitectureHalf(LogitsHalf):
+class CrossArchitectureObjective(LogitsObjective):
     """CE + w(e)·T²·KL(m ‖ softmax(z/T)) in the rounds that exchange, after Gao et al. (2019).
 
     m is the mean of all students' probabilities, this one's among them; w rises during training.
@@ -61,7 +61,7 @@ class CrossArchitectureHalf(LogitsHalf):
 
     publishes: tuple[str, ...] = ("logits",)
 
-    def __init__(self, settings: CrossArchitecture, subject: Subject) -> None:
+    def __init__(self, settings: CrossArchitecture, subject: StudentContext) -> None:
         super().__init__(subject)
         self._settings = settings
 

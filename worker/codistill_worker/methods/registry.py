@@ -10,28 +10,28 @@ from torch import nn
 
 from codistill.config.methods import Distillation
 from codistill_worker.methods import custom, independent, layered, mutual, taught
-from codistill_worker.methods.base import Logits, Subject, WorkerHalf
+from codistill_worker.methods.base import Logits, Objective, StudentContext
 
 __all__ = ["create", "teacher_network"]
 
-_STUDENTS: Mapping[str, Callable[[Any, Subject], WorkerHalf]] = {
-    "independent": independent.IndependentHalf,
-    "kd": taught.KdHalf,
-    "logit_regression": taught.LogitRegressionHalf,
-    "born_again": taught.BornAgainHalf,
-    "vid": layered.VidHalf,
-    "rkd_distance": layered.RelationalHalf,
-    "rkd_angle": layered.RelationalHalf,
-    "rkd": layered.RelationalHalf,
-    "fddml": taught.TaughtMutualHalf,
-    "hddml": taught.TaughtMutualHalf,
-    "dml": mutual.DmlHalf,
-    "dcm": layered.DcmHalf,
-    "kdcl": mutual.KdclHalf,
-    "cross_architecture": mutual.CrossArchitectureHalf,
+_STUDENTS: Mapping[str, Callable[[Any, StudentContext], Objective]] = {
+    "independent": independent.IndependentObjective,
+    "kd": taught.KdObjective,
+    "logit_regression": taught.LogitRegressionObjective,
+    "born_again": taught.BornAgainObjective,
+    "vid": layered.VidObjective,
+    "rkd_distance": layered.RelationalObjective,
+    "rkd_angle": layered.RelationalObjective,
+    "rkd": layered.RelationalObjective,
+    "fddml": taught.TaughtMutualObjective,
+    "hddml": taught.TaughtMutualObjective,
+    "dml": mutual.DmlObjective,
+    "dcm": layered.DcmObjective,
+    "kdcl": mutual.KdclObjective,
+    "cross_architecture": mutual.CrossArchitectureObjective,
     "custom": custom.load,
 }
-_TEACHERS: Mapping[str, Callable[[Any, Subject], nn.Module]] = {
+_TEACHERS: Mapping[str, Callable[[Any, StudentContext], nn.Module]] = {
     "vid": layered.vid_teacher,
     "rkd_distance": layered.relational_teacher,
     "rkd_angle": layered.relational_teacher,
@@ -40,7 +40,7 @@ _TEACHERS: Mapping[str, Callable[[Any, Subject], nn.Module]] = {
 """Of those methods whose teachers publish something else than logits."""
 
 
-def create(distillation: Distillation, subject: Subject) -> WorkerHalf:
+def create(distillation: Distillation, subject: StudentContext) -> Objective:
     """Returns the worker half of an experiment's method, with one student's overrides applied.
 
     Raises:
@@ -51,7 +51,7 @@ def create(distillation: Distillation, subject: Subject) -> WorkerHalf:
         return _STUDENTS[distillation.method](distillation, subject)
 
 
-def teacher_network(distillation: Distillation, subject: Subject) -> nn.Module:
+def teacher_network(distillation: Distillation, subject: StudentContext) -> nn.Module:
     """Returns the network whose named outputs a teacher publishes.
 
     Raises:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from codistill.config.methods import BornAgain, Fddml, Hddml, Kd, LogitRegression
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Loss, Step, Subject
-from codistill_worker.methods.independent import LogitsHalf
+from codistill_worker.methods.base import Loss, Step, StudentContext
+from codistill_worker.methods.independent import LogitsObjective
 
-__all__ = ["BornAgainHalf", "KdHalf", "LogitRegressionHalf", "TaughtMutualHalf"]
+__all__ = ["BornAgainObjective", "KdObjective", "LogitRegressionObjective", "TaughtMutualObjective"]
 
 
-class _SoftenedHalf(LogitsHalf):
+class _SoftenedObjective(LogitsObjective):
     """μ·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)): the labels, and the teacher's softened logits."""
 
-    def __init__(self, settings: Kd | BornAgain, subject: Subject, label_weight: float) -> None:
+    def __init__(self, settings: Kd | BornAgain, subject: StudentContext, label_weight: float) -> None:
         super().__init__(subject)
         self._label_weight = label_weight
         self._weight = settings.weight
@@ -27,24 +27,24 @@ class _SoftenedHalf(LogitsHalf):
         return Loss(self._label_weight * cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
-class KdHalf(_SoftenedHalf):
+class KdObjective(_SoftenedObjective):
     """(1−λ)·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)), Hinton et al. 2015."""
 
-    def __init__(self, settings: Kd, subject: Subject) -> None:
+    def __init__(self, settings: Kd, subject: StudentContext) -> None:
         super().__init__(settings, subject, label_weight=1 - settings.weight)
 
 
-class BornAgainHalf(_SoftenedHalf):
+class BornAgainObjective(_SoftenedObjective):
     """CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) with T = 1 and λ = 1, Furlanello et al. 2018."""
 
-    def __init__(self, settings: BornAgain, subject: Subject) -> None:
+    def __init__(self, settings: BornAgain, subject: StudentContext) -> None:
         super().__init__(settings, subject, label_weight=1)
 
 
-class LogitRegressionHalf(LogitsHalf):
+class LogitRegressionObjective(LogitsObjective):
     """λ·mean (z − t)² over rows and classes, Ba & Caruana 2014, and μ·CE where the experiment asks for it."""
 
-    def __init__(self, settings: LogitRegression, subject: Subject) -> None:
+    def __init__(self, settings: LogitRegression, subject: StudentContext) -> None:
         super().__init__(subject)
         self._weight = settings.weight
         self._label_weight = settings.label_weight
@@ -57,7 +57,7 @@ class LogitRegressionHalf(LogitsHalf):
         return Loss(self._label_weight * cross_entropy + term, cross_entropy.detach(), term.detach())
 
 
-class TaughtMutualHalf(LogitsHalf):
+class TaughtMutualObjective(LogitsObjective):
     """CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)), FDDML and HDDML (Lukman & Yang 2022).
 
     p is the other student's, t the teacher's, which the server sends to those that it is to teach. Printed forms have
@@ -66,7 +66,7 @@ class TaughtMutualHalf(LogitsHalf):
 
     publishes: tuple[str, ...] = ("logits",)
 
-    def __init__(self, settings: Fddml | Hddml, subject: Subject) -> None:
+    def __init__(self, settings: Fddml | Hddml, subject: StudentContext) -> None:
         super().__init__(subject)
         self._settings = settings
 

@@ -13,8 +13,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from torch import nn
 
 from codistill_worker import plugins
-from codistill_worker.errors import ConfigurationError
-from codistill_worker.memory import ran_out
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.models.cnn import cnn
 from codistill_worker.models.external import (
     from_callable,
@@ -145,7 +144,7 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
         with _evaluating(model), torch.no_grad():
             output = model(images)
     except Exception as error:
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
         why = plugins.explained(error) if own else str(error) or type(error).__name__

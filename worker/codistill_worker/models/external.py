@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from codistill.peer.errors import PeerError
 from codistill_worker import plugins
-from codistill_worker.errors import ConfigurationError, WorkerError
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.lazy_imports import timm, torchvision
-from codistill_worker.memory import ran_out
 from codistill_worker.models import stems
 
 __all__ = [
@@ -120,7 +120,7 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
 
     Raises:
         ConfigurationError: it cannot be imported, does not take an argument, or returns no module.
-        WorkerError: it raised an error of its own.
+        PeerError: it raised an error of its own.
     """
     function = plugins.load(reference, "model")
     given = {"classes": classes, "channels": channels, "size": size}
@@ -131,9 +131,9 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
     try:
         model = function(**given | dict(args))
     except Exception as error:
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
-        raise WorkerError(f"model: {reference!r}: {plugins.explained(error)}") from error
+        raise PeerError(f"model: {reference!r}: {plugins.explained(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
     return model

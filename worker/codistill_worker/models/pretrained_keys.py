@@ -11,13 +11,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["named_as_here"]
+__all__ = ["rename_keys"]
 
 _AUXILIARY = {"torchvision:googlenet": ("aux1.", "aux2."), "torchvision:inception_v3": ("AuxLogits.",)}
 _NUMBERED = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
-def named_as_here(weights: Mapping[str, Tensor], reference: str) -> Mapping[str, Tensor]:
+def rename_keys(weights: Mapping[str, Tensor], reference: str) -> Mapping[str, Tensor]:
     """Returns a model's weights under its own names; of most models, the very mapping that is given.
 
     Args:

@@ -72,7 +72,7 @@ def teacher_shapes(experiment: Experiment, shape: methods.ImageShape) -> Mapping
     """Returns the shapes of what the experiment's first teacher publishes; its model is built for it, without weights."""
     plan = experiment.teacher_plan(experiment.teacher_names[0])
     model = models.build(plan.teacher.model, **shape, args=plan.teacher.model_args, seed=0)
-    subject = methods.Subject(plan.teacher.name, model, shape, dict)
+    subject = methods.StudentContext(plan.teacher.name, model, shape, dict)
     return output_shapes(methods.teacher_network(plan.distillation, subject), shape, torch.device("cpu"))
 
 

@@ -22,10 +22,10 @@ from torch import nn
 from codistill.config.experiment import Experiment
 from codistill.config.participants import StudentPlan
 from codistill.config.training import Optimizer, Schedule
+from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
-from codistill_worker.errors import WorkerError
 from codistill_worker.randomness import Order, derive, seed_forward
 from codistill_worker.training import weights
 from codistill_worker.training.evaluation import (
@@ -132,7 +132,7 @@ class Trainer:
         self._plan = plan
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
-        self._rhythm = plan.distillation.rhythm(self._order.rounds_per_epoch)
+        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.rounds_per_epoch)
         self._view = view_of(experiment, self.student)
         shape = image_shape(dataset)
         model = models.build(
@@ -144,7 +144,7 @@ class Trainer:
         self.model: nn.Module = placed(model, device, training)
         teachers = partial(teacher_shapes, experiment, shape)
         seed = derive(experiment.seed, "objective", self.student)
-        subject = methods.Subject(self.student, self.model, shape, teachers, seed)
+        subject = methods.StudentContext(self.student, self.model, shape, teachers, seed)
         self._half = methods.create(plan.distillation, subject)
         self.extra: nn.Module = self._half.extra.to(device)
         self.shapes = {
@@ -176,7 +176,7 @@ class Trainer:
     @property
     def exchanges(self) -> bool:
         """Whether the next round exchanges anything."""
-        return self._plan.distillation.exchanges and self._rhythm.exchanges(self.round)
+        return self._plan.distillation.exchanges and self._exchange_schedule.exchanges(self.round)
 
     @property
     def parameters(self) -> int:
@@ -193,7 +193,7 @@ class Trainer:
         """Runs the forward pass of the next round; returns what to publish, or None if the round exchanges nothing.
 
         Raises:
-            WorkerError: the outputs are not finite any more.
+            PeerError: the outputs are not finite any more.
         """
         if self._begun is not None:
             raise RuntimeError(f"round {self.round} is begun already; finish or abandon it")
@@ -260,7 +260,7 @@ class Trainer:
             on_batch: called before each batch.
 
         Raises:
-            WorkerError: the loss is not finite any more.
+            PeerError: the loss is not finite any more.
         """
         self._set_threads()
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
@@ -355,9 +355,9 @@ class Trainer:
         set_threads(self._plan.training)
 
 
-def diverged(student: str, number: int, what: str) -> WorkerError:
+def diverged(student: str, number: int, what: str) -> PeerError:
     """Returns the error of a student that nothing more can be learnt from."""
-    return WorkerError(
+    return PeerError(
         f"student {student!r} has diverged in round {number}: {what}; lower training.optimizer.lr, or set "
         "training.clip_norm",
         ExitCode.DIVERGED,

@@ -13,9 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from codistill_worker.errors import ConfigurationError
-from codistill_worker.memory import ran_out
-from codistill_worker.models.pretrained_keys import named_as_here
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.models.pretrained_keys import rename_keys
 from codistill_worker.training import checkpoints
 
 __all__ = ["apply", "digest", "load", "read"]
@@ -52,7 +51,7 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reads a damaged file as it comes, and fails as it comes
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
         known = isinstance(error, SafetensorError | OSError | RuntimeError)
         # torch's own words on objects in a file are how to have them unpickled.
@@ -97,7 +96,7 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
         ConfigurationError: they are another model's, or have other classes.
     """
     try:
-        load(model, named_as_here(weights, reference))
+        load(model, rename_keys(weights, reference))
     except (RuntimeError, ValueError) as error:
         lines = str(error).splitlines()
         why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())

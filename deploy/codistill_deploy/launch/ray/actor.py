@@ -21,7 +21,7 @@ from codistill_deploy.run_folder import holding
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import Ending
 
-__all__ = ["ADVERTISE_VARIABLE", "MARKER_FILE", "Host", "Place", "Serving", "Task"]
+__all__ = ["ADVERTISE_VARIABLE", "MARKER_FILE", "Placement", "ProcessActor", "Serving", "Task"]
 
 ADVERTISE_VARIABLE = "CODISTILL_ADVERTISE"
 """Set on a node, the host by which the others reach it."""
@@ -84,14 +84,14 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an actor came up."""
 
     node: str
     address: str
 
 
-class Host:
+class ProcessActor:
     """Runs one process, once.
 
     Args:
@@ -106,11 +106,11 @@ class Host:
         self._process: Process | None = None
         self._asked_to_end = False
 
-    def where(self) -> Place:
+    def where(self) -> Placement:
         """Returns on which node this is."""
         import ray
 
-        return Place(ray.get_runtime_context().get_node_id(), self._address())
+        return Placement(ray.get_runtime_context().get_node_id(), self._address())
 
     def run(self, task: Task) -> Ending:
         """Runs a process to its end, and returns how that was; a task that cannot be begun ends as if it had failed."""

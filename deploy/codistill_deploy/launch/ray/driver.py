@@ -19,14 +19,14 @@ from codistill.process.exit_codes import ExitCode
 from codistill.wire.security import TOKEN_VARIABLE, Security, Token
 from codistill_deploy.console.progress import View
 from codistill_deploy.errors import CommandError
-from codistill_deploy.launch.ray.actor import MARKER_FILE, Host, Place, Serving, Task
+from codistill_deploy.launch.ray.actor import MARKER_FILE, Placement, ProcessActor, Serving, Task
 from codistill_deploy.launch.ray.connection import connected
 from codistill_deploy.launch.ray.plan import Bundle, bundles, shortage
 from codistill_deploy.run_folder import RunFolder, write_atomically
 from codistill_deploy.supervise import spec
-from codistill_deploy.supervise.child import Member
+from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS, Ending
-from codistill_deploy.supervise.supervisor import Crew
+from codistill_deploy.supervise.supervisor import Supervisor
 
 __all__ = ["DEFAULT_WAIT", "RayOptions", "run_on_ray"]
 
@@ -161,25 +161,25 @@ class _Run:
 
     def _run(self, group: Any, stop: threading.Event) -> ExitCode:
         folder = self._folder
-        crew = Crew(
+        crew = Supervisor(
             self._experiment,
             folder,
             self._view,
             self._security,
             again=f"codistill ray … --run-dir {folder.path}",
-            tend=self._tend,
+            on_poll=self._tend,
         )
         serving = self._options.serving
         hang_after = self._experiment.training.hang_after
         task = self._task(spec.serve_arguments(folder), folder.server_log, hang_after, folder.path / _LOCK, serving)
-        server = Member("the server", "", self._begin(group, 0, task), task.log, self._options.restarts, ends=False)
-        workers: list[Member] = []
+        server = Child("the server", "", self._begin(group, 0, task), task.log, self._options.restarts, ends=False)
+        workers: list[Child] = []
         for index, part in enumerate(spec.workers(self._experiment, folder), 1):
             task = self._task(
                 spec.work_arguments(folder, part.name), part.log, part.hang_after, part.log.parent / _LOCK
             )
             begin = self._begin(group, index, task)
-            workers.append(Member(part.title, part.name, begin, task.log, self._options.restarts))
+            workers.append(Child(part.title, part.name, begin, task.log, self._options.restarts))
         return crew.run(server, workers, stop, announce=True)
 
     def _task(
@@ -204,7 +204,7 @@ class _Run:
     def _tend(self) -> None:
         """Says what is waited for by actors that have no place, as after a node was lost."""
         now = time.monotonic()
-        waiting = {index: now - life.begun for index, life in self._lives.items() if life.homeless}
+        waiting = {index: now - life.begun for index, life in self._lives.items() if life.pending}
         longest = max(waiting.values(), default=0.0)
         if longest >= _STARTING_SECONDS:
             asked = [self._bundles[index] for index in waiting]
@@ -219,7 +219,7 @@ class _Life:
         self.begun = time.monotonic()
         self._ray = ray
         self._ending: Ending | None = None
-        self._place: Place | None = None
+        self._place: Placement | None = None
         options: dict[str, Any] = {
             "num_cpus": bundle.cpus,
             "num_gpus": bundle.gpus,
@@ -232,42 +232,42 @@ class _Life:
         if not bundle.gpus:
             # A student that is to train on the CPU must not find a GPU, which `device: auto` would take.
             task = replace(task, environment={**task.environment, "CUDA_VISIBLE_DEVICES": ""})
-        self._actor = ray.remote(Host).options(**options).remote()
+        self._actor = ray.remote(ProcessActor).options(**options).remote()
         self._where = self._actor.where.remote()
         self._run = self._actor.run.remote(task)
 
     @property
-    def homeless(self) -> bool:
+    def pending(self) -> bool:
         """Whether the actor has not come up yet."""
         return self.code is None and self._came_up_at is None
 
     @property
     def code(self) -> int | None:
-        """See :class:`codistill_deploy.supervise.child.Life`."""
+        """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         if self._ending is None and self._is_there(self._run):
             self._ending = self._end()
         return None if self._ending is None else self._ending.code
 
     def ending(self, ran: float) -> Ending:
-        """See :class:`codistill_deploy.supervise.child.Life`."""
+        """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         assert self.code is not None  # noqa: S101 - the caller looked
         assert self._ending is not None  # noqa: S101
         return replace(self._ending, ran=ran)
 
     def tell(self, number: signal.Signals) -> None:
-        """See :class:`codistill_deploy.supervise.child.Life`."""
+        """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         if self.code is None:
             self._actor.tell.remote(int(number))
 
     def close(self) -> None:
-        """See :class:`codistill_deploy.supervise.child.Life`."""
+        """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         if self.code is None and self._came_up_at is not None:
             self.tell(signal.SIGKILL)
             self._ray.wait([self._run], timeout=_CALL_SECONDS)
         self._ray.kill(self._actor)
 
     @property
-    def _came_up_at(self) -> Place | None:
+    def _came_up_at(self) -> Placement | None:
         if self._place is None and self._is_there(self._where):
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._place = self._ray.get(self._where)

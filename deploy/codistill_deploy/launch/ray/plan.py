@@ -99,17 +99,17 @@ def shortage(
     have = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in _KINDS}
     there = f"the cluster has {amount(have)} on {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {amount(free)} free"
     left = [dict(node) for node in nodes]
-    homeless: list[Bundle] = []
+    pending: list[Bundle] = []
     for bundle in (*_largest_first(placed), *_largest_first(asked)):
         place = next((node for node in left if _fits(bundle, node)), None)
         if place is None:
-            homeless += [bundle] if bundle in asked else []
+            pending += [bundle] if bundle in asked else []
             continue
         for kind, number in bundle.resources.items():
             place[kind] -= number
-    if not homeless:
+    if not pending:
         return f"others use what it needs: {there}"
-    who = "; ".join(f"{bundle.title} needs {amount(bundle.resources)}" for bundle in homeless)
+    who = "; ".join(f"{bundle.title} needs {amount(bundle.resources)}" for bundle in pending)
     return f"{who}, and no node has that left for it; {there}"
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.launch.ray import actor
-from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, MARKER_FILE, Host, Serving, Task
+from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, MARKER_FILE, ProcessActor, Serving, Task
 from codistill_deploy.run_folder import holding
 from codistill_deploy.supervise.restart_policy import Ending
 
@@ -50,14 +50,14 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 def test_a_process_is_run_to_its_end(task: Callable[..., Task], tmp_path: Path) -> None:
-    ended = Host("10.0.0.7").run(task("import sys; print('error: no'); sys.exit(7)"))
+    ended = ProcessActor("10.0.0.7").run(task("import sys; print('error: no'); sys.exit(7)"))
     assert (ended.code, ended.line) == (ExitCode.DIVERGED, "no")
-    assert Host("10.0.0.7").run(task("")).code == 0
+    assert ProcessActor("10.0.0.7").run(task("")).code == 0
     assert (tmp_path / "log.txt").read_text() == "error: no\n"
 
 
 def test_it_is_told_to_end(task: Callable[..., Task], tmp_path: Path) -> None:
-    actor, ended = Host("10.0.0.7"), list[Ending]()
+    actor, ended = ProcessActor("10.0.0.7"), list[Ending]()
     running = threading.Thread(target=lambda: ended.append(actor.run(task(SLEEP))))
     running.start()
     wait_for(lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text(), "it is up")
@@ -67,7 +67,7 @@ def test_it_is_told_to_end(task: Callable[..., Task], tmp_path: Path) -> None:
 
 
 def test_one_that_was_told_to_end_before_does_not_begin(task: Callable[..., Task], tmp_path: Path) -> None:
-    actor = Host("10.0.0.7")
+    actor = ProcessActor("10.0.0.7")
     actor.tell(signal.SIGTERM)
     assert actor.run(task(SLEEP)).code == ExitCode.INTERRUPTED
     assert not (tmp_path / "log.txt").exists()
@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_shared_is_said_to_be(
     (tmp_path / MARKER_FILE).unlink()
     if seen is not None:
         (tmp_path / MARKER_FILE).write_text(seen)
-    ended = Host("10.0.0.7").run(task(SLEEP))
+    ended = ProcessActor("10.0.0.7").run(task(SLEEP))
     assert ended.code == ExitCode.CONFIGURATION
     assert ended.line.startswith(f"run folder {tmp_path} is not shared: node 10.0.0.7 (")
     assert ended.line.endswith("give a --run-dir on storage that every node mounts at the same path")
@@ -91,7 +91,7 @@ def test_what_the_driver_wrote_may_be_seen_late(task: Callable[..., Task], tmp_p
     (tmp_path / MARKER_FILE).unlink()
     late = threading.Timer(0.2, (tmp_path / MARKER_FILE).write_text, [MARKER])
     late.start()
-    assert Host("10.0.0.7").run(task("")).code == 0
+    assert ProcessActor("10.0.0.7").run(task("")).code == 0
     late.join()
 
 
@@ -101,11 +101,11 @@ def test_it_waits_for_a_predecessor_that_still_lives(
     lock = tmp_path / "actor.lock"
     with holding(lock, 0):
         monkeypatch.setattr(actor, "_PREDECESSOR_SECONDS", 0.2)
-        ended = Host("10.0.0.7").run(task(""))
+        ended = ProcessActor("10.0.0.7").run(task(""))
         assert (ended.code, f"{lock} is held by a predecessor" in ended.line) == (ExitCode.ERROR, True)
         monkeypatch.setattr(actor, "_PREDECESSOR_SECONDS", 60)
         after = list[Ending]()
-        waiting = threading.Thread(target=lambda: after.append(Host("10.0.0.7").run(task(""))))
+        waiting = threading.Thread(target=lambda: after.append(ProcessActor("10.0.0.7").run(task(""))))
         waiting.start()
     waiting.join(60)
     assert after[0].code == 0
@@ -115,7 +115,7 @@ def test_its_process_holds_the_lock_too(task: Callable[..., Task], tmp_path: Pat
     script = (
         "import os; folder = '/proc/self/fd'; [print(os.path.realpath(f'{folder}/{n}')) for n in os.listdir(folder)]"
     )
-    assert Host("10.0.0.7").run(task(script)).code == 0
+    assert ProcessActor("10.0.0.7").run(task(script)).code == 0
     assert str(tmp_path / "actor.lock") in (tmp_path / "log.txt").read_text()
 
 
@@ -126,7 +126,7 @@ def test_what_it_is_given_is_in_its_environment_and_nowhere_else(
     script = "import os; print(os.environ['SECRET'], os.environ['PYTHONPATH'])"
     secret = task(script, environment={"SECRET": "very secret", "PYTHONPATH": "mine"}, search_path=Path("models"))
     assert "very secret" not in repr(secret)
-    assert Host("10.0.0.7").run(secret).code == 0
+    assert ProcessActor("10.0.0.7").run(secret).code == 0
     assert (tmp_path / "log.txt").read_text() == f"very secret {tmp_path / 'models'}{os.pathsep}mine\n"
 
 
@@ -150,7 +150,7 @@ def test_where_a_server_listens(
 ) -> None:
     if named is not None:
         monkeypatch.setenv(ADVERTISE_VARIABLE, named)
-    assert Host(node).run(task("import sys; print(*sys.argv[1:])", serving=serving)).code == 0
+    assert ProcessActor(node).run(task("import sys; print(*sys.argv[1:])", serving=serving)).code == 0
     assert (tmp_path / "log.txt").read_text().strip() == expected
 
 

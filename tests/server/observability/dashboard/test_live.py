@@ -20,7 +20,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.dashboard.document import run_document
 from codistill_server.observability.dashboard.html import encoded
 from codistill_server.observability.dashboard.live import LivePage
-from codistill_server.observability.http import WebServer
+from codistill_server.observability.http import HttpServer
 from server.observability.dashboard.support import NASTY, Tab, browser, number, opened_browser, write_run
 
 NAMES = ("mlp", "cnn", "vit")
@@ -165,7 +165,7 @@ class TestBrowser:
         run = Shown(tmp_path, epochs=12, every=1, events=[(1.0, "told", NAMES[0], NASTY)])
         run.state.students[2].state = pb.STUDENT_STATE_ABSENT
         run.state.events.add(kind="told", student=NASTY, message=NASTY)
-        web = WebServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{web.port}/")
             tab.until("document.documentElement.dataset.version")
@@ -192,7 +192,7 @@ class TestBrowser:
         run.state.ClearField("waiting_for")
         run.happens("after the break")
         run.now += 1000
-        web = WebServer("127.0.0.1", web.port, run.page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", web.port, run.page, CollectorRegistry())
         try:
             tab.until("document.getElementById('state').textContent.startsWith('Running.')")
             tab.until("document.getElementById('events').textContent.includes('after the break')")
@@ -211,7 +211,7 @@ class TestBrowser:
     def test_a_run_that_nobody_joined_and_one_that_is_stopped(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
         run.state.total_rounds = 0
-        web = WebServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{web.port}/")
             tab.until("document.getElementById('state')?.textContent === 'Ready. No student has joined yet.'")
@@ -223,7 +223,7 @@ class TestBrowser:
             web.close()
         tab.until("document.getElementById('state').textContent.startsWith('Stopped. The server went down at ')")
         assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "failed", "training"], "what was known stays"
-        web = WebServer("127.0.0.1", web.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", web.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry())
         try:
             tab.until("document.getElementById('state').textContent.startsWith('Running. Round 100 of 360')")
         finally:
@@ -232,7 +232,7 @@ class TestBrowser:
     def test_what_the_server_cannot_read_is_said(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
         (run.folder / "run.json").write_text("{")
-        web = WebServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{web.port}/")
             tab.until("document.getElementById('state')?.textContent.includes('run.json cannot be told now: ')")
@@ -242,7 +242,7 @@ class TestBrowser:
     def test_a_thousand_epochs_of_twenty_students_are_small_and_quick(self, tab: Tab, tmp_path: Path) -> None:
         names = tuple(f"student-{position}" for position in range(20))
         run = Shown(tmp_path, names, epochs=1000, every=1)
-        web = WebServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{web.port}/")
             tab.until("document.documentElement.dataset.version")

@@ -1,0 +1,69 @@
+"""The order of the samples: which ones each round is about, a pure function of the seed."""
+
+from __future__ import annotations
+
+import torch
+
+from codistill.peer.draws import derive, permutation
+
+__all__ = ["Order", "epoch_order", "round_samples"]
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
+    """Returns the order in which an epoch visits the training samples.
+
+    Args:
+        seed: the run's.
+        epoch: counted from 0.
+        size: number of training samples.
+
+    Returns:
+        int64 of shape [size]: a permutation of 0..size-1.
+    """
+    return permutation(derive(seed, "epoch", epoch), size)
+
+
+def round_samples(seed: int, round_number: int, size: int, batch_size: int) -> torch.Tensor:
+    """Returns the ids of one round's samples, as :meth:`Order.samples`."""
+    return Order(seed, size, batch_size).samples(round_number)
+
+
+class Order:
+    """The samples of every round, a pure function of the seed.
+
+    An epoch has as many rounds as whole batches fit; what is left of its permutation is dropped. The current epoch's
+    permutation is kept, so that rounds asked for in order cost a slice each.
+
+    Args:
+        seed: the run's.
+        size: number of training samples.
+        batch_size: samples of a round, at most `size`.
+
+    Raises:
+        ValueError: a batch is empty or larger than the training set.
+    """
+
+    def __init__(self, seed: int, size: int, batch_size: int) -> None:
+        if not 1 <= batch_size <= size:
+            raise ValueError(f"batch_size: {batch_size} is not allowed; it is from 1 to the {size} training samples")
+        self._seed = seed
+        self._size = size
+        self._batch_size = batch_size
+        self._kept: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        """Whole batches in an epoch, at least 1."""
+        return self._size // self._batch_size
+
+    def epoch(self, round_number: int) -> int:
+        """Returns the epoch that a round belongs to, both counted from 0."""
+        return round_number // self.rounds_per_epoch
+
+    def samples(self, round_number: int) -> torch.Tensor:
+        """Returns the ids of a round's samples, int64 of shape [batch_size]."""
+        epoch, position = divmod(round_number, self.rounds_per_epoch)
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = (epoch, epoch_order(self._seed, epoch, self._size))
+        start = position * self._batch_size
+        return self._kept[1][start : start + self._batch_size].clone()
