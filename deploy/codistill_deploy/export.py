@@ -6,6 +6,7 @@ have the model's code; ``NAME.pt2`` is the whole network as an exported program,
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from safetensors.torch import save
 from torch import nn
 
 from codistill.config.fingerprint import identity
+from codistill.rundir.files import write_atomically
 from codistill_deploy.errors import CommandError
-from codistill_deploy.run_folder import RunFolder, write_atomically
+from codistill_deploy.run_folder import RunFolder
 from codistill_worker import data, models
-from codistill_worker.app import student_folder
 from codistill_worker.training import weights
 from codistill_worker.training.checkpoints import CheckpointStore
 
@@ -70,7 +71,7 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
     experiment = folder.experiment()
     if student not in experiment.names:
         raise CommandError(f"--student: {student!r} is not one of the run's; allowed: {', '.join(experiment.names)}")
-    store = CheckpointStore(student_folder(folder.path, student))
+    store = CheckpointStore(folder.student(student).path)
     checkpoint = store.load(student, identity(experiment)) if which == "last" else store.load_best()
     if checkpoint is None:
         raise CommandError(
@@ -118,13 +119,10 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
             _FromPixels(model, dataset.mean, dataset.std).eval(), (images,), dynamic_shapes={"images": {0: batch}}
         )
         target.mkdir(parents=True, exist_ok=True)
-        weights_part, program_part = (
-            each.with_stem(f"{each.stem}.part") for each in (exported.weights, exported.program)
-        )
-        weights_part.write_bytes(save({name: value.clone() for name, value in model.state_dict().items()}))
-        torch.export.save(program, program_part)
-        weights_part.replace(exported.weights)
-        program_part.replace(exported.program)
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        write_atomically(exported.weights, save({name: value.clone() for name, value in model.state_dict().items()}))
+        write_atomically(exported.program, content.getvalue())
         write_atomically(exported.about, json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -1,55 +1,29 @@
-"""The layout of a run's folder.
-
-experiment.yaml         the resolved experiment
-run.json                when, with which command, versions and machine the run was started
-journal.sqlite          the closed rounds (the server's)
-metrics.jsonl           what was measured, events.jsonl what happened (the server's; codistill.rundir.records)
-supervisor.jsonl        which processes ended, and were started again (the command's)
-run.lock                held by the command and every process that it started; server.lock by a server
-start.lock              held by a server or a worker while it makes the folder a run's
-server.json             the server's address, while it is up
-driver.json             by which the nodes of a Ray cluster see that they share the folder; host.lock by the actor of a server or a student
-server.log
-students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
-teachers/NAME/          log.txt
-report.html
-"""
+"""A run's folder as the commands use it: whose it is, whether it may be used, and who is at work in it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import platform
-import sqlite3
-import sys
-import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
 from pathlib import Path
 
-from codistill import __version__
 from codistill.config.experiment import Experiment, load
 from codistill.config.fingerprint import difference, extends, identity
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import is_locked, locked, sync_folder, write_atomically
+from codistill.rundir.info import Mode, write_info
+from codistill.rundir.layout import RunLayout
 from codistill_deploy.errors import CommandError
 
-__all__ = ["RunFolder", "holding", "write_atomically"]
-
-_POLL_SECONDS = 0.1
-_JOURNAL = "journal.sqlite"
-_RECORDS = ("metrics.jsonl", "events.jsonl", "supervisor.jsonl")
-_PACKAGES = ("torch", "grpcio", "protobuf", "numpy")
+__all__ = ["RunFolder"]
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A run's folder and where its files are."""
-
-    path: Path
+class RunFolder(RunLayout):
+    """A run's folder: where its files are, whose it is, and who is at work in it."""
 
     @classmethod
     def default(cls, name: str) -> RunFolder:
@@ -61,38 +35,6 @@ class RunFolder:
     def lasting(cls, name: str) -> RunFolder:
         """Returns the folder below `runs` that a server or a worker finds again when it is started again by hand."""
         return cls(Path("runs") / name)
-
-    @property
-    def experiment_file(self) -> Path:
-        """The resolved experiment."""
-        return self.path / "experiment.yaml"
-
-    @property
-    def server_log(self) -> Path:
-        """What the server printed."""
-        return self.path / "server.log"
-
-    @property
-    def metrics_file(self) -> Path:
-        """What was measured; there once the run has begun."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.path / "report.html"
-
-    def student(self, name: str) -> Path:
-        """The folder of one student."""
-        return self.path / "students" / name
-
-    def teacher_log(self, name: str) -> Path:
-        """What a teacher's worker printed."""
-        return self.path / "teachers" / name / "log.txt"
-
-    def student_log(self, name: str) -> Path:
-        """What a student's worker printed."""
-        return self.student(name) / "log.txt"
 
     @contextlib.contextmanager
     def hold(self, seconds: float = 15.0, waiting: Callable[[], None] = lambda: None) -> Generator[int, None, None]:
@@ -108,19 +50,16 @@ class RunFolder:
         Raises:
             CommandError: the folder cannot be written, or a run still uses it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "run.lock").open("w")
-        except OSError as error:
-            raise CommandError(
-                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
-            ) from error
-        with lock:
-            if not _lock(lock.fileno(), seconds, waiting):
-                raise CommandError(
-                    f"run folder {self.path} is in use by another run, or by a process of one that was killed; end it "
-                    "first, or give another --run-dir"
-                )
+        with contextlib.ExitStack() as stack:
+            with self._writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock = stack.enter_context(locked(self.run_lock, seconds, waiting))
+                except TimeoutError as error:
+                    raise CommandError(
+                        f"run folder {self.path} is in use by another run, or by a process of one that was killed; end it "
+                        "first, or give another --run-dir"
+                    ) from error
             yield lock.fileno()
 
     def experiment(self) -> Experiment:
@@ -137,19 +76,19 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """Whether there is something to go on with: a checkpoint, a closed round, or a server at work."""
-        return (
-            any((self.path / "students").glob("*/*.safetensors")) or _holds_rounds(self.path / _JOURNAL) or self.served
-        )
+        from codistill_server.storage.journal import holds_rounds
+
+        return any(self.students.glob("*/*.safetensors")) or holds_rounds(self.journal_file) or self.served
 
     @property
     def served(self) -> bool:
         """Whether a server is at work in the folder."""
-        return _is_locked(self.path / "server.lock")
+        return is_locked(self.server_lock)
 
     @property
     def held(self) -> bool:
         """Whether a run, or a process of one, is at work in the folder."""
-        return _is_locked(self.path / "run.lock")
+        return is_locked(self.run_lock)
 
     def check(self, experiment: Experiment, *, resume: bool) -> None:
         """Checks that an experiment may be run in the folder.
@@ -173,7 +112,7 @@ class RunFolder:
                 )
             self._check_same(experiment)
 
-    def start(self, experiment: Experiment, *, mode: str, resume: bool) -> None:
+    def start(self, experiment: Experiment, *, mode: Mode, resume: bool) -> None:
         """Makes the folder ready for a run, or for going on with the run that it holds.
 
         Args:
@@ -205,21 +144,7 @@ class RunFolder:
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "start.lock").open("a+") as lock:
-                if not _lock(lock.fileno(), seconds):
-                    lock.seek(0)
-                    holder = lock.read().strip() or "unknown"
-                    raise CommandError(
-                        f"run folder {self.path} has been kept for {seconds:g} s by another server or worker, which holds "
-                        f"{lock.name} (process {holder}); it is stopped, or its disk does not answer: end it, then start this "
-                        "one again",
-                        ExitCode.ERROR,
-                    )
-                with contextlib.suppress(
-                    OSError
-                ):  # who holds it is worth knowing, and no reason to fail on a full disk
-                    os.ftruncate(lock.fileno(), 0)
-                    os.write(lock.fileno(), f"{os.getpid()} on {platform.node()}".encode())
+            with self._starting(seconds):
                 if self.experiment_file.exists():
                     if identity(self.experiment()) == identity(experiment):
                         return
@@ -228,6 +153,25 @@ class RunFolder:
                     else:
                         self._discard()
                 self._write(experiment, "grpc", students)
+
+    @contextlib.contextmanager
+    def _starting(self, seconds: float) -> Generator[None, None, None]:
+        """Holds the lock under which the folder is made a run's."""
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context(locked(self.start_lock, seconds, keep_content=True))
+            except TimeoutError as error:
+                holder = self.start_lock.read_text().strip() or "unknown"
+                raise CommandError(
+                    f"run folder {self.path} has been kept for {seconds:g} s by another server or worker, which holds "
+                    f"{self.start_lock} (process {holder}); it is stopped, or its disk does not answer: end it, then start "
+                    "this one again",
+                    ExitCode.ERROR,
+                ) from error
+            with contextlib.suppress(OSError):  # who holds it is worth knowing, and no reason to fail on a full disk
+                os.ftruncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"{os.getpid()} on {platform.node()}".encode())
+            yield
 
     def _check_same(self, experiment: Experiment) -> None:
         had, has = identity(self.experiment()), identity(experiment)
@@ -246,20 +190,20 @@ class RunFolder:
 
     def _discard(self) -> None:
         """Removes what a run left that came to nothing."""
-        for name in (*(f"{_JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")), *_RECORDS):
-            (self.path / name).unlink(missing_ok=True)
+        for path in (*self.journal_files, *self.record_files):
+            path.unlink(missing_ok=True)
 
-    def _write(self, experiment: Experiment, mode: str, students: Iterable[str]) -> None:
-        (self.path / "students").mkdir(parents=True, exist_ok=True)
+    def _write(self, experiment: Experiment, mode: Mode, students: Iterable[str]) -> None:
+        self.students.mkdir(parents=True, exist_ok=True)
         for name in students:
-            self.student(name).mkdir(exist_ok=True)
+            self.student(name).path.mkdir(exist_ok=True)
         for name in experiment.teacher_names:
-            self.teacher_log(name).parent.mkdir(parents=True, exist_ok=True)
-        _sync_folder(self.path / "students")
-        write_atomically(self.path / "run.json", json.dumps(_about(mode), indent=2) + "\n")
+            self.teacher(name).path.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.students)
+        write_info(self.info_file, mode)
         # Last, as it makes the folder a run's.
         write_atomically(self.experiment_file, experiment.to_yaml())
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None, None, None]:
@@ -269,100 +213,3 @@ class RunFolder:
             raise CommandError(
                 f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
             ) from error
-
-
-@contextlib.contextmanager
-def holding(path: Path, seconds: float) -> Generator[int, None, None]:
-    """Holds the lock on a file, which is made; gives its descriptor, for children that are to hold it too.
-
-    Raises:
-        TimeoutError: others held it for so many seconds.
-        OSError: the file cannot be written.
-    """
-    with path.open("w") as lock:
-        if not _lock(lock.fileno(), seconds):
-            raise TimeoutError
-        yield lock.fileno()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either wholly there or not at all, whatever dies meanwhile.
-
-    Raises:
-        OSError: it could not be written; what was there is still there.
-    """
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, seconds: float, waiting: Callable[[], None] = lambda: None) -> bool:
-    """Locks a file within so many seconds; returns whether it could. `waiting` is called once if it takes a while."""
-    deadline = time.monotonic() + seconds
-    told = False
-    while not _locked(descriptor):
-        if not told:
-            told = True
-            waiting()
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock on a file; there need be no such file."""
-    try:
-        with path.open() as file:
-            return not _locked(file.fileno())
-    except OSError:
-        return False
-
-
-def _holds_rounds(journal: Path) -> bool:
-    """Returns whether a journal holds a closed round, or may: nothing is thrown away that cannot be read."""
-    if not journal.exists():
-        return False
-    try:
-        with contextlib.closing(sqlite3.connect(journal)) as database:
-            tables = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'rounds'").fetchone()
-            return tables != (0,) and database.execute("SELECT 1 FROM rounds LIMIT 1").fetchone() is not None
-    except sqlite3.Error:
-        return True
-
-
-def _about(mode: str) -> dict[str, object]:
-    versions = {"codistill": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "mode": mode,
-        "command": ["codistill", *sys.argv[1:]],
-        "versions": versions,
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count() or 0},
-    }

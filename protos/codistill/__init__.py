@@ -1,24 +1,17 @@
 """The contract of codistill: what workers and the aggregation server agree on.
 
-Both sides import this package; it imports neither.
+Both sides import this package; it imports neither. A line for each room:
 
-* :mod:`codistill.v1` holds the wire's messages, generated from ``distillation.proto``.
-* :mod:`codistill.wire.tensors` turns tensors into messages and back.
-* :mod:`codistill.wire.checksum` tells a message that was damaged on the way.
-* :mod:`codistill.config.experiment` is the experiment file, of sections that have a module each; :mod:`codistill.config.errors`
-  says what is wrong with one, and :mod:`codistill.config.fingerprint` what of it must be the same everywhere.
-* :mod:`codistill.rundir.records` is what a run writes down about itself.
-* :mod:`codistill.wire.security` is what protects the wire; :mod:`codistill.wire.diagnose` says why it kept somebody out.
-* :mod:`codistill.process.exit_codes` is how a process of codistill ends.
+* :mod:`codistill.v1`: the wire's messages, generated from ``distillation.proto``.
+* :mod:`codistill.config`: the experiment file.
+* :mod:`codistill.wire`: what crosses the network, and what protects it.
+* :mod:`codistill.peer`: taking part in a run.
+* :mod:`codistill.methods`: what a method's two halves are.
+* :mod:`codistill.rundir`: what a run leaves on disk.
+* :mod:`codistill.process`: what every process shares.
 """
 
 PROTOCOL_VERSION = 2
 """The version of the contract's behaviour; a worker and a server must speak the same."""
 
 __version__ = "0.1.0"
-
-SESSION_KEY = "codistill-session"
-"""The metadata key of ``Exchange`` that holds the session's number, in decimal."""
-
-SUPERSEDED_KEY = "codistill-superseded"
-"""The trailing metadata key that is set where ABORTED means that a newer worker took the student over."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import ipaddress
 import logging
 import signal
 import socket
@@ -27,9 +25,12 @@ from codistill.config.fingerprint import identity
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
-from codistill.rundir.address import ADDRESS_FILE, write_addresses
+from codistill.rundir.address import Addresses, write_addresses
+from codistill.rundir.files import locked
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import format_address, is_loopback, parse_address, server_options
 from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
@@ -40,14 +41,12 @@ from codistill_server.observability.state import RunState
 from codistill_server.ratelimit import Limits
 from codistill_server.rpc.auth import TokenInterceptor
 from codistill_server.rpc.log_filter import limit_grpc_log
-from codistill_server.rpc.service import DistillationService, EventLoopSubmit, ReadableRequests, server_options
+from codistill_server.rpc.service import DistillationService, EventLoopSubmit, ReadableRequests
 from codistill_server.storage.journal import Journal, JournalError
 
-__all__ = ["JOURNAL_FILE", "ServeOptions", "ServerError", "check", "parse_address", "serve"]
+__all__ = ["ServeOptions", "ServerError", "check", "serve"]
 
 _log = logging.getLogger(__name__)
-
-JOURNAL_FILE = "journal.sqlite"
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
 _DRAIN_SECONDS = 5.0
@@ -96,23 +95,12 @@ class ServeOptions:
     advertise: str | None = None
 
 
-def parse_address(text: str, field: str) -> tuple[str, int]:
-    """Returns the host and port of "HOST:PORT".
-
-    Raises:
-        ServerError: it is not of that form.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
-        raise ServerError(f"{field}: {text!r} is not an address; expected HOST:PORT with a port of 0 to 65535")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def check(options: ServeOptions) -> None:
     """Checks what can be found wrong with a server's settings before anything is made.
 
     Raises:
-        ServerError: an address is none, or can be reached from other machines although nothing protects it.
+        AddressError: an address is none.
+        ServerError: an address can be reached from other machines although nothing protects it.
         SecurityError: a certificate or key cannot be used.
     """
     host, _ = parse_address(options.listen, "--listen")
@@ -120,7 +108,7 @@ def check(options: ServeOptions) -> None:
         parse_address(options.metrics, "--metrics")
     security = options.security
     security.server_credentials()
-    if not (_is_loopback(host) or security.serves_tls or security.token is not None or options.insecure):
+    if not (is_loopback(host) or security.serves_tls or security.token is not None or options.insecure):
         raise ServerError(
             f"--listen: {host} can be reached from other machines and nothing protects the port; listen on 127.0.0.1, give "
             f"{TLS_CERT} and {TLS_KEY}, or {TOKEN_FILE}; or give --insecure where the network is trusted"
@@ -143,6 +131,7 @@ class _Server:
     def __init__(self, experiment: Experiment, options: ServeOptions) -> None:
         self._experiment = experiment
         self._options = options
+        self._layout = RunLayout(options.run_dir)
         self._failure: Exception | None = None
         self._done = asyncio.Event()
         self._concluding: asyncio.Task[None] | None = None
@@ -155,7 +144,7 @@ class _Server:
         host, port = parse_address(options.listen, "--listen")
         credentials = options.security.server_credentials()
         _warn_of_half_a_protection(host, options.security)
-        with _only_server_in(options.run_dir), limit_grpc_log(), Watchdog() as self._watchdog:
+        with _only_server_in(self._layout), limit_grpc_log(), Watchdog() as self._watchdog:
             self._begin("starting")
             return await self._serve(host, port, credentials, stop)
 
@@ -219,7 +208,7 @@ class _Server:
             coordinator.close()
             recorder.close()
             with contextlib.suppress(OSError):
-                (options.run_dir / ADDRESS_FILE).unlink(missing_ok=True)
+                self._layout.address_file.unlink(missing_ok=True)
         if self._failure is not None:
             code = self._failure.code if isinstance(self._failure, LoadError) else ExitCode.ERROR
             raise ServerError(str(self._failure), code) from self._failure
@@ -259,7 +248,7 @@ class _Server:
         exchange = self._experiment.exchange
         try:
             journal = Journal(
-                self._options.run_dir / JOURNAL_FILE,
+                self._layout.journal_file,
                 identity(self._experiment),
                 exchange.journal.durability,
                 may_grow=exchange.journal.keep == "all",
@@ -267,7 +256,7 @@ class _Server:
         except JournalError as error:
             raise ServerError(str(error)) from error
         try:
-            return RecordWriter(self._options.run_dir), journal
+            return RecordWriter(self._layout.events_file, self._layout.metrics_file), journal
         except OSError as error:
             journal.close()
             raise ServerError(
@@ -315,14 +304,14 @@ class _Server:
         metrics = ""
         if web is not None and self._options.metrics is not None:
             web_host, _ = parse_address(self._options.metrics, "--metrics")
-            metrics = _reached(web_host if advertise is None or _is_loopback(web_host) else advertise, web.port)
+            metrics = _reached(web_host if advertise is None or is_loopback(web_host) else advertise, web.port)
         address = _reached(host if advertise is None else advertise, port)
-        write_addresses(self._options.run_dir, address, metrics)
+        write_addresses(self._layout.address_file, Addresses(address, metrics))
         _log.info(
             "run %s (%s) on %s (%s), messages up to %.1f MiB%s",
             self._experiment.name,
             self._experiment.distillation.title,
-            _address(host, port),
+            format_address(host, port),
             _protection(self._options.security),
             limit / 2**20,
             f"; live page on http://{metrics}/, metrics on http://{metrics}/metrics" if metrics else "",
@@ -385,41 +374,30 @@ class _Server:
 
 
 @contextlib.contextmanager
-def _only_server_in(run_dir: Path) -> Generator[None, None, None]:
+def _only_server_in(layout: RunLayout) -> Generator[None, None, None]:
     """Keeps a second server out of a run's folder for as long as this one runs; the kernel lets go when it dies.
 
     Whoever looks whether a server runs takes the lock for an instant; so it is tried for a moment.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / "server.lock").open("w")
-    except OSError as error:
-        raise ServerError(
-            f"run folder {run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
-        ) from error
-    with file:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while not _locked(file.fileno()):
-            if time.monotonic() >= deadline:
-                raise ServerError(
-                    f"run folder {run_dir}: another server runs in it; stop that one, or give another --run-dir"
-                )
-            time.sleep(_LOCK_SECONDS / 20)
+    with contextlib.ExitStack() as stack:
+        try:
+            layout.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(layout.server_lock, _LOCK_SECONDS))
+        except TimeoutError as error:
+            raise ServerError(
+                f"run folder {layout.path}: another server runs in it; stop that one, or give another --run-dir"
+            ) from error
+        except OSError as error:
+            raise ServerError(
+                f"run folder {layout.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            ) from error
         with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
-            (run_dir / ADDRESS_FILE).unlink(missing_ok=True)
+            layout.address_file.unlink(missing_ok=True)
         yield
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _warn_of_half_a_protection(host: str, security: Security) -> None:
-    if _is_loopback(host):
+    if is_loopback(host):
         return
     if not security.serves_tls and security.token is not None:
         _log.warning("without TLS the token and all data can be read on the way; give %s and %s", TLS_CERT, TLS_KEY)
@@ -430,7 +408,7 @@ def _warn_of_half_a_protection(host: str, security: Security) -> None:
 def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     """Binds the port; gRPC's own refusal would not say why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    text = _address(host, port)
+    text = format_address(host, port)
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -443,25 +421,12 @@ def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Ser
         ) from error
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _reached(host: str, port: int, advertise: str | None = None) -> str:
     """Returns how a server is reached: one on every address as advertised, else by the loopback's; a certificate can hold it."""
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)  # noqa: S104
-    return _address(host if loopback is None else advertise or loopback, port)
+    return format_address(host if loopback is None else advertise or loopback, port)
 
 
 def _protection(security: Security) -> str:
     tls = "plain text" if not security.serves_tls else "TLS" if security.ca is None else "mutual TLS"
     return f"{tls}, {'no token' if security.token is None else 'token'}"
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

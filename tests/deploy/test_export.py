@@ -145,7 +145,7 @@ def test_an_exported_student_answers_as_it_did_in_training(
 
     # What training's own evaluation computes.
     network = plain(model)
-    checkpoint = read(folder.student(f"a-{model}") / "checkpoint.safetensors")
+    checkpoint = read(folder.student(f"a-{model}").path / "checkpoint.safetensors")
     network.load_state_dict(dict(checkpoint.model))
     pixels = augmentation.normalise(images, about["mean"], about["std"])
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_an_exported_student_answers_as_it_did_in_training(
 
 
 def test_the_best_weights(folder: RunFolder, tmp_path: Path) -> None:
-    best = read(folder.student("a-mlp") / "best.safetensors")
+    best = read(folder.student("a-mlp").path / "best.safetensors")
     written = export(folder, "a-mlp", tmp_path, "best")
     assert written.round == best.round
     assert json.loads(written.about.read_text())["weights"] == "best"

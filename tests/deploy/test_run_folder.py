@@ -18,9 +18,10 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import Student
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import write_atomically
+from codistill.rundir.layout import RunLayout
 from codistill_deploy.errors import CommandError
-from codistill_deploy.run_folder import RunFolder, write_atomically
-from codistill_server.app import JOURNAL_FILE
+from codistill_deploy.run_folder import RunFolder
 from codistill_server.rounds.events import Samples
 from codistill_server.storage.journal import ClosedRound, Journal
 
@@ -44,14 +45,14 @@ def test_start_writes_the_resolved_experiment_and_where_it_ran(experiment: Exper
     about = json.loads((folder.path / "run.json").read_text())
     assert about["mode"] == "grpc"
     assert {"codistill", "python", "torch"} <= about["versions"].keys()
-    assert folder.student("a").is_dir()
-    assert folder.student("b").is_dir()
+    assert folder.student("a").path.is_dir()
+    assert folder.student("b").path.is_dir()
 
 
 def train(folder: RunFolder) -> None:
     """Leaves what makes a run one to go on with."""
-    folder.student("a").mkdir(parents=True, exist_ok=True)
-    (folder.student("a") / "checkpoint.safetensors").touch()
+    folder.student("a").path.mkdir(parents=True, exist_ok=True)
+    (folder.student("a").path / "checkpoint.safetensors").touch()
 
 
 def test_a_folder_with_a_run_is_not_taken_twice(experiment: Experiment, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
     train(folder)
     folder.start(keeping.replace(students=more), mode="grpc", resume=True)
     assert folder.experiment().names == ("a", "b", "c")
-    assert folder.student("c").is_dir()
+    assert folder.student("c").path.is_dir()
 
 
 def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path) -> None:
@@ -114,13 +115,13 @@ def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path
 def test_a_run_that_trained_nothing_does_not_stop_the_corrected_one(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
-    Journal(tmp_path / JOURNAL_FILE, identity(experiment)).close()
+    Journal(RunLayout(tmp_path).journal_file, identity(experiment)).close()
     folder.metrics_file.touch()
     folder.start(experiment.replace(seed=9), mode="grpc", resume=False)
     assert folder.experiment().seed == 9
     assert not folder.metrics_file.exists()
 
-    journal = Journal(tmp_path / JOURNAL_FILE, identity(folder.experiment()))  # another's is gone
+    journal = Journal(RunLayout(tmp_path).journal_file, identity(folder.experiment()))  # another's is gone
     journal.append(ClosedRound(0, Samples(b"", b""), {}))
     journal.close()
     with pytest.raises(CommandError, match="already holds a run; give --resume"):
@@ -130,7 +131,7 @@ def test_a_run_that_trained_nothing_does_not_stop_the_corrected_one(experiment: 
 def test_a_journal_that_cannot_be_read_is_not_thrown_away(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
-    (tmp_path / JOURNAL_FILE).write_bytes(b"this is no journal" * 100)
+    (RunLayout(tmp_path).journal_file).write_bytes(b"this is no journal" * 100)
     with pytest.raises(CommandError, match="already holds a run"):
         folder.start(experiment, mode="grpc", resume=False)
 

@@ -14,8 +14,8 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from codistill import SESSION_KEY
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import format_session
 from codistill.wire.security import TOKEN_KEY
 from fuzz import generators

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit

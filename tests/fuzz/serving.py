@@ -26,6 +26,7 @@ import torch
 
 from codistill.config.experiment import Experiment, parse
 from codistill.config.fingerprint import identity
+from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security, Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
@@ -104,7 +105,7 @@ class Serving:
         deadline = time.monotonic() + PATIENCE
         try:
             for name in self._names:
-                path = self.folder / name / app.ADDRESS_FILE
+                path = RunLayout(self.folder / name).address_file
                 while not path.exists():
                     assert self.code is None, self.log.read_text()
                     assert time.monotonic() < deadline, f"no server within {PATIENCE} s: {self.log.read_text()}"
@@ -212,8 +213,8 @@ async def _serve(config: Mapping[str, Any]) -> None:
 
 def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
     """Has the run's sessions numbered above one that its journal remembers."""
-    if session and not (folder / app.JOURNAL_FILE).exists():
-        journal = Journal(folder / app.JOURNAL_FILE, identity(experiment))
+    if session and not (RunLayout(folder).journal_file).exists():
+        journal = Journal(RunLayout(folder).journal_file, identity(experiment))
         journal.remember(StudentRecord(experiment.names[0], session, 0, finished=False))
         journal.close()
 

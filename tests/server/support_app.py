@@ -15,7 +15,8 @@ from typing import Any
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
-from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
+from codistill.rundir.layout import RunLayout
+from codistill_server.app import ServeOptions, serve
 from server.support import make_experiment
 
 PATIENCE = 60.0
@@ -69,14 +70,14 @@ def serving(
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        until(lambda: (run_dir / ADDRESS_FILE).exists() or outcome, "the server announces itself")
+        until(lambda: (RunLayout(run_dir).address_file).exists() or outcome, "the server announces itself")
         assert not outcome, outcome[0]
-        yield Served(run_dir, stop, thread, outcome, json.loads((run_dir / ADDRESS_FILE).read_text()))
+        yield Served(run_dir, stop, thread, outcome, json.loads((RunLayout(run_dir).address_file).read_text()))
     finally:
         stop.set()
         thread.join(PATIENCE)
         assert not thread.is_alive()
-    assert not (run_dir / ADDRESS_FILE).exists(), "the address goes with the server"
+    assert not (RunLayout(run_dir).address_file).exists(), "the address goes with the server"
 
 
 def get(url: str) -> str:

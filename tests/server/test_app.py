@@ -17,18 +17,18 @@ from typing import Any
 import grpc
 import pytest
 
-from codistill import SESSION_KEY
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.address import ADDRESS_FILE
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, read
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import format_session
 from codistill.wire.security import SecurityError
 from codistill_server import app
-from codistill_server.app import JOURNAL_FILE, ServeOptions, ServerError, parse_address, serve
+from codistill_server.app import ServeOptions, ServerError, parse_address, serve
 from codistill_server.rounds.events import Samples
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 from server.support import contribution, join_request, make_experiment, sealed
@@ -40,7 +40,7 @@ def refused(folder: Path, experiment: Experiment | None = None, **options: Any) 
     options = {"listen": "127.0.0.1:0", "run_dir": folder / "run", **options}
     with pytest.raises(ServerError) as caught:
         serve(experiment or make_experiment(), ServeOptions(**options))
-    assert not (folder / "run" / ADDRESS_FILE).exists()
+    assert not (RunLayout(folder / "run").address_file).exists()
     return caught.value
 
 
@@ -140,16 +140,16 @@ class TestRefused:
         assert not (tmp_path / "run").exists(), "nothing is begun"
 
     def test_the_journal_of_another_run(self, tmp_path: Path) -> None:
-        Journal(tmp_path / "run" / JOURNAL_FILE, identity(make_experiment(seed=1))).close()
+        Journal(RunLayout(tmp_path / "run").journal_file, identity(make_experiment(seed=1))).close()
         error = refused(tmp_path, make_experiment(seed=2))
         assert "experiment field seed: the run has 1, this experiment has 2" in str(error)
         assert error.code is ExitCode.CONFIGURATION
 
     def test_a_journal_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / JOURNAL_FILE).write_text("my notes")
+        (RunLayout(tmp_path / "run").journal_file).write_text("my notes")
         error = refused(tmp_path)
-        assert str(tmp_path / "run" / JOURNAL_FILE) in str(error)
+        assert str(RunLayout(tmp_path / "run").journal_file) in str(error)
         assert error.code is ExitCode.CONFIGURATION
 
     def test_a_journal_that_cannot_be_read_to_its_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +327,7 @@ class TestServing:
 
 def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
     experiment = make_experiment(exchange={"journal": {"durability": "power"}})
-    path = tmp_path / "run" / JOURNAL_FILE
+    path = RunLayout(tmp_path / "run").journal_file
     journal = Journal(path, identity(experiment))
     journal.append(ClosedRound(0, Samples(bytes(8), bytes(8)), {"": b""}))
     journal.close()
@@ -349,7 +349,7 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
         stderr=subprocess.STDOUT,
         text=True,
     )
-    address = tmp_path / "run" / ADDRESS_FILE
+    address = RunLayout(tmp_path / "run").address_file
     try:
         until(lambda: address.exists() or server.poll() is not None, "the server announces itself")
         announced = json.loads(address.read_text())
@@ -398,7 +398,7 @@ def test_who_only_looks_whether_a_server_runs_keeps_none_out(tmp_path: Path) -> 
 
 
 def test_the_address_of_a_server_that_was_killed_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
-    address = tmp_path / "run" / ADDRESS_FILE
+    address = RunLayout(tmp_path / "run").address_file
     address.parent.mkdir()
     address.write_text('{"address": "127.0.0.1:1", "metrics": "", "pid": 1}')
     with socket.socket() as busy:

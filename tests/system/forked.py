@@ -12,7 +12,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from codistill.config.experiment import Experiment
-from codistill_server.app import ADDRESS_FILE, ServeOptions, serve
+from codistill.rundir.layout import RunLayout
+from codistill_server.app import ServeOptions, serve
 from codistill_worker.app import WorkOptions, work
 from system.support import rounds_trained, wait_for
 
@@ -42,7 +43,7 @@ def run_forked(experiment: Experiment, folder: Path, kill: str = "", after: int 
     processes = {"the server": server}
     try:
         server.start()
-        file = folder / ADDRESS_FILE
+        file = RunLayout(folder).address_file
         wait_for(file.exists, "the server's address")
         address = str(json.loads(file.read_text())["address"])
 

@@ -17,12 +17,13 @@ import grpc
 import pytest
 import torch
 
-from codistill import PROTOCOL_VERSION, SESSION_KEY
+from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment, load
 from codistill.config.fingerprint import identity
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_worker import data

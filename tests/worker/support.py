@@ -18,7 +18,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir import records
-from codistill.rundir.address import ADDRESS_FILE
+from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_server.app import ServeOptions, serve
 from codistill_worker import data
@@ -182,7 +182,7 @@ class Server:
 
         self._thread = threading.Thread(target=serve_it, name="server-under-test")
         self._thread.start()
-        file = self.folder / ADDRESS_FILE
+        file = RunLayout(self.folder).address_file
         deadline = time.monotonic() + 30
         while not file.exists() and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)

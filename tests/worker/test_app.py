@@ -19,7 +19,8 @@ from codistill.config.experiment import Experiment
 from codistill.peer.errors import PeerError
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
-from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, student_folder, work
+from codistill.rundir.layout import RunLayout
+from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, work
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training.checkpoints import read
 
@@ -110,7 +111,7 @@ class Workers:
 
 
 def weights(folder: Path, student: str) -> Any:
-    return read(student_folder(folder, student) / "checkpoint.safetensors")
+    return read(RunLayout(folder).student(student).checkpoint)
 
 
 def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
@@ -24,7 +25,7 @@ from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 
-__all__ = ["WorkOptions", "check_student", "choose_device", "student_folder", "use_deterministic_kernels", "work"]
+__all__ = ["WorkOptions", "check_student", "choose_device", "use_deterministic_kernels", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -50,11 +51,6 @@ class WorkOptions:
     run_dir: Path
     security: Security = field(default_factory=Security)
     find: Callable[[], str | None] = lambda: None
-
-
-def student_folder(run_dir: Path, student: str) -> Path:
-    """Returns where a student's files are."""
-    return run_dir / "students" / student
 
 
 def check_student(experiment: Experiment, name: str) -> None:
@@ -135,7 +131,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             dataset = data.load(plan.data, device)
             if isinstance(plan, TeacherPlan):
                 return _train(TeacherLoop(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
-            store = CheckpointStore(student_folder(options.run_dir, options.student))
+            store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)
             return _train(StudentLoop(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -18,12 +18,13 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import TeacherPlan
 from codistill.peer.base import Transport
+from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
+from codistill.peer.order import Order
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, augmentation, check_batch
-from codistill_worker.randomness import Order, derive
 from codistill_worker.student import contribution, describe
 from codistill_worker.training import weights
 from codistill_worker.training.evaluation import (

@@ -362,10 +362,11 @@ def work(
     folder.join(loaded, [student] if student in loaded.names else [])
     options = WorkOptions(student, server or "", folder.path, security)
     if server is None:
-        from codistill_deploy.supervise.discovery import addresses, find_server
+        from codistill.rundir.address import read_addresses
+        from codistill_deploy.supervise.discovery import find_server
 
         def find() -> str | None:
-            found = addresses(folder.path)
+            found = read_addresses(folder.address_file)
             return None if found is None else found.server
 
         first = find_server(folder.path, loaded.exchange.connect_timeout, stop)
@@ -398,7 +399,7 @@ def status(
         server = find_server(run_dir, 0, threading.Event())
     state = fetch_status(server or DEFAULT_SERVER, read(tls_cert, tls_key, tls_ca, token_file))
     if run_dir is not None:
-        add_supervisor_events(state, run_dir)
+        add_supervisor_events(state, RunFolder(run_dir))
     if as_json:
         from google.protobuf.json_format import MessageToDict
 

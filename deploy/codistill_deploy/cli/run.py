@@ -16,6 +16,7 @@ from rich.console import Console
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.info import Mode
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
 
@@ -134,7 +135,7 @@ def run_here(
         )
         return run_local(experiment, folder, view, stop, options)
 
-    mode = "in-process" if in_process else "grpc"
+    mode: Mode = "in-process" if in_process else "grpc"
     return run_in_folder(experiment, folder, title, go, mode=mode, resume=resume, report=report)
 
 
@@ -162,7 +163,7 @@ def run_in_folder(
     title: str,
     go: Callable[[View, int], ExitCode],
     *,
-    mode: str,
+    mode: Mode,
     resume: bool,
     report: bool,
 ) -> ExitCode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import cast
 
 import grpc
@@ -13,7 +12,8 @@ from rich.text import Text
 
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir import records
-from codistill.rundir.history import SUPERVISOR_FILE, History, read
+from codistill.rundir.history import History, read
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
@@ -103,16 +103,16 @@ def _again(history: History, folder: RunFolder) -> str:
     return shlex.join(command)
 
 
-def add_supervisor_events(run: pb.Run, folder: Path) -> None:
+def add_supervisor_events(run: pb.Run, folder: RunLayout) -> None:
     """Adds what `codistill run` wrote down of its processes to the events of a run, in order of time."""
     try:
-        for record in records.read(folder / SUPERVISOR_FILE):
+        for record in records.read(folder.supervisor_file):
             if isinstance(record, Happened):
                 run.events.add(
                     unix_seconds=record.time, kind=record.what, student=record.student, message=record.message
                 )
     except (OSError, ValueError) as error:
-        raise CommandError(f"{folder / SUPERVISOR_FILE} cannot be read: {error}") from error
+        raise CommandError(f"{folder.supervisor_file} cannot be read: {error}") from error
     run.events.sort(key=lambda event: event.unix_seconds)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from codistill.config.experiment import Experiment
 from codistill.config.methods import BornAgain, Independent
 from codistill.config.participants import Student, Teacher
+from codistill.rundir.layout import generation_folder
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
@@ -48,11 +49,11 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
     Raises:
         ExperimentError: a name is too long to be told apart from its predecessor's.
     """
-    from codistill_worker.randomness import derive
+    from codistill.peer.draws import derive
 
     method = experiment.distillation
     assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked in_sequence
-    places = [RunFolder(folder / f"generation-{number}") for number in range(1, method.generations + 1)]
+    places = [RunFolder(generation_folder(folder, number)) for number in range(1, method.generations + 1)]
     yield experiment.replace(distillation=Independent()), places[0]
     for number, (before, place) in enumerate(pairwise(places), 2):
         teachers = tuple(as_teacher(student, str(number - 1), before) for student in experiment.students)
@@ -85,7 +86,7 @@ def as_teacher(student: Student, which: str, trained: RunFolder) -> Teacher:
         name=f"{student.name[:56]}.{which}",
         model=student.model,
         model_args=student.model_args,
-        weights=str(trained.student(student.name)),
+        weights=str(trained.student(student.name).path),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.layout import ComparisonLayout
 from codistill_deploy.compare import generations
 from codistill_deploy.compare.plan import Variant, best_alone, choose
 from codistill_deploy.compare.statistics import BASELINE, ComparisonIndex, IndexedRun
@@ -101,7 +102,7 @@ class _Planned:
     @property
     def place(self) -> Path:
         """The folder of the run, or of those of its generations."""
-        return self.folder / self.variant.title.replace("/", "-") / f"seed-{self.seed}"
+        return ComparisonLayout(self.folder).run(self.variant.title, self.seed)
 
     @property
     def indexed(self) -> IndexedRun:
@@ -114,6 +115,8 @@ class _Planned:
         """Returns what is to be run, one after the other, each with its folder and a title."""
         teacher = None
         if self.variant.finds_teacher:
-            teacher = best_alone(self.variant.experiment, RunFolder(self.folder / BASELINE / f"seed-{self.seed}"))
+            teacher = best_alone(
+                self.variant.experiment, RunFolder(ComparisonLayout(self.folder).run(BASELINE, self.seed))
+            )
         experiment = self.variant.taught(self.seed, teacher)
         return generations.parts(experiment, self.place, f"{self.variant.title}, seed {self.seed}")

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from codistill.config.experiment import ExperimentError
 from codistill.rundir import history
+from codistill.rundir.files import write_atomically
 from codistill.rundir.history import History
+from codistill.rundir.layout import ComparisonLayout, RunLayout
 from codistill.rundir.records import Measured
-from codistill_deploy.run_folder import write_atomically
 
 __all__ = [
     "BASELINE",
@@ -39,7 +40,6 @@ __all__ = [
 BASELINE = "independent"
 """The method that gains are measured against."""
 
-_INDEX = "comparison.json"
 _SIDE_BY_SIDE = 3
 
 
@@ -77,7 +77,7 @@ class ComparisonIndex(BaseModel):
     @staticmethod
     def path(folder: Path) -> Path:
         """Returns where a comparison folder keeps its index."""
-        return folder / _INDEX
+        return ComparisonLayout(folder).index_file
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -280,7 +280,7 @@ def read_runs(folder: Path, index: ComparisonIndex) -> list[MethodRun]:
         except (ExperimentError, OSError, ValueError) as error:
             problem = (
                 str(error)
-                if (path / "experiment.yaml").exists()
+                if RunLayout(path).experiment_file.exists()
                 else "it has not begun: its folder has no experiment.yaml"
             )
             runs.append(MethodRun(each.method, each.seed, None, each.path, problem))

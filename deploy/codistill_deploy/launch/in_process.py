@@ -22,14 +22,13 @@ from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.console.progress import View
 from codistill_deploy.run_folder import RunFolder
-from codistill_server.app import JOURNAL_FILE
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
-from codistill_worker.app import choose_device, student_folder, use_deterministic_kernels
+from codistill_worker.app import choose_device, use_deterministic_kernels
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
@@ -115,11 +114,11 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
     settings = experiment.exchange.journal
     try:
         journal = Journal(
-            folder.path / JOURNAL_FILE, identity(experiment), settings.durability, may_grow=settings.keep == "all"
+            folder.journal_file, identity(experiment), settings.durability, may_grow=settings.keep == "all"
         )
     except JournalError as error:
         raise PeerError(str(error), ExitCode.CONFIGURATION) from error
-    recorder = RecordWriter(folder.path)
+    recorder = RecordWriter(folder.events_file, folder.metrics_file)
     observations = RunState(experiment, recorder.write)
     coordinator = Coordinator(experiment, journal, observations, _submit)
     try:
@@ -158,7 +157,7 @@ def _learners(
         if isinstance(plan, TeacherPlan):
             learners.append(TeacherLoop(experiment, plan, datasets[key], device, exchange, watchdog=watchdog))
             continue
-        store = CheckpointStore(student_folder(folder.path, name))
+        store = CheckpointStore(folder.student(name).path)
         learners.append(StudentLoop(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
     return learners
 

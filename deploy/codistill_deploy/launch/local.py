@@ -15,7 +15,8 @@ from codistill.wire.security import Security
 from codistill_deploy.console.progress import View
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise import spec
-from codistill_deploy.supervise.child import Child, Port
+from codistill_deploy.supervise.child import Child
+from codistill_deploy.supervise.port import Port
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
 from codistill_deploy.supervise.supervisor import Supervisor

@@ -11,7 +11,7 @@ import torch
 from codistill.config.experiment import Experiment, ExperimentError
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
-from codistill_deploy.run_folder import RunFolder
+from codistill.rundir.layout import ParticipantLayout, RunLayout
 from codistill_server import methods as server_methods
 from codistill_worker import data, models
 from codistill_worker import methods as worker_methods
@@ -68,8 +68,8 @@ def _problems(experiment: Experiment, here: bool) -> Iterator[str]:
 
 def _check_trained(path: Path, name: str) -> None:
     """Sees that a teacher is trained to its end, where a run is given: else those who learn from it find other weights."""
-    is_student = path.parent.name == "students"
-    run, student = (RunFolder(path.parent.parent), path.name) if is_student else (RunFolder(path), name)
+    of = ParticipantLayout(path).run
+    run, student = (RunLayout(path), name) if of is None else (of, path.name)
     if not (path.is_dir() and run.experiment_file.exists() and run.metrics_file.exists()):
         return
     try:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from codistill.config.experiment import ExperimentError
 from codistill.rundir import history
+from codistill.rundir.files import write_atomically
+from codistill.rundir.layout import ComparisonLayout, RunLayout
 from codistill_deploy.compare import statistics
 from codistill_deploy.compare.statistics import ComparisonIndex
 from codistill_deploy.errors import CommandError
 from codistill_deploy.report.document import comparison_document
 from codistill_deploy.report.figure import gain_svg
-from codistill_deploy.run_folder import write_atomically
 from codistill_server.observability.dashboard.document import run_document
 from codistill_server.observability.dashboard.html import render
 
@@ -44,9 +45,9 @@ def write(folder: Path) -> Path:
                     _save(folder / run.path, run_document(run.history))
             document = comparison_document(statistics.summarise(runs, index.left_out), index.experiment)
             if document["pictures"]:
-                write_atomically(folder / "gains.svg", document["pictures"]["wide"])
+                write_atomically(ComparisonLayout(folder).picture_file, document["pictures"]["wide"])
             return _save(folder, document)
-        if (folder / "experiment.yaml").is_file():
+        if RunLayout(folder).experiment_file.is_file():
             return _save(folder, run_document(history.read(folder)))
     except ExperimentError as error:
         raise ReportError(str(error)) from error
@@ -59,6 +60,6 @@ def write(folder: Path) -> Path:
 
 
 def _save(folder: Path, document: dict[str, object]) -> Path:
-    path = folder / "report.html"
+    path = RunLayout(folder).report_file
     write_atomically(path, render(document))
     return path

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codistill.config.experiment import Experiment
+from codistill.rundir.layout import ParticipantLayout
 from codistill_deploy.run_folder import RunFolder
 
 __all__ = ["ProcessSpec", "serve_arguments", "work_arguments", "workers"]
@@ -20,13 +21,15 @@ class ProcessSpec:
     Attributes:
         title: as people call it.
         name: its name in the experiment.
-        log: what its worker prints; it is in the folder of its own.
+        log: what its worker prints.
+        host_lock: what its actor holds on a Ray cluster.
         hang_after: its `training.hang_after`.
     """
 
     title: str
     name: str
     log: Path
+    host_lock: Path
     hang_after: float
 
 
@@ -34,16 +37,19 @@ def workers(experiment: Experiment, folder: RunFolder) -> list[ProcessSpec]:
     """Returns the students, then the teachers, in the experiment's order."""
     return [
         *(
-            ProcessSpec(f"student {name!r}", name, folder.student_log(name), experiment.plan(name).training.hang_after)
+            _spec("student", folder.student(name), experiment.plan(name).training.hang_after)
             for name in experiment.names
         ),
         *(
-            ProcessSpec(
-                f"teacher {name!r}", name, folder.teacher_log(name), experiment.teacher_plan(name).training.hang_after
-            )
+            _spec("teacher", folder.teacher(name), experiment.teacher_plan(name).training.hang_after)
             for name in experiment.teacher_names
         ),
     ]
+
+
+def _spec(kind: str, layout: ParticipantLayout, hang_after: float) -> ProcessSpec:
+    name = layout.path.name
+    return ProcessSpec(f"{kind} {name!r}", name, layout.log, layout.host_lock, hang_after)
 
 
 def serve_arguments(folder: RunFolder) -> list[str]:

@@ -6,14 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import grpc
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.address import ADDRESS_FILE
-from codistill.rundir.history import RESTARTED, SUPERVISOR_FILE
+from codistill.rundir.address import Addresses, read_addresses
+from codistill.rundir.history import RESTARTED
 from codistill.rundir.records import Happened
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
@@ -23,7 +22,6 @@ from codistill_deploy.console.progress import View
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.child import Child
-from codistill_deploy.supervise.discovery import Addresses, addresses
 from codistill_deploy.supervise.restart_policy import RESTARTS_OFF, GiveUp, Restart
 
 __all__ = ["Supervisor", "watch"]
@@ -100,11 +98,11 @@ class Supervisor:
         Raises:
             CommandError: a member ended that the run needs; the text holds its own last line.
         """
-        (self._folder.path / ADDRESS_FILE).unlink(missing_ok=True)
+        self._folder.address_file.unlink(missing_ok=True)
         over = threading.Event()
         self._members = [server, *workers]
         try:
-            self._recorder = _open_recorder(self._folder.path)
+            self._recorder = _open_recorder(self._folder)
             for member in self._members:
                 _start(member)
             self._watch(over, announce)
@@ -157,7 +155,7 @@ class Supervisor:
 
         def find() -> str | None:
             nonlocal told
-            found = addresses(self._folder.path)
+            found = read_addresses(self._folder.address_file)
             if announce and found is not None and found != told:
                 self._view.note(str(found))
                 told = found
@@ -227,12 +225,12 @@ def _start(member: Child) -> None:
         raise CommandError(f"{member.title} cannot be started: {error}", ExitCode.WORKER_FAILED) from error
 
 
-def _open_recorder(folder: Path) -> RecordWriter:
+def _open_recorder(folder: RunFolder) -> RecordWriter:
     try:
-        return RecordWriter(folder, events=SUPERVISOR_FILE, metrics=None)
+        return RecordWriter(folder.supervisor_file)
     except OSError as error:
         raise CommandError(
-            f"run folder {folder} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
+            f"run folder {folder.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
         ) from error
 
 

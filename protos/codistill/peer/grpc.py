@@ -21,14 +21,13 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.config.exchange import KEEPALIVE_ANSWER
 from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.log_backoff import LogBackoff
 from codistill.peer.session import CALL_SECONDS, Done, Failure, Goodbye, HangUp, Join, Listen, Pause, Send, Session
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire import diagnose
+from codistill.wire.channel import PUSHBACK_KEY, SESSION_KEY, SUPERSEDED_KEY, client_options
 from codistill.wire.checksum import append_checksum, format_session, verify_checksum
 from codistill.wire.security import Security
 
@@ -38,23 +37,8 @@ _log = logging.getLogger(__name__)
 
 _SLICE_SECONDS = 0.2
 _LOOK_SECONDS = 2.0
-_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _DAMAGED = "was damaged on the way: its checksum is missing or wrong"
-
-_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", -1),  # the server is trusted to send targets of any size
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
-    ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),  # of pings with which gRPC measures the link
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    # Left alone, the channel would wait up to two minutes between two attempts, and fail every call meanwhile.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_retries", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-]
 
 
 class GrpcTransport:
@@ -92,7 +76,7 @@ class GrpcTransport:
         self._address = address
         self._find = find
         self._stop = stop
-        self._options = [*_OPTIONS, ("grpc.keepalive_time_ms", int(1000 * keepalive))]
+        self._options = client_options(keepalive)
         self._channel = self._security.channel(address, self._options)
         self._stub = _Stub(self._channel)
         self._session = Session(address, connect_timeout, give_up_after, silence_after)
@@ -513,4 +497,4 @@ def _failure(error: grpc.RpcError) -> Failure:
     trailing = dict(getattr(error, "trailing_metadata", tuple)() or ())
     superseded = code is grpc.StatusCode.ABORTED and SUPERSEDED_KEY in trailing
     text = " ".join(str(details).split())
-    return Failure(code.name, text, superseded, _PUSHBACK_KEY in trailing, isinstance(error, _Damaged))
+    return Failure(code.name, text, superseded, PUSHBACK_KEY in trailing, isinstance(error, _Damaged))

@@ -6,7 +6,7 @@ import torch
 
 from codistill.peer.draws import derive, permutation
 
-__all__ = ["Order", "epoch_order", "round_samples"]
+__all__ = ["Order", "epoch_order"]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
@@ -21,11 +21,6 @@ def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
         int64 of shape [size]: a permutation of 0..size-1.
     """
     return permutation(derive(seed, "epoch", epoch), size)
-
-
-def round_samples(seed: int, round_number: int, size: int, batch_size: int) -> torch.Tensor:
-    """Returns the ids of one round's samples, as :meth:`Order.samples`."""
-    return Order(seed, size, batch_size).samples(round_number)
 
 
 class Order:

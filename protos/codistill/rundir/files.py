@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 __all__ = [
     "is_locked",
@@ -32,7 +32,7 @@ def _do_nothing() -> None:
     """Stands in where nobody wants to hear of a wait."""
 
 
-def try_lock(file: IO[object] | int) -> bool:
+def try_lock(file: IO[Any]) -> bool:
     """Locks an open file if no other process holds its lock; returns whether it could."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,23 +12,20 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Generic, TypeVar
 
 from codistill.config import experiment as experiments
 from codistill.config.experiment import Experiment
 from codistill.rundir import records
+from codistill.rundir.info import RunInfo
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 
 __all__ = [
     "RESTARTED",
-    "SUPERVISOR_FILE",
     "Follower",
     "History",
-    "RunInfo",
     "StudentHistory",
     "collect",
     "longest_wait",
@@ -39,43 +36,11 @@ __all__ = [
 
 _R = TypeVar("_R", Measured, Paced)
 
-SUPERVISOR_FILE = "supervisor.jsonl"
-"""Where `codistill run` writes what became of the processes that it started."""
 RESTARTED = "restarted"
 """The event of a process that ended and is started again."""
 
-_FILES: tuple[str, ...] = ("metrics.jsonl", "events.jsonl", SUPERVISOR_FILE)
 _CHUNK = 2**20
 _UNMERGED = 50  # of the newest spans: a server that lost its last rounds closes them again
-
-
-class RunInfo(BaseModel):
-    """``run.json``: what of a run is not in its experiment. Every field may be missing."""
-
-    model_config = ConfigDict(frozen=True)
-
-    created: datetime | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
-    command: tuple[str, ...] = ()
-    mode: Literal["grpc", "in-process"] | None = None
-    machine: dict[str, Any] = Field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> RunInfo:
-        """Reads a run folder's ``run.json``; all fields are missing where there is no such file.
-
-        Raises:
-            ValueError: the file is not of this form.
-        """
-        path = folder / "run.json"
-        if not path.exists():
-            return cls()
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -201,11 +166,12 @@ def read(folder: Path) -> History:
         ExperimentError: ``experiment.yaml`` is missing or cannot be used.
         ValueError: a line of the records, or ``run.json``, is not of its form.
     """
+    layout = RunLayout(folder)
     return collect(
-        experiments.load(folder / "experiment.yaml"),
-        records.read(folder / "metrics.jsonl"),
-        (*records.read(folder / "events.jsonl"), *records.read(folder / SUPERVISOR_FILE)),
-        RunInfo.read(folder),
+        experiments.load(layout.experiment_file),
+        records.read(layout.metrics_file),
+        (*records.read(layout.events_file), *records.read(layout.supervisor_file)),
+        RunInfo.read(layout.info_file),
     )
 
 
@@ -222,15 +188,15 @@ class Follower:
     """
 
     def __init__(self, experiment: Experiment, folder: Path, limit: int = 1000) -> None:
-        self._folder = folder
+        self._layout = RunLayout(folder)
         self._collected = _Collected(experiment, limit)
-        self._read = dict.fromkeys(_FILES, 0)
-        self._lines = dict.fromkeys(_FILES, 0)
+        self._read = dict.fromkeys(self._layout.record_files, 0)
+        self._lines = dict.fromkeys(self._layout.record_files, 0)
 
     @property
     def written(self) -> str:
         """Names what is written by now: another name, another history."""
-        return _version(_size(self._folder / name) for name in _FILES)
+        return _version(map(_size, self._read))
 
     @property
     def version(self) -> str:
@@ -244,24 +210,23 @@ class Follower:
             ValueError: a line of the records, or ``run.json``, is not of its form.
             OSError: a file cannot be read.
         """
-        for name in _FILES:
-            while self._read_on(name):
+        for path in self._read:
+            while self._read_on(path):
                 pass
-        return self._collected.history(RunInfo.read(self._folder))
+        return self._collected.history(RunInfo.read(self._layout.info_file))
 
-    def _read_on(self, name: str) -> bool:
+    def _read_on(self, path: Path) -> bool:
         """Takes in the next lines of a file; returns whether there were any."""
-        path = self._folder / name
-        if _size(path) <= self._read[name]:
+        if _size(path) <= self._read[path]:
             return False
         with path.open("rb") as file:
-            file.seek(self._read[name])
+            file.seek(self._read[path])
             content = file.read(_CHUNK)
         lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
         for line in lines:
-            self._collected.add(records.parse(line, path, self._lines[name] + 1))
-            self._read[name] += len(line)
-            self._lines[name] += 1
+            self._collected.add(records.parse(line, path, self._lines[path] + 1))
+            self._read[path] += len(line)
+            self._lines[path] += 1
         return bool(lines)
 
 

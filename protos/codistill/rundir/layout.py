@@ -89,7 +89,9 @@ class RunLayout:
     @property
     def journal_files(self) -> tuple[Path, ...]:
         """The journal, and the files that SQLite keeps beside it."""
-        return tuple(self.journal_file.with_name(f"{self.journal_file.name}{suffix}") for suffix in ("", "-wal", "-shm"))
+        return tuple(
+            self.journal_file.with_name(f"{self.journal_file.name}{suffix}") for suffix in ("", "-wal", "-shm")
+        )
 
     @property
     def metrics_file(self) -> Path:

@@ -16,13 +16,12 @@ _log = logging.getLogger(__name__)
 
 
 class RecordWriter:
-    """Appends events to one file and what was measured to another; without a folder it drops them.
+    """Appends events to one file and everything else to another.
 
     A record that cannot be written (a full disk) is logged, once until writing works again: records describe the
     training, they must not end it.
 
     Args:
-        folder: the run's folder.
         events: the file of the events.
         metrics: the file of all other records; None drops those.
 
@@ -30,21 +29,18 @@ class RecordWriter:
         OSError: a file cannot be opened.
     """
 
-    def __init__(
-        self, folder: Path | None, events: str = "events.jsonl", metrics: str | None = "metrics.jsonl"
-    ) -> None:
+    def __init__(self, events: Path, metrics: Path | None = None) -> None:
         self._events, self._metrics = events, metrics
-        self._files: dict[str | None, BinaryIO] = {}
+        self._files: dict[Path | None, BinaryIO] = {}
         self._failing = False
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                for name in (metrics, events):
-                    if name is not None:
-                        self._files[name] = _open(folder / name)
-            except OSError:
-                self.close()
-                raise
+        try:
+            for path in (metrics, events):
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._files[path] = _open(path)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, record: Record) -> None:
         """Appends one record and hands it to the operating system."""

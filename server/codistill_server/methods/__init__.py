@@ -6,7 +6,7 @@ a loss. :mod:`.mechanism` says what a half is; a family of methods has a module 
 
 from __future__ import annotations
 
-from codistill_server.methods.base import (
+from codistill.methods.aggregator import (
     EMBEDDING,
     FEATURES,
     LOGITS,

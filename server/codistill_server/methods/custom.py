@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 
 from codistill.config.methods import Custom
+from codistill.methods.aggregator import Aggregator, Output, RoundInputs, Targets
 from codistill.process import plugins
 from codistill.process.plugins import LoadError
-from codistill_server.methods.base import Aggregator, Output, RoundInputs, Targets
 
 __all__ = ["load"]
 

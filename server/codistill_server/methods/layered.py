@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from codistill.methods.aggregator import LOGITS, Arrays, Output, RoundInputs, Targets
 from codistill_server.ensembles import dense
-from codistill_server.methods.base import LOGITS, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["Dense"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from codistill.config.methods import Kdcl
+from codistill.methods.aggregator import LOGITS, Aggregator, Arrays, Output, RoundInputs, Targets
 from codistill_server import ensembles
-from codistill_server.methods.base import LOGITS, Aggregator, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["Ensemble", "General", "Mean", "Mutual", "ensemble_of"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from codistill.config.methods import Distillation
+from codistill.methods.aggregator import EMBEDDING, FEATURES, LOGITS, Aggregator
 from codistill_server.methods import custom, layered, mutual, taught
-from codistill_server.methods.base import EMBEDDING, FEATURES, LOGITS, Aggregator
 
 __all__ = ["create"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from codistill.methods.aggregator import LOGITS, NOTHING, Arrays, Output, RoundInputs, Targets
 from codistill_server import ensembles
-from codistill_server.methods.base import LOGITS, NOTHING, Arrays, Output, RoundInputs, Targets
 
 __all__ = ["BornAgain", "Taught", "TaughtMutual"]
 

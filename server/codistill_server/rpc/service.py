@@ -18,16 +18,15 @@ import grpc.aio
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
-from codistill.config.exchange import KEEPALIVE_ANSWER
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import PUSHBACK_KEY, SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, has_checksum, parse_session, verify_checksum
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.ratelimit import Limits, QuotaExceeded, Quotas
 from codistill_server.rounds.events import Status
 
-__all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests", "server_options"]
+__all__ = ["DistillationService", "EventLoopSubmit", "ReadableRequests"]
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -37,10 +36,6 @@ _OUTBOX_REPLIES = 64
 _STREAM_GRACE = 30.0
 _STATUS_SECONDS = 5.0
 _TICK = 0.25
-_STREAMS_PER_CONNECTION = 128
-_HANDSHAKE_MS = 10_000
-_IDLE_MS = 300_000
-_PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC's own name for it
 _DAMAGED = "was damaged on the way: its checksum is missing or wrong"
 _GOING_DOWN = "the server is going down; try again until it is back"
 _CODES = {
@@ -49,34 +44,6 @@ _CODES = {
     Status.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
     Status.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
 }
-
-
-def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[str, int]]:
-    """Returns the server's channel options.
-
-    Pings find a peer that vanished without a word, and keep links alive that clouds cut when idle for four minutes; the
-    workers' own pings are welcome. A connection that is not a client's after 10 s, or makes no call for five minutes, is
-    closed.
-
-    Args:
-        receive_limit: the largest message taken, in bytes.
-        keepalive: seconds between two pings.
-    """
-    return [
-        ("grpc.max_receive_message_length", receive_limit),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", int(1000 * keepalive)),
-        ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
-        # gRPC sends pings of its own, to measure the link; while one of them is out, only this time-out counts.
-        ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
-        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-        ("grpc.max_connection_idle_ms", _IDLE_MS),
-    ]
 
 
 class _Damaged(Exception):  # noqa: N818 - the network's fault, and mended by sending again
@@ -405,7 +372,7 @@ async def _write(stream: _Stream, context: _Context) -> None:
 
 async def _abort(context: _Context, refused: RequestRejected | QuotaExceeded) -> NoReturn:
     if isinstance(refused, QuotaExceeded):
-        pushback = ((_PUSHBACK_KEY, str(max(round(1000 * refused.seconds), 1))),)
+        pushback = ((PUSHBACK_KEY, str(max(round(1000 * refused.seconds), 1))),)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(refused), pushback)
     trailing = ((SUPERSEDED_KEY, "1"),) if refused.status is Status.SUPERSEDED else ()
     await context.abort(_CODES[refused.status], str(refused), trailing)

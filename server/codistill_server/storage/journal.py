@@ -22,7 +22,7 @@ from typing import Any, Literal
 from codistill.config.fingerprint import difference, extends
 from codistill_server.rounds.events import Restored, Samples, StudentRecord
 
-__all__ = ["ClosedRound", "Journal", "JournalError"]
+__all__ = ["ClosedRound", "Journal", "JournalError", "holds_rounds"]
 
 _SCHEMA_VERSION = 2
 _LOOK = "check that it is a run's journal, whole and not locked, or choose another run folder"
@@ -274,6 +274,18 @@ class Journal:
             raise JournalError(
                 f"journal {self._where} cannot be written: {error}; {_REPLACE if _is_damage(error) else _FREE}"
             ) from error
+
+
+def holds_rounds(path: Path) -> bool:
+    """Returns whether a journal holds a closed round, or may: nothing is thrown away that cannot be read."""
+    if not path.exists():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            tables = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'rounds'").fetchone()
+            return tables != (0,) and database.execute("SELECT 1 FROM rounds LIMIT 1").fetchone() is not None
+    except sqlite3.Error:
+        return True
 
 
 def _is_damage(error: Exception) -> bool:

@@ -41,7 +41,7 @@ class TestReport:
         folder = RunFolder(tmp_path)
         with pytest.raises(CommandError, match="it died"):
             self.end(experiment, folder, CommandError("it died"))
-        assert folder.report.is_file()
+        assert folder.report_file.is_file()
 
     @pytest.mark.parametrize("garbage", [True, False])
     def test_one_that_cannot_be_written_hides_no_error(
@@ -49,7 +49,7 @@ class TestReport:
     ) -> None:
         folder = RunFolder(tmp_path)
         if not garbage:
-            folder.report.mkdir()
+            folder.report_file.mkdir()
         with pytest.raises(CommandError, match=r"^it died$") as raised:
             self.end(experiment, folder, CommandError("it died", ExitCode.HUNG), "garbage\n{}\n" if garbage else "")
         assert raised.value.code is ExitCode.HUNG
@@ -61,7 +61,7 @@ class TestReport:
         self, experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = RunFolder(tmp_path)
-        folder.report.mkdir()
+        folder.report_file.mkdir()
         assert self.end(experiment, folder) is ExitCode.OK
         (line,) = caplog.messages
         assert "no report can be made" in line
@@ -73,15 +73,15 @@ class TestReport:
         folder = RunFolder(tmp_path)
         folder.start(experiment, mode="grpc", resume=False)
         folder.metrics_file.write_text("")
-        folder.report.write_text("the run's own")
-        (folder.student("mlp") / "checkpoint.safetensors").write_bytes(b"")
+        folder.report_file.write_text("the run's own")
+        (folder.student("mlp").path / "checkpoint.safetensors").write_bytes(b"")
         with contextlib.ExitStack() as stack:
             if why.startswith("in use"):
                 stack.enter_context(folder.hold())
                 monkeypatch.setattr("codistill_deploy.run_folder._lock", lambda *_: False)
             with pytest.raises(CommandError, match=why):
                 self.end(experiment, folder)
-        assert folder.report.read_text() == "the run's own"
+        assert folder.report_file.read_text() == "the run's own"
 
 
 @pytest.mark.parametrize("title", ["x", "x, generation 2 of 3"])

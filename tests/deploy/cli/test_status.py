@@ -17,7 +17,8 @@ from rich.console import Console
 
 from codistill.config.experiment import parse
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.history import SUPERVISOR_FILE, RunInfo
+from codistill.rundir.info import RunInfo
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, Joined, Measured
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
@@ -156,23 +157,23 @@ def test_a_pipe_gets_whole_lines_and_a_terminal_its_width() -> None:
 
 def test_restarts_stand_among_the_servers_events(tmp_path: Path) -> None:
     happened = Happened(time=2, what="restarted", student="cnn", message="was killed by SIGKILL; started again")
-    (tmp_path / SUPERVISOR_FILE).write_text(happened.model_dump_json() + "\n")
+    (RunLayout(tmp_path).supervisor_file).write_text(happened.model_dump_json() + "\n")
     run = state()
-    add_supervisor_events(run, tmp_path)
+    add_supervisor_events(run, RunLayout(tmp_path))
     assert [event.kind for event in run.events] == ["joined", "restarted", "joined"]
     assert "cnn restarted: was killed by SIGKILL; started again" in shown(run)
 
 
 def test_a_run_without_a_supervisor_has_the_servers_events_alone(tmp_path: Path) -> None:
     run = state()
-    add_supervisor_events(run, tmp_path)
+    add_supervisor_events(run, RunLayout(tmp_path))
     assert run == state()
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
-    (tmp_path / SUPERVISOR_FILE).write_text("nonsense\n")
-    with pytest.raises(CommandError, match=rf"{SUPERVISOR_FILE}.*line 1"):
-        add_supervisor_events(state(), tmp_path)
+    (RunLayout(tmp_path).supervisor_file).write_text("nonsense\n")
+    with pytest.raises(CommandError, match=r"supervisor\.jsonl.*line 1"):
+        add_supervisor_events(state(), RunLayout(tmp_path))
 
 
 def left_by(folder: RunFolder, command: list[str], *, rounds: int, epoch: float) -> str:

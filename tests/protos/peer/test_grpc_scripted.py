@@ -12,12 +12,12 @@ import grpc
 import pytest
 import torch
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.peer.errors import PeerError
 from codistill.peer.session import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
+from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, parse_session, verify_checksum
 from codistill.wire.tensors import decode, encode
 from protos.peer.support import BOUND, Connect, contribution, report, wait_for

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from codistill.config.experiment import Experiment, ExperimentError, parse
 from codistill.rundir import history
-from codistill.rundir.history import RunInfo
+from codistill.rundir.info import RunInfo
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 
 
@@ -215,7 +216,7 @@ def test_what_the_supervisor_saw_stands_among_the_servers_events(tmp_path: Path)
         Happened(time=4.0, what=history.RESTARTED, message="the server was killed by SIGKILL"),
         Happened(time=5.0, what="gave_up", student="b"),
     ]
-    path = tmp_path / history.SUPERVISOR_FILE
+    path = RunLayout(tmp_path).supervisor_file
     path.write_text("".join(line.model_dump_json() + "\n" for line in lines) + '{"kind": "ev')
     run = history.read(tmp_path)
     assert [(event.time, event.what) for event in run.events] == [

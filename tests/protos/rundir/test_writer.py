@@ -22,7 +22,7 @@ def pace(number: int) -> Paced:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[RecordWriter]:
-    made = RecordWriter(tmp_path)
+    made = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     yield made
     made.close()
 
@@ -38,14 +38,14 @@ def test_records_go_to_their_files_at_once(recorder: RecordWriter, tmp_path: Pat
 def test_a_second_recorder_goes_on_where_the_first_ended(recorder: RecordWriter, tmp_path: Path) -> None:
     recorder.write(event(1))
     recorder.close()
-    again = RecordWriter(tmp_path)
+    again = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     again.write(event(2))
     again.close()
     assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
 
 
 def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
-    recorder = RecordWriter(tmp_path, events="supervisor.jsonl", metrics=None)
+    recorder = RecordWriter(tmp_path / "supervisor.jsonl")
     recorder.write(event(1))
     recorder.write(pace(1))
     recorder.close()
@@ -57,7 +57,7 @@ def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
 def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
     lines = [event(number).model_dump_json() + "\n" for number in range(whole)]
     (tmp_path / "events.jsonl").write_text("".join(lines) + '{"kind": "event", "ti')
-    recorder = RecordWriter(tmp_path)
+    recorder = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     assert (tmp_path / "events.jsonl").read_text() == "".join(lines)
     recorder.write(event(9))
     recorder.close()
@@ -75,7 +75,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(OSError, match="directory"):
-        RecordWriter(tmp_path)
+        RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
 
 
 def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
         from codistill.rundir.writer import RecordWriter
         logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        recorder = RecordWriter(Path(sys.argv[1]))
+        recorder = RecordWriter(Path(sys.argv[1]) / "events.jsonl", Path(sys.argv[1]) / "metrics.jsonl")
         def write(number):
             recorder.write(Happened(time=number, what="joined", message="x" * 300))
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

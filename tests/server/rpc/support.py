@@ -13,18 +13,18 @@ import grpc
 import grpc.aio
 import pytest
 
-from codistill import SESSION_KEY
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.rundir.records import Record
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.ratelimit import Limits
-from codistill_server.rpc.service import DistillationService, EventLoopSubmit, server_options
+from codistill_server.rpc.service import DistillationService, EventLoopSubmit
 from codistill_server.storage.journal import Journal
 from server.support import contribution, join_request, make_experiment
 

@@ -7,13 +7,12 @@ import grpc
 import grpc.aio
 import pytest
 
-from codistill import SESSION_KEY
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.ratelimit import Limits, Rate
 from codistill_server.rpc import service
-from codistill_server.rpc.service import server_options
 from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, trailing, until
 from server.support import contribution, join_request
 

@@ -11,9 +11,9 @@ import grpc.aio
 import pytest
 import torch
 
-from codistill import SESSION_KEY, SUPERSEDED_KEY
 from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, format_session, verify_checksum
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit

@@ -7,8 +7,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from codistill import SESSION_KEY
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.rpc import service
 from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, until

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.config.data import Augment
+from codistill.peer.draws import derive, uniforms
 from codistill_worker.data.augmentation import augment, normalise
-from codistill_worker.randomness import derive, uniforms
 
 
 def some_images(batch: int, channels: int, height: int, width: int) -> torch.Tensor:

@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from codistill.config.data import Data
 from codistill.peer.errors import PeerError
+from codistill.peer.order import Order
 from codistill_worker.data import load
 from codistill_worker.data.augmentation import normalise
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import timm, torchvision
 from codistill_worker.models import build, builtin_names, check
 from codistill_worker.models.stems import STEMS
-from codistill_worker.randomness import Order, seed_forward
+from codistill_worker.randomness import seed_forward
 
 SMALL = ("mlp", "cnn", "vit", "resnet8", "wrn16_1")
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from codistill.config.data import Augment
-from codistill_worker.randomness import uniforms
+from codistill.peer.draws import uniforms
 
 __all__ = ["augment", "normalise"]
 

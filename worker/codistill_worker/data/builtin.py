@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import importlib.util
 import logging
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from codistill.config.data import Data
+from codistill.rundir.files import locked
 from codistill_worker.data.folders import image_folder
 from codistill_worker.data.sources import Arrays, Files
 from codistill_worker.errors import ConfigurationError
@@ -128,14 +128,10 @@ def _obtained(data: Data, read: Callable[[], _T]) -> _T:
         ) from error
 
 
-@contextmanager
-def _alone(root: Path) -> Generator[None]:
+def _alone(root: Path) -> AbstractContextManager[object]:
     """Holds a lock on the folder: the workers of one machine start together, and one of them is to download."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".codistill-download.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("another worker is downloading to %s; waiting for it", root)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return locked(
+        root / ".codistill-download.lock",
+        waiting=lambda: _log.info("another worker is downloading to %s; waiting for it", root),
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.data import DATASETS, Data
+from codistill.peer.draws import derive, permutation
 from codistill_worker import plugins
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set
 from codistill_worker.data.callables import from_callable
@@ -16,7 +17,6 @@ from codistill_worker.data.dataset import Dataset, Split
 from codistill_worker.data.folders import image_folder, splits
 from codistill_worker.data.sources import Source
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.randomness import derive, permutation
 
 __all__ = ["check", "image_of", "load"]
 

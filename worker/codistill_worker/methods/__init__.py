@@ -7,17 +7,17 @@ functions in :mod:`codistill_worker.methods.losses`.
 
 from __future__ import annotations
 
-from codistill_worker.methods.base import (
+from codistill.methods.objective import (
     Arrays,
     ImageShape,
     Logits,
+    LogitsObjective,
     Loss,
     Objective,
     Step,
     StudentContext,
     labels_alone,
 )
-from codistill_worker.methods.independent import LogitsObjective
 from codistill_worker.methods.registry import create, teacher_network
 
 __all__ = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 from codistill.config.methods import Custom
+from codistill.methods.objective import Loss, Objective, Step, StudentContext
 from codistill.process import plugins
 from codistill.process.plugins import LoadError
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
-from codistill_worker.methods.base import Loss, Objective, Step, StudentContext
 from codistill_worker.plugins import explained
 
 __all__ = ["load"]

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from codistill.config.methods import Independent
+from codistill.methods.objective import LogitsObjective, Loss, Step, StudentContext
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Logits, Loss, Step, StudentContext
 
-__all__ = ["IndependentObjective", "LogitsObjective"]
-
-
-class LogitsObjective:
-    """What a half is that needs the model's logits and trains nothing else; it lacks the loss."""
-
-    publishes: tuple[str, ...] = ()
-    measures_held_out = False
-
-    def __init__(self, subject: StudentContext) -> None:
-        self.network: nn.Module = Logits(subject.model)
-        self.extra = nn.Module()
+__all__ = ["IndependentObjective"]
 
 
 class IndependentObjective(LogitsObjective):

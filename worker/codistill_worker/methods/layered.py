@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from codistill.config.methods import Dcm, Rkd, RkdAngle, RkdDistance, Vid
+from codistill.methods.objective import Arrays, Loss, Step, StudentContext
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Arrays, Loss, Step, StudentContext
 from codistill_worker.methods.features import FeatureExtractor, stage_layers
 
 __all__ = ["DcmObjective", "RelationalObjective", "VidObjective", "relational_teacher", "vid_teacher"]

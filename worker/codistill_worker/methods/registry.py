@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from codistill.config.methods import Distillation
+from codistill.methods.objective import Logits, Objective, StudentContext
 from codistill_worker.methods import custom, independent, layered, mutual, taught
-from codistill_worker.methods.base import Logits, Objective, StudentContext
 
 __all__ = ["create", "teacher_network"]
 

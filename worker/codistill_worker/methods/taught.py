@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from codistill.config.methods import BornAgain, Fddml, Hddml, Kd, LogitRegression
+from codistill.methods.objective import LogitsObjective, Loss, Step, StudentContext
 from codistill_worker.methods import losses
-from codistill_worker.methods.base import Loss, Step, StudentContext
-from codistill_worker.methods.independent import LogitsObjective
 
 __all__ = ["BornAgainObjective", "KdObjective", "LogitRegressionObjective", "TaughtMutualObjective"]
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import secrets
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,15 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from codistill.config.fingerprint import difference, extends
+from codistill.rundir.files import remove_abandoned_parts, staged, sync_folder
+from codistill.rundir.layout import ParticipantLayout
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
-_NEWEST = "checkpoint.safetensors"
-_PREVIOUS = "checkpoint.previous.safetensors"
-_BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._layout = ParticipantLayout(folder)
         self._rounds: list[int] = []
         self._torn = False
         self._process = secrets.token_hex(4)  # a process id is another's too, in another container
@@ -87,16 +85,16 @@ class CheckpointStore:
             OSError: it could not be written; what was there is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        newest = self.folder / _NEWEST
+        newest = self._layout.checkpoint
         there = None if self._torn else _round_of(newest)
         if there is not None and there > checkpoint.round:
             raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
-        with self._written(checkpoint, _NEWEST) as part:
+        with self._staged(newest, checkpoint) as part:
             if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
-                newest.replace(self.folder / _PREVIOUS)
+                newest.replace(self._layout.previous_checkpoint)
             part.replace(newest)
         self._torn = False
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         if not self._rounds or self._rounds[-1] != checkpoint.round:
             self._rounds = [*self._rounds[-1:], checkpoint.round]
 
@@ -107,8 +105,9 @@ class CheckpointStore:
             OSError: they could not be written; what was there is still there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._written(checkpoint, _BEST) as part:
-            part.replace(self.folder / _BEST)
+        best = self._layout.best_weights
+        with self._staged(best, checkpoint) as part:
+            part.replace(best)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:
         """Returns the newest checkpoint that can be read, or None if there is none; removes what dead processes left.
@@ -117,25 +116,25 @@ class CheckpointStore:
             ConfigurationError: there are checkpoints and none can be read, or they are of another student or
                 experiment.
         """
-        self._remove_leftovers()
-        problems: dict[str, str] = {}
-        found: dict[str, Checkpoint] = {}
-        for name in (_NEWEST, _PREVIOUS):
-            path = self.folder / name
+        if self.folder.is_dir():
+            remove_abandoned_parts(self.folder)
+        problems: dict[Path, str] = {}
+        found: dict[Path, Checkpoint] = {}
+        for path in (self._layout.checkpoint, self._layout.previous_checkpoint):
             if not path.exists():
                 continue
             try:
-                found[name] = read(path)
+                found[path] = read(path)
             except ConfigurationError as error:
-                problems[name] = str(error)
+                problems[path] = str(error)
         if not found:
             if problems:
                 what = "; ".join(problems.values())
                 raise ConfigurationError(f"{what}; remove {self.folder} to start from the beginning")
             return None
-        name, newest = next(iter(found.items()))
+        path, newest = next(iter(found.items()))
         for problem in problems.values():
-            _log.warning("%s; going on from %s, at round %d", problem, name, newest.round)
+            _log.warning("%s; going on from %s, at round %d", problem, path.name, newest.round)
         same = newest.identity == identity or extends(newest.identity, identity)
         if newest.student != student or not same:
             why = (
@@ -145,10 +144,8 @@ class CheckpointStore:
                 .replace("the run has", "it has")
                 .replace("this worker has", "this run has")
             )
-            raise ConfigurationError(
-                f"checkpoint {self.folder / name} is of another run: {why}; choose another run folder"
-            )
-        self._torn = _NEWEST in problems
+            raise ConfigurationError(f"checkpoint {path} is of another run: {why}; choose another run folder")
+        self._torn = self._layout.checkpoint in problems
         self._rounds = [checkpoint.round for checkpoint in reversed(found.values())]
         return newest
 
@@ -158,36 +155,18 @@ class CheckpointStore:
         Raises:
             ConfigurationError: the file cannot be read.
         """
-        path = self.folder / _BEST
+        path = self._layout.best_weights
         return read(path) if path.exists() else None
 
-    @contextlib.contextmanager
-    def _written(self, checkpoint: Checkpoint, name: str) -> Generator[Path, None, None]:
-        """Writes a checkpoint beside its place; it is locked until it is there."""
-        part = self.folder / f"{name}.{self._process}.part"
-        content = _serialize(checkpoint)
-        # Written here, as safetensors itself would hide what the disk says, and leave a file behind when it is killed.
-        try:
-            with part.open("wb") as file:
-                with contextlib.suppress(OSError):  # a file system without locks; there nothing is removed either
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                yield part
-        finally:
-            part.unlink(missing_ok=True)  # of a full disk it would keep what is left
-
-    def _remove_leftovers(self) -> None:
-        for part in self.folder.glob("*.part"):
-            with contextlib.suppress(OSError), part.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+    def _staged(self, path: Path, checkpoint: Checkpoint) -> contextlib.AbstractContextManager[Path]:
+        """Writes a checkpoint beside its place, as safetensors itself would hide what the disk says."""
+        return staged(path, _serialize(checkpoint), self._process)
 
 
 def newest(folder: Path) -> Path | None:
     """Returns the newest checkpoint of a student's folder, or None if there is none."""
-    return next((folder / name for name in (_NEWEST, _PREVIOUS) if (folder / name).exists()), None)
+    layout = ParticipantLayout(folder)
+    return next((path for path in (layout.checkpoint, layout.previous_checkpoint) if path.exists()), None)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -304,12 +283,3 @@ def _restore(value: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> A
             return [_restore(item, tensors) for item in items]
         case _:
             return value["value"]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames durable; without it a power cut may bring back the old names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

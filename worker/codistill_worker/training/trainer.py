@@ -22,11 +22,13 @@ from torch import nn
 from codistill.config.experiment import Experiment
 from codistill.config.participants import StudentPlan
 from codistill.config.training import Optimizer, Schedule
+from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
+from codistill.peer.order import Order
 from codistill.process.exit_codes import ExitCode
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
-from codistill_worker.randomness import Order, derive, seed_forward
+from codistill_worker.randomness import seed_forward
 from codistill_worker.training import weights
 from codistill_worker.training.evaluation import (
     Score,

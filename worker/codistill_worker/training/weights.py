@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from codistill.rundir.layout import RunLayout
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.models.pretrained_keys import rename_keys
 from codistill_worker.training import checkpoints
@@ -134,15 +135,16 @@ def _file_at(path: Path, name: str) -> Path:
             f"`codistill run EXPERIMENT --run-dir {path}`, or a file"
         )
     folder = path
-    if (path / "students").is_dir():
-        students = sorted(each.name for each in (path / "students").iterdir() if each.is_dir())
+    layout = RunLayout(path)
+    if layout.students.is_dir():
+        students = sorted(each.name for each in layout.students.iterdir() if each.is_dir())
         chosen = name if name in students else students[0] if len(students) == 1 else None
         if chosen is None:
             raise ConfigurationError(
                 f"weights: {path} is a run of the students {', '.join(students)}; give the folder of one of them, for "
                 f"example {path / 'students' / students[0]}"
             )
-        folder = path / "students" / chosen
+        folder = layout.student(chosen).path
     newest = checkpoints.newest(folder)
     if newest is None:
         raise ConfigurationError(f"weights: {folder} holds no checkpoint; {_ALLOWED}")

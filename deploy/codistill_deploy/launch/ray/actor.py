@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import locked
+from codistill.rundir.layout import RunLayout
+from codistill.wire.channel import format_address
 from codistill_deploy.errors import CommandError
-from codistill_deploy.run_folder import holding
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import Ending
 
-__all__ = ["ADVERTISE_VARIABLE", "MARKER_FILE", "Placement", "ProcessActor", "Serving", "Task"]
+__all__ = ["ADVERTISE_VARIABLE", "Placement", "ProcessActor", "Serving", "Task"]
 
 ADVERTISE_VARIABLE = "CODISTILL_ADVERTISE"
 """Set on a node, the host by which the others reach it."""
-MARKER_FILE = "driver.json"
-"""What the driver writes into the run's folder, and every node must see there."""
 
 _POLL_SECONDS = 0.05
 _ORPHAN_SECONDS = 0.5
@@ -51,8 +51,8 @@ class Serving:
     def options(self, node: str) -> list[str]:
         """Returns what `codistill serve` is given on a node."""
         host = "0.0.0.0" if self.advertise else node  # noqa: S104 - who sets it means another way to this node
-        metrics = "127.0.0.1:0" if self.metrics_port is None else _address(host, self.metrics_port)
-        options = ["--listen", _address(host, self.port), "--metrics", metrics]
+        metrics = "127.0.0.1:0" if self.metrics_port is None else format_address(host, self.metrics_port)
+        options = ["--listen", format_address(host, self.port), "--metrics", metrics]
         return [*options, "--advertise", self.advertise] if self.advertise else options
 
 
@@ -117,8 +117,8 @@ class ProcessActor:
         begun = time.monotonic()
         try:
             self._check_shared(task)
-            with holding(task.lock, _PREDECESSOR_SECONDS) as lock:
-                return self._live(task, lock, begun)
+            with locked(task.lock, _PREDECESSOR_SECONDS) as lock:
+                return self._live(task, lock.fileno(), begun)
         except CommandError as error:
             return Ending(error.code, str(error), time.monotonic() - begun)
         except TimeoutError:
@@ -159,7 +159,7 @@ class ProcessActor:
     def _check_shared(self, task: Task) -> None:
         """Checks that this node sees the run's folder as the driver does."""
         deadline = time.monotonic() + _SEEN_SECONDS
-        while _read(task.folder / MARKER_FILE) != task.marker:
+        while _read(RunLayout(task.folder).driver_file) != task.marker:
             if time.monotonic() >= deadline:
                 raise CommandError(
                     f"run folder {task.folder} is not shared: node {self._address()} ({socket.gethostname()}) does not see there "
@@ -211,7 +211,3 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except OSError:
         return None
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -16,13 +16,14 @@ from typing import Any
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import write_atomically
 from codistill.wire.security import TOKEN_VARIABLE, Security, Token
 from codistill_deploy.console.progress import View
 from codistill_deploy.errors import CommandError
-from codistill_deploy.launch.ray.actor import MARKER_FILE, Placement, ProcessActor, Serving, Task
+from codistill_deploy.launch.ray.actor import Placement, ProcessActor, Serving, Task
 from codistill_deploy.launch.ray.connection import connected
 from codistill_deploy.launch.ray.plan import Bundle, bundles, shortage
-from codistill_deploy.run_folder import RunFolder, write_atomically
+from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise import spec
 from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS, Ending
@@ -33,7 +34,6 @@ __all__ = ["DEFAULT_WAIT", "RayOptions", "run_on_ray"]
 DEFAULT_WAIT = 600.0
 """Seconds that a run waits for what it asks of a cluster."""
 
-_LOCK = "host.lock"
 _PLACE_POLL_SECONDS = 0.2
 _PROGRESS_SECONDS = 15.0
 _FIRST_PROGRESS_SECONDS = 1.0  # a cluster that has room gives it by then
@@ -108,7 +108,7 @@ class _Run:
                 "exchange.journal.durability is process: a node that is lost may take the last rounds along, and the run could "
                 "not go on; set it to power"
             )
-        write_atomically(self._folder.path / MARKER_FILE, self._marker)
+        write_atomically(self._folder.driver_file, self._marker)
         try:
             group = self._place(stop)
             if group is None:
@@ -119,7 +119,7 @@ class _Run:
                 self._ray.util.remove_placement_group(group)
         finally:
             with contextlib.suppress(OSError):
-                (self._folder.path / MARKER_FILE).unlink(missing_ok=True)
+                (self._folder.driver_file).unlink(missing_ok=True)
 
     def _place(self, stop: threading.Event) -> Any:
         """Returns the placement group once all of it has its place; None if asked to stop before."""
@@ -171,13 +171,11 @@ class _Run:
         )
         serving = self._options.serving
         hang_after = self._experiment.training.hang_after
-        task = self._task(spec.serve_arguments(folder), folder.server_log, hang_after, folder.path / _LOCK, serving)
+        task = self._task(spec.serve_arguments(folder), folder.server_log, hang_after, folder.server_host_lock, serving)
         server = Child("the server", "", self._begin(group, 0, task), task.log, self._options.restarts, ends=False)
         workers: list[Child] = []
         for index, part in enumerate(spec.workers(self._experiment, folder), 1):
-            task = self._task(
-                spec.work_arguments(folder, part.name), part.log, part.hang_after, part.log.parent / _LOCK
-            )
+            task = self._task(spec.work_arguments(folder, part.name), part.log, part.hang_after, part.host_lock)
             begin = self._begin(group, index, task)
             workers.append(Child(part.title, part.name, begin, task.log, self._options.restarts))
         return crew.run(server, workers, stop, announce=True)

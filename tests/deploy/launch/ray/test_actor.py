@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import locked
+from codistill.rundir.layout import RunLayout
 from codistill_deploy.launch.ray import actor
-from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, MARKER_FILE, ProcessActor, Serving, Task
-from codistill_deploy.run_folder import holding
+from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, ProcessActor, Serving, Task
 from codistill_deploy.supervise.restart_policy import Ending
 
 MARKER = "written by the driver"
@@ -26,7 +27,7 @@ SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[..., Task]:
-    (tmp_path / MARKER_FILE).write_text(MARKER)
+    (RunLayout(tmp_path).driver_file).write_text(MARKER)
 
     def make(script: str, **changes: Any) -> Task:
         fields: dict[str, Any] = {
@@ -78,9 +79,9 @@ def test_a_folder_that_is_not_shared_is_said_to_be(
     seen: str | None, task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor, "_SEEN_SECONDS", 0.2)
-    (tmp_path / MARKER_FILE).unlink()
+    (RunLayout(tmp_path).driver_file).unlink()
     if seen is not None:
-        (tmp_path / MARKER_FILE).write_text(seen)
+        (RunLayout(tmp_path).driver_file).write_text(seen)
     ended = ProcessActor("10.0.0.7").run(task(SLEEP))
     assert ended.code == ExitCode.CONFIGURATION
     assert ended.line.startswith(f"run folder {tmp_path} is not shared: node 10.0.0.7 (")
@@ -88,8 +89,8 @@ def test_a_folder_that_is_not_shared_is_said_to_be(
 
 
 def test_what_the_driver_wrote_may_be_seen_late(task: Callable[..., Task], tmp_path: Path) -> None:
-    (tmp_path / MARKER_FILE).unlink()
-    late = threading.Timer(0.2, (tmp_path / MARKER_FILE).write_text, [MARKER])
+    (RunLayout(tmp_path).driver_file).unlink()
+    late = threading.Timer(0.2, (RunLayout(tmp_path).driver_file).write_text, [MARKER])
     late.start()
     assert ProcessActor("10.0.0.7").run(task("")).code == 0
     late.join()
@@ -99,7 +100,7 @@ def test_it_waits_for_a_predecessor_that_still_lives(
     task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / "actor.lock"
-    with holding(lock, 0):
+    with locked(lock, 0):
         monkeypatch.setattr(actor, "_PREDECESSOR_SECONDS", 0.2)
         ended = ProcessActor("10.0.0.7").run(task(""))
         assert (ended.code, f"{lock} is held by a predecessor" in ended.line) == (ExitCode.ERROR, True)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from codistill.config.experiment import parse
 from codistill.rundir import history
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, Measured, RoundsClosed
 from codistill_server.observability.dashboard import downsample, html, palette
 from codistill_server.observability.dashboard.document import run_document
@@ -295,7 +296,7 @@ class TestBrowser:
         folder = write_run(tmp_path / "run", epochs=5)
         assert "<dt>Started again</dt>" not in loaded(write_page(folder), tmp_path / "profile")
         killed = "was killed by SIGKILL; started again in 0.1 s, restart 1 of 10"
-        (folder / history.SUPERVISOR_FILE).write_text(
+        (RunLayout(folder).supervisor_file).write_text(
             "".join(
                 Happened(time=1e9, what=history.RESTARTED, student=who, message=killed).model_dump_json() + "\n"
                 for who in ("cnn", "", "cnn")

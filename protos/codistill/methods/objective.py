@@ -15,7 +15,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Arrays", "ImageShape", "Logits", "Loss", "Objective", "Step", "StudentContext", "labels_alone"]
+__all__ = [
+    "Arrays",
+    "ImageShape",
+    "Logits",
+    "LogitsObjective",
+    "Loss",
+    "Objective",
+    "Step",
+    "StudentContext",
+    "labels_alone",
+]
 
 Arrays: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -117,6 +127,17 @@ class Logits(nn.Module):
     def forward(self, images: torch.Tensor) -> Arrays:
         """Returns `logits`, [B, C]."""
         return {"logits": self.model(images)}
+
+
+class LogitsObjective:
+    """What a half is that needs the model's logits and trains nothing else; it lacks the loss."""
+
+    publishes: tuple[str, ...] = ()
+    measures_held_out = False
+
+    def __init__(self, subject: StudentContext) -> None:
+        self.network: nn.Module = Logits(subject.model)
+        self.extra = nn.Module()
 
 
 def labels_alone(step: Step) -> Loss:
