@@ -4,18 +4,18 @@
 # Says which programs were found, and which were installed.
 set -u
 
-chromium() {
+find_chromium() {
     command -v chromium || command -v chromium-browser || command -v google-chrome
 }
 
-promtool() {
+find_promtool() {
     command -v promtool
 }
 
 missing=""
-chromium >/dev/null || missing="$missing chromium"
-promtool >/dev/null || missing="$missing prometheus"
-before="chromium=$(chromium) promtool=$(promtool)"
+find_chromium >/dev/null || missing="$missing chromium"
+find_promtool >/dev/null || missing="$missing prometheus"
+before="chromium=$(find_chromium) promtool=$(find_promtool)"
 
 if [ -n "$missing" ]; then
     if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
@@ -30,7 +30,7 @@ if [ -n "$missing" ]; then
 fi
 
 for name in chromium promtool; do
-    path=$($name)
+    path=$("find_$name")
     case "$before " in
         *"$name=$path "*) how=found ;;
         *) how=installed ;;
