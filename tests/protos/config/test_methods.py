@@ -186,14 +186,14 @@ def test_a_shared_view_is_nobodys_own() -> None:
     ]
 
 
-class TestRhythm:
+class TestExchangeSchedule:
     @pytest.mark.parametrize(
-        "rhythm", [ExchangeSchedule(), ExchangeSchedule(3, 1), ExchangeSchedule(0, 4), ExchangeSchedule(7, 3)]
+        "schedule", [ExchangeSchedule(), ExchangeSchedule(3, 1), ExchangeSchedule(0, 4), ExchangeSchedule(7, 3)]
     )
-    def test_rounds_and_exchanges_count_each_other(self, exchange_schedule: ExchangeSchedule) -> None:
-        rounds = [number for number in range(50) if exchange_schedule.exchanges(number)]
-        assert rounds[0] == exchange_schedule.start
-        assert [exchange_schedule.round(exchange) for exchange in range(len(rounds))] == rounds
-        assert [exchange_schedule.exchanges_before(number) for number in rounds] == list(range(len(rounds)))
-        for number in range(50):
-            assert exchange_schedule.exchanges_before(number) == sum(each < number for each in rounds)
+    def test_steps_and_exchanges_count_each_other(self, schedule: ExchangeSchedule) -> None:
+        exchanging = [step for step in range(50) if schedule.exchanges(step)]
+        assert exchanging[0] == schedule.start
+        assert [schedule.round(exchange) for exchange in range(len(exchanging))] == exchanging
+        assert [schedule.exchanges_before(step) for step in exchanging] == list(range(len(exchanging)))
+        for step in range(50):
+            assert schedule.exchanges_before(step) == sum(earlier < step for earlier in exchanging)
