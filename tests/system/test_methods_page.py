@@ -70,7 +70,7 @@ EXCHANGING = [each for each in METHODS if each not in ("independent", "custom")]
 def crossing(method: str) -> set[tuple[int, int]]:
     """Returns the bytes that cross for each participant in a round, up and down, by the server half itself."""
     settings = METHODS[method]()
-    names, teachers = ["a", "b"], ["t", "u"][: max(settings.teachers[0], 2 * (method == "born_again"))]
+    names, teachers = ["a", "b"], ["t", "u"][: max(settings.teacher_limits[0], 2 * (method == "born_again"))]
     half = methods.create(settings, names, teachers)
     assert half is not None
     generator = torch.Generator().manual_seed(0)

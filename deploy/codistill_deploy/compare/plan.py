@@ -129,7 +129,7 @@ def _variant(experiment: Experiment, method: str, may_find: bool) -> Variant:
         distillation: Method = _DISTILLATION.validate_python(settings)
     except ValidationError as error:
         raise CommandError(f"--methods: {method}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
-    needed, _ = distillation.teachers
+    needed, _ = distillation.teacher_limits
     teachers = experiment.teachers if needed or own.method == name else ()
     finds = bool(needed) and not teachers
     if finds and not may_find:

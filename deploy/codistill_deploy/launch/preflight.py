@@ -86,7 +86,7 @@ def _check_trained(path: Path, name: str) -> None:
 def _method_problems(experiment: Experiment) -> Iterator[str]:
     """Yields what the models have not that the method needs."""
     method = experiment.distillation
-    builds_students = method.reads_layers or method.method == "custom"
+    builds_students = method.depends_on_models
     if not (experiment.teachers or builds_students):
         return
     try:

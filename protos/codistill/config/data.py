@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -26,6 +26,13 @@ class DatasetInfo(BaseModel):
     test: int | None = None
     divided: bool = False
     """Whether train and test are drawn from one pool, so that more of one is less of the other."""
+
+    @property
+    def most_to_train_on(self) -> int | None:
+        """The largest training set that leaves something to test on; None where the sizes are not known."""
+        if self.train is None or self.test is None:
+            return None
+        return self.train + self.test - 1 if self.divided else self.train
 
 
 DATASETS: Mapping[str, DatasetInfo] = {
@@ -186,3 +193,59 @@ class Data(Section):
         count = self.classes or (known.classes if known else None)
         assert count is not None  # noqa: S101 - _complete saw to it
         return count
+
+    @property
+    def training_samples(self) -> int | None:
+        """The number of samples to train on. None where it is not known without loading the set, or is not there."""
+        known = DATASETS.get(self.dataset)
+        available = known.train if known is not None else None
+        if self.train_size is None:
+            return None if available is None or self.held_out >= available else available - self.held_out
+        if known is not None and known.most_to_train_on is not None and self.train_size > known.most_to_train_on:
+            return None
+        return max(self.train_size - self.held_out, 0)
+
+    def size_problems(self, batch_size: int) -> Iterator[str]:
+        """Yield what does not fit the data set, as far as its size is known without loading it.
+
+        Args:
+            batch_size: the experiment's; it is checked too, as no more samples fit a batch than are trained on.
+
+        Yields:
+            A line for each problem, with its path in the experiment.
+        """
+        known = DATASETS.get(self.dataset)
+        if known is not None:
+            yield from self._known_size_problems(known)
+        available = known.train if known is not None else None
+        samples = self.training_samples
+        if samples is not None and samples < batch_size:
+            total = "data.train_size" if self.train_size else f"{available} of {self.dataset}"
+            yield (
+                f"training.batch_size: {batch_size} is larger than the {samples} training samples ({total} less "
+                "data.held_out)"
+            )
+
+    def _known_size_problems(self, known: DatasetInfo) -> Iterator[str]:
+        if self.normalize is not None and known.channels is not None and len(self.normalize.mean) != known.channels:
+            yield (
+                f"data.normalize: {len(self.normalize.mean)} channels, but the images of {self.dataset} have "
+                f"{known.channels}"
+            )
+        if known.train is None or known.test is None or known.most_to_train_on is None:
+            return
+        wanted = self.train_size or known.train
+        if wanted > known.most_to_train_on:
+            yield (
+                f"data.train_size: {wanted} is more than {self.dataset} has to train on; allowed: 1 to "
+                f"{known.most_to_train_on}"
+            )
+            return
+        left = known.train + known.test - wanted if known.divided else known.test
+        if (self.test_size or 0) > left:
+            yield f"data.test_size: {self.test_size} is more than {self.dataset} has to test on; allowed: 1 to {left}"
+        if self.train_size is None and self.held_out >= known.train:
+            yield (
+                f"data.held_out: {self.held_out} leaves nothing of {known.train} training samples; allowed: 0 to "
+                f"{known.train - 1}"
+            )

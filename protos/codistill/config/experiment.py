@@ -17,22 +17,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from codistill.config.base import Section
-from codistill.config.data import DATASETS, Data
+from codistill.config.data import Data
 from codistill.config.errors import NAME, InconsistentError, lines
 from codistill.config.exchange import Exchange
-from codistill.config.methods import (
-    KDCL_ENSEMBLES,
-    BornAgain,
-    CrossArchitecture,
-    Custom,
-    Distillation,
-    Dml,
-    Kdcl,
-    Rkd,
-    RkdAngle,
-    RkdDistance,
-)
-from codistill.config.participants import Student, StudentPlan, Teacher, TeacherPlan
+from codistill.config.methods import Distillation, Kdcl
+from codistill.config.participants import Student, Teacher
+from codistill.config.plans import StudentPlan, TeacherPlan
 from codistill.config.training import Training
 
 __all__ = ["Experiment", "ExperimentError", "load", "parse"]
@@ -77,36 +67,10 @@ class Experiment(Section):
 
     def _problems(self) -> Iterator[str]:
         yield from self._name_problems()
-        method = self.distillation
-        yield from method.problems(self.names, self.teacher_names, self.training.epochs)
-        everybody = len(self.participants)
-        if self.exchange.on_absence == "proceed" and method.exchanges and self.exchange.quorum > everybody:
-            whom = "students and teachers" if self.teachers else "students"
-            yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {everybody} {whom}"
-        if isinstance(method, Kdcl) and KDCL_ENSEMBLES[method.ensemble].held_out and not self.data.held_out:
-            yield (
-                f"data.held_out: 0, but the `{method.ensemble}` ensemble measures its weights on held-out samples; set it, "
-                "for example to 1000"
-            )
-        yield from self._data_problems()
-        if isinstance(method, Rkd | RkdAngle | RkdDistance) and self.training.batch_size < 3:
-            yield (
-                f"training.batch_size: {self.training.batch_size} is not allowed; allowed is 3 or more, as "
-                f"`{method.method}` compares the relations among a batch's samples, and fewer all have the same"
-            )
-        if isinstance(method, BornAgain):
-            for position, (student, teacher) in enumerate(zip(self.students, self.teachers, strict=False)):
-                if (student.model, student.model_args) != (teacher.model, teacher.model_args):
-                    yield (
-                        f"teachers.{position}.model: {teacher.model!r} with {teacher.model_args}, but `born_again` has the "
-                        f"student's own architecture: {student.model!r} with {student.model_args}"
-                    )
+        yield from self.distillation.problems(self)
+        yield from self._quorum_problems()
+        yield from self.data.size_problems(self.training.batch_size)
         for position, student in enumerate(self.students):
-            if isinstance(method, Dml | CrossArchitecture) and student.distillation.temperature is not None:
-                yield (
-                    f"students.{position}.distillation.temperature: {student.distillation.temperature}, but `{method.method}` "
-                    "softens all students' logits alike; set distillation.temperature"
-                )
             if self.shared_view and student.data.augment:
                 yield (
                     f"students.{position}.data.augment: {', '.join(student.data.augment)}, but all see the same view of a "
@@ -128,48 +92,11 @@ class Experiment(Section):
                 alike = "" if name == like else ", as file systems may tell no case apart"
                 yield f"{place}.name: {name!r} is the name of {first} already{alike}; give each its own"
 
-    def _data_problems(self) -> Iterator[str]:
-        """Yields what does not fit the data set, as far as its size is known without loading it."""
-        data, known = self.data, DATASETS.get(self.data.dataset)
-        if data.normalize is not None and known is not None and known.channels is not None:
-            given = len(data.normalize.mean)
-            if given != known.channels:
-                yield f"data.normalize: {given} channels, but the images of {data.dataset} have {known.channels}"
-        train, test = (known.train, known.test) if known is not None else (None, None)
-        if known is not None and train is not None and test is not None:
-            wanted = data.train_size or train
-            most = train + test - 1 if known.divided else train
-            if wanted > most:
-                yield f"data.train_size: {wanted} is more than {data.dataset} has to train on; allowed: 1 to {most}"
-                return
-            left = train + test - wanted if known.divided else test
-            if (data.test_size or 0) > left:
-                yield f"data.test_size: {data.test_size} is more than {data.dataset} has to test on; allowed: 1 to {left}"
-        samples = data.train_size or train
-        if samples is None:
-            return
-        trained = max(samples - data.held_out, 0)
-        if data.train_size is None and not trained:
-            yield f"data.held_out: {data.held_out} leaves nothing of {samples} training samples; allowed: 0 to {samples - 1}"
-        elif trained < self.training.batch_size:
-            yield (
-                f"training.batch_size: {self.training.batch_size} is larger than the {trained} training samples "
-                f"({'data.train_size' if data.train_size else f'{samples} of {data.dataset}'} less data.held_out)"
-            )
-        else:
-            yield from self._start_problems(trained // self.training.batch_size)
-
-    def _start_problems(self, rounds_per_epoch: int) -> Iterator[str]:
-        """Yields a start within the last epoch that no round comes after."""
-        method, rounds = self.distillation, self.training.epochs * rounds_per_epoch
-        if not isinstance(method, CrossArchitecture | Custom) or method.start_epoch >= self.training.epochs:
-            return
-        if method.exchange_schedule(rounds_per_epoch).start >= rounds:
-            yield (
-                f"distillation.start_epoch: {method.start_epoch:g} is not allowed; allowed is up to "
-                f"{(rounds - 1) * 1000 // rounds_per_epoch / 1000:g}, where the last of {rounds} rounds begins, or nothing is ever "
-                "exchanged"
-            )
+    def _quorum_problems(self) -> Iterator[str]:
+        participants, quorum = len(self.participants), self.exchange.quorum
+        if self.exchange.on_absence == "proceed" and self.distillation.exchanges and quorum > participants:
+            kinds = "students and teachers" if self.teachers else "students"
+            yield f"exchange.quorum: {quorum} is not allowed; allowed: 2 to the {participants} {kinds}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -191,6 +118,12 @@ class Experiment(Section):
         """Whether all see the same crop and flip of a sample."""
         view = self.data.augment.view
         return view == "shared" or (view == "auto" and bool(self.teachers))
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Training steps of an epoch; None where the data set's size is not known without loading it."""
+        samples = self.data.training_samples
+        return None if samples is None else samples // self.training.batch_size
 
     def plan(self, name: str) -> StudentPlan:
         """Returns the settings of one student, overrides applied.

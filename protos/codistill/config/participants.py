@@ -1,4 +1,4 @@
-"""The experiment file's `students` and `teachers`, what each may have of its own, and what comes of it."""
+"""The experiment file's `students` and `teachers`, and the settings that each may have of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from codistill.config.base import OPERATIONAL, Section, plain_values
-from codistill.config.data import Data
 from codistill.config.errors import DEVICE, NAME
-from codistill.config.methods import Distillation, DistillationOverrides
-from codistill.config.training import Training
 
-__all__ = ["Student", "StudentPlan", "Teacher", "TeacherPlan"]
+__all__ = ["Student", "Teacher"]
 
 
 class TrainingOverrides(Section):
@@ -36,6 +33,13 @@ class DataOverrides(Section):
     """What of `data` one student may have of its own."""
 
     augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
+
+
+class DistillationOverrides(Section):
+    """What of `distillation` one student may have of its own."""
+
+    weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
+    temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
 
 
 class Student(Section):
@@ -93,21 +97,3 @@ class Teacher(Section):
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
         return plain_values(value)
-
-
-class TeacherPlan(Section):
-    """One teacher's settings with every override applied; see :meth:`Experiment.teacher_plan`."""
-
-    teacher: Teacher
-    data: Data
-    training: Training
-    distillation: Distillation
-
-
-class StudentPlan(Section):
-    """One student's settings with every override applied; see :meth:`Experiment.plan`."""
-
-    student: Student
-    data: Data
-    training: Training
-    distillation: Distillation

@@ -111,7 +111,7 @@ class TestTeachers:
         alone.metrics_file.write_text("\n".join(lines) + "\n")
         teacher = best_alone(variants[1].experiment, alone)
         assert (teacher.name, teacher.model_args) == ("b.alone", {"hidden": 8})
-        assert teacher.weights == str(alone.student("b"))
+        assert teacher.weights == str(alone.student("b").path)
         taught = variants[1].taught(7, teacher)
         assert (taught.seed, taught.teachers) == (7, (teacher,))
 
