@@ -118,5 +118,5 @@ class _Planned:
             teacher = best_alone(
                 self.variant.experiment, RunFolder(ComparisonLayout(self.folder).run(BASELINE, self.seed))
             )
-        experiment = self.variant.taught(self.seed, teacher)
+        experiment = self.variant.with_seed(self.seed, teacher)
         return generations.parts(experiment, self.place, f"{self.variant.title}, seed {self.seed}")

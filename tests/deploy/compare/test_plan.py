@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from codistill.config.experiment import Experiment, ExperimentError
-from codistill.config.methods import BornAgain, Distillation, Dml, Independent, Kd, Kdcl
+from codistill.config.method_base import Method
+from codistill.config.methods import KDCL_ENSEMBLES, METHODS, BornAgain, Distillation, Dml, Independent, Kd, Kdcl
 from codistill.rundir.records import Joined, Measured
 from codistill_deploy.compare import generations
-from codistill_deploy.compare.plan import METHODS, best_alone, choose
+from codistill_deploy.compare.plan import VARIANTS, best_alone, choose
+from codistill_deploy.compare.statistics import BASELINE
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
@@ -67,9 +70,9 @@ class TestAll:
         variants, left_out = choose(experiment(), ["all"])
         assert [*left_out] == ["kdcl/general"]
         assert "data.held_out: 0" in left_out["kdcl/general"]
-        assert {each.title for each in variants} == set(METHODS) - {"kdcl/general"}
+        assert {each.title for each in variants} == set(VARIANTS) - {"kdcl/general"}
         variants, left_out = choose(experiment(students=3, data={"dataset": "digits", "held_out": 9}), ["all"])
-        assert {each.title for each in variants} | set(left_out) == set(METHODS)
+        assert {each.title for each in variants} | set(left_out) == set(VARIANTS)
         assert left_out.keys() == {"fddml", "hddml"}
         assert left_out["fddml"] == "'fddml' is for 2 students, there are 3; remove some, or choose another method"
 
@@ -77,10 +80,24 @@ class TestAll:
         with pytest.raises(ExperimentError, match="'fddml' is for 2 students, there are 3"):
             choose(experiment(students=3), ["all", "fddml"])
 
-    def test_there_is_no_method_that_it_does_not_know(self) -> None:
-        union, *_ = get_args(Distillation)
-        known = {kind.model_fields["method"].default for kind in get_args(union)}
-        assert known == {method.partition("/")[0] for method in METHODS} | {"custom"}
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_with_defaults_is_in_it(self, name: str) -> None:
+        settings = METHODS[name]
+        needed = [key for key, field in settings.model_fields.items() if field.is_required()]
+        compared = [title for title in VARIANTS if title.partition("/")[0] == name]
+        assert bool(compared) == (not needed)
+
+    @pytest.mark.parametrize("title", VARIANTS)
+    def test_a_variant_is_listed_under_its_own_title(self, title: str) -> None:
+        distillation: Method = TypeAdapter[Any](Distillation).validate_python(VARIANTS[title])
+        assert distillation.title == title
+
+    def test_the_baseline_comes_first_and_the_others_follow_the_settings(self) -> None:
+        assert next(iter(VARIANTS)) == BASELINE
+        of_kdcl = [title for title in VARIANTS if title.startswith("kdcl/")]
+        assert of_kdcl == [f"kdcl/{ensemble}" for ensemble in KDCL_ENSEMBLES]
+        named = list(dict.fromkeys(title.partition("/")[0] for title in VARIANTS))
+        assert named == [name for name in METHODS if name != "custom"]
 
 
 class TestTeachers:
@@ -112,7 +129,7 @@ class TestTeachers:
         teacher = best_alone(variants[1].experiment, alone)
         assert (teacher.name, teacher.model_args) == ("b.alone", {"hidden": 8})
         assert teacher.weights == str(alone.student("b").path)
-        taught = variants[1].taught(7, teacher)
+        taught = variants[1].with_seed(7, teacher)
         assert (taught.seed, taught.teachers) == (7, (teacher,))
 
     def test_without_anybody_who_could_it_says_what_to_add(self) -> None:
