@@ -1,4 +1,4 @@
-"""The experiment file's `data` section, and what is known of the data sets that it names."""
+"""The experiment file's `data` section, and the built-in data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ __all__ = ["DATASETS", "Augment", "Data", "DatasetInfo", "Normalize"]
 
 
 class DatasetInfo(BaseModel):
-    """What is known of a built-in data set without loading it."""
+    """A built-in data set, as far as it is known without loading it.
+
+    Attributes:
+        classes: number of classes; None where the experiment must give it.
+        channels: number of channels of an image.
+        size: height and width of an image; None where the experiment must give `image_size`.
+        about: a description for the documentation.
+        train: samples of the training split, where their number is known.
+        test: samples of the test split.
+        divided: whether both splits are drawn from one pool, so that more of one is less of the other.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,7 +35,6 @@ class DatasetInfo(BaseModel):
     train: int | None = None
     test: int | None = None
     divided: bool = False
-    """Whether train and test are drawn from one pool, so that more of one is less of the other."""
 
     @property
     def most_to_train_on(self) -> int | None:
@@ -191,7 +200,7 @@ class Data(Section):
         """The number of classes, given or known."""
         known = DATASETS.get(self.dataset)
         count = self.classes or (known.classes if known else None)
-        assert count is not None  # noqa: S101 - _complete saw to it
+        assert count is not None  # noqa: S101 - _complete has checked it
         return count
 
     @property

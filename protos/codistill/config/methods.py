@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from codistill.config.base import REFERENCE, plain_values
+from codistill.config.base import REFERENCE, require_json_values
 from codistill.config.method_base import UNLIMITED, ExperimentSections, Intermittent, LayerReader, Method
 
 __all__ = [
@@ -329,7 +329,7 @@ class Custom(Intermittent):
     @field_validator("parameters")
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return plain_values(value)
+        return require_json_values(value)
 
 
 Distillation = Annotated[

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from codistill.config.experiment import ExperimentError, parse
-from codistill.config.schedule import ExchangeSchedule
 from protos.config.support import changed
 
 TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
@@ -184,16 +183,3 @@ def test_a_shared_view_is_nobodys_own() -> None:
     assert problems(distillation={"method": "kd"}, teachers=[TEACHER], students=own) == [
         "students.0.data.augment: flip, but all see the same view of a sample; set data.augment, or data.augment.view: own"
     ]
-
-
-class TestExchangeSchedule:
-    @pytest.mark.parametrize(
-        "schedule", [ExchangeSchedule(), ExchangeSchedule(3, 1), ExchangeSchedule(0, 4), ExchangeSchedule(7, 3)]
-    )
-    def test_steps_and_exchanges_count_each_other(self, schedule: ExchangeSchedule) -> None:
-        exchanging = [step for step in range(50) if schedule.exchanges(step)]
-        assert exchanging[0] == schedule.start
-        assert [schedule.round(exchange) for exchange in range(len(exchanging))] == exchanging
-        assert [schedule.exchanges_before(step) for step in exchanging] == list(range(len(exchanging)))
-        for step in range(50):
-            assert schedule.exchanges_before(step) == sum(earlier < step for earlier in exchanging)
