@@ -42,8 +42,8 @@ def in_process(path: Path, place: Path) -> None:
     """Runs an experiment, or all its generations, in this process."""
     experiment = load(path)
     runs = [(experiment, RunFolder(place))]
-    if generations.in_sequence(experiment):
-        runs = list(generations.planned(experiment, place))
+    if generations.has_generations(experiment):
+        runs = list(generations.generation_runs(experiment, place))
     for one, folder in runs:
         folder.start(one, mode="in-process", resume=False)
         assert run_in_process(one, folder, PlainView(Console(quiet=True)), threading.Event()) == 0

@@ -46,14 +46,14 @@ class Variant:
         return self.experiment.distillation.title
 
     def with_seed(self, seed: int, teacher: Teacher | None) -> Experiment:
-        """Returns the experiment with a seed, and with the teacher that was found, if any."""
+        """Return the experiment with a seed, and with the teacher that was found, if any."""
         if teacher is None:
             return self.experiment.replace(seed=seed)
         return self.experiment.replace(seed=seed, teachers=(teacher,))
 
 
 def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Variant, ...], Mapping[str, str]]:
-    """Returns the experiment with each method, `independent` first, and the methods of ``all`` whose needs it does not meet.
+    """Return the experiment with each method, `independent` first, and the methods of ``all`` whose needs it does not meet.
 
     The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A method that has
     a teacher takes the experiment's. Where there is none, the best of the students alone is to teach, as
@@ -94,7 +94,7 @@ def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Varian
 
 
 def best_alone(experiment: Experiment, alone: RunFolder) -> Teacher:
-    """Returns the student with the highest test accuracy at the end of a run of all of them alone, as a teacher.
+    """Return the student with the highest test accuracy at the end of a run of all of them alone, as a teacher.
 
     Args:
         experiment: the run's experiment.

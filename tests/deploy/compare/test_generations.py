@@ -32,7 +32,7 @@ def experiment(**distillation: Any) -> Experiment:
 
 
 def test_each_student_is_taught_by_its_own_predecessor(tmp_path: Path) -> None:
-    (first, at), (second, then), (third, _) = generations.planned(experiment(), tmp_path)
+    (first, at), (second, then), (third, _) = generations.generation_runs(experiment(), tmp_path)
     assert first.distillation == Independent()
     assert not first.teachers
     assert at.path == tmp_path / "generation-1"
@@ -47,16 +47,16 @@ def test_each_student_is_taught_by_its_own_predecessor(tmp_path: Path) -> None:
 
 
 def test_what_has_teachers_is_one_run() -> None:
-    assert generations.in_sequence(experiment())
-    _, (second, _), _ = generations.planned(experiment(), Path("runs"))
-    assert not generations.in_sequence(second)
-    generations.refuse(second)
+    assert generations.has_generations(experiment())
+    _, (second, _), _ = generations.generation_runs(experiment(), Path("runs"))
+    assert not generations.has_generations(second)
+    generations.require_single_run(second)
     with pytest.raises(CommandError, match=r"^distillation\.generations: `codistill run` trains generations one after"):
-        generations.refuse(experiment())
+        generations.require_single_run(experiment())
 
 
 def test_what_is_trained_is_known(tmp_path: Path) -> None:
-    (first, place), *_ = generations.planned(experiment(), tmp_path)
+    (first, place), *_ = generations.generation_runs(experiment(), tmp_path)
     assert not generations.is_trained(place)
     place.start(first, mode="in-process", resume=False)
     stop = threading.Event()

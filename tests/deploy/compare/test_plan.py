@@ -110,7 +110,7 @@ class TestTeachers:
         assert by_title["vid"].experiment.teacher_names == ("old",)
         assert not by_title["dml"].experiment.teachers
         assert by_title["born_again"].experiment.distillation == BornAgain()
-        assert generations.in_sequence(by_title["born_again"].experiment)
+        assert generations.has_generations(by_title["born_again"].experiment)
 
     def test_without_one_the_best_of_the_students_alone_does(self, tmp_path: Path) -> None:
         variants, _ = choose(experiment(), ["kd", "independent"])

@@ -10,8 +10,8 @@ from rich.console import Console
 from codistill.config.experiment import Experiment, ExperimentError, load
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.compare import statistics
+from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.compare.runner import compare
-from codistill_deploy.compare.statistics import ComparisonIndex
 from codistill_deploy.console.progress import PlainView
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.in_process import run_in_process
