@@ -24,7 +24,7 @@ B, C, K = 128, 100, 2
 
 
 def section(method: str) -> str:
-    """Returns the section that has a method in its heading."""
+    """Return the section that has a method in its heading."""
     parts = re.split(r"^##+ ", PAGE, flags=re.MULTILINE)
     heading = "Your own" if method == "custom" else f"`{method}`"
     found = [part for part in parts if heading in part.splitlines()[0]]
@@ -33,7 +33,7 @@ def section(method: str) -> str:
 
 
 def rows(text: str, first: str) -> list[list[str]]:
-    """Returns the rows of the tables whose head begins so."""
+    """Return the rows of the tables whose head begins so."""
     found: list[list[str]] = []
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
@@ -57,10 +57,10 @@ def test_every_parameter_is_there_with_its_default(method: str) -> None:
         if of is None or f"`{method}`" in of.group(1):
             documented[name.group(1)] = row[1].strip("`")
     expected: dict[str, str] = {}
-    for name, each in fields.items():
+    for name, field in fields.items():
         if name != "method":
-            default = each.get_default(call_default_factory=True)
-            expected[name] = "needed" if each.is_required() else str(default)
+            default = field.get_default(call_default_factory=True)
+            expected[name] = "needed" if field.is_required() else str(default)
     assert documented == expected
 
 
@@ -69,11 +69,11 @@ EXCHANGING = [name for name, settings in BUILT_IN.items() if settings().exchange
 
 
 def crossing(method: str) -> set[tuple[int, int]]:
-    """Returns the bytes that cross for each participant in a round, up and down, by the server half itself."""
+    """Return the bytes that cross for each participant in a round, up and down, by the aggregator itself."""
     settings = BUILT_IN[method]()
     names, teachers = ["a", "b"], ["t", "u"][: max(settings.teacher_limits[0], 2 * (method == "born_again"))]
-    half = methods.create(settings, names, teachers)
-    assert half is not None
+    aggregator = methods.create(settings, names, teachers)
+    assert aggregator is not None
     generator = torch.Generator().manual_seed(0)
 
     def drawn(outputs: Any, *before: int) -> dict[str, torch.Tensor]:
@@ -81,16 +81,16 @@ def crossing(method: str) -> set[tuple[int, int]]:
 
     gathered = RoundInputs(
         students=tuple(names),
-        outputs=drawn(half.student, K),
+        outputs=drawn(aggregator.student, K),
         labels=torch.zeros(B, dtype=torch.int64),
-        teachers={name: drawn(half.teacher) for name in teachers},
+        teachers={name: drawn(aggregator.teacher) for name in teachers},
     )
-    targets = half.targets(gathered)
+    targets = aggregator.targets(gathered)
     found = {
-        (16 * B + bytes_of(drawn(half.student)), bytes_of((targets.each or {}).get(name, targets.shared)))
+        (16 * B + bytes_of(drawn(aggregator.student)), bytes_of((targets.each or {}).get(name, targets.shared)))
         for name in names
     }
-    return found | ({(16 * B + bytes_of(drawn(half.teacher)), 0)} if teachers else set())
+    return found | ({(16 * B + bytes_of(drawn(aggregator.teacher)), 0)} if teachers else set())
 
 
 @pytest.mark.parametrize("heading", sorted({section(method).splitlines()[0] for method in EXCHANGING}))
@@ -135,12 +135,12 @@ def test_links_lead_to_headings() -> None:
     def anchor(heading: str) -> str:
         return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
-    anchors = {anchor(each) for each in re.findall(r"^##+ (.*)$", PAGE, re.MULTILINE)}
+    anchors = {anchor(found) for found in re.findall(r"^##+ (.*)$", PAGE, re.MULTILINE)}
     assert set(re.findall(r"\]\(#([^)]*)\)", PAGE)) <= anchors
 
 
-def test_the_pair_of_ones_own_runs(tmp_path: Path) -> None:
-    """The very text of the page, with real processes and in one; both end with the same bits."""
+def test_the_custom_pair_runs(tmp_path: Path) -> None:
+    """The text of the page runs, in several processes and in one, and both end with the same bits."""
     code, experiment = (re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml"))
     assert code is not None
     assert experiment is not None

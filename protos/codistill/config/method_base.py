@@ -144,7 +144,7 @@ class LayerReader(Method):
     )
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with those of the named layers."""
         yield from super().problems(experiment)
         participants = [participant.name for participant in (*experiment.students, *experiment.teachers)]
         for name, layers in self.layers.items():
@@ -168,7 +168,7 @@ class Intermittent(Method):
         return ExchangeSchedule(math.ceil(self.start_epoch * steps_per_epoch), self.every)
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with that of a first exchange before the run ends."""
         yield from super().problems(experiment)
         epochs, steps_per_epoch = experiment.training.epochs, experiment.steps_per_epoch
         if self.start_epoch >= epochs:

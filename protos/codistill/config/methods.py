@@ -1,4 +1,8 @@
-"""The experiment file's `distillation` section: the methods, their parameters, and what each needs."""
+"""The experiment file's `distillation` section: the settings of every method.
+
+A built-in method is a class here and its place in :data:`Distillation`; its aggregator and objective are found by its name.
+A new KDCL ensemble is a row of :data:`KDCL_ENSEMBLES`, and a function of the same name.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ class Kd(Method):
 
 
 class LogitRegression(Method):
-    """Logit regression (Ba & Caruana 2014): the students' logits are to be the teacher's, by least squares."""
+    """Logit regression (Ba & Caruana 2014): the students fit the teacher's logits by least squares."""
 
     teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
@@ -89,7 +93,7 @@ class BornAgain(Method):
     temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with those of generations and of teachers of the same architecture."""
         yield from super().problems(experiment)
         students, teachers = experiment.students, experiment.teachers
         if teachers and self.generations != 1:
@@ -110,11 +114,11 @@ class BornAgain(Method):
 
 
 class Vid(LayerReader):
-    """Variational information distillation (Ahn et al. 2019): hidden layers are to tell of the teacher's."""
+    """Variational information distillation (Ahn et al. 2019): the students' hidden layers learn to predict the teacher's."""
 
     teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
-    method: Literal["vid"] = Field(default="vid", description="Hidden layers that tell of the teacher's.")
+    method: Literal["vid"] = Field(default="vid", description="Hidden layers that predict the teacher's.")
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of each layer's term.")
 
 
@@ -125,7 +129,7 @@ class _Relational(Method):
     depends_on_models: ClassVar[bool] = True
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with that of a batch that has relations to compare."""
         yield from super().problems(experiment)
         batch_size = experiment.training.batch_size
         if batch_size < 3:
@@ -157,7 +161,9 @@ class Rkd(_Relational):
     angle_weight: float = Field(default=50.0, ge=0, description="Weight of the angles' term.")
 
 
-class _TaughtMutual(Method):
+class _TeacherAndPeer(Method):
+    """A method for two students that learn from a teacher and from each other."""
+
     student_limits: ClassVar[tuple[int, int]] = (2, 2)
     teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
@@ -166,13 +172,13 @@ class _TaughtMutual(Method):
     temperature: float = Field(default=1.0, gt=0, description="T of the teacher's term, which is multiplied by T².")
 
 
-class Fddml(_TaughtMutual):
+class Fddml(_TeacherAndPeer):
     """Full deep distillation mutual learning (Lukman & Yang 2022): two students learn from a teacher and each other."""
 
     method: Literal["fddml"] = Field(default="fddml", description="A teacher for both of two students.")
 
 
-class Hddml(_TaughtMutual):
+class Hddml(_TeacherAndPeer):
     """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the first student only."""
 
     method: Literal["hddml"] = Field(default="hddml", description="A teacher for the first of two students.")
@@ -202,12 +208,12 @@ class Dml(Method):
 
 @dataclass(frozen=True)
 class EnsembleSettings:
-    """What is known of a KDCL ensemble besides its function.
+    """The properties of a KDCL ensemble.
 
     Attributes:
-        about: how it makes the target, for the documentation.
-        heavy: whether one target takes milliseconds, so that the server makes it beside its event loop.
-        held_out: whether it measures weights on held-out samples, which `data.held_out` must then set aside.
+        about: a phrase for the documentation on how the target is made.
+        heavy: whether one target takes milliseconds; the server then makes it beside its event loop.
+        held_out: whether weights are measured on held-out samples; `data.held_out` must then set some aside.
     """
 
     about: str
@@ -221,11 +227,11 @@ KDCL_ENSEMBLES: Mapping[str, EnsembleSettings] = {
     "min_logit": EnsembleSettings("the least margins"),
     "general": EnsembleSettings("weights measured on held-out samples", held_out=True),
 }
-"""The ensembles that KDCL may use, by name. Each has a function in `codistill_server.ensembles.kdcl`."""
+"""The ensembles of KDCL, by name."""
 
 if TYPE_CHECKING:
     EnsembleName = str
-else:  # The names are known only once the table above is read.
+else:  # A type checker cannot read the names from the table.
     EnsembleName = Literal[tuple(KDCL_ENSEMBLES)]
 
 
@@ -253,7 +259,7 @@ class Kdcl(Method):
         return f"{self.method}/{self.ensemble}"
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with that of held-out samples."""
         yield from super().problems(experiment)
         if KDCL_ENSEMBLES[self.ensemble].held_out and not experiment.data.held_out:
             yield (
@@ -286,7 +292,7 @@ class CrossArchitecture(Intermittent):
     )
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
-        """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
+        """Yield the needs not met, with that of an epoch at which the weight has risen."""
         yield from super().problems(experiment)
         if self.full_epoch is not None and self.full_epoch <= self.start_epoch:
             yield (

@@ -1,4 +1,4 @@
-"""Generations in sequence: who teaches whom, from which files, and what is left after an interruption."""
+"""Generations in sequence: their teachers, the files of the weights, and what is trained after an interruption."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ def test_each_student_is_taught_by_its_own_predecessor(tmp_path: Path) -> None:
     assert not first.teachers
     assert at.path == tmp_path / "generation-1"
     assert second.distillation == third.distillation == BornAgain(generations=1, temperature=2)
-    assert [(each.name, each.model, each.model_args, each.weights) for each in second.teachers] == [
+    assert [(teacher.name, teacher.model, teacher.model_args, teacher.weights) for teacher in second.teachers] == [
         ("mlp.1", "mlp", {"hidden": 8}, str(at.path / "students" / "mlp")),
         ("cnn.1", "cnn", {}, str(at.path / "students" / "cnn")),
     ]
-    assert [each.weights for each in third.teachers] == [str(then.path / "students" / name) for name in ("mlp", "cnn")]
-    assert len({first.seed, second.seed, third.seed}) == 3, "each begins from other weights"
+    assert [teacher.weights for teacher in third.teachers] == [
+        str(then.path / "students" / name) for name in ("mlp", "cnn")
+    ]
+    assert len({first.seed, second.seed, third.seed}) == 3, "every generation begins from other weights"
     assert first.seed == 4
 
 

@@ -53,7 +53,7 @@ class TestSettings:
         ):
             choose(experiment(), ["custom"])
 
-    def test_a_pair_of_ones_own_is_compared_too(self) -> None:
+    def test_a_custom_pair_is_compared_too(self) -> None:
         pair = {"method": "custom", "server": "pairs:Server", "worker": "pairs:Worker"}
         own = experiment(distillation=pair)
         assert only("custom", own).distillation == own.distillation
@@ -62,7 +62,7 @@ class TestSettings:
 
     def test_none_is_chosen_twice_and_alone_comes_first(self) -> None:
         variants, _ = choose(experiment(), ["dml", "kdcl", "independent", "kdcl/naive", "dml"])
-        assert [each.title for each in variants] == ["independent", "dml", "kdcl/naive"]
+        assert [variant.title for variant in variants] == ["independent", "dml", "kdcl/naive"]
 
 
 class TestAll:
@@ -70,9 +70,9 @@ class TestAll:
         variants, left_out = choose(experiment(), ["all"])
         assert [*left_out] == ["kdcl/general"]
         assert "data.held_out: 0" in left_out["kdcl/general"]
-        assert {each.title for each in variants} == set(VARIANTS) - {"kdcl/general"}
+        assert {variant.title for variant in variants} == set(VARIANTS) - {"kdcl/general"}
         variants, left_out = choose(experiment(students=3, data={"dataset": "digits", "held_out": 9}), ["all"])
-        assert {each.title for each in variants} | set(left_out) == set(VARIANTS)
+        assert {variant.title for variant in variants} | set(left_out) == set(VARIANTS)
         assert left_out.keys() == {"fddml", "hddml"}
         assert left_out["fddml"] == "'fddml' is for 2 students, there are 3; remove some, or choose another method"
 
@@ -104,8 +104,8 @@ class TestTeachers:
     def test_the_experiments_own_teaches_where_there_is_one(self) -> None:
         own = experiment(teachers=[TEACHER], distillation={"method": "kd", "temperature": 2})
         variants, _ = choose(own, ["independent", "kd", "vid", "dml", "born_again"])
-        by_title = {each.title: each for each in variants}
-        assert not any(each.finds_teacher for each in variants)
+        by_title = {variant.title: variant for variant in variants}
+        assert not any(variant.finds_teacher for variant in variants)
         assert by_title["kd"].experiment.distillation == Kd(temperature=2)
         assert by_title["vid"].experiment.teacher_names == ("old",)
         assert not by_title["dml"].experiment.teachers
@@ -114,7 +114,10 @@ class TestTeachers:
 
     def test_without_one_the_best_of_the_students_alone_does(self, tmp_path: Path) -> None:
         variants, _ = choose(experiment(), ["kd", "independent"])
-        assert [(each.title, each.finds_teacher) for each in variants] == [("independent", False), ("kd", True)]
+        assert [(variant.title, variant.finds_teacher) for variant in variants] == [
+            ("independent", False),
+            ("kd", True),
+        ]
         alone = RunFolder(tmp_path)
         alone.start(variants[0].experiment, mode="grpc", resume=False)
         lines = [
@@ -132,7 +135,7 @@ class TestTeachers:
         taught = variants[1].with_seed(7, teacher)
         assert (taught.seed, taught.teachers) == (7, (teacher,))
 
-    def test_without_anybody_who_could_it_says_what_to_add(self) -> None:
+    def test_without_a_possible_teacher_the_error_says_what_to_add(self) -> None:
         with pytest.raises(
             CommandError, match=r"'kd' needs a teacher, there is none; add `teachers` .* or independent to"
         ):

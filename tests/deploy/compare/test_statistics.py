@@ -70,7 +70,7 @@ def test_the_mean_is_over_students_within_a_seed_and_then_over_seeds() -> None:
     assert gain.values == pytest.approx({0: 0.02, 1: 0.045})
     assert gain.mean == pytest.approx(0.0325)
     assert gain.deviation == pytest.approx(statistics.stdev([0.02, 0.045]))
-    assert [each.mean for each in means["independent"].curve.accuracy] == pytest.approx([0.5, 0.7325])
+    assert [spread.mean for spread in means["independent"].curve.accuracy] == pytest.approx([0.5, 0.7325])
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -104,7 +104,7 @@ def test_an_incomplete_run_is_named_and_its_complete_students_still_count() -> N
             MethodRun("dml", 2, None, "dml/2", "it has not begun"),
         ]
     )
-    assert [(each.method, each.seed, each.path, each.reason) for each in table.incomplete] == [
+    assert [(run.method, run.seed, run.path, run.reason) for run in table.incomplete] == [
         ("dml", 0, "dml/0", "b was last tested at epoch 1; the last epoch is 2"),
         ("dml", 1, "dml/1", "b was never tested; the last epoch is 2"),
         ("dml", 2, "dml/2", "it has not begun"),
@@ -126,7 +126,7 @@ def test_curves_hold_each_seed_where_all_complete_runs_were_tested() -> None:
     ]
     curve = comparisons.summarise(runs).students[0].results["independent"].curve
     assert curve.epochs == (1.0, 2.0)
-    assert [each.mean for each in curve.accuracy] == pytest.approx([0.3, 0.6])
+    assert [spread.mean for spread in curve.accuracy] == pytest.approx([0.3, 0.6])
     assert curve.accuracy[0].deviation == pytest.approx(statistics.stdev([0.2, 0.4]))
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from codistill.config.data import DATASETS
+from codistill.config.datasets import DATASETS
 from codistill.config.experiment import Experiment, ExperimentError, load, parse
 from codistill.config.fingerprint import identity
 from codistill.config.methods import Dml, Independent, Kdcl
