@@ -21,6 +21,7 @@ from codistill.config.data import DATASETS, Data
 from codistill.config.errors import NAME, InconsistentError, lines
 from codistill.config.exchange import Exchange
 from codistill.config.methods import (
+    KDCL_ENSEMBLES,
     BornAgain,
     CrossArchitecture,
     Custom,
@@ -82,8 +83,11 @@ class Experiment(Section):
         if self.exchange.on_absence == "proceed" and method.exchanges and self.exchange.quorum > everybody:
             whom = "students and teachers" if self.teachers else "students"
             yield f"exchange.quorum: {self.exchange.quorum} is not allowed; allowed: 2 to the {everybody} {whom}"
-        if isinstance(self.distillation, Kdcl) and self.distillation.ensemble == "general" and not self.data.held_out:
-            yield "data.held_out: 0, but the `general` ensemble measures its weights on held-out samples; set it, for example to 1000"
+        if isinstance(method, Kdcl) and KDCL_ENSEMBLES[method.ensemble].held_out and not self.data.held_out:
+            yield (
+                f"data.held_out: 0, but the `{method.ensemble}` ensemble measures its weights on held-out samples; set it, "
+                "for example to 1000"
+            )
         yield from self._data_problems()
         if isinstance(method, Rkd | RkdAngle | RkdDistance) and self.training.batch_size < 3:
             yield (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator
 
@@ -12,6 +13,7 @@ from codistill.config.base import REFERENCE, Section, plain_values
 from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
 
 __all__ = [
+    "KDCL_ENSEMBLES",
     "BornAgain",
     "CrossArchitecture",
     "Custom",
@@ -19,6 +21,8 @@ __all__ = [
     "Distillation",
     "DistillationOverrides",
     "Dml",
+    "EnsembleName",
+    "EnsembleSettings",
     "Fddml",
     "Hddml",
     "Independent",
@@ -262,15 +266,44 @@ class Dml(Method):
     temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
 
 
+@dataclass(frozen=True)
+class EnsembleSettings:
+    """What is known of a KDCL ensemble besides its function.
+
+    Attributes:
+        about: how it makes the target, for the documentation.
+        heavy: whether one target takes milliseconds, so that the server makes it beside its event loop.
+        held_out: whether it measures weights on held-out samples, which `data.held_out` must then set aside.
+    """
+
+    about: str
+    heavy: bool = False
+    held_out: bool = False
+
+
+KDCL_ENSEMBLES: Mapping[str, EnsembleSettings] = {
+    "naive": EnsembleSettings("the best student's logits"),
+    "linear": EnsembleSettings("the best combination", heavy=True),
+    "min_logit": EnsembleSettings("the least margins"),
+    "general": EnsembleSettings("weights measured on held-out samples", held_out=True),
+}
+"""The ensembles that KDCL may use, by name. Each has a function in `codistill_server.ensembles.kdcl`."""
+
+if TYPE_CHECKING:
+    EnsembleName = str
+else:  # The names are known only once the table above is read.
+    EnsembleName = Literal[tuple(KDCL_ENSEMBLES)]
+
+
 class Kdcl(Method):
     """Collaborative learning (Guo et al. 2020): every student learns from one ensemble's soft target."""
 
     students: ClassVar[tuple[int, int]] = (2, _MANY)
 
     method: Literal["kdcl"] = Field(default="kdcl", description="Collaborative learning with an ensemble.")
-    ensemble: Literal["naive", "linear", "min_logit", "general"] = Field(
+    ensemble: EnsembleName = Field(
         default="min_logit",
-        description="How the target is made: the best student's logits; the best combination; the least margins; weights measured on held-out samples.",
+        description=f"How the target is made: {'; '.join(row.about for row in KDCL_ENSEMBLES.values())}.",
     )
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of the distillation term.")
     temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")

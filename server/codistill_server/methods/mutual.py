@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from codistill.config.methods import Kdcl
+from codistill.config.methods import KDCL_ENSEMBLES, Kdcl
 from codistill.methods.aggregator import LOGITS, Aggregator, Arrays, Output, RoundInputs, Targets
 from codistill_server import ensembles
 
@@ -117,9 +117,5 @@ def ensemble_of(settings: Kdcl) -> Aggregator:
     match settings.ensemble:
         case "general":
             return General()
-        case "naive":
-            return Ensemble(ensembles.naive, heavy=False)
-        case "min_logit":
-            return Ensemble(ensembles.min_logit, heavy=False)
-        case "linear":
-            return Ensemble(ensembles.linear, heavy=True)
+        case name:
+            return Ensemble(getattr(ensembles, name), heavy=KDCL_ENSEMBLES[name].heavy)
