@@ -11,8 +11,8 @@ import torch
 
 from codistill.config.experiment import parse
 from codistill.config.methods import Distillation, Method
+from codistill.methods.aggregator import RoundInputs
 from codistill_server import methods
-from codistill_server.methods import RoundInputs
 from system.support import assert_bit_equal, run, weights
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.experiment import Experiment, ExperimentError
+from codistill.methods.aggregator import Aggregator, Output
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
 from codistill.rundir.layout import ParticipantLayout, RunLayout
@@ -107,9 +108,7 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
             yield problem if own else f"students.{position}: {problem}"
 
 
-def _teach(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
-) -> None:
+def _teach(experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: Aggregator | None) -> None:
     """Builds a teacher as its worker does."""
     plan = experiment.teacher_plan(name)
     teacher = plan.teacher
@@ -122,9 +121,7 @@ def _teach(
     )
 
 
-def _learn(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
-) -> None:
+def _learn(experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: Aggregator | None) -> None:
     """Builds a student and its worker half as its worker does."""
     plan = experiment.plan(name)
     model = models.build(plan.student.model, **shape, args=plan.student.model_args, seed=0)
@@ -136,12 +133,12 @@ def _learn(
 
 
 def _check_outputs(
-    published: Mapping[str, tuple[int, ...]], taken: Mapping[str, server_methods.Output], classes: int, name: str
+    published: Mapping[str, tuple[int, ...]], taken: Mapping[str, Output], classes: int, name: str
 ) -> None:
     """Sees that what a worker half publishes is what the server half takes."""
     wanted = {key: each.describe(classes) for key, each in taken.items()}
     if published.keys() != taken.keys() or not all(
-        each.takes(list(published[key]), classes) for key, each in taken.items()
+        each.accepts(list(published[key]), classes) for key, each in taken.items()
     ):
         shown = {key: list(dims) for key, dims in published.items()}
         raise ConfigurationError(f"distillation: {name!r} publishes {shown}, the server's half takes {wanted}")
