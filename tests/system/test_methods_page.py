@@ -68,11 +68,11 @@ EXCHANGING = [each for each in METHODS if each not in ("independent", "custom")]
 
 
 def crossing(method: str) -> set[tuple[int, int]]:
-    """Returns the bytes that cross for each participant in a round, up and down, by the server half itself."""
+    """Returns the bytes that cross for each participant in a round, up and down, by the aggregator itself."""
     settings = METHODS[method]()
     names, teachers = ["a", "b"], ["t", "u"][: max(settings.teachers[0], 2 * (method == "born_again"))]
-    half = methods.create(settings, names, teachers)
-    assert half is not None
+    aggregator = methods.create(settings, names, teachers)
+    assert aggregator is not None
     generator = torch.Generator().manual_seed(0)
 
     def drawn(outputs: Any, *before: int) -> dict[str, torch.Tensor]:
@@ -80,16 +80,16 @@ def crossing(method: str) -> set[tuple[int, int]]:
 
     gathered = RoundInputs(
         students=tuple(names),
-        outputs=drawn(half.student, K),
+        outputs=drawn(aggregator.student, K),
         labels=torch.zeros(B, dtype=torch.int64),
-        teachers={name: drawn(half.teacher) for name in teachers},
+        teachers={name: drawn(aggregator.teacher) for name in teachers},
     )
-    targets = half.targets(gathered)
+    targets = aggregator.targets(gathered)
     found = {
-        (16 * B + bytes_of(drawn(half.student)), bytes_of((targets.each or {}).get(name, targets.shared)))
+        (16 * B + bytes_of(drawn(aggregator.student)), bytes_of((targets.each or {}).get(name, targets.shared)))
         for name in names
     }
-    return found | ({(16 * B + bytes_of(drawn(half.teacher)), 0)} if teachers else set())
+    return found | ({(16 * B + bytes_of(drawn(aggregator.teacher)), 0)} if teachers else set())
 
 
 @pytest.mark.parametrize("heading", sorted({section(method).splitlines()[0] for method in EXCHANGING}))
@@ -121,11 +121,14 @@ def test_links_lead_to_headings() -> None:
 
 def test_the_pair_of_ones_own_runs(tmp_path: Path) -> None:
     """The very text of the page, with real processes and in one; both end with the same bits."""
-    code, experiment = (re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml"))
-    assert code is not None
+    files = re.findall(r"```python\n(# (\w+\.py)\n.*?)```", section("custom"), re.DOTALL)
+    experiment = re.search(r"```yaml\n(.*?)```", section("custom"), re.DOTALL)
+    assert [name for _, name in files] == ["median.py", "median_loss.py"]
     assert experiment is not None
-    assert len((code.group(1) + experiment.group(1)).splitlines()) < 40
-    (tmp_path / "median.py").write_text(code.group(1))
+    assert len(("".join(text for text, _ in files) + experiment.group(1)).splitlines()) < 40
+    assert set(re.findall(r"^(?:from|import) (\w+)", files[0][0], re.MULTILINE)) == {"codistill"}
+    for text, name in files:
+        (tmp_path / name).write_text(text)
     (tmp_path / "median.yaml").write_text(experiment.group(1))
     for folder, options in (("processes", []), ("one", ["--in-process"])):
         ended, output = run("run", "median.yaml", "--run-dir", folder, *options, cwd=tmp_path)
