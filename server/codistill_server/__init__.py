@@ -3,7 +3,7 @@
 * :mod:`codistill_server.rounds.machine` is the heart: a pure state machine of one run's rounds;
   :mod:`codistill_server.rounds.events` holds its events and actions.
 * :mod:`codistill_server.ensembles` makes soft targets from students' logits, as pure functions.
-* :mod:`codistill_server.methods` joins the two: a method's server half turns a round's outputs into targets.
+* :mod:`codistill_server.methods` joins the two: a method's aggregator turns a round's outputs into targets.
 * :mod:`codistill_server.storage.journal` keeps closed rounds on disk.
 * :mod:`codistill_server.coordinator` is one run's server without a socket: it has messages checked, drives the rounds,
   writes the journal and hands out answers.

@@ -17,6 +17,7 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.config.schedule import ExchangeSchedule
+from codistill.methods.aggregator import NOTHING, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill_server import methods
@@ -398,10 +399,10 @@ class Coordinator:
         contributors = tuple(decide.contributions)
         missing = tuple(name for name in self.experiment.participants if name not in decide.contributions)
 
-        def work() -> tuple[ClosedRound, methods.Targets, methods.RoundInputs]:
+        def work() -> tuple[ClosedRound, Targets, RoundInputs]:
             gathered = self._contributions.gather(decide, state, include_absent=self._keep_all or bool(missing))
             useful = decide.targets and bool(gathered.students)
-            targets = half.targets(gathered) if useful else replace(methods.NOTHING, state=state)
+            targets = half.targets(gathered) if useful else replace(NOTHING, state=state)
             closed = ClosedRound(
                 decide.round,
                 first.samples,
@@ -411,7 +412,7 @@ class Coordinator:
             )
             return closed, targets, gathered
 
-        def done(result: tuple[ClosedRound, methods.Targets, methods.RoundInputs]) -> None:
+        def done(result: tuple[ClosedRound, Targets, RoundInputs]) -> None:
             closed, targets, gathered = result
             self._state = targets.state
             self._journal.append(closed)

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server import methods
@@ -266,7 +267,7 @@ class Model:
         shape = (self.experiment.training.batch_size, self.experiment.data.class_count)
         outputs = [_floats(self.open[name].logits).reshape(shape) for name in self.experiment.names]
         labels = torch.frombuffer(bytearray(self.open[self.experiment.names[0]].labels), dtype=torch.int64)
-        gathered = methods.RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
+        gathered = RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
         made = half.targets(gathered).shared
         assert made is not None
         return encode(made["logits"], "float32").data

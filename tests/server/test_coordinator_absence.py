@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from codistill.config.fingerprint import identity
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
@@ -51,7 +52,7 @@ class TestAbsence:
         half = methods.create(experiment.distillation)
         assert half is not None
         labels = decode(contribution(experiment, "ant", 0).batch.labels)
-        made = half.targets(methods.RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
+        made = half.targets(RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
         run.contribute("bee", 0)
         for student in run.experiment.names:
             (reply,) = [reply for reply in run.inboxes[student].replies if reply.HasField("targets")]

@@ -11,8 +11,8 @@ import torch
 
 from codistill.config.experiment import parse
 from codistill.config.methods import KDCL_ENSEMBLES, METHODS
+from codistill.methods.aggregator import RoundInputs
 from codistill_server import methods
-from codistill_server.methods import RoundInputs
 from system.support import assert_bit_equal, run, weights
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,9 @@ def crossing(method: str) -> set[tuple[int, int]]:
     return found | ({(16 * B + bytes_of(drawn(aggregator.teacher)), 0)} if teachers else set())
 
 
-@pytest.mark.parametrize("heading", sorted({part.splitlines()[0] for method in EXCHANGING for part in sections(method)}))
+@pytest.mark.parametrize(
+    "heading", sorted({part.splitlines()[0] for method in EXCHANGING for part in sections(method)})
+)
 def test_the_bytes_are_those_that_cross(heading: str) -> None:
     of_heading = [method for method in EXCHANGING if f"`{method}`" in heading]
     documented = {
@@ -145,12 +147,15 @@ def test_links_lead_to_headings() -> None:
 
 
 def test_the_custom_pair_runs(tmp_path: Path) -> None:
-    """The text of the page runs, in several processes and in one, and both end with the same bits."""
-    code, experiment = (re.search(rf"```{kind}\n(.*?)```", section("custom"), re.DOTALL) for kind in ("python", "yaml"))
-    assert code is not None
+    """The very text of the page, with real processes and in one; both end with the same bits."""
+    files = re.findall(r"```python\n(# (\w+\.py)\n.*?)```", section("custom"), re.DOTALL)
+    experiment = re.search(r"```yaml\n(.*?)```", section("custom"), re.DOTALL)
+    assert [name for _, name in files] == ["median.py", "median_loss.py"]
     assert experiment is not None
-    assert len((code.group(1) + experiment.group(1)).splitlines()) < 40
-    (tmp_path / "median.py").write_text(code.group(1))
+    assert len(("".join(text for text, _ in files) + experiment.group(1)).splitlines()) < 40
+    assert set(re.findall(r"^(?:from|import) (\w+)", files[0][0], re.MULTILINE)) == {"codistill"}
+    for text, name in files:
+        (tmp_path / name).write_text(text)
     (tmp_path / "median.yaml").write_text(experiment.group(1))
     for folder, options in (("processes", []), ("one", ["--in-process"])):
         ended, output = run("run", "median.yaml", "--run-dir", folder, *options, cwd=tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.experiment import Experiment, ExperimentError
+from codistill.methods.aggregator import Aggregator, Output
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
 from codistill.rundir.layout import ParticipantLayout, RunLayout
@@ -115,7 +116,7 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def _check_teacher(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: server_methods.Aggregator | None
+    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: Aggregator | None
 ) -> None:
     """Build a teacher as its worker does, and compare its outputs with those that the aggregator takes."""
     plan = experiment.teacher_plan(name)
@@ -133,7 +134,7 @@ def _check_teacher(
 
 
 def _check_student(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: server_methods.Aggregator | None
+    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: Aggregator | None
 ) -> None:
     """Build a student and its objective as its worker does, and compare what it publishes with what the aggregator takes."""
     plan = experiment.plan(name)
@@ -146,11 +147,11 @@ def _check_student(
 
 
 def _check_outputs(
-    published: Mapping[str, tuple[int, ...]], taken: Mapping[str, server_methods.Output], classes: int, name: str
+    published: Mapping[str, tuple[int, ...]], taken: Mapping[str, Output], classes: int, name: str
 ) -> None:
     """Reject an objective that publishes other outputs or shapes than the aggregator takes."""
     if published.keys() == taken.keys() and all(
-        output.takes(list(published[key]), classes) for key, output in taken.items()
+        output.accepts(list(published[key]), classes) for key, output in taken.items()
     ):
         return
     shapes = {key: list(shape) for key, shape in published.items()}

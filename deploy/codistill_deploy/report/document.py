@@ -16,7 +16,7 @@ from urllib.parse import quote
 from codistill.rundir.history import longest_wait, median_wait
 from codistill_deploy.compare.statistics import Comparison, MethodRun, Result, Spread
 from codistill_deploy.report.figure import gain_svg
-from codistill_server.observability.dashboard.downsample import column, number, short, thinned
+from codistill_server.observability.dashboard.downsample import column, evenly_spaced, finite, rounded
 
 __all__ = ["comparison_document"]
 
@@ -73,18 +73,20 @@ def _spread(spread: Spread) -> dict[str, Any]:
 
 
 def _curve(result: Result) -> dict[str, Any]:
-    kept = [(result.curve.epochs[index], result.curve.accuracy[index]) for index in thinned(len(result.curve.epochs))]
+    kept = [
+        (result.curve.epochs[index], result.curve.accuracy[index]) for index in evenly_spaced(len(result.curve.epochs))
+    ]
 
     def edge(sign: int) -> Callable[[Spread], float | None]:
         def value(spread: Spread) -> float | None:
             mean, deviation = spread.mean, spread.deviation
-            return None if mean is None or deviation is None else short(mean + sign * deviation)
+            return None if mean is None or deviation is None else rounded(mean + sign * deviation)
 
         return value
 
     low, high = edge(-1), edge(1)
     return {
-        "epoch": [short(epoch) for epoch, _ in kept],
+        "epoch": [rounded(epoch) for epoch, _ in kept],
         "mean": column(spread.mean for _, spread in kept),
         "low": [low(spread) for _, spread in kept],
         "high": [high(spread) for _, spread in kept],
@@ -130,10 +132,10 @@ def _compared(run: MethodRun) -> dict[str, Any]:
         "teachers": list(history.experiment.teacher_names),
         "report": f"{quote(run.path)}/report.html" if run.path else None,
         "complete": history.complete,
-        "seconds": number(history.seconds),
+        "seconds": finite(history.seconds),
         "rounds": history.closed_rounds,
-        "median_wait": number(median_wait(history.rounds)),
-        "longest_wait": number(longest_wait(history.rounds)),
-        "blocking": None if blocking is None else {"student": blocking[0], "seconds": number(blocking[1].seconds)},
+        "median_wait": finite(median_wait(history.rounds)),
+        "longest_wait": finite(longest_wait(history.rounds)),
+        "blocking": None if blocking is None else {"student": blocking[0], "seconds": finite(blocking[1].seconds)},
         "events": dict(sorted(Counter(event.what for event in history.events).items())),
     }

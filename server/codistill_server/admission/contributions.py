@@ -11,6 +11,7 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.schedule import ExchangeSchedule
+from codistill.methods.aggregator import Output, RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import TensorError, check, decode, encoded_size
 from codistill_server import methods
@@ -34,7 +35,7 @@ def receive_limit(experiment: Experiment) -> int:
     if experiment.data.held_out:
         samples.append(experiment.data.held_out)
 
-    def contribution(outputs: Mapping[str, methods.Output]) -> int:
+    def contribution(outputs: Mapping[str, Output]) -> int:
         shapes = [each.largest(classes) for each in outputs.values()]
         return sum(
             2 * encoded_size([size], "int64") + sum(encoded_size([size, *shape], dtype) for shape in shapes)
@@ -144,7 +145,7 @@ class Contributions:
                 )
         return Samples(message.ids.data, message.labels.data), outputs, labels
 
-    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> methods.RoundInputs:
+    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> RoundInputs:
         """Returns a round's contributions as its method takes them.
 
         Args:
@@ -156,7 +157,7 @@ class Contributions:
         students = [payload for name, payload in payloads.items() if name not in self._teachers]
         first = next(iter(payloads.values()))
         of_students = students[0] if students else _Payload({}, first.labels, {}, None)
-        return methods.RoundInputs(
+        return RoundInputs(
             students=tuple(name for name in payloads if name not in self._teachers),
             outputs={
                 name: torch.stack([each.outputs[name] for each in students]).float() for name in of_students.outputs

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import difference, identity
+from codistill.methods.aggregator import Aggregator, Output
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server import methods
 from codistill_server.errors import RequestRejected, printable
 from codistill_server.rounds.events import Status
 from codistill_server.storage.journal import Journal
@@ -28,7 +28,7 @@ class JoinAdmission:
         half: the method's server half; None where nothing is exchanged.
     """
 
-    def __init__(self, experiment: Experiment, journal: Journal, half: methods.Aggregator | None) -> None:
+    def __init__(self, experiment: Experiment, journal: Journal, half: Aggregator | None) -> None:
         self._experiment = experiment
         self._journal = journal
         self._half = half
@@ -100,7 +100,7 @@ class JoinAdmission:
         if self._half is None:
             return
         if outputs.keys() != expected.keys() or not all(
-            each.takes(outputs[name], classes) for name, each in expected.items()
+            each.accepts(outputs[name], classes) for name, each in expected.items()
         ):
             allowed = ", ".join(f"'{name}': {each.describe(classes)}" for name, each in sorted(expected.items()))
             raise RequestRejected(
@@ -126,7 +126,7 @@ class JoinAdmission:
                 f"{printable(request.weights[:128])}; give its teachers.weights the file that the run began with",
             )
 
-    def _expected(self, participant: str) -> Mapping[str, methods.Output]:
+    def _expected(self, participant: str) -> Mapping[str, Output]:
         """Returns the outputs that a student or a teacher publishes."""
         if self._half is None:
             return {}

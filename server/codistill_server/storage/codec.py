@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from codistill.methods.aggregator import Arrays, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import decode, encode
-from codistill_server import methods
 
 __all__ = ["dump_state", "load_state", "make_replies"]
 
 
-def make_replies(number: int, targets: methods.Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
+def make_replies(number: int, targets: Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
     """Returns the answers to a round, serialised and sealed, as :class:`codistill_server.storage.journal.ClosedRound` has them.
 
     Args:
@@ -23,7 +23,7 @@ def make_replies(number: int, targets: methods.Targets, teachers: Sequence[str],
         teachers: the teachers' names; they learn nothing, and are answered nothing.
         dtype: the element type of the targets on the wire.
     """
-    nothing: methods.Arrays = {}
+    nothing: Arrays = {}
     by_student = {**(targets.each or {}), **dict.fromkeys(teachers, nothing)}
     if targets.shared is not None:
         by_student[""] = targets.shared

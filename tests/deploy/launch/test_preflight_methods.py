@@ -124,7 +124,7 @@ def test_an_embedding_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 PAIR = """
-from codistill_server.methods import FEATURES, LOGITS, Targets
+from codistill.methods.aggregator import FEATURES, LOGITS, Targets
 from codistill_worker.methods import LogitsObjective, labels_alone
 
 class Server:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codistill.config.fingerprint import identity
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
@@ -75,9 +76,7 @@ class TestContribute:
         half = methods.create(run.experiment.distillation)
         assert half is not None
         logits = torch.stack([logits_of(run.experiment, name, 0) for name in run.experiment.names])
-        expected = half.targets(
-            methods.RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0]))
-        )
+        expected = half.targets(RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0])))
         assert expected.shared is not None
         assert torch.equal(decode(targets.targets["logits"]), expected.shared["logits"])
 

@@ -11,6 +11,7 @@ import pytest
 
 from codistill.config.fingerprint import identity
 from codistill.config.methods import Distillation
+from codistill.methods.aggregator import LOGITS, Aggregator, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
@@ -95,7 +96,7 @@ class TestHeavyWork:
         class Held:
             heavy, student, teacher = half.heavy, half.student, half.teacher
 
-            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
+            def targets(self, gathered: RoundInputs) -> Targets:
                 threads.append(threading.current_thread().name)
                 assert release.wait(PATIENCE)
                 return half.targets(gathered)
@@ -176,10 +177,8 @@ class TestWatchRun:
         drive(test)
 
 
-def _returning(half: methods.Aggregator) -> Callable[..., methods.Aggregator]:
-    def create(
-        distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()
-    ) -> methods.Aggregator:
+def _returning(half: Aggregator) -> Callable[..., Aggregator]:
+    def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> Aggregator:
         del distillation, students, teachers
         return half
 
@@ -261,13 +260,13 @@ class TestFaults:
         """Nobody is left to wait for a round that cannot be decided."""
 
         class Broken:
-            student: ClassVar = {"logits": methods.LOGITS}
+            student: ClassVar = {"logits": LOGITS}
             teacher: ClassVar = {}
 
             def __init__(self) -> None:
                 self.heavy = heavy
 
-            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
+            def targets(self, gathered: RoundInputs) -> Targets:
                 del gathered
                 raise ZeroDivisionError("a fault of the method")
 
