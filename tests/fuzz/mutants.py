@@ -9,7 +9,7 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.security import Token
+from codistill.wire.token import Token
 from codistill_server import app, coordinator, methods
 from codistill_server.methods import mutual
 

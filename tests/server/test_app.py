@@ -26,7 +26,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import format_session
-from codistill.wire.security import SecurityError
+from codistill.wire.security_settings import SecurityError
 from codistill_server import app
 from codistill_server.app import ServeOptions, ServerError, parse_address, serve
 from codistill_server.rounds.events import Samples

@@ -153,9 +153,13 @@ def test_a_contribution_that_is_invalid_ends_the_peer(endpoint: Endpoint) -> Non
     transport = endpoint.join("cnn")
     wrong = contribution(0, 0)
     wrong.batch.ids.CopyFrom(encode(torch.arange(3), "int64"))
-    with pytest.raises(PeerError, match=r"batch\.ids\.shape") as refused:  # now, or once it waits for the answer
-        transport.send(wrong)
+
+    def send_and_receive() -> None:
+        transport.send(wrong)  # raises here, or where the answer is awaited
         transport.receive(0)
+
+    with pytest.raises(PeerError, match=r"batch\.ids\.shape") as refused:
+        send_and_receive()
     assert refused.value.code is ExitCode.REFUSED
 
 

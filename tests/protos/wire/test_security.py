@@ -9,7 +9,9 @@ import grpc
 import pytest
 
 from codistill.process.exit_codes import ExitCode
-from codistill.wire.security import Security, SecurityError, Token, read
+from codistill.wire.security import Security, read
+from codistill.wire.security_settings import SecurityError
+from codistill.wire.token import Token
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 BOTH = {"CODISTILL_TLS_CERT": "c.pem", "CODISTILL_TLS_KEY": "c.key", "CODISTILL_TLS_CA": "ca.pem"}
