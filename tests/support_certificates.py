@@ -8,7 +8,8 @@ from pathlib import Path
 
 import trustme
 
-from codistill.wire.security import Security, Token
+from codistill.wire.security import Security
+from codistill.wire.token import Token
 
 TOKEN = "correct-horse-battery-staple-4711"
 WRONG_TOKEN = "wrong-horse-battery-staple-4711"

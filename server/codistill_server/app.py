@@ -31,7 +31,8 @@ from codistill.rundir.layout import RunLayout
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import format_address, is_loopback, parse_address, server_options
-from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, Security
+from codistill.wire.security import Security
+from codistill.wire.security_settings import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.dashboard.live import POLL_SECONDS, LivePage

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import format_session
-from codistill.wire.security import TOKEN_KEY
+from codistill.wire.token import TOKEN_KEY
 from fuzz import generators
 from fuzz.endpoints import Endpoint
 from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Decision, Model, parsed, refusal

@@ -10,7 +10,8 @@ from typing import Any
 import grpc.aio
 
 from codistill.peer.grpc import GrpcTransport
-from codistill.wire.security import Security, Token
+from codistill.wire.security import Security
+from codistill.wire.token import Token
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),

@@ -10,7 +10,7 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.methods.aggregator import RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.security import Token
+from codistill.wire.token import Token
 from codistill_server import app, coordinator
 from codistill_server.methods import kdcl
 

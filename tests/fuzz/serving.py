@@ -27,7 +27,8 @@ import torch
 from codistill.config.experiment import Experiment, parse
 from codistill.config.fingerprint import identity
 from codistill.rundir.layout import RunLayout
-from codistill.wire.security import Security, Token
+from codistill.wire.security import Security
+from codistill.wire.token import Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
 from codistill_server.ratelimit import Limits, Rate

@@ -12,7 +12,8 @@ import yaml
 
 from codistill.config.experiment import Experiment, parse
 from codistill.config.fingerprint import identity
-from codistill.peer.session import Failure, Session
+from codistill.peer.session import Session
+from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds.events import Decide
@@ -226,7 +227,7 @@ class Cluster:
 
     def _took_over(self, worker: Worker) -> None:
         """A worker was let in: a new one takes its turn after the others, and none that had a session gets another turn."""
-        if not worker.turn or not worker.core.number:
+        if not worker.turn or not worker.core.session_id:
             self._turns[worker.student] += 1
             worker.turn = self._turns[worker.student]
         elif worker.turn != self._turns[worker.student]:

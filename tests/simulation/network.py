@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from codistill.peer.session import Failure
+from codistill.peer.steps import Failure
 from simulation.kernel import Kernel
 
 __all__ = ["CLIENT_KEEPALIVE", "SERVER_KEEPALIVE", "Link", "Stream", "Weather"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from codistill.peer.session import Failure
+from codistill.peer.steps import Failure
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import verify_checksum
 from codistill_server.coordinator import Coordinator

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from codistill.peer.session import Session
+from codistill.peer.session import Session, _Leave, _Receive
 from codistill_server import coordinator as coordinator_module
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds.events import Action, Decide, End, Join, Restored
@@ -181,8 +181,9 @@ def with_rounds(rounds: type[Rounds]) -> Any:
 
 
 class TakesAnyRound(Session):
-    def targets(self, number: int, now: float) -> bool:
-        super().targets(self._awaited, now)
+    def targets(self, round_number: int, now: float) -> bool:
+        goal = self._goal
+        super().targets(goal.round_number if isinstance(goal, _Receive) else round_number, now)
         return True
 
 
@@ -192,13 +193,14 @@ class WaitsForEver(Session):
 
 
 class SendsNothingAgain(Session):
-    def joined(self, number: int) -> None:
-        super().joined(number)
-        self._unsent = False
+    def joined(self, session_id: int) -> None:
+        super().joined(session_id)
+        if self._open is not None:
+            self._open = replace(self._open, sent=True)
 
 
 class AsksFromTheStart(Session):
-    def reached(self, number: int) -> None:
+    def reached(self, round_number: int) -> None:
         pass
 
 
@@ -214,15 +216,17 @@ class TakesAnEndForARefusal(Session):
         super().broke(failure, now)
 
 
-class SaysGoodbyeOnce(Session):
-    def goodbye_failed(self, failure: Any, now: float) -> None:
-        self._finished = False
-        super().goodbye_failed(failure, now)
+class LeavesOnce(Session):
+    def leave_failed(self, failure: Any, now: float) -> None:
+        assert isinstance(self._goal, _Leave)
+        self._goal = replace(self._goal, finished=False)
+        super().leave_failed(failure, now)
 
 
 class StaysOnASilentStream(Session):
     def silence(self, now: float) -> None:
-        self._heard = now
+        if isinstance(self._goal, _Receive):
+            self._goal = replace(self._goal, heard_at=now)
         super().silence(now)
 
 
@@ -259,7 +263,7 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
     "asks for rounds from the start": (Plant(session=AsksFromTheStart), "REFUSED"),
     "comes back when superseded": (Plant(session=ComesBackWhenSuperseded), "joins again although"),
     "takes an end for a refusal": (Plant(session=TakesAnEndForARefusal), "REFUSED"),
-    "says goodbye once": (Plant(session=SaysGoodbyeOnce), "not complete"),
+    "leaves once": (Plant(session=LeavesOnce), "not complete"),
     "stays on a silent stream": (Plant(session=StaysOnASilentStream), "not complete|GAVE_UP"),
     "calls the newest checkpoint durable": (Plant(store=CallsTheNewestDurable), "REFUSED"),
     "overwrites later checkpoints": (Plant(store=OverwritesLaterOnes), "what .* has saved is not the end|REFUSED"),

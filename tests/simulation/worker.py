@@ -1,4 +1,4 @@
-"""A worker's process: the real session core, and around it what client.py, learner.py and app.py do."""
+"""A worker's process: the real session, and around it what the gRPC transport, the student's loop and the app do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codistill import PROTOCOL_VERSION
-from codistill.peer import session as core
 from codistill.peer.errors import Interrupted, PeerError
-from codistill.peer.session import Failure
+from codistill.peer.steps import CALL_SECONDS, Cancel, Done, Failure, Join, Leave, Listen, Pause, Send
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum, verify_checksum
@@ -26,7 +25,7 @@ __all__ = ["Disk", "Store", "Worker"]
 _SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
 _STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
 _SLACK = 5.0
-_GOODBYE_SLACK = 3 * core.CALL_SECONDS + _SLACK
+_LEAVE_SLACK = 3 * CALL_SECONDS + _SLACK
 
 
 @dataclass
@@ -54,18 +53,18 @@ class Store:
         disk = self.disk
         self._torn = disk.torn
         good = [each for each in (None if disk.torn else disk.newest, disk.previous) if each is not None]
-        self._rounds = [number for number, _ in reversed(good)]
+        self._rounds = [round_number for round_number, _ in reversed(good)]
         return good[0] if good else None
 
-    def save(self, number: int, state: bytes) -> bool:
-        if self.disk.newest is not None and not self.disk.torn and self.disk.newest[0] > number:
+    def save(self, round_number: int, state: bytes) -> bool:
+        if self.disk.newest is not None and not self.disk.torn and self.disk.newest[0] > round_number:
             return False
         if self.disk.newest is not None and not self._torn:
             self.disk.previous = self.disk.newest
-        self.disk.newest = number, state
+        self.disk.newest = round_number, state
         self.disk.torn = self._torn = False
-        if not self._rounds or self._rounds[-1] != number:
-            self._rounds = [*self._rounds[-1:], number]
+        if not self._rounds or self._rounds[-1] != round_number:
+            self._rounds = [*self._rounds[-1:], round_number]
         return True
 
 
@@ -80,7 +79,7 @@ class Worker:
         self.order = 0
         self.turn = 0
         self.rivals = 0
-        self.told_superseded = False
+        self.superseded = False
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
         self._paused_before = 0.0
@@ -91,7 +90,7 @@ class Worker:
         self._listening: Callable[[Any], None] | None = None
         self._request = pb.JoinRequest()
         self._open: pb.Contribution | None = None
-        self._goodbye = pb.LeaveRequest()
+        self._leave_request = pb.LeaveRequest()
         self._reporting = False
         self._pending: pb.ReportRequest | None = None
         self.store = cluster.plant.store(disk)
@@ -124,48 +123,48 @@ class Worker:
         if waited > limit:
             raise Violation(f"{self.student} waits in {what} for {waited:.1f} s; the bound is {limit:.1f} s")
 
-    # The learner
+    # The student's loop
 
     def _main(self) -> Generator[Arm, Any, None]:
         cluster, draw = self.cluster, self.cluster.draw
         found = self.store.load()
         self._saved = found[0] if found else -1
-        number, state = found or (0, model.first_state(cluster.experiment.seed, self.student))
+        round_number, state = found or (0, model.first_state(cluster.experiment.seed, self.student))
         yield sleep(cluster.kernel, draw.random() * cluster.load_seconds)
         try:
             try:
-                yield from self._join(number)
+                yield from self._join(round_number)
             except Interrupted:
                 self._exit(ExitCode.INTERRUPTED)
                 return
             reported = cluster.kernel.now
-            while number < cluster.rounds:
+            while round_number < cluster.rounds:
                 if self.stop:
                     raise Interrupted
                 yield sleep(cluster.kernel, draw.random() * cluster.step_seconds)
-                self._send(model.contribution(number, state, held_out=cluster.experiment.data.held_out > 0))
+                self._send(model.contribution(round_number, state, held_out=cluster.experiment.data.held_out > 0))
                 yield sleep(cluster.kernel, draw.random() * cluster.step_seconds / 2)
-                targets = yield from self._receive(number)
-                cluster.ledger.received(self.student, number, targets)
+                targets = yield from self._receive(round_number)
+                cluster.ledger.received(self.student, round_number, targets)
                 state = model.learn(state, targets)
-                number += 1
-                if draw.random() < cluster.save_chance and number < cluster.rounds:
-                    self._save(number, state)
+                round_number += 1
+                if draw.random() < cluster.save_chance and round_number < cluster.rounds:
+                    self._save(round_number, state)
                 if cluster.kernel.now - reported >= 1.0:
                     reported = cluster.kernel.now
-                    yield from self._report(number)
-            self._save(number, state)
-            yield from self._report(number)
+                    yield from self._report(round_number)
+            self._save(round_number, state)
+            yield from self._report(round_number)
             yield from self._leave(pb.LEAVE_REASON_FINISHED)
         except Interrupted:
-            self._save(number, state)
-            yield from self._report(number)
+            self._save(round_number, state)
+            yield from self._report(round_number)
             yield from self._leave(pb.LEAVE_REASON_STOPPED)
             self._exit(ExitCode.INTERRUPTED)
             return
         except PeerError as error:
             if error.code in _STUDENT_IS_WELL:
-                self._save(number, state)
+                self._save(round_number, state)
             if error.code not in _SESSION_IS_OVER:
                 yield from self._leave(pb.LEAVE_REASON_FAILED)
             self._exit(error.code, str(error))
@@ -173,9 +172,9 @@ class Worker:
         cluster.ledger.finished(self.student, state)
         self._exit(ExitCode.OK)
 
-    def _save(self, number: int, state: bytes) -> None:
-        if self._saved != number and self.store.save(number, state):
-            self._saved = number
+    def _save(self, round_number: int, state: bytes) -> None:
+        if self._saved != round_number and self.store.save(round_number, state):
+            self._saved = round_number
 
     def _exit(self, code: ExitCode, line: str = "") -> None:
         self.doing = None
@@ -186,9 +185,9 @@ class Worker:
             self.stream.worker_close()
         self.cluster.worker_ended(self)
 
-    # The exchange
+    # The transport
 
-    def _join(self, number: int) -> Generator[Arm, Any, None]:
+    def _join(self, round_number: int) -> Generator[Arm, Any, None]:
         experiment = self.cluster.experiment
         self._request = pb.JoinRequest(
             protocol_version=PROTOCOL_VERSION,
@@ -198,11 +197,11 @@ class Worker:
                 digest="d", train_samples=model.BATCH * model.ROUNDS_PER_EPOCH, classes=model.CLASSES
             ),
             outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
-            first_round=number,
+            first_round=round_number,
             total_rounds=self.cluster.rounds,
             worker=self.order,
         )
-        self.core.join(number, self.cluster.kernel.now)
+        self.core.join(round_number, self.cluster.kernel.now)
         yield from self._bounded("join", self.cluster.connect_timeout + _SLACK)
 
     def _send(self, contribution: pb.Contribution) -> None:
@@ -214,39 +213,39 @@ class Worker:
     def _put(self, stream: Stream, contribution: pb.Contribution) -> None:
         stream.worker_send(append_checksum(contribution, str(stream.session)))
 
-    def _receive(self, number: int) -> Generator[Arm, Any, pb.Targets]:
-        self.core.receive(number, self.cluster.kernel.now)
-        targets = yield from self._bounded(f"receive {number}", self.cluster.give_up_after + _SLACK)
+    def _receive(self, round_number: int) -> Generator[Arm, Any, pb.Targets]:
+        self.core.receive(round_number, self.cluster.kernel.now)
+        targets = yield from self._bounded(f"receive {round_number}", self.cluster.give_up_after + _SLACK)
         self._open = None
         return targets
 
-    def _report(self, number: int) -> Generator[Arm, Any, None]:
-        self._pending = pb.ReportRequest(round=number, durable_round=self.store.durable_round)
-        self.core.reached(number)
+    def _report(self, round_number: int) -> Generator[Arm, Any, None]:
+        self._pending = pb.ReportRequest(round=round_number, durable_round=self.store.durable_round)
+        self.core.reached(round_number)
         if not self._active:
             if self.stop:
                 return
-            self.core.mend(self.cluster.kernel.now)
+            self.core.reconnect(self.cluster.kernel.now)
             yield from self._bounded("report", self.cluster.give_up_after + _SLACK)
         if not self._reporting:
             self._reporting = True
             request, self._pending = self._pending, None
-            request.session = self.core.number
+            request.session = self.core.session_id
 
             def done(answer: Any) -> None:
                 self._reporting = False
                 if not isinstance(answer, Failure):
-                    self.core.answered()
+                    self.core.report_answered()
                 elif self._pending is None:
                     self._pending = request
 
-            self.cluster.call(self, "report", request, core.CALL_SECONDS)(done)
+            self.cluster.call(self, "report", request, CALL_SECONDS)(done)
 
     def _leave(self, reason: pb.LeaveReason.ValueType) -> Generator[Arm, Any, None]:
-        self._goodbye = pb.LeaveRequest(reason=reason, message="")
+        self._leave_request = pb.LeaveRequest(reason=reason, message="")
         finished = reason == pb.LEAVE_REASON_FINISHED
         self.core.leave(self.cluster.kernel.now, finished=finished, active=self._active)
-        yield from self._bounded("leave", self.cluster.give_up_after + _GOODBYE_SLACK)
+        yield from self._bounded("leave", self.cluster.give_up_after + _LEAVE_SLACK)
 
     @property
     def _active(self) -> bool:
@@ -265,16 +264,16 @@ class Worker:
         while True:
             step = self.core.step(kernel.now, self.cluster.draw.random())
             match step:
-                case core.Done():
+                case Done():
                     return None
-                case core.Pause():
+                case Pause():
                     yield sleep(kernel, step.seconds)
-                case core.Join():
+                case Join():
                     self._check_stop()
-                    if self.told_superseded:
-                        raise Violation(f"{self.student} joins again although it was told that it is superseded")
+                    if self.superseded:
+                        raise Violation(f"{self.student} joins again although it is superseded")
                     self._request.first_round = step.first_round
-                    self._request.session = step.session
+                    self._request.session = step.session_id
                     request = pb.JoinRequest()
                     request.CopyFrom(self._request)
                     answer = yield self.cluster.call(self, "join", request, step.timeout)
@@ -283,10 +282,10 @@ class Worker:
                     else:
                         self._open_stream(answer.session)
                         self.core.joined(answer.session)
-                case core.Send():
+                case Send():
                     if self.stream is not None and self._open is not None:
                         self._put(self.stream, self._open)
-                case core.Listen():
+                case Listen():
                     item = yield from self._listen(step.seconds)
                     if item is None:
                         self._check_stop()
@@ -299,10 +298,10 @@ class Worker:
                         self.core.waiting(item.waiting.round, item.waiting.students, kernel.now)
                     elif self.core.targets(item.targets.round, kernel.now):
                         return item.targets
-                case core.HangUp():
-                    self._broke(self._hang_up())
-                case core.Goodbye():
-                    yield from self._say_goodbye()
+                case Cancel():
+                    self._broke(self._cancel_stream())
+                case Leave():
+                    yield from self._call_leave()
 
     def _open_stream(self, session: int) -> None:
         stream = self.stream = Stream(self.link, session)
@@ -341,10 +340,10 @@ class Worker:
             self.stream.worker_close()
             self.stream = None
         self.cluster.kernel.note(f"{self.student}: its stream broke: {failure.code} {failure.details[:60]}")
-        self.told_superseded |= failure.superseded
+        self.superseded |= failure.superseded
         self.core.broke(failure, self.cluster.kernel.now)
 
-    def _hang_up(self) -> Failure:
+    def _cancel_stream(self) -> Failure:
         stream = self.stream
         if stream is None:
             return Failure("UNAVAILABLE", "the server ended the stream")
@@ -355,24 +354,24 @@ class Worker:
                 return item
         return Failure("CANCELLED", "Locally cancelled by application!")
 
-    def _say_goodbye(self) -> Generator[Arm, Any, None]:
+    def _call_leave(self) -> Generator[Arm, Any, None]:
         waited = 0.0
-        while self._reporting and waited < core.CALL_SECONDS:
+        while self._reporting and waited < CALL_SECONDS:
             yield sleep(self.cluster.kernel, 0.5)
             waited += 0.5
         if self._pending is not None:
-            self._pending.session = self.core.number
-            answer = yield self.cluster.call(self, "report", self._pending, core.CALL_SECONDS)
+            self._pending.session = self.core.session_id
+            answer = yield self.cluster.call(self, "report", self._pending, CALL_SECONDS)
             if isinstance(answer, Failure):
-                self.core.goodbye_failed(answer, self.cluster.kernel.now)
+                self.core.leave_failed(answer, self.cluster.kernel.now)
                 return
             self._pending = None
-        self._goodbye.session = self.core.number
+        self._leave_request.session = self.core.session_id
         request = pb.LeaveRequest()
-        request.CopyFrom(self._goodbye)
-        answer = yield self.cluster.call(self, "leave", request, core.CALL_SECONDS)
+        request.CopyFrom(self._leave_request)
+        answer = yield self.cluster.call(self, "leave", request, CALL_SECONDS)
         if isinstance(answer, Failure):
-            self.core.goodbye_failed(answer, self.cluster.kernel.now)
+            self.core.leave_failed(answer, self.cluster.kernel.now)
         else:
             self.core.left()
 

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class InProcessTransport:
-    """A student's session with a coordinator in the same process; see :class:`codistill.peer.base.Exchange`."""
+    """A student's session with a coordinator in the same process; see :class:`codistill.peer.base.Transport`."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -64,13 +64,15 @@ class InProcessTransport:
         except RequestRejected as refused:
             raise PeerError(str(refused), ExitCode.REFUSED) from None
 
-    def receive(self, number: int) -> pb.Targets:
+    def receive(self, round_number: int) -> pb.Targets:
         """Returns the round's targets, which are there as soon as every student has sent."""
         while self._inbox:
             reply = self._inbox.pop(0)
-            if reply.targets.round == number and reply.HasField("targets"):
+            if reply.targets.round == round_number and reply.HasField("targets"):
                 return reply.targets
-        raise PeerError(self._ended or f"round {number} was not closed although every student has contributed to it")
+        raise PeerError(
+            self._ended or f"round {round_number} was not closed although every student has contributed to it"
+        )
 
     def report(self, report: pb.ReportRequest) -> None:
         """Reports progress."""

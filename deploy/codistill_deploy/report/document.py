@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from codistill.rundir.history import longest_wait, median_wait
+from codistill.rundir.layout import RunLayout
 from codistill_deploy.compare.statistics import Comparison, MethodRun, Result, Spread
 from codistill_deploy.report.figure import gain_svg
 from codistill_server.observability.dashboard.downsample import column, evenly_spaced, finite, rounded
@@ -130,7 +132,7 @@ def _compared(run: MethodRun) -> dict[str, Any]:
     return {
         **summary,
         "teachers": list(history.experiment.teacher_names),
-        "report": f"{quote(run.path)}/report.html" if run.path else None,
+        "report": quote(str(RunLayout(Path(run.path)).report_file)) if run.path else None,
         "complete": history.complete,
         "seconds": finite(history.seconds),
         "rounds": history.closed_rounds,

@@ -1,1 +1,1 @@
-"""Taking part in a run: the session with a server, and the order of the samples."""
+"""Taking part in a run from any training loop: the transport, the session with a server, and the order of the samples."""

@@ -1,7 +1,16 @@
-"""What a student's training loop exchanges its outputs through.
+"""The transport: how a peer exchanges its outputs with a run.
 
-There are two: :class:`codistill.peer.grpc.GrpcTransport` speaks to a server, and the in-process run has its own, on
-the same core. The loop cannot tell them apart, and their numbers are the same bits.
+Two classes implement :class:`Transport`. :class:`codistill.peer.grpc.GrpcTransport` talks to an aggregation server.
+``codistill_deploy.launch.in_process.InProcessTransport`` talks to the server's coordinator in the same process. Training
+loops cannot tell them apart: the targets of both are the same bits.
+
+A new transport is one file on each side:
+
+* here, a class that implements :class:`Transport`;
+* on the server, a class that implements ``codistill_server.coordinator.Outbox`` for each session, and a function
+  ``Submit`` that computes targets.
+
+``tests/protos/peer/test_transports.py`` holds every transport to what this page promises.
 """
 
 from __future__ import annotations
@@ -15,32 +24,108 @@ __all__ = ["Transport"]
 
 
 class Transport(Protocol):
-    """One student's session with the run."""
+    """One peer's session with a run.
+
+    A training loop calls ``join`` once. For each round it calls ``send``, then ``receive``. It may ``report`` between
+    rounds. It ends with ``leave``, and always with ``close``. All calls come from one thread.
+
+    A transport that can lose its connection restores it inside these calls, and sends an open contribution again. Limits
+    on waiting come from the settings ``exchange.connect_timeout`` and ``exchange.give_up_after``. A call may exceed its
+    limit by the seconds of one last attempt.
+
+    Every call but ``undelivered`` and ``close`` can raise two errors:
+
+    * :class:`codistill.peer.errors.PeerError` ends the peer; its ``code`` is the exit code of the peer's process.
+    * :class:`codistill.peer.errors.Interrupted` ends a wait because the peer was asked to stop. The session stays open, so
+      that ``report`` and ``leave`` can follow.
+    """
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Opens the session."""
+        """Open the session.
+
+        Blocks until the run accepts the peer, for at most ``connect_timeout``.
+
+        Args:
+            request: who joins, with which experiment, data and outputs. The transport fills in ``worker`` and ``session``,
+                and may change ``first_round`` in a later join.
+
+        Returns:
+            The session's id, and where the run stands.
+
+        Raises:
+            PeerError: UNREACHABLE: no server answered in time. REFUSED: the run does not accept this peer; the text says
+                why. SUPERSEDED: a newer peer has taken the student over.
+            Interrupted: the peer was asked to stop.
+        """
         ...
 
     def send(self, contribution: pb.Contribution) -> None:
-        """Publishes a round's outputs; does not wait."""
+        """Publish a round's outputs.
+
+        Never blocks. The contribution stays open until ``receive`` returned its targets. The caller must not change it
+        meanwhile. A contribution to a closed round, sent again, is answered with the same targets to the bit.
+
+        Args:
+            contribution: the outputs for one round; one contribution is open at a time.
+
+        Raises:
+            PeerError: REFUSED: the contribution is invalid. A transport that sends in the background raises it from
+                ``receive``, with DIVERGED where values are not finite.
+        """
         ...
 
-    def receive(self, number: int) -> pb.Targets:
-        """Returns the targets of the round sent last, waiting for them."""
+    def receive(self, round_number: int) -> pb.Targets:
+        """Return the targets of the round sent last.
+
+        Blocks until the round is closed, for at most ``give_up_after``. An absent server does not extend this.
+
+        Args:
+            round_number: the round of the open contribution.
+
+        Raises:
+            PeerError: GAVE_UP: the round stayed open; the text names the students that it waits for. UNREACHABLE: the
+                server stayed away. REFUSED, DIVERGED: it rejected the contribution. SUPERSEDED: a newer peer joined.
+            Interrupted: the peer was asked to stop.
+            RuntimeError: ``join`` was never called.
+        """
         ...
 
     def report(self, report: pb.ReportRequest) -> None:
-        """Reports progress; does not wait. The session is filled in. What cannot be delivered now goes with the next."""
+        """Report progress and measurements.
+
+        Does not wait for an answer; what cannot be delivered now goes with the next report. A connection that is found
+        broken is restored first, which blocks for at most ``give_up_after``. A peer that was asked to stop skips that.
+
+        Args:
+            report: the progress; the transport fills in ``session`` and keeps the message.
+
+        Raises:
+            PeerError: the broken connection could not be restored, as for ``receive``.
+            Interrupted: the peer was asked to stop while the connection was restored.
+        """
         ...
 
     def undelivered(self) -> Sequence[pb.Measurement]:
-        """Returns the measurements that were reported and are not known to have arrived."""
+        """Return the reported measurements that are not known to have arrived, oldest first. Never blocks."""
         ...
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        """Delivers what is left to report and ends the session."""
+        """Deliver what is left to report, and end the session.
+
+        Blocks until the server has acknowledged it. Others wait for a student until the server knows that it finished. So
+        FINISHED is repeated over new connections, for at most ``give_up_after``. Any other reason is tried once, on a
+        connection that is open; the end of the connection says enough otherwise.
+
+        Args:
+            reason: why the peer leaves.
+            message: one line for the run's log.
+
+        Raises:
+            PeerError: a student that finished could not say so, as for ``receive``.
+            Interrupted: the peer was asked to stop before it could say so.
+        """
         ...
 
     def close(self) -> None:
-        """Frees the connection; the session, if it is open, breaks."""
+        """Free the connection and its threads, and break the session if it is open. May be called twice."""
         ...

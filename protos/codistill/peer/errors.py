@@ -8,7 +8,12 @@ __all__ = ["Interrupted", "PeerError"]
 
 
 class PeerError(RuntimeError):
-    """Something that ends a peer; the text is one line for people, `code` how its process ends."""
+    """An error that ends a peer.
+
+    Args:
+        message: one line for people.
+        code: the exit code of its process.
+    """
 
     def __init__(self, message: str, code: ExitCode = ExitCode.ERROR) -> None:
         self.code = code

@@ -1,4 +1,4 @@
-"""When a wait that goes on is worth another line in the log; pure."""
+"""When a wait that continues is worth another line in the log; pure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _LONGEST_PAUSE = 60.0
 
 
 class LogBackoff:
-    """Each line comes after twice as long as the one before, and in the end once a minute."""
+    """Doubles the seconds between two lines, up to one line a minute."""
 
     def __init__(self) -> None:
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
-        """Takes in that a wait begins."""
+        """Start with a new wait."""
         self._pause = _FIRST_PAUSE
         self._next = now + self._pause
 
     def due(self, now: float) -> bool:
-        """Returns whether to write a line; the next is counted from now then."""
+        """Return whether to write a line; if so, the time to the next one starts now."""
         if now < self._next:
             return False
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -1,420 +1,435 @@
-"""What a worker does next about its session, as a pure state machine: `(state, event, now) -> step`.
+"""What a peer does next about its session with the server, as a pure state machine: `(state, event, now) -> step`.
 
-There are no threads, clock, sockets or sleeping in here; time and jitter are arguments. Whoever drives it says what is
-wanted (:meth:`Session.join`, :meth:`Session.receive` …), then asks for one step after the other, carries it out, and
-tells what came of it, until the step is :class:`Done` or the targets are there. What ends the worker is raised, with its
-exit code. So the same decisions are driven by gRPC, and by a simulation with a clock of its own.
+There are no threads, clock, sockets or sleeps in here; time and jitter are arguments. A driver
 
-Everything that is wanted has one deadline, and a server that is away in the meantime does not move it.
+1. sets a goal: :meth:`Session.join`, :meth:`Session.receive`, :meth:`Session.reconnect` or :meth:`Session.leave`;
+2. asks for the next :meth:`Session.step` and carries it out;
+3. reports the event that came of it, and continues with 2, until the step is `Done` or the targets arrived.
 
-A server that let this worker join is an aggregation server. So a status that denies it, later on, comes from damage on the
-way, if it does not come again and again; and what was sent on a stream that says nothing is taken to be lost.
+What ends the peer is raised, with its exit code. gRPC drives these decisions, and so does a simulation with its own clock.
+
+The state has three parts. The *link* is connected, abandoned (open, to be cancelled) or disconnected. The *goal* has one
+deadline, which an absent server does not move. The *pauses* keep attempts apart.
+
+A server that let this peer join is an aggregation server. A later status that denies it comes from damage on the way,
+unless it comes again and again. What was sent on a stream that stays silent counts as lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 
 from codistill.peer.errors import PeerError
+from codistill.peer.steps import CALL_SECONDS, Cancel, Done, Failure, Join, Leave, Listen, Pause, Send, Step
 from codistill.process.exit_codes import ExitCode
 
-__all__ = ["CALL_SECONDS", "Done", "Failure", "Goodbye", "HangUp", "Join", "Listen", "Pause", "Send", "Session", "Step"]
-
-CALL_SECONDS = 20.0
-"""Seconds that one call may take."""
+__all__ = ["Session"]
 
 _SHORTEST_CALL = 0.1
 _SHORTEST_LISTEN = 0.2
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-_TEMPORARY = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-# What a server, or gRPC itself, makes of bytes that it cannot understand.
-_STRANGE = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
-_STRANGE_ENDINGS = 5
-_NAMELESS = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL")
+_DAMAGE_LIMIT = 5
+# Answers of a server that does not know this service.
+_UNKNOWN_SERVICE = ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL")
+
+
+# The link
 
 
 @dataclass(frozen=True)
-class Failure:
-    """How a call or a stream ended.
+class _Disconnected:
+    """There is no stream.
 
     Attributes:
-        code: the name of its gRPC status code.
-        details: its text, on one line.
-        superseded: whether it says that a newer worker has taken the student over.
-        pushback: whether it says after how long to come back.
-        damaged: whether what came is not what the server sent.
-        advice: what a person is to do about a server that stays away.
+        new_channel: whether the next Join needs another channel.
     """
 
-    code: str
-    details: str
-    superseded: bool = False
-    pushback: bool = False
-    damaged: bool = False
-    advice: str = "check that `codistill serve` runs there"
-
-    @property
-    def temporary(self) -> bool:
-        """Whether to try the same again."""
-        return self.code in _TEMPORARY or self.pushback
-
-    @property
-    def strange(self) -> bool:
-        """Whether it may come from damage on the way, if the server is one of ours."""
-        return self.code in _STRANGE and not self.pushback
-
-
-# Steps
+    new_channel: bool = False
 
 
 @dataclass(frozen=True)
-class Join:
-    """Call Join and open the session's stream, then say :meth:`Session.joined` or :meth:`Session.join_failed`.
+class _Connected:
+    """The stream is open, as far as is known."""
+
+
+@dataclass(frozen=True)
+class _Abandoned:
+    """The stream is of no use any more and has to be cancelled.
 
     Attributes:
-        first_round: the first round that the worker needs now.
-        session: the session that it had last; 0 for none.
-        timeout: seconds that the call may take.
-        left: seconds until the server is given up.
-        renew: whether to open another connection for it: the one that there is may lose what is sent on it, or not look
-            for the server again for long.
-    """
-
-    first_round: int
-    session: int
-    timeout: float
-    left: float
-    renew: bool = False
-
-
-@dataclass(frozen=True)
-class Send:
-    """Put the open contribution, that of this round, on the stream."""
-
-    round: int
-
-
-@dataclass(frozen=True)
-class Listen:
-    """Wait so long for one message of the stream, then say what came, or :meth:`Session.silence`."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Do nothing for so long."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class HangUp:
-    """Cancel the stream, pass over what was not read, and say :meth:`Session.broke` with how it had ended.
-
-    Attributes:
-        why: what is wrong with a stream that stands; empty if it is over.
+        why: what is wrong with a stream that is still open; empty if it is over.
+        new_channel: whether the Join after it needs another channel.
     """
 
     why: str = ""
+    new_channel: bool = False
+
+
+# The goal
 
 
 @dataclass(frozen=True)
-class Goodbye:
-    """Deliver what is left to report, call Leave, then say :meth:`Session.left` or :meth:`Session.goodbye_failed`."""
+class _Goal:
+    """A session whose stream is open.
+
+    Attributes:
+        since: when it was set.
+        until: its deadline.
+        away_since: since when the server is away, if it is.
+    """
+
+    since: float
+    until: float
+    away_since: float
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was wanted is done."""
+class _Receive(_Goal):
+    """The targets of a round.
+
+    Attributes:
+        round_number: the round.
+        heard_at: when the stream last brought a message, or last got the contribution.
+        awaited: the students that the server waits for.
+    """
+
+    round_number: int
+    heard_at: float
+    awaited: tuple[str, ...] = ()
 
 
-Step = Join | Send | Listen | Pause | HangUp | Goodbye | Done
+@dataclass(frozen=True)
+class _Leave(_Goal):
+    """The end of the session.
+
+    Attributes:
+        finished: whether the student trained all its rounds, so that the server must acknowledge this.
+    """
+
+    finished: bool
 
 
-class _Goal(Enum):
-    NOTHING = auto()
-    JOIN = auto()
-    RECEIVE = auto()
-    MEND = auto()
-    LEAVE = auto()
+# The rest
+
+
+@dataclass(frozen=True)
+class _Pauses:
+    """Seconds between attempts.
+
+    Attributes:
+        due: the pause before the next step.
+        after_break: the next pause after a broken stream. The first such attempt is made at once.
+        after_failed_join: the next pause after a failed Join.
+    """
+
+    due: float = 0.0
+    after_break: float = 0.0
+    after_failed_join: float = _FIRST_PAUSE
+
+    def broke(self, remaining: float) -> _Pauses:
+        """Return the pauses after a stream broke; a server may accept joins and break every stream."""
+        longer = max(2 * self.after_break, _FIRST_PAUSE)
+        return replace(self, due=min(self.after_break, remaining), after_break=longer)
+
+    def join_failed(self, remaining: float) -> _Pauses:
+        """Return the pauses after a Join failed."""
+        return replace(self, due=min(self.after_failed_join, remaining), after_failed_join=2 * self.after_failed_join)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A contribution without targets yet.
+
+    Attributes:
+        round_number: its round.
+        sent: whether it is on the present stream.
+    """
+
+    round_number: int
+    sent: bool
 
 
 class Session:
-    """The state machine; see the module's text for how it is used.
+    """The state machine; the module's text says how to drive it.
 
     Args:
         address: the server's, for messages.
         connect_timeout: seconds to reach a server never reached before.
         give_up_after: seconds for one round's targets, or for a server that went away.
-        silence_after: seconds without targets or a notice after which a stream is taken to have lost what was sent on it,
-            although it stands; longer than the time between the server's notices.
+        silence_after: seconds without a message after which a stream is abandoned although it is open. It must exceed the
+            time between the server's notices.
 
     Attributes:
-        number: the session that Join opened last; 0 before.
-        standing: whether its stream stands, as far as is known.
+        session_id: the id of the last session; 0 before the first.
     """
 
     def __init__(self, address: str, connect_timeout: float, give_up_after: float, silence_after: float) -> None:
-        self.number = 0
-        self.standing = False
+        self.session_id = 0
         self._address = address
         self._connect_timeout = connect_timeout
         self._give_up_after = give_up_after
         self._silence_after = silence_after
-        self._asked = False
-        self._goal = _Goal.NOTHING
-        self._started = self._until = 0.0
-        self._awaited = 0
-        self._finished = False
-        self._missing: tuple[str, ...] = ()
-        self._next_round = 0
-        self._open: int | None = None
-        self._unsent = False
-        self._hang_up = False
-        self._silent = ""
-        self._heard = 0.0
-        self._renew = False
-        self._strange = 0
-        self._away_since = 0.0
-        self._pause = 0.0
-        self._pause_after_break = 0.0
-        self._pause_after_join = _FIRST_PAUSE
+        self._link: _Disconnected | _Connected | _Abandoned = _Disconnected()
+        self._goal: _Goal | None = None
+        self._pauses = _Pauses()
+        self._next_round: int | None = None
+        self._open: _Open | None = None
+        self._damage_in_a_row = 0
 
-    # What the worker wants
+    @property
+    def connected(self) -> bool:
+        """Whether the session has a stream, as far as is known."""
+        return not isinstance(self._link, _Disconnected)
+
+    # Goals
 
     def join(self, first_round: int, now: float) -> None:
-        """Wants a session, from a round on; the steps end with :class:`Done`."""
-        self._asked = True
+        """Aim at a session that starts with a round; the steps end with `Done`."""
         self._next_round = first_round
-        self._want(_Goal.JOIN, self._connect_timeout, now)
+        self._aim(_Goal(now, now + self._connect_timeout, now))
 
-    def send(self, number: int) -> bool:
-        """Takes in that a round's contribution is open.
+    def send(self, round_number: int) -> bool:
+        """Record that a round's contribution is open.
 
         Returns:
-            Whether to put it on the stream at once; if not, :class:`Send` says when.
+            Whether to put it on the stream at once; otherwise a `Send` step follows.
         """
-        self._open = number
-        self._unsent = not self.standing
-        return self.standing
+        self._open = _Open(round_number, sent=self.connected)
+        return self._open.sent
 
-    def receive(self, number: int, now: float) -> None:
-        """Wants the targets of a round; :meth:`targets` tells when they are there."""
-        self._awaited = number
-        self._heard = now
-        self._missing = ()
-        self._want(_Goal.RECEIVE, self._give_up_after, now)
+    def receive(self, round_number: int, now: float) -> None:
+        """Aim at the targets of a round; :meth:`targets` returns whether they arrived."""
+        self._aim(_Receive(now, now + self._give_up_after, now, round_number, heard_at=now))
 
-    def mend(self, now: float) -> None:
-        """Wants a new session in the place of one whose stream is over, unless how it ended forbids that."""
-        self._want(_Goal.MEND, self._give_up_after, now)
-        self._hang_up = self.standing
+    def reconnect(self, now: float) -> None:
+        """Aim at a new session in place of one whose stream is over, unless how it ended forbids that."""
+        self._aim(_Goal(now, now + self._give_up_after, now))
+        if isinstance(self._link, _Connected):
+            self._link = _Abandoned()
 
     def leave(self, now: float, *, finished: bool, active: bool) -> None:
-        """Wants to say goodbye.
+        """Aim at the end of the session.
 
-        The others wait for a student until the server knows that it finished, so a broken connection is mended for that.
+        The others wait for a student until the server knows that it finished, so a broken connection is restored for that.
         For any other reason the end of the connection tells the server enough.
 
         Args:
             now: the time.
             finished: whether the student trained all its rounds.
-            active: whether the stream still stands, as the transport has it.
+            active: whether the transport's stream is still open.
         """
-        self._finished = finished
-        self._want(_Goal.LEAVE, self._give_up_after, now)
-        self._hang_up = self.standing and not active
+        self._aim(_Leave(now, now + self._give_up_after, now, finished))
+        if self.connected:
+            self._link = _Connected() if active else _Abandoned()
 
-    def reached(self, number: int) -> None:
-        """Takes in that the rounds before this one are trained; a join asks for none of them any more."""
-        self._next_round = max(self._next_round, number)
+    def _aim(self, goal: _Goal) -> None:
+        self._goal = goal
+        self._pauses = _Pauses()
 
     def overdue(self, now: float) -> bool:
-        """Returns whether the time for what is wanted is over, so that one more failure is the last."""
-        return now >= self._until
+        """Return whether the deadline is over, so that one more failure is the last."""
+        return self._goal is not None and now >= self._goal.until
 
-    # What to do
+    # The next step
 
     def step(self, now: float, jitter: float) -> Step:
-        """Returns what to do next.
+        """Return what to do next.
 
         Args:
             now: the time, in seconds of a clock that never goes back.
-            jitter: a draw from 0 to 1; others that lost the same server come back at other times.
+            jitter: a draw from 0 to 1, so that peers that lost the same server come back at different times.
+
+        Raises:
+            RuntimeError: :meth:`join` was never called.
         """
-        if self._goal is _Goal.LEAVE and not self._finished and (self._hang_up or not self.standing):
+        goal = self._goal
+        if goal is None:
             return Done()
-        if self._pause > 0:
-            seconds, self._pause = min(self._pause, _LONGEST_PAUSE), 0.0
+        if isinstance(goal, _Leave) and not goal.finished and not isinstance(self._link, _Connected):
+            return Done()
+        if self._pauses.due > 0:
+            seconds = min(self._pauses.due, _LONGEST_PAUSE)
+            self._pauses = replace(self._pauses, due=0.0)
             return Pause(seconds * (0.5 + jitter))
-        if self._hang_up:
-            return HangUp(self._silent)
-        if not self.standing:
-            if not self._asked:
-                raise RuntimeError("send and receive come after join")
-            left = self._until - now
-            renew, self._renew = self._renew, False
-            return Join(self._next_round, self.number, max(min(left, CALL_SECONDS), _SHORTEST_CALL), left, renew)
-        if self._unsent and self._open is not None:
-            self._unsent = False
-            self._heard = now
-            return Send(self._open)
-        match self._goal:
-            case _Goal.RECEIVE:
-                return Listen(max(min(self._until, self._heard + self._silence_after) - now, _SHORTEST_LISTEN))
-            case _Goal.LEAVE:
-                return Goodbye()
+        match self._link:
+            case _Abandoned(why):
+                return Cancel(why)
+            case _Disconnected(new_channel):
+                return self._step_to_join(goal.until - now, new_channel)
+            case _Connected():
+                return self._step_on_stream(goal, now)
+
+    def _step_to_join(self, remaining: float, new_channel: bool) -> Step:
+        if self._next_round is None:
+            raise RuntimeError("send and receive come after join")
+        self._link = _Disconnected()  # one other channel is enough
+        timeout = max(min(remaining, CALL_SECONDS), _SHORTEST_CALL)
+        return Join(self._next_round, self.session_id, timeout, remaining, new_channel)
+
+    def _step_on_stream(self, goal: _Goal, now: float) -> Step:
+        if self._open is not None and not self._open.sent:
+            self._open = replace(self._open, sent=True)
+            self._hear(now)
+            return Send(self._open.round_number)
+        match goal:
+            case _Receive():
+                deadline = min(goal.until, goal.heard_at + self._silence_after)
+                return Listen(max(deadline - now, _SHORTEST_LISTEN))
+            case _Leave():
+                return Leave()
             case _:
                 return Done()
 
-    # What happened
+    # Events
 
-    def joined(self, number: int) -> None:
-        """Takes in that a session is open and its stream stands; what is open goes out again."""
-        self.number = number
-        self.standing = True
-        self._pause_after_join = _FIRST_PAUSE
-        self._unsent = self._open is not None
+    def reached(self, round_number: int) -> None:
+        """Record that all rounds before this one are trained, so that no join asks for them."""
+        if self._next_round is not None:
+            self._next_round = max(self._next_round, round_number)
+
+    def moved(self, address: str) -> None:
+        """Record that the server has another address."""
+        self._address = address
+
+    def joined(self, session_id: int) -> None:
+        """Record that Join succeeded and its stream is open. An open contribution is sent on it again."""
+        self.session_id = session_id
+        self._link = _Connected()
+        self._pauses = replace(self._pauses, after_failed_join=_FIRST_PAUSE)
+        if self._open is not None:
+            self._open = replace(self._open, sent=False)
 
     def join_failed(self, failure: Failure, now: float) -> None:
-        """Takes in that Join failed.
+        """Record that Join failed.
 
         Raises:
             PeerError: the server refused, has a newer worker, or was away for too long.
         """
-        if failure.superseded:
-            raise PeerError(failure.details, ExitCode.SUPERSEDED)
-        if not failure.temporary and not self._may_be_damage(failure):
-            raise self._refused(failure)
-        if now >= self._until:
-            raise self._unreachable(failure)
+        _check_superseded(failure)
+        self._check_refused(failure)
+        remaining = self._check_reachable(failure, now)
         # gRPC's channel looks up a name that led nowhere again after up to two minutes only, which no option shortens.
-        self._renew = not failure.pushback
-        self._pause = min(self._pause_after_join, self._until - now)
-        self._pause_after_join *= 2
+        self._link = _Disconnected(new_channel=not failure.pushback)
+        self._pauses = self._pauses.join_failed(remaining)
 
-    def targets(self, number: int, now: float) -> bool:
-        """Takes in the targets of a round.
+    def targets(self, round_number: int, now: float) -> bool:
+        """Record that the targets of a round arrived.
 
         Returns:
-            Whether they are those waited for; others answer a contribution that was sent twice, around a reconnection.
+            Whether they are the awaited ones. Others answer a contribution that was sent twice, around a reconnection.
 
         Raises:
             PeerError: they are not, and the wait is over.
         """
-        self._heard, self._strange = now, 0
-        if self._goal is not _Goal.RECEIVE or number != self._awaited:
-            self.silence(now)
-            return False
-        self._goal = _Goal.NOTHING
-        self._open, self._unsent = None, False
-        self.reached(number + 1)
-        return True
+        self._damage_in_a_row = 0
+        if isinstance(self._goal, _Receive) and self._goal.round_number == round_number:
+            self._goal = self._open = None
+            self.reached(round_number + 1)
+            return True
+        self._hear(now)
+        self.silence(now)
+        return False
 
-    def waiting(self, number: int, students: Sequence[str], now: float) -> None:
-        """Takes in that the server waits for some students; it says whom, and gives no more time.
+    def waiting(self, round_number: int, students: Sequence[str], now: float) -> None:
+        """Record whom the server waits for, which does not extend the deadline.
 
         Raises:
             PeerError: the wait is over.
         """
-        self._heard, self._strange = now, 0
-        if number == self._awaited:
-            self._missing = tuple(students)
+        self._damage_in_a_row = 0
+        self._hear(now)
+        if isinstance(self._goal, _Receive) and self._goal.round_number == round_number:
+            self._goal = replace(self._goal, awaited=tuple(students))
         self.silence(now)
 
     def silence(self, now: float) -> None:
-        """Takes in that the stream brought nothing of use; one that was silent for too long is left.
+        """Record that the stream brought nothing of use; one that was silent for too long is abandoned.
 
         Raises:
             PeerError: the wait is over.
         """
-        if self._goal is not _Goal.RECEIVE:
+        if not isinstance(self._goal, _Receive):
             return
-        if now >= self._until:
-            raise self._gave_up(now)
-        if self.standing and now >= self._heard + self._silence_after:
-            self._hang_up = self._renew = True
-            self._silent = f"nothing was heard of round {self._awaited} for {now - self._heard:.0f} s"
+        if now >= self._goal.until:
+            raise self._gave_up(self._goal, now)
+        silent = now - self._goal.heard_at
+        if self.connected and now >= self._goal.heard_at + self._silence_after:
+            why = f"nothing was heard of round {self._goal.round_number} for {silent:.0f} s"
+            self._link = _Abandoned(why, new_channel=True)
 
     def broke(self, failure: Failure, now: float) -> None:
-        """Takes in that the stream ended.
+        """Record that the stream ended.
 
         Raises:
             PeerError: joining again would not help, or the wait is over.
         """
-        self.standing = self._hang_up = False
-        self._silent = ""
-        self._away_since = now
-        if failure.superseded:
-            raise PeerError(failure.details, ExitCode.SUPERSEDED)
-        passing = failure.temporary or failure.code in ("ABORTED", "CANCELLED")
-        if not passing and not self._may_be_damage(failure):
-            raise self._refused(failure)
-        self._renew |= failure.damaged or failure.strange
-        if self._goal is _Goal.RECEIVE:
+        new_channel = not isinstance(self._link, _Connected) and self._link.new_channel
+        self._link = _Disconnected(new_channel or failure.damaged or failure.may_be_damage)
+        if self._goal is not None:
+            self._goal = replace(self._goal, away_since=now)
+        _check_superseded(failure)
+        self._check_refused(failure, "ABORTED", "CANCELLED")
+        if isinstance(self._goal, _Receive):
             self.silence(now)
-            # The first time at once; but a server that takes joins and breaks every stream needs a pause.
-            self._pause = min(self._pause_after_break, self._until - now)
-            self._pause_after_break = max(2 * self._pause_after_break, _FIRST_PAUSE)
+            self._pauses = self._pauses.broke(self._goal.until - now)
 
-    def answered(self) -> None:
-        """Takes in that the server answered a report; a session that exchanges nothing hears of it in no other way."""
-        self._strange = 0
+    def report_answered(self) -> None:
+        """Record that the server answered a report: all that a session without rounds ever receives."""
+        self._damage_in_a_row = 0
 
     def left(self) -> None:
-        """Takes in that the server knows."""
-        self._goal = _Goal.NOTHING
+        """Record that Leave was acknowledged."""
+        self._goal = None
 
-    def goodbye_failed(self, failure: Failure, now: float) -> None:
-        """Takes in that the goodbye failed; one that matters is said again, in a new session.
+    def leave_failed(self, failure: Failure, now: float) -> None:
+        """Record that Leave failed. That of a student that finished is repeated in a new session.
 
         Raises:
-            PeerError: it matters, and the server refused or was away for too long.
+            PeerError: the student finished, and the server refused or was away for too long.
         """
-        if not self._finished:
-            self._goal = _Goal.NOTHING
+        if not (isinstance(self._goal, _Leave) and self._goal.finished):
+            self._goal = None
             return
-        passing = failure.temporary or failure.code == "ABORTED"
-        if not passing and not self._may_be_damage(failure):
-            raise self._refused(failure)
-        if now >= self._until:
-            raise self._unreachable(failure)
-        self._pause = _FIRST_PAUSE
-        self._hang_up = True
-        self._renew |= failure.strange or failure.code == "DEADLINE_EXCEEDED"
+        self._check_refused(failure, "ABORTED")
+        self._check_reachable(failure, now)
+        self._pauses = replace(self._pauses, due=_FIRST_PAUSE)
+        self._link = _Abandoned(new_channel=failure.may_be_damage or failure.code == "DEADLINE_EXCEEDED")
 
-    def _may_be_damage(self, failure: Failure) -> bool:
-        """Returns whether a failure may come from damage on the way, and counts it."""
-        if not self.number or not failure.strange:
-            return False
-        self._strange += 1
-        return self._strange < _STRANGE_ENDINGS
+    def _hear(self, now: float) -> None:
+        if isinstance(self._goal, _Receive):
+            self._goal = replace(self._goal, heard_at=now)
 
-    def _want(self, goal: _Goal, seconds: float, now: float) -> None:
-        self._goal = goal
-        self._started, self._until = now, now + seconds
-        self._away_since = now
-        self._pause = self._pause_after_break = 0.0
-        self._pause_after_join = _FIRST_PAUSE
+    # What ends the peer
 
-    def moved(self, address: str) -> None:
-        """Takes in that the server has another address."""
-        self._address = address
+    def _check_refused(self, failure: Failure, *passing: str) -> None:
+        """Raise the error of a failure that will not pass.
 
-    # What ends the worker
+        Args:
+            failure: the failure; those that may come from damage are counted.
+            passing: status codes that pass, besides the temporary ones.
+        """
+        if failure.temporary or failure.code in passing:
+            return
+        if self.session_id and failure.may_be_damage:
+            self._damage_in_a_row += 1
+            if self._damage_in_a_row < _DAMAGE_LIMIT:
+                return
+        raise self._refused(failure)
 
-    def _unreachable(self, failure: Failure) -> PeerError:
-        what = "went away and did not come back" if self.number else "cannot be reached"
-        seconds = round(self._until - self._away_since, 1)
+    def _check_reachable(self, failure: Failure, now: float) -> float:
+        """Return the seconds until the deadline, or raise the error of a server that stayed away until then."""
+        assert self._goal is not None  # noqa: S101 - without a goal there is no step that can fail
+        if now < self._goal.until:
+            return self._goal.until - now
+        what = "went away and did not come back" if self.session_id else "cannot be reached"
+        seconds = round(self._goal.until - self._goal.away_since, 1)
         why = "; ".join(filter(None, (failure.details, failure.advice)))
-        return PeerError(f"server {self._address} {what} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
+        raise PeerError(f"server {self._address} {what} within {seconds:g} s: {why}", ExitCode.UNREACHABLE)
 
     def _refused(self, failure: Failure) -> PeerError:
-        if failure.code in _NAMELESS:
+        if failure.code in _UNKNOWN_SERVICE:
             return PeerError(
                 f"server {self._address} does not answer as an aggregation server ({failure.code}: {failure.details}); "
                 "check the address and that both sides have the same version",
@@ -425,10 +440,15 @@ class Session:
             f"server {self._address} refused: {failure.details}", ExitCode.DIVERGED if diverged else ExitCode.REFUSED
         )
 
-    def _gave_up(self, now: float) -> PeerError:
-        who = ", ".join(self._missing) or "the server"
+    def _gave_up(self, goal: _Receive, now: float) -> PeerError:
+        awaited = ", ".join(goal.awaited) or "the server"
         return PeerError(
-            f"gave up after {now - self._started:.0f} s: round {self._awaited} still waits for {who}; see why it is away, "
-            "then resume the run (exchange.give_up_after sets this limit)",
+            f"gave up after {now - goal.since:.0f} s: round {goal.round_number} still waits for {awaited}; see why it is "
+            "away, then resume the run (exchange.give_up_after sets this limit)",
             ExitCode.GAVE_UP,
         )
+
+
+def _check_superseded(failure: Failure) -> None:
+    if failure.superseded:
+        raise PeerError(failure.details, ExitCode.SUPERSEDED)

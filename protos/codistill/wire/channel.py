@@ -1,4 +1,4 @@
-"""Addresses, the options of both ends of a connection, and the metadata of its calls."""
+"""Addresses, the gRPC channel options of both ends, and the metadata keys of calls."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 SESSION_KEY = "codistill-session"
-"""The metadata key of ``Exchange`` that holds the session's number, in decimal."""
+"""The metadata key of ``Exchange`` for the session: :func:`codistill.wire.checksum.format_session`."""
 
 SUPERSEDED_KEY = "codistill-superseded"
-"""The trailing metadata key that is set where ABORTED means that a newer worker took the student over."""
+"""The trailing metadata key of an ABORTED that means that a newer worker took the student over."""
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """gRPC's own trailing metadata key that says after how many milliseconds to try again."""
@@ -36,13 +36,13 @@ _IDLE_MS = 300_000
 
 
 class AddressError(ValueError):
-    """A text is no address; it names the option, the text and what is allowed."""
+    """A text that is no address; the message names the option, the text and what is allowed."""
 
     code = ExitCode.CONFIGURATION
 
 
 def split_address(text: str) -> tuple[str, int] | None:
-    """Returns the host, without brackets, and the port of "HOST:PORT"; None if a text is not of that form."""
+    """Return the host, without brackets, and the port of "HOST:PORT"; None for any other text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
         return None
@@ -50,14 +50,14 @@ def split_address(text: str) -> tuple[str, int] | None:
 
 
 def parse_address(text: str, field: str) -> tuple[str, int]:
-    """Returns the host and port of "HOST:PORT".
+    """Return the host, without brackets, and the port of "HOST:PORT".
 
     Args:
         text: the address; an IPv6 host stands in brackets.
-        field: how an error names it.
+        field: the option's name, for the error.
 
     Raises:
-        AddressError: it is not of that form.
+        AddressError: the text has another form.
     """
     found = split_address(text)
     if found is None:
@@ -66,12 +66,12 @@ def parse_address(text: str, field: str) -> tuple[str, int]:
 
 
 def format_address(host: str, port: int) -> str:
-    """Returns "HOST:PORT", with brackets around an IPv6 host."""
+    """Return "HOST:PORT", with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a host can only be reached from this machine."""
+    """Return whether only this machine can reach a host: `localhost` or a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
 
 
 def client_options(keepalive: float = 20.0) -> list[tuple[str, Any]]:
-    """Returns the channel options of a client that keeps a session.
+    """Return the channel options of a client that keeps a session.
 
     Args:
         keepalive: seconds between the pings that find a server which vanished without a word.
@@ -91,7 +91,7 @@ def client_options(keepalive: float = 20.0) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(1000 * keepalive)),
         ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
-        ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),  # of pings with which gRPC measures the link
+        ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),  # for the pings with which gRPC measures the link
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Left alone, the channel would wait up to two minutes between two attempts, and fail every call meanwhile.
@@ -103,14 +103,14 @@ def client_options(keepalive: float = 20.0) -> list[tuple[str, Any]]:
 
 
 def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[str, int]]:
-    """Returns the server's channel options.
+    """Return the server's channel options.
 
-    Pings find a peer that vanished without a word, and keep links alive that clouds cut when idle for four minutes; the
-    workers' own pings are welcome. A connection that is not a client's after 10 s, or makes no call for five minutes, is
-    closed.
+    Pings find a peer that vanished without a word. They also keep links alive that clouds cut after four idle minutes. The
+    server allows the peers' own pings. It closes a connection without an HTTP/2 client after 10 s, and one without calls
+    after five minutes.
 
     Args:
-        receive_limit: the largest message taken, in bytes.
+        receive_limit: the largest message accepted, in bytes.
         keepalive: seconds between two pings.
     """
     return [
@@ -118,7 +118,7 @@ def server_options(receive_limit: int, keepalive: float = 30.0) -> list[tuple[st
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(1000 * keepalive)),
         ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
-        # gRPC sends pings of its own, to measure the link; while one of them is out, only this time-out counts.
+        # gRPC also sends pings to measure the link. While one of those is unanswered, only this time-out counts.
         ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_ANSWER)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -1,7 +1,7 @@
-"""Checksums of messages: what was damaged on the way, or on a disk, is never taken for a number.
+"""Checksums of messages, so that bytes damaged on the way or on a disk are never taken for numbers.
 
-A sealed message is its protobuf bytes with its field `checksum` behind them: the CRC-32 of all that comes before. It is
-made over bytes, not over values, so it covers whatever the message holds, and costs one pass over it.
+A message with a checksum is its protobuf bytes, followed by its field `checksum`: the CRC-32 of all bytes before it. The
+checksum covers bytes, not values. So it covers whatever the message holds, at the cost of one pass over it.
 
 Example:
     >>> from codistill.v1 import distillation_pb2 as pb
@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 __all__ = ["CHECKSUM_FIELD", "append_checksum", "format_session", "has_checksum", "parse_session", "verify_checksum"]
 
 CHECKSUM_FIELD = 15
-"""The number of the field `checksum`, of type fixed32, in every message that has one; the largest, so that it comes last."""
+"""The number of the field `checksum`, a fixed32, in every message that has one. It is the largest, so it comes last."""
 
 _TAG = bytes([CHECKSUM_FIELD << 3 | 5])
 _LENGTH = len(_TAG) + 4
@@ -31,34 +31,39 @@ _LONGEST_SESSION = 20
 
 
 def append_checksum(message: Message, context: str = "") -> bytes:
-    """Returns a message's bytes with their checksum.
+    """Return a message's bytes, followed by their checksum.
 
     Args:
-        message: one that has the field `checksum`, not set.
-        context: what else the checksum covers, known to both sides; for a contribution the session in decimal.
+        message: a message whose type has the field `checksum`; it must not be set.
+        context: a text known to both sides that the checksum covers too. For a contribution, it is the session in decimal.
     """
     raw = message.SerializeToString(deterministic=True)
     return b"".join((raw, _TAG, _checksum(raw, context).to_bytes(4, "little")))
 
 
 def has_checksum(raw: bytes) -> bool:
-    """Returns whether a message's bytes end as those of a sealed one."""
+    """Return whether a message's bytes end with a checksum, right or wrong."""
     return raw[-_LENGTH:-4] == _TAG
 
 
 def verify_checksum(raw: bytes, context: str = "") -> bool:
-    """Returns whether a message's bytes are those that were sealed; False too if they were not."""
+    """Return whether a message's bytes end with their own checksum.
+
+    Args:
+        raw: the bytes that arrived.
+        context: as for :func:`append_checksum`.
+    """
     expected = _checksum(memoryview(raw)[:-_LENGTH], context)
     return has_checksum(raw) and int.from_bytes(raw[-4:], "little") == expected
 
 
 def format_session(session: int) -> str:
-    """Returns a session with its checksum, as it goes into a call's metadata."""
+    """Return a session's id with its checksum, for a call's metadata."""
     return f"{session}-{_checksum(str(session).encode(), ''):08x}"
 
 
 def parse_session(value: str) -> int | None:
-    """Returns the session in what :func:`format_session` has made; None if it is not that."""
+    """Return the session's id from the text of :func:`format_session`; None for any other text."""
     text = value.partition("-")[0]
     if not (text.isascii() and text.isdigit() and len(text) < _LONGEST_SESSION):
         return None

@@ -1,6 +1,6 @@
-"""Says why a server cannot be talked to, by a look at its port after a call has failed.
+"""Find out why a call to a server failed, by probing its port.
 
-gRPC reports most of these failures as a closed socket. A handshake of our own, with the same files, tells them apart.
+gRPC reports most of these failures as a closed socket. A TLS handshake with the same files tells them apart.
 """
 
 from __future__ import annotations
@@ -10,47 +10,48 @@ import socket
 import ssl
 import time
 
-from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, Security
+from codistill.wire.security import Security
+from codistill.wire.security_settings import TLS_CA, TLS_CERT, TLS_KEY
 
 __all__ = ["explain"]
 
 # The opening of HTTP/2 and an empty SETTINGS frame; every gRPC server answers with its own.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-_TYPE_AT, _SETTINGS = 3, b"\x04"  # where a frame's type stands, and which it is
+_TYPE_AT, _SETTINGS = 3, b"\x04"  # the offset of a frame's type, and its value
 _BETWEEN_SECONDS = 0.2
 _EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_IP = 10, 9, 62, 64  # X509_V_ERR_…
 
 
 def explain(address: str, security: Security, seconds: float = 2.0) -> str | None:
-    """Returns what is wrong between a server and these settings, and what to give; None if nothing can be told.
+    """Return what is wrong between a server and these settings, and what to change; None if nothing is found.
 
-    It looks twice: a server that dies while it is looked at closes the connection as one does that turns somebody away.
+    It probes twice. A server that dies during a probe closes the connection like one that rejects the client.
 
     Args:
         address: the server's "HOST:PORT".
-        security: what the failed call was made with.
-        seconds: how long one look may take.
+        security: the settings of the failed call.
+        seconds: how long one probe may take.
     """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isdigit():
         return None
-    first = _look(host, int(port), security, seconds)
+    first = _probe(host, int(port), security, seconds)
     if first is None:
         return None
     time.sleep(_BETWEEN_SECONDS)
-    return first if _look(host, int(port), security, seconds) == first else None
+    return first if _probe(host, int(port), security, seconds) == first else None
 
 
-def _look(host: str, port: int, security: Security, seconds: float) -> str | None:
-    look = _Look(host, port, time.monotonic() + seconds)
+def _probe(host: str, port: int, security: Security, seconds: float) -> str | None:
+    probe = _Probe(host, port, time.monotonic() + seconds)
     try:
-        return look.with_tls(security) if security.ca is not None else look.in_plain_text()
-    except OSError:  # ssl.SSLError is one: nobody is there, or it says nothing that could be told apart
+        return probe.with_tls(security) if security.ca is not None else probe.in_plain_text()
+    except OSError:  # includes ssl.SSLError: no server is there, or its answer reveals nothing
         return None
 
 
-class _Look:
+class _Probe:
     def __init__(self, host: str, port: int, deadline: float) -> None:
         self._host = host
         self._port = port
@@ -62,7 +63,7 @@ class _Look:
                 return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE  # nothing is sent; only whether it speaks TLS is asked
+        context.verify_mode = ssl.CERT_NONE  # nothing is sent: this only finds out whether it speaks TLS
         with self._connect() as connection, context.wrap_socket(connection):
             return f"it speaks TLS, and this side does not: give the CA that signed its certificate with {TLS_CA}"
 
@@ -80,7 +81,7 @@ class _Look:
             except (ssl.SSLError, ConnectionError):
                 return self._no_tls(security)
             with protected:
-                return None if _speaks_http2(protected) else _turned_away(security)
+                return None if _speaks_http2(protected) else _client_rejected(security)
 
     def _untrusted(self, error: ssl.SSLCertVerificationError, security: Security) -> str:
         if error.verify_code == _EXPIRED:
@@ -97,7 +98,7 @@ class _Look:
     def _no_tls(self, security: Security) -> str | None:
         with self._connect() as connection:
             if not _speaks_http2(connection):
-                return _turned_away(security) if security.cert is not None else None
+                return _client_rejected(security) if security.cert is not None else None
         return f"it does not speak TLS, and this side does: leave {TLS_CA} away, or give the server {TLS_CERT} and {TLS_KEY}"
 
     def _connect(self) -> socket.socket:
@@ -106,7 +107,7 @@ class _Look:
         return connection
 
 
-def _turned_away(security: Security) -> str:
+def _client_rejected(security: Security) -> str:
     if security.cert is None:
         return f"it asks for a client's certificate (mutual TLS): give one that its CA signed with {TLS_CERT} and {TLS_KEY}"
     return (
@@ -116,10 +117,10 @@ def _turned_away(security: Security) -> str:
 
 
 def _speaks_http2(connection: socket.socket) -> bool:
-    """Whether a frame of HTTP/2 settings comes; a connection that is closed instead is a refusal.
+    """Return whether the server answers with HTTP/2 settings; False if it closes the connection instead.
 
     Raises:
-        TimeoutError: nothing comes at all.
+        TimeoutError: it neither answers nor closes in time.
     """
     answer = b""
     with contextlib.suppress(ConnectionError, ssl.SSLError):

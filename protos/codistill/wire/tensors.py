@@ -30,27 +30,27 @@ _DTYPES: Mapping[str, tuple[pb.DType.ValueType, torch.dtype]] = {
 }
 # Far above any message; an empty tensor may still name sizes whose strides would overflow.
 _MAX_ELEMENTS = 2**40
-_NAMES = {number: name for name, (number, _) in _DTYPES.items()}
+_NAMES = {dtype_id: name for name, (dtype_id, _) in _DTYPES.items()}
 
 
 class TensorError(ValueError):
-    """A tensor message that does not say what it must; the text names the field, the value and what is allowed."""
+    """A tensor message that is not allowed; the text names the field, the value and what is allowed."""
 
 
 def encode(tensor: torch.Tensor, dtype: str) -> pb.Tensor:
-    """Returns a tensor as a message.
+    """Encode a tensor.
 
     Args:
-        tensor: any shape and device; a copy is brought to the CPU if it is elsewhere.
-        dtype: "float32", "float16", "bfloat16" or "int64". Finite values beyond a narrower floating-point dtype's
-            range (±65504 for float16) are clamped to it, so that no finite logit becomes infinite on the way.
+        tensor: any device, at most :data:`MAX_DIMENSIONS` dimensions. One elsewhere is copied to the CPU.
+        dtype: "float32", "float16", "bfloat16" or "int64". Finite values beyond the range of a narrower floating-point
+            dtype (±65504 for float16) are clamped to it. So no finite logit becomes infinite on the way.
 
     Raises:
         TensorError: the dtype is unknown, or there are more than :data:`MAX_DIMENSIONS` dimensions.
     """
     if dtype not in _DTYPES:
         raise TensorError(f"dtype {dtype!r} is not allowed; allowed: {', '.join(_DTYPES)}")
-    number, target = _DTYPES[dtype]
+    dtype_id, target = _DTYPES[dtype]
     if tensor.dim() > MAX_DIMENSIONS:
         raise TensorError(f"shape: {tensor.dim()} dimensions; allowed are at most {MAX_DIMENSIONS}")
     value = tensor.detach().to("cpu")
@@ -63,22 +63,22 @@ def encode(tensor: torch.Tensor, dtype: str) -> pb.Tensor:
     raw = value.reshape(-1).view(torch.uint8).numpy()
     if sys.byteorder == "big":
         raw = raw.reshape(-1, value.element_size())[:, ::-1]
-    return pb.Tensor(dtype=number, shape=tuple(value.shape), data=raw.tobytes())
+    return pb.Tensor(dtype=dtype_id, shape=tuple(value.shape), data=raw.tobytes())
 
 
 def check(
     message: pb.Tensor, field: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None
 ) -> None:
-    """Checks a message before anything is allocated from it.
+    """Validate a message before allocating anything from it.
 
     Args:
-        message: what came over the wire.
-        field: how to name it in an error.
+        message: the message that arrived.
+        field: its name, for errors.
         dtype: the dtype it must have, or None for any.
-        shape: the shape it must have, None standing for any size; or None for any shape.
+        shape: the shape it must have, with None for any size; or None for any shape.
 
     Raises:
-        TensorError: dtype, shape or length are not what they must be.
+        TensorError: dtype, shape or length are not allowed.
     """
     name = _NAMES.get(message.dtype)
     if name is None:
@@ -93,7 +93,7 @@ def check(
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise TensorError(f"{field}.shape: {list(sizes)} is not allowed; expected [{wanted}]")
-    if math.prod(max(each, 1) for each in sizes) > _MAX_ELEMENTS:
+    if math.prod(max(size, 1) for size in sizes) > _MAX_ELEMENTS:
         raise TensorError(f"{field}.shape: {list(sizes)} is too large; allowed are at most 2**40 elements")
     size = math.prod(sizes) * _DTYPES[name][1].itemsize
     if len(message.data) != size:
@@ -101,15 +101,19 @@ def check(
 
 
 def decode(message: pb.Tensor, field: str = "tensor") -> torch.Tensor:
-    """Returns a message as a tensor of its own dtype, in memory of its own.
+    """Decode a message into a new CPU tensor of its shape and dtype.
+
+    Args:
+        message: the message that arrived.
+        field: its name, for errors.
 
     Raises:
         TensorError: as :func:`check`.
     """
     check(message, field)
     dtype = _DTYPES[_NAMES[message.dtype]][1]
-    # The copy gives memory that torch aligned: kernels may sum in another order on memory of another alignment, and
-    # a target must have the same bits wherever it is computed.
+    # Torch aligns the copy. Kernels may sum in another order on memory of another alignment, and a target must have the
+    # same bits wherever it is computed.
     value = torch.empty(tuple(message.shape), dtype=dtype)
     raw = value.reshape(-1).view(torch.uint8).numpy()
     raw[:] = np.frombuffer(message.data, dtype=np.uint8)
@@ -119,5 +123,5 @@ def decode(message: pb.Tensor, field: str = "tensor") -> torch.Tensor:
 
 
 def encoded_size(shape: Sequence[int], dtype: str) -> int:
-    """Returns an upper bound on the bytes that a tensor takes on the wire."""
+    """Return an upper bound on the bytes of an encoded tensor."""
     return math.prod(shape) * _DTYPES[dtype][1].itemsize + 16 + 6 * len(shape)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from codistill.wire.security import TOKEN_HELP, TOKEN_KEY, Token
+from codistill.wire.token import TOKEN_HELP, TOKEN_KEY, Token
 
 __all__ = ["OPEN_METHODS", "TokenInterceptor"]
 

@@ -1,4 +1,4 @@
-"""The fixtures of the peer's tests: real servers, and exchanges with them."""
+"""The fixtures of the peer's tests: real servers, and transports to them."""
 
 from __future__ import annotations
 

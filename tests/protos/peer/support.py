@@ -1,4 +1,4 @@
-"""What the tests of the exchange share: its messages, rounds of all students, and waiting."""
+"""What the tests of transports share: its messages, rounds of all students, and waiting."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
     return pb.ReportRequest(round=number, epoch=number / 3, durable_round=durable, measurements=measurements)
 
 
-def exchange_round(number: int, exchanges: list[GrpcTransport]) -> list[pb.Targets]:
+def exchange_round(number: int, transports: list[GrpcTransport]) -> list[pb.Targets]:
     """Exchanges one round, every student on a thread of its own, as it would be in a process of its own."""
 
     def take_part(seed: int) -> pb.Targets:
-        exchanges[seed].send(contribution(number, seed))
-        return exchanges[seed].receive(number)
+        transports[seed].send(contribution(number, seed))
+        return transports[seed].receive(number)
 
-    with ThreadPoolExecutor(len(exchanges)) as pool:
-        return list(pool.map(take_part, range(len(exchanges))))
+    with ThreadPoolExecutor(len(transports)) as pool:
+        return list(pool.map(take_part, range(len(transports))))
 
 
 def both(experiment: Experiment, address: str, connect: Connect, **settings: Any) -> list[GrpcTransport]:
-    exchanges = [connect(address, **settings) for _ in experiment.names]
-    for name, each in zip(experiment.names, exchanges, strict=True):
+    transports = [connect(address, **settings) for _ in experiment.names]
+    for name, each in zip(experiment.names, transports, strict=True):
         each.join(request(experiment, name))
-    return exchanges
+    return transports
 
 
 def in_background(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException | object]]:

@@ -1,4 +1,4 @@
-"""The exchange over gRPC: against a real server, and against servers that misbehave by script."""
+"""The transport over gRPC, against a real server."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.peer.errors import Interrupted, PeerError
+from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
@@ -82,16 +83,16 @@ def test_a_refused_contribution_ends_the_worker(tiny: Tiny, serving: Any, connec
         (float("nan"), ExitCode.DIVERGED, "nan"),
         (None, ExitCode.REFUSED, "batch.ids.shape"),
     ):
-        exchange = connect(server.address)
-        exchange.join(request(experiment))
+        transport = connect(server.address)
+        transport.join(request(experiment))
         wrong = contribution(0, 0)
         if spoil is None:
             wrong.batch.ids.CopyFrom(encode(torch.arange(3), "int64"))
         else:
             wrong.batch.outputs["logits"].CopyFrom(encode(torch.full((16, 10), spoil), "float32"))
-        exchange.send(wrong)
+        transport.send(wrong)
         with pytest.raises(PeerError, match=text) as ended:
-            exchange.receive(0)
+            transport.receive(0)
         assert ended.value.code is code
 
 
@@ -144,17 +145,17 @@ def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: An
     """Not for the one it began with, which the journal need not hold any more."""
     experiment = tiny()
     server = serving(experiment)
-    exchanges = both(experiment, server.address, connect)
+    transports = both(experiment, server.address, connect)
     for number in range(6):
-        exchange_round(number, exchanges)
-    for each in exchanges:
+        exchange_round(number, transports)
+    for each in transports:
         each.report(report(6, 5, durable=6))
-    wait_for(lambda: not any(each.undelivered() for each in exchanges), "the reports arrive")
+    wait_for(lambda: not any(each.undelivered() for each in transports), "the reports arrive")
     server.stop()
     server.start()
-    exchanges[0].report(report(6, 6))  # nothing is open: only the report finds out, and mends
-    exchange_round(6, exchanges)
-    for each in exchanges:
+    transports[0].report(report(6, 6))  # nothing is open: only the report finds out, and mends
+    exchange_round(6, transports)
+    for each in transports:
         each.leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
     assert sorted((each.student, each.round) for each in server.measured()) == [("cnn", 5), ("cnn", 6), ("mlp", 5)]
@@ -163,13 +164,13 @@ def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: An
 def test_a_student_that_finished_tells_a_server_that_came_back(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
-    exchanges = both(experiment, server.address, connect)
-    exchange_round(0, exchanges)
-    exchanges[0].report(report(1, 1))
+    transports = both(experiment, server.address, connect)
+    exchange_round(0, transports)
+    transports[0].report(report(1, 1))
     server.stop()
     server.start()
-    exchanges[0].leave(pb.LEAVE_REASON_FINISHED, "")
-    exchanges[1].leave(pb.LEAVE_REASON_FINISHED, "")
+    transports[0].leave(pb.LEAVE_REASON_FINISHED, "")
+    transports[1].leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
     assert server.events()[-1] == ("complete", "")
     assert {(each.student, each.round) for each in server.measured()} == {("cnn", 1)}
@@ -225,7 +226,7 @@ def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
     assert older._stream is not None
     older._stream.cancel()
     older._stream = None  # what the old server said last is lost
-    older._session.standing = False
+    older._session.broke(Failure("UNAVAILABLE", "lost"), time.monotonic())
     with pytest.raises(PeerError, match="a newer worker of student 'cnn' has joined") as ended:
         older.report(report(0))
     assert ended.value.code is ExitCode.SUPERSEDED
@@ -236,17 +237,17 @@ def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
 def test_giving_up_names_who_was_waited_for(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
-    exchange = connect(server.address, give_up_after=1.5)
-    exchange.join(request(experiment))
-    exchange.send(contribution(0, 0))
+    transport = connect(server.address, give_up_after=1.5)
+    transport.join(request(experiment))
+    transport.send(contribution(0, 0))
     started = time.monotonic()
     with pytest.raises(PeerError) as ended:
-        exchange.receive(0)
+        transport.receive(0)
     assert 1.5 <= time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.GAVE_UP
     assert str(ended.value).startswith("gave up after 2 s: round 0 still waits for mlp; ")
     assert "exchange.give_up_after" in str(ended.value)
-    exchange.leave(pb.LEAVE_REASON_FAILED, str(ended.value))
+    transport.leave(pb.LEAVE_REASON_FAILED, str(ended.value))
     assert server.events()[-1] == ("failed", "cnn")
 
 
@@ -256,19 +257,19 @@ def test_a_stop_interrupts_the_wait_and_leaves_the_session_to_say_goodbye_on(
     experiment = tiny()
     server = serving(experiment)
     stop = threading.Event()
-    exchange = connect(server.address, stop, give_up_after=1000)
-    exchange.join(request(experiment))
-    exchange.send(contribution(0, 0))
-    thread, outcome = in_background(lambda: exchange.receive(0))
+    transport = connect(server.address, stop, give_up_after=1000)
+    transport.join(request(experiment))
+    transport.send(contribution(0, 0))
+    thread, outcome = in_background(lambda: transport.receive(0))
     wait_for(lambda: server.events() == [("joined", "cnn")], "it has joined")
     started = time.monotonic()
     stop.set()
     thread.join(30)
     assert time.monotonic() - started < BOUND
     assert isinstance(outcome[0], Interrupted)
-    exchange.report(report(3, 3))
-    exchange.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
-    assert exchange.undelivered() == []
+    transport.report(report(3, 3))
+    transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
+    assert transport.undelivered() == []
     assert [each.round for each in server.measured()] == [3]
     assert server.events()[-1] == ("left", "cnn")
 
@@ -278,14 +279,14 @@ def test_a_stop_while_the_server_is_away_is_no_error(waits_in: str, tiny: Tiny, 
     experiment = tiny()
     server = serving(experiment)
     stop = threading.Event()
-    exchange = connect(server.address, stop, give_up_after=1000)
-    exchange.join(request(experiment))
-    exchange.send(contribution(0, 0))
+    transport = connect(server.address, stop, give_up_after=1000)
+    transport.join(request(experiment))
+    transport.send(contribution(0, 0))
     server.stop()
-    wait_for(lambda: not exchange._connected, "the stream ends")
+    wait_for(lambda: not transport._connected, "the stream ends")
     if waits_in == "receive":
-        thread, outcome = in_background(lambda: exchange.receive(0))
-        wait_for(lambda: exchange._stream is None, "it tries to reach the server")
+        thread, outcome = in_background(lambda: transport.receive(0))
+        wait_for(lambda: transport._stream is None, "it tries to reach the server")
         started = time.monotonic()
         stop.set()
         thread.join(30)
@@ -293,18 +294,18 @@ def test_a_stop_while_the_server_is_away_is_no_error(waits_in: str, tiny: Tiny, 
     else:
         started = time.monotonic()
         stop.set()
-    exchange.report(report(3, 3))
-    exchange.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
+    transport.report(report(3, 3))
+    transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
     assert time.monotonic() - started < BOUND
-    assert [each.round for each in exchange.undelivered()] == [3]
+    assert [each.round for each in transport.undelivered()] == [3]
 
 
 def test_a_stop_ends_the_search_for_a_server(connect: Connect) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         stop = threading.Event()
-        exchange = connect(f"127.0.0.1:{nobody.getsockname()[1]}", stop, connect_timeout=1000)
-        thread, outcome = in_background(lambda: exchange.join(pb.JoinRequest()))
+        transport = connect(f"127.0.0.1:{nobody.getsockname()[1]}", stop, connect_timeout=1000)
+        thread, outcome = in_background(lambda: transport.join(pb.JoinRequest()))
         started = time.monotonic()
         stop.set()
         thread.join(30)
@@ -317,27 +318,27 @@ def test_measurements_made_while_the_server_is_away_arrive_later_each_once(
 ) -> None:
     experiment = tiny(distillation={"method": "independent"})
     server = serving(experiment)
-    exchange = connect(server.address)
-    exchange.join(request(experiment, outputs={}))
+    transport = connect(server.address)
+    transport.join(request(experiment, outputs={}))
     expected: list[int] = []
 
     def tell(number: int) -> None:
         expected.append(number)
-        exchange.report(report(number, number))
+        transport.report(report(number, number))
 
     for number in range(1, 4):
         tell(number)
     server.stop()
-    wait_for(lambda: not exchange._connected, "the connection breaks")
+    wait_for(lambda: not transport._connected, "the connection breaks")
     # The first of these finds the connection broken and waits for the server, in a thread for this test's sake.
     thread, _ = in_background(lambda: [tell(number) for number in range(4, 8)])
-    wait_for(lambda: exchange._stream is None, "it noticed")
+    wait_for(lambda: transport._stream is None, "it noticed")
     server.start()
     thread.join(30)
     for number in range(8, 10):
         tell(number)
-    exchange.leave(pb.LEAVE_REASON_STOPPED, "")
-    assert exchange.undelivered() == []
+    transport.leave(pb.LEAVE_REASON_STOPPED, "")
+    assert transport.undelivered() == []
     measured = [(each.student, each.split, each.round) for each in server.measured()]
     assert set(measured) == {("cnn", "test", number) for number in expected}
     assert expected == list(range(1, 10))
@@ -376,13 +377,13 @@ def test_a_server_that_takes_connections_and_says_nothing(connect: Connect) -> N
 def test_a_server_that_went_away_for_good(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
-    exchange = connect(server.address, give_up_after=1)
-    exchange.join(request(experiment))
-    exchange.send(contribution(0, 0))
+    transport = connect(server.address, give_up_after=1)
+    transport.join(request(experiment))
+    transport.send(contribution(0, 0))
     server.stop()
     started = time.monotonic()
     with pytest.raises(PeerError, match="went away and did not come back within 1 s") as ended:
-        exchange.receive(0)
+        transport.receive(0)
     assert time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.UNREACHABLE
 
@@ -401,7 +402,7 @@ def test_another_grpc_server_is_not_taken_for_an_aggregation_server(connect: Con
 
 
 def test_join_comes_first(connect: Connect) -> None:
-    exchange = connect("127.0.0.1:1")
-    exchange.send(contribution(0, 0))
+    transport = connect("127.0.0.1:1")
+    transport.send(contribution(0, 0))
     with pytest.raises(RuntimeError, match="send and receive come after join"):
-        exchange.receive(0)
+        transport.receive(0)

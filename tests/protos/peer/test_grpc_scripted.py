@@ -1,4 +1,4 @@
-"""The exchange over gRPC, against servers that misbehave by script."""
+"""The transport over gRPC, against servers that misbehave by script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from codistill.peer.errors import PeerError
-from codistill.peer.session import Failure
+from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
@@ -100,11 +100,11 @@ def test_a_lost_reply_is_asked_for_again(script: tuple[Script, str], connect: Co
         yield reply(number)
 
     server.answer = lose_it
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest(first_round=4))
+    transport = connect(address)
+    transport.join(pb.JoinRequest(first_round=4))
     for number in (4, 5, 6, 7):
-        exchange.send(contribution(number, 0))
-        assert value(exchange.receive(number)) == number
+        transport.send(contribution(number, 0))
+        assert value(transport.receive(number)) == number
     assert server.sent == [(1, 4), (1, 5), (1, 6), (2, 6), (2, 7)], "what is open is sent again, in a new session"
     assert [each.first_round for each in server.joins] == [4, 6], "rounds before it are not asked for"
 
@@ -120,11 +120,11 @@ def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str],
         yield reply(number)
 
     server.answer = stutter
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
     for number in range(5):
-        exchange.send(contribution(number, 0))
-        assert value(exchange.receive(number)) == number
+        transport.send(contribution(number, 0))
+        assert value(transport.receive(number)) == number
     assert len(server.joins) == 1
 
 
@@ -142,10 +142,10 @@ def test_a_stream_that_ends_without_being_superseded_is_opened_again(
         yield reply(number)
 
     server.answer = once
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
-    exchange.send(contribution(0, 0))
-    assert value(exchange.receive(0)) == 0
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
+    transport.send(contribution(0, 0))
+    assert value(transport.receive(0)) == 0
     assert len(server.joins) == 2
 
 
@@ -161,10 +161,10 @@ def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script,
         yield answer
 
     server.answer = damage
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest(student="cnn"))
-    exchange.send(contribution(3, 0))
-    assert value(exchange.receive(3)) == 3.0
+    transport = connect(address)
+    transport.join(pb.JoinRequest(student="cnn"))
+    transport.send(contribution(3, 0))
+    assert value(transport.receive(3)) == 3.0
     assert server.sent == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -172,11 +172,11 @@ def test_a_stream_that_stands_but_lost_the_contribution_is_left(script: tuple[Sc
     """A damaged header can have the other side drop a message; no status tells, and pings are answered."""
     server, address = script
     server.answer = lambda session, number, _: iter([reply(number)] if session == 3 else [])
-    exchange = connect(address, silence_after=0.5)
-    exchange.join(pb.JoinRequest(student="cnn"))
-    exchange.send(contribution(3, 0))
+    transport = connect(address, silence_after=0.5)
+    transport.join(pb.JoinRequest(student="cnn"))
+    transport.send(contribution(3, 0))
     started = time.monotonic()
-    assert value(exchange.receive(3)) == 3.0
+    assert value(transport.receive(3)) == 3.0
     assert 1.0 <= time.monotonic() - started < BOUND
     assert server.sent == [(1, 3), (2, 3), (3, 3)]
 
@@ -191,10 +191,10 @@ def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], con
         yield reply(number)
 
     server.answer = notices
-    exchange = connect(address, silence_after=0.6)
-    exchange.join(pb.JoinRequest(student="cnn"))
-    exchange.send(contribution(3, 0))
-    assert value(exchange.receive(3)) == 3.0
+    transport = connect(address, silence_after=0.6)
+    transport.join(pb.JoinRequest(student="cnn"))
+    transport.send(contribution(3, 0))
+    assert value(transport.receive(3)) == 3.0
     assert server.sent == [(1, 3)]
 
 
@@ -213,14 +213,14 @@ def test_what_grpc_makes_of_damaged_bytes_passes(
         yield reply(number)
 
     server.answer = damage
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest(student="cnn"))
+    transport = connect(address)
+    transport.join(pb.JoinRequest(student="cnn"))
     for number in (3, 4):
-        exchange.send(contribution(number, 0))
-        assert value(exchange.receive(number)) == number
-        if exchange._stream is not None:
-            exchange._stream.cancel()
-    exchange.close()
+        transport.send(contribution(number, 0))
+        assert value(transport.receive(number)) == number
+        if transport._stream is not None:
+            transport._stream.cancel()
+    transport.close()
     strange |= set(range(100))
     again = connect(address)
     again.join(pb.JoinRequest(student="cnn"))
@@ -232,13 +232,13 @@ def test_what_grpc_makes_of_damaged_bytes_passes(
 
 def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest(student="cnn"))
+    transport = connect(address)
+    transport.join(pb.JoinRequest(student="cnn"))
     sent = contribution(3, 0)
-    exchange.send(sent)
-    exchange.receive(3)
-    exchange.report(report(4, 4))
-    exchange.leave(pb.LEAVE_REASON_FINISHED, "done")
+    transport.send(sent)
+    transport.receive(3)
+    transport.report(report(4, 4))
+    transport.leave(pb.LEAVE_REASON_FINISHED, "done")
     assert [each.checksum for each in server.contributions] == [
         pb.Contribution.FromString(append_checksum(sent, "1")).checksum,
     ]
@@ -250,8 +250,8 @@ def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str
     """Another's session in it would have this student take the other's place."""
     server, address = script
     server.on_join = lambda number: pb.JoinResponse(session=number, run="script", checksum=1 if number == 1 else None)
-    exchange = connect(address)
-    assert exchange.join(pb.JoinRequest(student="cnn")).session == 2
+    transport = connect(address)
+    assert transport.join(pb.JoinRequest(student="cnn")).session == 2
 
 
 def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:
@@ -263,11 +263,11 @@ def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str],
         yield reply(number)
 
     server.answer = supersede
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
-    exchange.send(contribution(0, 0))
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
+    transport.send(contribution(0, 0))
     with pytest.raises(PeerError, match="a newer worker is here") as ended:
-        exchange.receive(0)
+        transport.receive(0)
     assert ended.value.code is ExitCode.SUPERSEDED
     assert len(server.joins) == 1
 
@@ -280,12 +280,12 @@ def test_a_server_that_breaks_every_stream_is_given_up(script: tuple[Script, str
         yield reply(number)
 
     server.answer = never
-    exchange = connect(address, give_up_after=2)
-    exchange.join(pb.JoinRequest())
-    exchange.send(contribution(0, 0))
+    transport = connect(address, give_up_after=2)
+    transport.join(pb.JoinRequest())
+    transport.send(contribution(0, 0))
     started = time.monotonic()
     with pytest.raises(PeerError, match="gave up after") as ended:
-        exchange.receive(0)
+        transport.receive(0)
     assert time.monotonic() - started < BOUND
     assert ended.value.code is ExitCode.GAVE_UP
     assert len(server.joins) < 12, "it paused between its attempts"
@@ -294,12 +294,12 @@ def test_a_server_that_breaks_every_stream_is_given_up(script: tuple[Script, str
 def test_a_server_that_never_answers_a_round_is_given_up(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
     server.answer = lambda _session, _number, _context: iter(())
-    exchange = connect(address, give_up_after=1)
-    exchange.join(pb.JoinRequest())
-    exchange.send(contribution(7, 0))
+    transport = connect(address, give_up_after=1)
+    transport.join(pb.JoinRequest())
+    transport.send(contribution(7, 0))
     started = time.monotonic()
     with pytest.raises(PeerError, match="gave up after 1 s: round 7 still waits for the server"):
-        exchange.receive(7)
+        transport.receive(7)
     assert time.monotonic() - started < BOUND
 
 
@@ -311,13 +311,13 @@ def test_a_report_that_fails_goes_with_the_next(script: tuple[Script, str], conn
             context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
 
     server.on_report = fail_first
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
-    exchange.report(report(1, 1))
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
+    transport.report(report(1, 1))
     wait_for(lambda: server.reports, "the first report")
-    assert [each.round for each in exchange.undelivered()] == [1]
-    exchange.leave(pb.LEAVE_REASON_STOPPED, "")
-    assert exchange.undelivered() == []
+    assert [each.round for each in transport.undelivered()] == [1]
+    transport.leave(pb.LEAVE_REASON_STOPPED, "")
+    assert transport.undelivered() == []
     assert [[each.round for each in one.measurements] for one in server.reports] == [[1], [1]]
     assert [each.reason for each in server.left] == [pb.LEAVE_REASON_STOPPED]
 
@@ -327,15 +327,15 @@ def test_a_session_that_exchanges_nothing_outlives_what_grpc_makes_of_damage(
 ) -> None:
     """Only its reports tell that the server is well in between."""
     server, address = script
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
     for number in range(1, 9):
-        exchange.report(report(number, number))
-        wait_for(exchange._reports._call.done, "it has arrived")
-        assert exchange._stream is not None
-        exchange._stream.cancel()
-        exchange._session.broke(Failure("INTERNAL", "frame of unknown type"), time.monotonic())
-    exchange.leave(pb.LEAVE_REASON_FINISHED, "")
+        transport.report(report(number, number))
+        wait_for(transport._reports._call.done, "it has arrived")
+        assert transport._stream is not None
+        transport._stream.cancel()
+        transport._session.broke(Failure("INTERNAL", "frame of unknown type"), time.monotonic())
+    transport.leave(pb.LEAVE_REASON_FINISHED, "")
     assert len(server.left) == 1
 
 
@@ -343,13 +343,13 @@ def test_one_report_is_under_way_at_a_time_and_none_waits(script: tuple[Script, 
     server, address = script
     go_on = threading.Event()
     server.on_report = lambda number, _: None if number > 1 else (go_on.wait(30), None)[1]
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
     for number in range(1, 6):
-        exchange.report(report(number, number, 10 + number))
-    assert sorted(each.round for each in exchange.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
+        transport.report(report(number, number, 10 + number))
+    assert sorted(each.round for each in transport.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
     go_on.set()
-    exchange.leave(pb.LEAVE_REASON_FINISHED, "")
+    transport.leave(pb.LEAVE_REASON_FINISHED, "")
     assert [[each.round for each in one.measurements] for one in server.reports] == [
         [1, 11],
         [2, 12, 3, 13, 4, 14, 5, 15],
@@ -365,10 +365,10 @@ def test_a_goodbye_that_fails_is_said_again_in_a_new_session(script: tuple[Scrip
             context.abort(grpc.StatusCode.UNAVAILABLE if number == 1 else grpc.StatusCode.ABORTED, "no")
 
     server.on_leave = not_yet
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
-    exchange.report(report(9, 9))
-    exchange.leave(pb.LEAVE_REASON_FINISHED, "done")
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
+    transport.report(report(9, 9))
+    transport.leave(pb.LEAVE_REASON_FINISHED, "done")
     assert [each.session for each in server.left] == [1, 2, 3]
     assert [each.first_round for each in server.joins] == [0, 9, 9]
     assert len(server.reports) == 1
@@ -377,9 +377,9 @@ def test_a_goodbye_that_fails_is_said_again_in_a_new_session(script: tuple[Scrip
 def test_a_goodbye_that_is_refused(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
     server.on_leave = lambda _, context: context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no,\nnever")
-    exchange = connect(address)
-    exchange.join(pb.JoinRequest())
+    transport = connect(address)
+    transport.join(pb.JoinRequest())
     with pytest.raises(PeerError, match="refused: no, never") as ended:
-        exchange.leave(pb.LEAVE_REASON_FINISHED, "")
+        transport.leave(pb.LEAVE_REASON_FINISHED, "")
     assert ended.value.code is ExitCode.REFUSED
-    exchange.leave(pb.LEAVE_REASON_FAILED, "")  # logs, as there is nothing more to do
+    transport.leave(pb.LEAVE_REASON_FAILED, "")  # logs, as there is nothing more to do

@@ -1,4 +1,4 @@
-"""The exchange where the wire is protected: who is let in, who is not, and what each is told."""
+"""The transport over a protected wire: who may join, who may not, and the errors of both."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def request(experiment: Experiment, student: str) -> pb.JoinRequest:
 
 def join(experiment: Experiment, address: str, security: Security, student: str = "mlp") -> None:
     """Joins and leaves again."""
-    exchange = GrpcTransport(
+    transport = GrpcTransport(
         address, connect_timeout=CONNECT_TIMEOUT, give_up_after=5, stop=threading.Event(), security=security
     )
     try:
-        exchange.join(request(experiment, student))
-        exchange.leave(pb.LEAVE_REASON_STOPPED, "")
+        transport.join(request(experiment, student))
+        transport.leave(pb.LEAVE_REASON_STOPPED, "")
     finally:
-        exchange.close()
+        transport.close()
 
 
 # The server's certificate, CA and token; the worker's; what the worker is told.
@@ -151,7 +151,7 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
     experiment = tiny()
     server = serving(experiment)
     server.stop()
-    exchange = GrpcTransport(
+    transport = GrpcTransport(
         server.address,
         connect_timeout=0.5,
         give_up_after=5,
@@ -159,8 +159,8 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
         security=certificates.of("worker", "ca", TOKEN),
     )
     with pytest.raises(PeerError, match=r"cannot be reached within 0\.5 s") as caught:
-        exchange.join(request(experiment, "mlp"))
-    exchange.close()
+        transport.join(request(experiment, "mlp"))
+    transport.close()
     assert caught.value.code is ExitCode.UNREACHABLE
 
 
@@ -169,18 +169,18 @@ def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
 ) -> None:
     experiment = tiny()
     server = serving(experiment, certificates.of("server", None, TOKEN))
-    exchange = GrpcTransport(
+    transport = GrpcTransport(
         server.address,
         connect_timeout=CONNECT_TIMEOUT,
         give_up_after=30,
         stop=threading.Event(),
         security=certificates.of(None, "ca", TOKEN),
     )
-    exchange.join(request(experiment, "mlp"))
+    transport.join(request(experiment, "mlp"))
     server.stop()
     server.security = certificates.of("expired", None, TOKEN)
     server.start()
-    mending = threading.Thread(target=exchange.leave, args=(pb.LEAVE_REASON_FINISHED, ""))
+    mending = threading.Thread(target=transport.leave, args=(pb.LEAVE_REASON_FINISHED, ""))
     mending.start()
     mending.join(1)
     assert mending.is_alive(), "it goes on trying"
@@ -190,7 +190,7 @@ def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
     mending.join(30)
     assert not mending.is_alive()
     assert server.events()[-1] == ("finished", "mlp")
-    exchange.close()
+    transport.close()
 
 
 def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
@@ -198,20 +198,20 @@ def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
 ) -> None:
     experiment = tiny()
     server = serving(experiment, certificates.of("server"))
-    exchange = GrpcTransport(
+    transport = GrpcTransport(
         server.address,
         connect_timeout=CONNECT_TIMEOUT,
         give_up_after=1,
         stop=threading.Event(),
         security=certificates.of(None, "ca"),
     )
-    exchange.join(request(experiment, "mlp"))
+    transport.join(request(experiment, "mlp"))
     server.stop()
     server.security = certificates.of("expired")
     server.start()
     with pytest.raises(PeerError, match=r"did not come back within 1 s: its certificate.* has expired") as caught:
-        exchange.receive(0)
-    exchange.close()
+        transport.receive(0)
+    transport.close()
     assert caught.value.code is ExitCode.UNREACHABLE
 
 

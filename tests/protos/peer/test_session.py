@@ -7,18 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from codistill.peer.errors import PeerError
-from codistill.peer.session import (
-    Done,
-    Failure,
-    Goodbye,
-    HangUp,
-    Join,
-    Listen,
-    Pause,
-    Send,
-    Session,
-    Step,
-)
+from codistill.peer.session import Session
+from codistill.peer.steps import Cancel, Done, Failure, Join, Leave, Listen, Pause, Send, Step
 from codistill.process.exit_codes import ExitCode
 
 GONE = Failure("UNAVAILABLE", "gone")
@@ -29,7 +19,7 @@ CONNECT, GIVE_UP, SILENCE = 10.0, 100.0, 1000.0
 
 
 def joined(first_round: int = 0, session: int = 1, silence: float = SILENCE) -> Session:
-    """Returns a session that stands, at time 0."""
+    """Return a connected session, at time 0."""
     made = Session("host:1", CONNECT, GIVE_UP, silence)
     made.join(first_round, 0)
     assert isinstance(made.step(0, 0.5), Join)
@@ -38,11 +28,11 @@ def joined(first_round: int = 0, session: int = 1, silence: float = SILENCE) -> 
     return made
 
 
-def receiving(number: int = 0, now: float = 0, silence: float = SILENCE) -> Session:
-    """Returns a session that waits for a round's targets."""
-    made = joined(number, silence=silence)
-    assert made.send(number), "the stream stands, so it goes out at once"
-    made.receive(number, now)
+def receiving(round_number: int = 0, now: float = 0, silence: float = SILENCE) -> Session:
+    """Return a session that waits for a round's targets."""
+    made = joined(round_number, silence=silence)
+    assert made.send(round_number), "the stream is open, so it goes out at once"
+    made.receive(round_number, now)
     assert made.step(now, 0.5) == Listen(min(GIVE_UP, silence))
     return made
 
@@ -55,7 +45,7 @@ def raises(code: ExitCode, text: str, call: Callable[[], object]) -> None:
 
 
 def steps(session: Session, now: float, until: type[Step], fail: Failure = GONE) -> list[float]:
-    """Lets Join fail until another step comes; returns the pauses before each, as at a jitter of none."""
+    """Let Join fail until another step comes; return the pauses before each, as at a jitter of none."""
     pauses: list[float] = []
     while not isinstance(step := session.step(now, 0.5), until):
         if isinstance(step, Pause):
@@ -73,9 +63,11 @@ def steps(session: Session, now: float, until: type[Step], fail: Failure = GONE)
 def test_a_call_has_a_limit_of_its_own_within_what_is_left() -> None:
     session = Session("host:1", 30, GIVE_UP, SILENCE)
     session.join(5, 1000)
-    assert session.step(1000, 0) == Join(first_round=5, session=0, timeout=20, left=30)
-    assert session.step(1025, 0) == Join(first_round=5, session=0, timeout=5, left=5)
-    assert session.step(1031, 0) == Join(first_round=5, session=0, timeout=0.1, left=-1), "one last time, and briefly"
+    assert session.step(1000, 0) == Join(first_round=5, session_id=0, timeout=20, remaining=30)
+    assert session.step(1025, 0) == Join(first_round=5, session_id=0, timeout=5, remaining=5)
+    assert session.step(1031, 0) == Join(first_round=5, session_id=0, timeout=0.1, remaining=-1), (
+        "one last time, and briefly"
+    )
 
 
 def test_pauses_between_joins_double_up_to_a_limit_and_are_jittered() -> None:
@@ -147,10 +139,10 @@ def test_targets_of_the_round_waited_for_and_no_others() -> None:
 def test_what_is_open_goes_out_again_and_the_join_names_the_round_that_is_needed() -> None:
     session = receiving(7)
     session.broke(GONE, 1)
-    assert not session.standing
+    assert not session.connected
     assert session.step(1, 0) == Join(7, 1, 20, GIVE_UP - 1), "at once"
     session.joined(2)
-    assert (session.number, session.standing) == (2, True)
+    assert (session.session_id, session.connected) == (2, True)
     assert session.step(1, 0) == Send(7)
     assert session.step(1, 0) == Listen(GIVE_UP - 1), "once"
     assert session.targets(7, 1)
@@ -242,7 +234,7 @@ def test_or_not(failure: Failure) -> None:
 # --- damage
 
 
-STRANGE = [
+MAY_BE_DAMAGE = [
     Failure(code, "frame of unknown type")
     for code in ("UNKNOWN", "UNIMPLEMENTED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
 ]
@@ -250,29 +242,29 @@ DAMAGED = Failure("UNAVAILABLE", "a reply of 90 bytes was damaged on the way", d
 
 
 def again(session: Session, now: float = 0) -> Join:
-    """Goes on, over the pauses, to the next join."""
+    """Return the next join, after the pauses."""
     while isinstance(step := session.step(now, 0.5), Pause):
         pass
     assert isinstance(step, Join)
     return step
 
 
-@pytest.mark.parametrize("failure", STRANGE, ids=lambda each: each.code)
-def test_an_ending_that_no_server_of_ours_would_choose_passes_but_not_for_ever(failure: Failure) -> None:
+@pytest.mark.parametrize("failure", MAY_BE_DAMAGE, ids=lambda failure: failure.code)
+def test_a_failure_that_damage_can_cause_passes_but_not_for_ever(failure: Failure) -> None:
     session = receiving()
     for number in range(2, 6):
         session.broke(failure, 0)
-        assert again(session).renew, "on another connection"
+        assert again(session).new_channel, "on another connection"
         session.joined(number)
         assert isinstance(session.step(0, 0.5), Send)
     raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.broke(failure, 0))
 
 
 @pytest.mark.parametrize("how", ["targets", "waiting", "an answered report"])
-def test_endings_are_strange_in_a_row_only(how: str) -> None:
+def test_only_failures_in_a_row_count_as_a_refusal(how: str) -> None:
     session = receiving()
     for number in range(12):
-        session.broke(STRANGE[0], 0)
+        session.broke(MAY_BE_DAMAGE[0], 0)
         again(session)
         session.joined(number + 2)
         if how == "targets":
@@ -281,42 +273,42 @@ def test_endings_are_strange_in_a_row_only(how: str) -> None:
         elif how == "waiting":
             session.waiting(0, ["mlp"], 0)
         else:
-            session.answered()
+            session.report_answered()
 
 
-def test_joins_and_goodbyes_are_strange_too_once_there_was_a_session() -> None:
+def test_join_and_leave_may_fail_by_damage_too_once_there_was_a_session() -> None:
     session = receiving()
     session.broke(GONE, 0)
     for _ in range(4):
         again(session)
-        session.join_failed(STRANGE[0], 0)
+        session.join_failed(MAY_BE_DAMAGE[0], 0)
     again(session)
-    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.join_failed(STRANGE[0], 0))
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.join_failed(MAY_BE_DAMAGE[0], 0))
     session = joined()
     session.leave(0, finished=True, active=True)
     for number in range(2, 6):
-        assert session.step(0, 0.5) == Goodbye()
-        session.goodbye_failed(STRANGE[0], 0)
+        assert session.step(0, 0.5) == Leave()
+        session.leave_failed(MAY_BE_DAMAGE[0], 0)
         assert isinstance(session.step(0, 0.5), Pause)
-        assert session.step(0, 0.5) == HangUp()
+        assert session.step(0, 0.5) == Cancel()
         session.broke(Failure("CANCELLED", "by us"), 0)
-        assert again(session).renew
+        assert again(session).new_channel
         session.joined(number)
-    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.goodbye_failed(STRANGE[0], 0))
+    raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.leave_failed(MAY_BE_DAMAGE[0], 0))
 
 
-@pytest.mark.parametrize("failure", STRANGE, ids=lambda each: each.code)
+@pytest.mark.parametrize("failure", MAY_BE_DAMAGE, ids=lambda failure: failure.code)
 def test_a_server_never_joined_is_believed_at_once(failure: Failure) -> None:
     session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
     raises(ExitCode.REFUSED, "frame of unknown type", lambda: session.join_failed(failure, 0))
 
 
-def test_who_asks_for_too_much_is_told_when_to_come_back_and_that_is_no_damage() -> None:
+def test_a_pushback_is_no_damage() -> None:
     session = receiving()
     for number in range(2, 12):
         session.broke(Failure("RESOURCE_EXHAUSTED", "too many", pushback=True), 0)
-        assert not again(session).renew
+        assert not again(session).new_channel
         session.joined(number)
 
 
@@ -328,25 +320,25 @@ def test_who_asks_for_too_much_is_told_when_to_come_back_and_that_is_no_damage()
         (DAMAGED, True),
         (Failure("RESOURCE_EXHAUSTED", "too many", pushback=True), False),
     ],
-    ids=lambda each: each.code if isinstance(each, Failure) else None,
+    ids=lambda value: value.code if isinstance(value, Failure) else None,
 )
 def test_a_join_that_failed_is_made_on_another_connection(failure: Failure, renew: bool) -> None:
     session = Session("host:1", CONNECT, GIVE_UP, SILENCE)
     session.join(0, 0)
-    assert not again(session).renew
+    assert not again(session).new_channel
     session.join_failed(failure, 0)
-    assert again(session).renew is renew
-    assert not again(session).renew, "one is enough"
+    assert again(session).new_channel is renew
+    assert not again(session).new_channel, "one is enough"
 
 
 def test_after_a_damaged_reply_the_connection_is_left() -> None:
     session = receiving(7)
     session.broke(DAMAGED, 1)
-    assert session.step(1, 0) == Join(7, 1, 20, GIVE_UP - 1, renew=True), "at once"
+    assert session.step(1, 0) == Join(7, 1, 20, GIVE_UP - 1, new_channel=True), "at once"
     session.joined(2)
     assert session.step(1, 0) == Send(7)
     session.broke(GONE, 1)
-    assert not again(session, 1).renew, "the new one is not to blame"
+    assert not again(session, 1).new_channel, "the new one is not to blame"
 
 
 def test_a_stream_that_says_nothing_is_left_and_what_is_open_goes_out_again() -> None:
@@ -355,9 +347,9 @@ def test_a_stream_that_says_nothing_is_left_and_what_is_open_goes_out_again() ->
     session.silence(14.9)
     assert isinstance(session.step(14.9, 0), Listen), "not yet"
     session.silence(15)
-    assert session.step(15, 0) == HangUp("nothing was heard of round 7 for 15 s")
+    assert session.step(15, 0) == Cancel("nothing was heard of round 7 for 15 s")
     session.broke(Failure("CANCELLED", "by us"), 15)
-    assert session.step(15, 0) == Join(7, 1, 20, GIVE_UP - 15, renew=True)
+    assert session.step(15, 0) == Join(7, 1, 20, GIVE_UP - 15, new_channel=True)
     session.joined(2)
     assert session.step(16, 0) == Send(7)
     assert session.step(16, 0) == Listen(15), "which counts anew from then"
@@ -379,8 +371,8 @@ def test_silence_between_rounds_is_none() -> None:
     session = receiving(7, silence=15)
     assert session.targets(7, 1)
     session.silence(50)
-    session.mend(50)
-    assert session.step(50, 0) == HangUp()
+    session.reconnect(50)
+    assert session.step(50, 0) == Cancel()
     session.broke(GONE, 50)
     session.joined(2)
     assert session.send(8)
@@ -392,51 +384,51 @@ def test_silence_between_rounds_is_none() -> None:
 # --- between rounds, and the end
 
 
-def test_mending_asks_how_the_stream_ended_before_it_joins_again() -> None:
+def test_reconnecting_asks_how_the_stream_ended_before_it_joins_again() -> None:
     session = joined()
     session.reached(4)
-    session.mend(0)
-    assert session.step(0, 0) == HangUp()
+    session.reconnect(0)
+    assert session.step(0, 0) == Cancel()
     raises(ExitCode.SUPERSEDED, "newer worker", lambda: session.broke(SUPERSEDED, 0))
     session = joined()
     session.reached(4)
-    session.mend(0)
+    session.reconnect(0)
     session.broke(GONE, 0)
     assert session.step(0, 0) == Join(4, 1, 20, GIVE_UP)
     session.joined(2)
     assert session.step(0, 0) == Done()
 
 
-def test_a_goodbye_that_matters_is_said_again_in_a_new_session() -> None:
+def test_leave_of_a_finished_student_is_repeated_in_a_new_session() -> None:
     session = joined()
     session.leave(0, finished=True, active=True)
     for now, failure in ((1.0, GONE), (2.0, OVER)):
-        assert session.step(now, 0.5) == Goodbye()
-        session.goodbye_failed(failure, now)
+        assert session.step(now, 0.5) == Leave()
+        session.leave_failed(failure, now)
         assert session.step(now, 0.5) == Pause(0.1)
-        assert session.step(now, 0.5) == HangUp()
+        assert session.step(now, 0.5) == Cancel()
         session.broke(Failure("CANCELLED", "by us"), now)
         assert isinstance(session.step(now, 0.5), Join)
         session.joined(2)
-    assert session.step(3, 0.5) == Goodbye()
+    assert session.step(3, 0.5) == Leave()
     session.left()
     assert session.step(3, 0.5) == Done()
 
 
-def test_a_goodbye_that_matters_has_a_limit_and_may_be_refused() -> None:
+def test_leave_of_a_finished_student_has_a_limit_and_may_be_refused() -> None:
     session = joined()
     session.leave(0, finished=True, active=True)
-    raises(ExitCode.REFUSED, "seed: 3, not 4", lambda: session.goodbye_failed(REFUSED, 1))
-    raises(ExitCode.UNREACHABLE, "within 100 s: gone", lambda: session.goodbye_failed(GONE, GIVE_UP))
+    raises(ExitCode.REFUSED, "seed: 3, not 4", lambda: session.leave_failed(REFUSED, 1))
+    raises(ExitCode.UNREACHABLE, "within 100 s: gone", lambda: session.leave_failed(GONE, GIVE_UP))
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_any_other_goodbye_is_tried_once_while_the_stream_stands(active: bool) -> None:
+def test_any_other_leave_is_tried_once_while_the_stream_is_open(active: bool) -> None:
     session = joined()
     session.leave(0, finished=False, active=active)
     if active:
-        assert session.step(0, 0) == Goodbye()
-        session.goodbye_failed(REFUSED, 0)
+        assert session.step(0, 0) == Leave()
+        session.leave_failed(REFUSED, 0)
     assert session.step(0, 0) == Done()
 
 

@@ -1,70 +1,19 @@
+"""Which settings protect the wire, and which files are refused."""
+
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from codistill.process.exit_codes import ExitCode
-from codistill.wire.security import Security, SecurityError, Token, read
+from codistill.wire.security import Security, read
+from protos.wire.support import refused
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 BOTH = {"CODISTILL_TLS_CERT": "c.pem", "CODISTILL_TLS_KEY": "c.key", "CODISTILL_TLS_CA": "ca.pem"}
-
-
-def refused(call: Callable[[], object]) -> str:
-    with pytest.raises(SecurityError) as caught:
-        call()
-    assert caught.value.code is ExitCode.CONFIGURATION
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-class TestToken:
-    def test_it_is_compared_whole(self) -> None:
-        token = Token(f" {TOKEN}\n", "a test")
-        assert token.metadata == ("authorization", f"Bearer {TOKEN}")
-        assert token.matches(f"Bearer {TOKEN}")
-        assert token.matches(f"Bearer {TOKEN}".encode())
-        for wrong in (
-            TOKEN,
-            f"Bearer {WRONG_TOKEN}",
-            f"Bearer {TOKEN}x",
-            f"Bearer {TOKEN[:-1]}",
-            "",
-            b"\xff",
-            "\ud800",
-        ):
-            assert not token.matches(wrong)
-
-    def test_it_does_not_show_itself(self) -> None:
-        token = Token(TOKEN, "a test")
-        security = Security(token=token)
-        for shown in (repr(token), str(token), f"{token}", repr(security), str(security)):
-            assert TOKEN not in shown
-
-    @pytest.mark.parametrize(
-        ("text", "what"),
-        [
-            ("", "the token is empty; make one with `openssl rand -hex 32`"),
-            (" \n\t", "the token is empty"),
-            ("x" * 15, "a token of 15 characters is not allowed; allowed: 16 to 1024"),
-            ("x" * 1025, "a token of 1025 characters"),
-            ("two words are no token", "other characters than visible ASCII, or spaces in between"),
-            ("schlüssel-schlüssel", "other characters"),
-            ("one-line-of-two\nanother-line", "other characters"),
-        ],
-    )
-    def test_what_is_none(self, text: str, what: str) -> None:
-        told = refused(lambda: Token(text, "CODISTILL_TOKEN"))
-        assert told.startswith(
-            f"CODISTILL_TOKEN: {what}" if "other" not in what else "CODISTILL_TOKEN: the token has other"
-        )
-        assert len(text.strip()) < 15 or text.strip()[:15] not in told, "an error shows no secret, not even a bad one"
 
 
 class TestRead:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from codistill.wire.security import Token
+from codistill.wire.token import Token
 from codistill_server.rpc.auth import OPEN_METHODS, TokenInterceptor
 from support_certificates import TOKEN, WRONG_TOKEN
 

@@ -9,10 +9,10 @@ import pytest
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.wire import channel as channel_module
 from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.ratelimit import Limits, Rate
-from codistill_server.rpc import service
 from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, trailing, until
 from server.support import contribution, join_request
 
@@ -148,7 +148,7 @@ class TestLimits:
         drive(test)
 
     def test_streams_of_one_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(service, "_STREAMS_PER_CONNECTION", 4)
+        monkeypatch.setattr(channel_module, "_STREAMS_PER_CONNECTION", 4)
 
         async def test() -> None:
             async with serving() as served:
@@ -165,7 +165,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["nothing", "half a greeting"])
     def test_a_connection_that_does_not_speak_is_closed(self, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(service, "_HANDSHAKE_MS", 300)
+        monkeypatch.setattr(channel_module, "_HANDSHAKE_MS", 300)
 
         async def test() -> None:
             async with serving() as served, asyncio.timeout(PATIENCE):
@@ -178,7 +178,7 @@ class TestLimits:
         drive(test)
 
     def test_a_connection_without_a_call_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(service, "_IDLE_MS", 1000)
+        monkeypatch.setattr(channel_module, "_IDLE_MS", 1000)
 
         async def test() -> None:
             async with serving() as served, asyncio.timeout(PATIENCE):

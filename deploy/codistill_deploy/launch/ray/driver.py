@@ -17,7 +17,9 @@ from typing import Any
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import write_atomically
-from codistill.wire.security import TOKEN_VARIABLE, Security, Token
+from codistill.wire.security import Security
+from codistill.wire.security_settings import TOKEN_VARIABLE
+from codistill.wire.token import Token
 from codistill_deploy.console.progress import View
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.ray.actor import Placement, ProcessActor, Serving, Task
