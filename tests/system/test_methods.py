@@ -12,7 +12,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill_deploy.compare import generations
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.forked import run_forked
@@ -46,7 +46,7 @@ def in_process(path: Path, place: Path) -> None:
         runs = list(generations.planned(experiment, place))
     for one, folder in runs:
         folder.start(one, mode="in-process", resume=False)
-        assert run_in_process(one, folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+        assert run_in_process(one, folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import yaml
 from typer.testing import CliRunner
 
 from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
-from codistill_deploy.cli import app as command_line
 from codistill_deploy.cli.app import app
 
 
@@ -31,14 +30,14 @@ def test_a_signal_while_the_process_ends_changes_nothing() -> None:
     program = textwrap.dedent("""
         import atexit, os, signal
         from codistill_deploy.cli import app as cli
-        from codistill_deploy.cli import run as running
+        from codistill_deploy.cli.process_setup import stop_on_signals
 
         def interrupt():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
 
         def command(**options):
-            running.stop_on_signals().set()
+            stop_on_signals().set()
             atexit.register(interrupt)
             raise SystemExit(7)
 
@@ -49,7 +48,7 @@ def test_a_signal_while_the_process_ends_changes_nothing() -> None:
     assert (ended.returncode, ended.stderr) == (7, "")
 
 
-def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:
+def test_grpc_is_not_imported_before_its_verbosity_is_set() -> None:
     program = "import sys, codistill_deploy.cli.app; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -118,5 +117,5 @@ def test_a_child_follows_its_parent_before_anything_that_may_take_long(
         assert not stop.is_set()
         raise FollowedError
 
-    monkeypatch.setattr(command_line, "exit_with_parent", follow)
+    monkeypatch.setattr(f"codistill_deploy.cli.{arguments[0]}.exit_with_parent", follow)
     assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)

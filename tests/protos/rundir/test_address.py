@@ -1,11 +1,11 @@
-"""Where a server is, as it is told to people."""
+"""The addresses of a server, as people read them."""
 
 from __future__ import annotations
 
-from codistill_deploy.supervise.discovery import Addresses
+from codistill.rundir.address import Addresses
 
 
-def test_a_page_that_only_the_server_s_machine_reaches_is_said_to_be_there() -> None:
+def test_a_page_on_the_loopback_of_another_machine_says_so() -> None:
     assert str(Addresses("127.0.0.1:1", "127.0.0.1:2")) == (
         "live page: http://127.0.0.1:2/ (server 127.0.0.1:1, metrics on http://127.0.0.1:2/metrics)"
     )
