@@ -60,11 +60,16 @@ def test_which_process_is_restarted(row: list[str]) -> None:
     assert row[2].startswith("stops" if given_up else "starts it again")
 
 
-def test_every_file_of_a_run() -> None:
-    listed = (layout.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")[0]  # without a comparison's files
-    known = set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html)\b", listed))
+def test_every_file_of_a_run_and_of_a_comparison() -> None:
+    run, _, comparison = (layout.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")
     shown = {name.rpartition("/")[2] for row in table("Files of a run's folder") for name in code(row[0])}
-    assert shown == known
+    assert shown == file_names(run)
+    section = PAGE.partition("## Files of a run's folder\n")[2].partition("\n## ")[0]
+    assert file_names(comparison) <= code(section)
+
+
+def file_names(text: str) -> set[str]:
+    return set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html|svg)\b", text))
 
 
 def test_every_port() -> None:
