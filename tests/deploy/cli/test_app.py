@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -11,19 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
 from codistill_deploy.cli.app import app
-
-
-@pytest.mark.parametrize("command", ["run", "serve", "work", "status", "health"])
-def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that_uses_it(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0
-    text = " ".join(shown.output.split()).lower()
-    for setting in (TLS_CERT, TLS_KEY, TLS_CA, TOKEN_FILE):
-        assert re.search(rf"{setting.option} <?path>? .*?{setting.variable.lower()}\b", text)
-    assert TOKEN_VARIABLE.lower() in text
-    assert "--token " not in text, "a token on a command line is read by everybody on the machine"
 
 
 def test_a_signal_while_the_process_ends_changes_nothing() -> None:
