@@ -12,7 +12,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill_deploy.compare import generations
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.forked import run_forked
@@ -46,7 +46,7 @@ def in_process(path: Path, folder: Path) -> None:
         runs = list(generations.generation_runs(experiment, folder))
     for single, run_folder in runs:
         run_folder.start(single, mode="in-process", resume=False)
-        assert run_in_process(single, run_folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+        assert run_in_process(single, run_folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
 
 
 @pytest.fixture(scope="module")

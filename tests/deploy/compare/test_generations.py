@@ -14,7 +14,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.config.methods import BornAgain, Independent
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.compare import generations
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.in_process import run_in_process
 
@@ -63,7 +63,7 @@ def test_what_is_trained_is_known(tmp_path: Path) -> None:
     place.start(first, mode="in-process", resume=False)
     stop = threading.Event()
     stop.set()
-    view = PlainView(Console(quiet=True))
+    view = PlainProgress(Console(quiet=True))
     assert run_in_process(first, place, view, stop) is ExitCode.INTERRUPTED
     assert not generations.is_trained(place)
     assert run_in_process(first, place, view, threading.Event()) is ExitCode.OK

@@ -12,7 +12,7 @@ from codistill.process.exit_codes import ExitCode
 from codistill_deploy.compare import statistics
 from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.compare.runner import compare
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
@@ -135,7 +135,7 @@ def test_the_best_alone_teaches_and_of_generations_the_last_is_compared(experime
     def run(variant: Experiment, folder: RunFolder, title: str) -> ExitCode:
         ran.append(re.sub(", .* to go", "", title))  # on a slow machine
         folder.start(variant, mode="in-process", resume=folder.experiment_file.exists())
-        return run_in_process(variant, folder, PlainView(Console(quiet=True)), threading.Event())
+        return run_in_process(variant, folder, PlainProgress(Console(quiet=True)), threading.Event())
 
     def go(*methods: str, resume: bool = False) -> None:
         stop = threading.Event()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from codistill.config.experiment import Experiment, ExperimentError, parse
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.launch.preflight import check
 from codistill_deploy.run_folder import RunFolder
@@ -71,7 +71,7 @@ def test_a_teacher_of_other_classes(tmp_path: Path) -> None:
     assert found.endswith("on data of as many classes and images of its size")
 
 
-class Stopping(PlainView):
+class Stopping(PlainProgress):
     """Stops a run when it first shows how far it is."""
 
     def __init__(self, stop: threading.Event) -> None:
@@ -101,7 +101,7 @@ def test_a_run_that_is_not_over_teaches_nobody_unless_a_checkpoint_is_named(give
             "checkpoints, a .safetensors file, to take that as it is"
         )
     ]
-    assert run_in_process(trained, run, PlainView(Console(quiet=True)), threading.Event()) is ExitCode.OK
+    assert run_in_process(trained, run, PlainProgress(Console(quiet=True)), threading.Event()) is ExitCode.OK
     check(taught)
 
 

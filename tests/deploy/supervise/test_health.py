@@ -1,4 +1,4 @@
-"""What a container's healthcheck is told."""
+"""What a container's healthcheck asks, and the command that asks it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
 from codistill_deploy.cli.app import app
-from codistill_deploy.cli.health import check_server, check_student
 from codistill_deploy.errors import CommandError
+from codistill_deploy.supervise.health import check_server, check_student
 
 STATES = {
     "ant": pb.STUDENT_STATE_PRESENT,
@@ -82,7 +82,7 @@ def test_a_student_that_is_not(student: str, state: str) -> None:
     assert caught.value.code is ExitCode.UNREACHABLE
 
 
-def test_an_unknown_student_is_told_the_known_ones() -> None:
+def test_the_error_of_an_unknown_student_names_the_known_ones() -> None:
     with (
         serving() as address,
         pytest.raises(CommandError, match=r"'fox' is not one .*allowed: ant, bee, cat, dog, elk"),
@@ -93,6 +93,6 @@ def test_an_unknown_student_is_told_the_known_ones() -> None:
 def test_the_command_says_it_in_a_line() -> None:
     with serving() as address:
         for options, line in ((), f"server {address} serves"), (("--student", "ant"), "student 'ant' is present"):
-            told = CliRunner().invoke(app, ["health", "--server", address, *options])
-            assert (told.exit_code, told.output.count("\n")) == (0, 1)
-            assert line in told.output
+            result = CliRunner().invoke(app, ["health", "--server", address, *options])
+            assert (result.exit_code, result.output.count("\n")) == (0, 1)
+            assert line in result.output

@@ -1,4 +1,4 @@
-"""Processes that do tasks."""
+"""Processes that run tasks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from round_trips.course import BenchmarkError
 from round_trips.tasks import Task
+from round_trips.workload import BenchmarkError
 
-__all__ = ["Members"]
+__all__ = ["TaskProcesses"]
 
 
-class Members:
-    """Processes that stay up and do tasks, so that a repetition does not pay for starting Python."""
+class TaskProcesses:
+    """Processes that stay up and run tasks, so that a repetition does not pay for starting Python."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -29,14 +29,14 @@ class Members:
         self._processes: list[BaseProcess] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_member, args=(theirs,), daemon=True)
+            process = context.Process(target=_run_tasks, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, tasks: Sequence[Task], limit: float) -> list[list[float]]:
-        """Does tasks at the same time, one in each process, and returns their results.
+        """Run tasks at the same time, one in each process, and return their results.
 
         Raises:
             BenchmarkError: a task failed, or took longer than `limit` seconds.
@@ -51,7 +51,7 @@ class Members:
             if not ready:
                 late = ", ".join(sorted(type(tasks[position]).__name__ for position in at_work.values()))
                 raise BenchmarkError(f"not done after {limit:g} s: {late}; raise --limit or lower --rounds")
-            for pipe in [each for each in at_work if each in ready]:
+            for pipe in [busy for busy in at_work if busy in ready]:
                 position = at_work.pop(pipe)
                 task = type(tasks[position]).__name__
                 try:
@@ -64,14 +64,14 @@ class Members:
         return results
 
     def close(self) -> None:
-        """Ends the processes, whatever they are at."""
+        """Kill the processes."""
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.kill()
             process.join()
             pipe.close()
 
 
-def _member(pipe: Connection[Any, Any]) -> None:
+def _run_tasks(pipe: Connection[Any, Any]) -> None:
     os.setsid()  # the terminal's Ctrl-C is for the parent, which ends this process
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -82,13 +82,13 @@ def _member(pipe: Connection[Any, Any]) -> None:
             return
         try:
             answer: list[float] | str = task.run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent says it and ends
+        except Exception as error:  # noqa: BLE001 - the parent shows any error and ends
             answer = f"{type(error).__name__}: {error}"
         pipe.send(answer)
 
 
 def _follow_parent() -> None:
-    """Ends this process when its parent has ended, however that came about."""
+    """End this process when its parent has ended, for whatever reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - runs in a child only
     parent.join()

@@ -1,4 +1,4 @@
-"""A Ray with one actor for each worker, and one that aggregates."""
+"""A Ray cluster with one actor for each worker, and one that aggregates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from codistill_server.ensembles import min_logit
-from round_trips.course import Array, BenchmarkError, Course
+from round_trips.workload import Array, BenchmarkError, Workload
 
-__all__ = ["Actors"]
+__all__ = ["RayActors"]
 
 
 class _Aggregator:
-    """An actor that gathers a round's logits and returns the target to every worker of it."""
+    """An actor that gathers a round's logits and returns the target to each of its workers."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -38,9 +38,9 @@ class _Aggregator:
             target = self._target = asyncio.get_running_loop().create_future()
         self._gathered[position] = logits
         if len(self._gathered) == self._workers:
-            everyone = np.stack([self._gathered[each] for each in range(self._workers)])
+            all_logits = np.stack([self._gathered[worker] for worker in range(self._workers)])
             self._gathered, self._target = {}, None
-            target.set_result(min_logit(torch.from_numpy(everyone), torch.tensor(labels)).numpy())
+            target.set_result(min_logit(torch.from_numpy(all_logits), torch.tensor(labels)).numpy())
         return await target
 
 
@@ -48,29 +48,29 @@ class _Worker:
     def __init__(self) -> None:
         torch.set_num_threads(1)
 
-    def run(self, aggregator: Any, course: Course) -> list[float]:
+    def run(self, aggregator: Any, workload: Workload) -> list[float]:
         ray: Any = importlib.import_module("ray")
-        logits, labels = course.logits(), course.labels()
+        logits, labels = workload.logits(), workload.labels()
 
-        def round_trip(number: int) -> torch.Tensor:
-            del number
-            asked = aggregator.contribute.remote(course.position, logits, labels)
-            return torch.tensor(ray.get(asked, timeout=course.limit))
+        def round_trip(round_number: int) -> torch.Tensor:
+            del round_number
+            target = aggregator.contribute.remote(workload.position, logits, labels)
+            return torch.tensor(ray.get(target, timeout=workload.limit))
 
-        return course.time(round_trip)
+        return workload.time(round_trip)
 
 
-class Actors:
-    """A Ray of our own with its actors."""
+class RayActors:
+    """A Ray cluster on this machine with its actors."""
 
     def __init__(self, workers: int, folder: Path) -> None:
-        # Ray reads these when it is imported. A token of our own keeps others out and writes no file.
+        # Ray reads these when it is imported. A token made here keeps others out and writes no file.
         os.environ.update(
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),
             RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
             RAY_USAGE_STATS_ENABLED="0",
-            RAY_worker_niceness="0",  # else its workers run at 15, and lose to everybody
+            RAY_worker_niceness="0",  # else its workers run at niceness 15, behind all others
         )
         self._ray: Any = importlib.import_module("ray")
         self._ray.init(
@@ -85,22 +85,22 @@ class Actors:
         self._aggregator = actor(_Aggregator).remote()
         self._workers = [actor(_Worker).remote() for _ in range(workers)]
 
-    def run(self, courses: Sequence[Course], limit: float) -> list[list[float]]:
-        """Runs the workers' courses at the same time and returns what each measured.
+    def run(self, workloads: Sequence[Workload], limit: float) -> list[list[float]]:
+        """Run the workers' workloads at the same time, and return what each measured.
 
         Raises:
             BenchmarkError: it failed, or took longer than `limit` seconds.
         """
         try:
-            self._ray.get(self._aggregator.begin.remote(len(courses)), timeout=limit)
+            self._ray.get(self._aggregator.begin.remote(len(workloads)), timeout=limit)
             running = [
-                worker.run.remote(self._aggregator, course)
-                for worker, course in zip(self._workers, courses, strict=False)
+                worker.run.remote(self._aggregator, workload)
+                for worker, workload in zip(self._workers, workloads, strict=False)
             ]
             return self._ray.get(running, timeout=limit)
         except self._ray.exceptions.RayError as error:
             raise BenchmarkError(f"Ray: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Ends it, and no other Ray on this machine."""
+        """End it, and no other cluster on this machine."""
         self._ray.shutdown()

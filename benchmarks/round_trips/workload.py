@@ -1,4 +1,4 @@
-"""What is exchanged, and one worker's part of it."""
+"""What is exchanged, and the rounds of one worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-__all__ = ["Array", "BenchmarkError", "Configuration", "Course"]
+__all__ = ["Array", "BenchmarkError", "Configuration", "Workload"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -23,7 +23,13 @@ class BenchmarkError(RuntimeError):
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is exchanged, among how many."""
+    """The shape of the logits, and the number of workers.
+
+    Attributes:
+        batch: B, the rows of each worker's logits.
+        classes: C, their columns.
+        workers: N.
+    """
 
     batch: int
     classes: int
@@ -31,7 +37,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Course:
+class Workload:
     """One worker's part of a measurement.
 
     Attributes:
@@ -51,25 +57,25 @@ class Course:
         """All rounds, those to warm up included."""
         return _WARMUP + self.rounds
 
-    # Arrays, not tensors, as they are what Ray's actors are handed.
+    # Arrays, not tensors, as those are what Ray's actors receive.
 
     def logits(self) -> Array:
-        """Returns what this worker publishes, float32 [B, C]."""
+        """Return what this worker publishes, float32 [B, C]."""
         size = (self.configuration.batch, self.configuration.classes)
         return np.random.default_rng(self.position).standard_normal(size, np.float32)
 
     def labels(self) -> Array:
-        """Returns the labels, the same for all workers, int64 [B]."""
+        """Return the labels, the same for all workers, int64 [B]."""
         return np.random.default_rng(0).integers(self.configuration.classes, size=self.configuration.batch)
 
     def time(self, round_trip: Callable[[int], torch.Tensor]) -> list[float]:
-        """Makes all round trips, each given its round, and returns how many seconds each timed one took."""
-        for number in range(_WARMUP):
-            round_trip(number)
+        """Call `round_trip` with each round's number, and return how many seconds each timed one took."""
+        for round_number in range(_WARMUP):
+            round_trip(round_number)
         seconds: list[float] = []
         before = time.perf_counter()
-        for number in range(_WARMUP, self.total_rounds):
-            round_trip(number)
+        for round_number in range(_WARMUP, self.total_rounds):
+            round_trip(round_number)
             now = time.perf_counter()
             seconds.append(now - before)
             before = now

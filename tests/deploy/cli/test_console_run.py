@@ -10,8 +10,10 @@ import yaml
 
 from codistill.config.experiment import Experiment, parse
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.cli.run import Wire, run_here, run_in_folder
-from codistill_deploy.console.progress import View
+from codistill.rundir.files import locked
+from codistill_deploy import run_folder
+from codistill_deploy.cli.console_run import Wire, run_here, run_in_folder
+from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
@@ -29,13 +31,13 @@ class TestReport:
     def end(
         self, experiment: Experiment, folder: RunFolder, error: Exception | None = None, metrics: str = ""
     ) -> ExitCode:
-        def go(view: View, lock: int) -> ExitCode:
+        def run(view: ProgressView, lock: int) -> ExitCode:
             folder.metrics_file.write_text(metrics)
             if error is not None:
                 raise error
             return ExitCode.OK
 
-        return run_in_folder(experiment, folder, "x", go, mode="grpc", resume=False, report=True)
+        return run_in_folder(experiment, folder, "x", run, mode="grpc", resume=False, report=True)
 
     def test_of_a_run_that_failed_too(self, experiment: Experiment, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
@@ -78,7 +80,7 @@ class TestReport:
         with contextlib.ExitStack() as stack:
             if why.startswith("in use"):
                 stack.enter_context(folder.hold())
-                monkeypatch.setattr("codistill_deploy.run_folder._lock", lambda *_: False)
+                monkeypatch.setattr(run_folder, "locked", lambda path, _, waiting: locked(path, 0, waiting))
             with pytest.raises(CommandError, match=why):
                 self.end(experiment, folder)
         assert folder.report_file.read_text() == "the run's own"
