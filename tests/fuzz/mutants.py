@@ -25,7 +25,7 @@ class _Raises(_Base):
         super().leave(request)
 
 
-class _Admits(coordinator.Endpoint):
+class _Admits(coordinator.JoinAdmission):
     """A check is skipped for some values."""
 
     def check(self, request: pb.JoinRequest) -> None:
@@ -68,7 +68,7 @@ def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
 
 PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
-    "admits": lambda: setattr(coordinator, "Endpoint", _Admits),
+    "admits": lambda: setattr(coordinator, "JoinAdmission", _Admits),
     "keeps": _with_coordinator(_Keeps),
     "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),

@@ -12,7 +12,7 @@ import grpc
 from codistill.wire.channel import server_options
 from codistill.wire.diagnose import explain
 from codistill.wire.security import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE, Security, read
-from codistill_server.ratelimit import Limits
+from codistill_server.rpc.quotas import Limits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
 
