@@ -28,7 +28,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import ClosedRound, Journal
 
 _STUDENTS = ("first", "second")

@@ -14,7 +14,8 @@ import grpc.aio
 from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.admission.contributions import receive_limit
-from codistill_server.ratelimit import Limits, Rate
+from codistill_server.ratelimit import Rate
+from codistill_server.rpc.quotas import Limits
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
 from fuzz.endpoints import Endpoint
 from fuzz.oracle import Code, Decision

@@ -19,7 +19,7 @@ from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
-from codistill_server.ratelimit import Limits
+from codistill_server.rpc.quotas import Limits
 from fuzz import calls, generators, healthy_peers
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
 from fuzz.endpoints import Endpoint

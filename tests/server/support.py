@@ -21,7 +21,7 @@ from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator, Submit, run_inline
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5

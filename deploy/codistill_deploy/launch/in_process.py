@@ -25,7 +25,7 @@ from codistill_deploy.run_folder import RunFolder
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
 from codistill_worker.app import choose_device, use_deterministic_kernels

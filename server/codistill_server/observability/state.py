@@ -18,7 +18,8 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.agreement import Agreement
 from codistill_server.observability.span import Span
 from codistill_server.ratelimit import Rate, TokenBuckets
-from codistill_server.rounds.events import Presence, Status, Waiting
+from codistill_server.rounds.actions import Status, Waiting
+from codistill_server.rounds.machine import Presence
 
 __all__ = ["RunState"]
 

@@ -18,7 +18,8 @@ from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.errors import RequestRejected
-from codistill_server.rounds.events import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from server.support import (
     BATCH,
     CLASSES,

@@ -10,7 +10,8 @@ from codistill.config.methods import Independent
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Presence, Status, Waiting
+from codistill_server.rounds.actions import Status, Waiting
+from codistill_server.rounds.machine import Presence
 from server.support import TOTAL_ROUNDS, Clock, join_request, make_experiment
 
 NAMES = ("ant", "bee", "cat")

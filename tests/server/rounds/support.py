@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from codistill_server.rounds.events import Admit, Contribution, Join, Samples
+from codistill_server.rounds.actions import Admit
+from codistill_server.rounds.events import Contribution, Join, Samples
 from codistill_server.rounds.machine import Rounds
 
 

@@ -11,7 +11,7 @@ from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import ClosedRound, Journal
 from server.support import (
     BATCH,
@@ -28,7 +28,7 @@ from server.support import (
 
 
 class TestAbsence:
-    """A run that goes on without the absent; the core's own cases are in test_rounds_absence.py."""
+    """A run whose rounds close without absent students; the state machine's own cases are in rounds/test_machine_stragglers.py."""
 
     def run(self, **sections: Any) -> Run:
         exchange = {"on_absence": "proceed", "round_deadline": 3, "evict_after": 10, **sections.pop("exchange", {})}

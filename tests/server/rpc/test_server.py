@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +15,9 @@ from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill.wire.security import Security
-from codistill_server.app import ServerError
-from codistill_server.ratelimit import Limits, Rate
-from server.support import join_request, make_experiment
-from server.support_app import PATIENCE, SERVICE, get, serving, until
+from codistill_server.errors import ServerError
+from server.support import make_experiment
+from server.support_app import PATIENCE, SERVICE, serving, until
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 
@@ -182,27 +179,6 @@ class TestToken:
                 with pytest.raises(grpc.RpcError) as caught:
                     channel.unary_unary(f"/{SERVICE}/Join")(b"\xff" * 2**20, timeout=PATIENCE)
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-
-def test_the_limits_are_those_given(tmp_path: Path) -> None:
-    limits = Limits(calls=Rate(1, 0.1))
-    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
-        stub = DistillationStub(channel)
-        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-class TestMetrics:
-    def test_over_http(self, tmp_path: Path) -> None:
-        with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
-            url = f"http://{served.announced['metrics']}/metrics"
-            assert 'codistill_students_present{run="small"} 0.0' in get(url)
-            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
-            assert 'codistill_students_present{run="small"} 1.0' in get(url)
-        with pytest.raises(urllib.error.URLError):
-            get(url)
 
 
 def _code(call: Any) -> grpc.StatusCode:
