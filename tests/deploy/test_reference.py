@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy import run_folder
+from codistill.rundir import layout
 from codistill_deploy.cli.options import DEFAULT_SERVER
 from codistill_deploy.supervise.restart_policy import Ending, GiveUp, decide
 
@@ -61,8 +61,8 @@ def test_who_is_started_again(row: list[str]) -> None:
 
 
 def test_every_file_of_a_run() -> None:
-    layout = (run_folder.__doc__ or "").partition("\n\n")[2]
-    known = set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html)\b", layout))
+    _, tree, _ = (layout.__doc__ or "").split("\n\n")
+    known = set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html)\b", tree))
     shown = {name.rpartition("/")[2] for row in table("Files of a run's folder") for name in code(row[0])}
     assert shown == known
 

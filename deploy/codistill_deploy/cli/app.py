@@ -126,7 +126,7 @@ def run(
     wire = Wire(security, listen, metrics, announce=True, insecure=insecure)
     from codistill_deploy.compare import generations
 
-    runs = generations.parts(loaded, folder.path, loaded.name)
+    runs = generations.runs_in_order(loaded, folder.path, loaded.name)
     code = ExitCode.OK
     for one, place, title in runs:
         if len(runs) > 1 and resume and generations.is_trained(place):
@@ -206,7 +206,7 @@ def ray(
         experiment.parent,
         security,
     )
-    generations.refuse(loaded)
+    generations.require_single_run(loaded)
     find_modules_beside(experiment)
     check(loaded, str(experiment), here=False)
     check_devices(loaded, str(experiment))
@@ -298,12 +298,12 @@ def serve(
     exit_with_parent(stop)
     loaded = load(experiment)
     from codistill.wire.security import read
-    from codistill_deploy.compare.generations import refuse
+    from codistill_deploy.compare.generations import require_single_run
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server
 
     start_heartbeat()  # the imports above may hold up every thread, for long on a distant disk
-    refuse(loaded)
+    require_single_run(loaded)
     find_modules_beside(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = read(tls_cert, tls_key, tls_ca, token_file)
@@ -347,12 +347,12 @@ def work(
     exit_with_parent(stop)
     loaded = load(experiment)
     from codistill.wire.security import read
-    from codistill_deploy.compare.generations import refuse
+    from codistill_deploy.compare.generations import require_single_run
     from codistill_worker.app import WorkOptions, check_student
     from codistill_worker.app import work as run_worker
 
     start_heartbeat()  # the imports above may hold up every thread, for long on a distant disk
-    refuse(loaded)
+    require_single_run(loaded)
     find_modules_beside(experiment)
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")

@@ -9,7 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codistill_deploy.compare.statistics import Comparison, ComparisonIndex, Result, Spread, read_runs, summarise
+from codistill_deploy.compare.index import ComparisonIndex
+from codistill_deploy.compare.statistics import Comparison, Result, Spread, read_runs, summarise
 
 __all__ = ["comparison_table"]
 

@@ -14,7 +14,7 @@ import torch
 from codistill.config.data import Augment
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.participants import TeacherPlan
+from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog

@@ -13,7 +13,7 @@ from codistill.rundir import history
 from codistill.rundir.files import write_atomically
 from codistill.rundir.layout import ComparisonLayout, RunLayout
 from codistill_deploy.compare import statistics
-from codistill_deploy.compare.statistics import ComparisonIndex
+from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.errors import CommandError
 from codistill_deploy.report.document import comparison_document
 from codistill_deploy.report.figure import gain_svg

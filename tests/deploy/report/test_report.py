@@ -15,7 +15,7 @@ from codistill.rundir import history
 from codistill.rundir.records import Measured
 from codistill_deploy import report
 from codistill_deploy.compare import statistics
-from codistill_deploy.compare.statistics import ComparisonIndex, IndexedRun
+from codistill_deploy.compare.index import ComparisonIndex, IndexedRun
 from codistill_server.observability.dashboard import html
 from server.observability.dashboard.support import NASTY, Page, browser, loaded, number, root, write_run
 

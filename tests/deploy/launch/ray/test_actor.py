@@ -156,7 +156,7 @@ def test_where_a_server_listens(
 
 
 def test_it_ends_with_the_ray_of_its_node(tmp_path: Path) -> None:
-    actor = "import time; from codistill_deploy.launch.ray.actor import Host; Host(); print('up', flush=True); time.sleep(600)"
+    actor = "import time; from codistill_deploy.launch.ray.actor import ProcessActor; ProcessActor(); print('up', flush=True); time.sleep(600)"
     raylet = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {actor!r}]).pid, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", raylet], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
