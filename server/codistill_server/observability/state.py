@@ -29,6 +29,13 @@ _RATE_INTERVAL = 0.5
 _SPAN_SECONDS = 30.0
 _REFUSALS = Rate(20, 1 / 60)  # events of a kind and a student: a stranger's calls must not fill the disk
 
+# A number that a report and a status both have by one name is shown as last reported.
+_REPORTED = {
+    field.name
+    for field in pb.ReportRequest.DESCRIPTOR.fields
+    if field.name in pb.StudentStatus.DESCRIPTOR.fields_by_name and field.message_type is None
+}
+_OF_STEPS = {"step_seconds", "wait_seconds"}  # unknown where no step was trained since the last report
 _SPLITS: Mapping[pb.Split.ValueType, Literal["train", "test"]] = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
 _STATES: Mapping[Presence, pb.StudentState.ValueType] = {
     Presence.EXPECTED: pb.STUDENT_STATE_EXPECTED,
@@ -123,9 +130,9 @@ class RunState:
     def reported(self, student: str, report: pb.ReportRequest) -> None:
         """Record the progress that a student or teacher reports."""
         status = self.students[student]
-        status.round, status.epoch, status.durable_round = report.round, report.epoch, report.durable_round
+        for name in _REPORTED if report.step_seconds > 0 else _REPORTED - _OF_STEPS:
+            setattr(status, name, getattr(report, name))
         if report.step_seconds > 0:
-            status.step_seconds, status.wait_seconds = report.step_seconds, report.wait_seconds
             self._record(
                 Paced(
                     time=self._wall(),

@@ -23,8 +23,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from codistill.rundir.history import History, StudentHistory, longest_wait, median_wait, waited_for
+from codistill.rundir.history import History, StudentHistory
 from codistill.rundir.records import Measured, RoundsClosed
+from codistill.rundir.spans import length, longest_wait, median_wait, waited_for
 from codistill_server.observability.dashboard.downsample import column, evenly_spaced, finite, neighbour_groups, rounded
 
 __all__ = ["PAIRS", "run_document"]
@@ -128,7 +129,7 @@ def _rounds(history: History) -> dict[str, Any]:
     groups = [spans[group.start : group.stop] for group in neighbour_groups(len(spans))]
     known = [span for span in spans if span.ensemble_accuracy is not None]
     drawn = [known[index] for index in evenly_spaced(len(known))]
-    blocked = [(waited_for(group), _length(group)) for group in groups]
+    blocked = [(waited_for(group), sum(map(length, group))) for group in groups]
     return {
         "x": _axis(history),
         "spans": len(spans),
@@ -137,8 +138,8 @@ def _rounds(history: History) -> dict[str, Any]:
         "longest": [rounded(longest_wait(group)) for group in groups],
         "blocked": {
             student.name: [
-                rounded(waits[student.name].seconds / length) if student.name in waits else 0
-                for waits, length in blocked
+                rounded(waits[student.name].seconds / rounds) if student.name in waits else 0
+                for waits, rounds in blocked
             ]
             for student in history.students
         },
@@ -191,7 +192,3 @@ def _axis(history: History) -> str:
 def _position(history: History, last: int) -> float | None:
     epoch = history.epoch(last + 1)
     return rounded(float(last + 1) if epoch is None else epoch)
-
-
-def _length(spans: Sequence[RoundsClosed]) -> int:
-    return sum(span.last - span.first + 1 for span in spans)

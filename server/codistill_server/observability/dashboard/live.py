@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config.experiment import Experiment
-from codistill.rundir.history import Follower
+from codistill.rundir.follower import Follower
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.dashboard.document import run_document
 from codistill_server.observability.dashboard.html import encoded_json
