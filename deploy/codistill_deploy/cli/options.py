@@ -75,7 +75,7 @@ def with_security_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of :class:`SecurityFiles` in place of its keyword parameter of that type."""
     options = inspect.signature(SecurityFiles, eval_str=True).parameters
     signature = inspect.signature(command, eval_str=True)
-    (files,) = (each for each in signature.parameters.values() if each.annotation is SecurityFiles)
+    (files,) = (found for found in signature.parameters.values() if found.annotation is SecurityFiles)
 
     @functools.wraps(command)
     def command_with_options(**values: Any) -> None:
@@ -85,6 +85,6 @@ def with_security_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         replaced = parameter is files
-        parameters += [each.replace(kind=files.kind) for each in options.values()] if replaced else [parameter]
+        parameters += [option.replace(kind=files.kind) for option in options.values()] if replaced else [parameter]
     command_with_options.__dict__["__signature__"] = signature.replace(parameters=parameters)  # typer asks for it
     return command_with_options

@@ -27,7 +27,7 @@ class ServerAddress:
 
     def arguments(self, node_address: str) -> list[str]:
         """Return the arguments of `codistill serve` on a node."""
-        host = "0.0.0.0" if self.advertise else node_address  # noqa: S104 - who sets it means another way to this node
+        host = "0.0.0.0" if self.advertise else node_address  # noqa: S104 - the advertised host leads here by another interface
         metrics = "127.0.0.1:0" if self.metrics_port is None else format_address(host, self.metrics_port)
         arguments = ["--listen", format_address(host, self.port), "--metrics", metrics]
         return [*arguments, "--advertise", self.advertise] if self.advertise else arguments
