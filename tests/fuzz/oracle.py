@@ -30,18 +30,18 @@ LARGEST_ROUNDS = 2**53
 
 
 @dataclass(frozen=True)
-class Decision:
+class Verdict:
     """What may be answered: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
 
     codes: frozenset[grpc.StatusCode]
     words: tuple[str, ...] = ()
 
 
-OK = Decision(frozenset({Code.OK}))
+OK = Verdict(frozenset({Code.OK}))
 
 
-def refusal(code: grpc.StatusCode, *words: str) -> Decision:
-    return Decision(frozenset({code}), words)
+def refusal(code: grpc.StatusCode, *words: str) -> Verdict:
+    return Verdict(frozenset({code}), words)
 
 
 def parsed(kind: type[Message], raw: bytes) -> Message | None:
@@ -85,7 +85,7 @@ class Model:
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     closed: dict[int, tuple[Published, bytes]] = field(default_factory=dict[int, tuple[Published, bytes]])
 
-    def join(self, raw: bytes) -> Decision:
+    def join(self, raw: bytes) -> Verdict:
         request = parsed(pb.JoinRequest, raw)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
@@ -120,7 +120,7 @@ class Model:
             differs.append("needs round ")
         codes = {Code.FAILED_PRECONDITION} if differs else set[grpc.StatusCode]()
         codes |= {Code.INVALID_ARGUMENT} if wrong else set[grpc.StatusCode]()
-        return Decision(frozenset(codes), (*differs, *wrong)) if codes else OK
+        return Verdict(frozenset(codes), (*differs, *wrong)) if codes else OK
 
     def joined(self, raw: bytes, session: int) -> int | None:
         """Takes in an admission; returns the session that it ended."""
@@ -137,7 +137,7 @@ class Model:
         self.sessions.pop(session, None)
         self.waiting.pop(session, None)
 
-    def report(self, raw: bytes) -> Decision:
+    def report(self, raw: bytes) -> Verdict:
         request = parsed(pb.ReportRequest, raw)
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
@@ -172,7 +172,7 @@ class Model:
         self.durable[student] = max(self.durable.get(student, 0), min(request.durable_round, self.frontier))
         self._forget()
 
-    def leave(self, raw: bytes) -> Decision:
+    def leave(self, raw: bytes) -> Verdict:
         request = parsed(pb.LeaveRequest, raw)
         if not isinstance(request, pb.LeaveRequest):
             return NO_MESSAGE
@@ -192,7 +192,7 @@ class Model:
             self._forget()
         return request.session
 
-    def unary(self, rpc: str, raw: bytes) -> Decision:
+    def unary(self, rpc: str, raw: bytes) -> Verdict:
         """Returns how a call is answered; one that was damaged is to be made again."""
         kinds: dict[str, type[Message]] = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
         if rpc in kinds and damaged(kinds[rpc], raw):
@@ -215,7 +215,7 @@ class Model:
                 return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval_seconds: ")
         raise KeyError(rpc)
 
-    def contribution(self, session: int, raw: bytes) -> Decision | Published:
+    def contribution(self, session: int, raw: bytes) -> Verdict | Published:
         """Returns how a contribution is refused, or what it publishes if it is taken."""
         if not verify_checksum(raw, str(session)):
             return refusal(Code.ABORTED, "damaged on the way")

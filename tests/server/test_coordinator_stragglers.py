@@ -49,10 +49,10 @@ class TestAbsence:
         self.late(run)
         experiment = run.experiment
         logits = torch.stack([logits_of(experiment, student, 0) for student in ("ant", "cat")])
-        half = methods.create(experiment.distillation)
-        assert half is not None
+        aggregator = methods.create(experiment.distillation)
+        assert aggregator is not None
         labels = decode(contribution(experiment, "ant", 0).batch.labels)
-        made = half.targets(RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
+        made = aggregator.targets(RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
         run.contribute("bee", 0)
         for student in run.experiment.names:
             (reply,) = [reply for reply in run.inboxes[student].replies if reply.HasField("targets")]

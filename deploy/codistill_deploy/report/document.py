@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from codistill.rundir.layout import RunLayout
 from codistill.rundir.spans import longest_wait, median_wait
 from codistill_deploy.compare.statistics import Comparison, MethodRun, Result, Spread
 from codistill_deploy.report.figure import gain_svg

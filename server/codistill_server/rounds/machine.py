@@ -6,7 +6,7 @@ drive the same code.
 
 The life of a round. Every awaited student's contribution arrives (:class:`Contribute`), and the machine asks for
 :class:`Decide`. The caller makes the targets, **writes them to the journal**, and only then reports :class:`Decided`. The
-machine then answers everyone who waits (:class:`Answer`). From then on the round never changes: a later or repeated
+machine then answers every session that waits (:class:`Answer`). From then on the round never changes: a later or repeated
 contribution to it is answered again from the journal. So a duplicate, a retry and the replay of a student that came back
 from its checkpoint are one and the same thing.
 
@@ -296,7 +296,7 @@ class Rounds:
             others = opened.contributions.keys() - {student}
             if opened.deciding or any(self._session_of.get(other) in opened.waiters for other in others):
                 return self._reject(session, mismatch, now)
-            # Those who sent the others are gone. Kept, these would reject even them when they come back put right.
+            # The students that sent the others are gone. Kept, these would reject even them when they come back put right.
             opened.contributions.clear()
             opened.arrived.clear()
             opened.opened_at = None

@@ -1,7 +1,7 @@
 """Keeps callers from filling the log.
 
-gRPC writes a traceback for each header that is not UTF-8, before any token is checked, and for each caller that is gone
-before its answer was sent.
+gRPC writes a traceback for each header that is not UTF-8, before any token is checked. It writes one, too, for each caller
+that is gone before its answer was sent.
 """
 
 from __future__ import annotations

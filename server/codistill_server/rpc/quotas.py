@@ -1,6 +1,6 @@
 """How much one peer may ask of the server: numbers far above what a correct peer needs.
 
-Pure: no clock, no socket; time is an argument. A peer over its quota is told so, and when to try again; no other peer
+Pure: no clock, no socket; time is an argument. A peer over its quota learns when to try again; no other peer
 notices.
 """
 

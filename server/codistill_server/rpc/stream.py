@@ -62,7 +62,7 @@ class SessionStream:
         self._replies: asyncio.Queue[bytes] = asyncio.Queue(_UNREAD_REPLIES)
         self._ended: asyncio.Future[RequestRejected | QuotaExceeded] = asyncio.get_running_loop().create_future()
         # gRPC takes no status while a message or the headers are being written, cancelled or not: a worker that is rejected
-        # at that moment would not be told why. So writing, and ending the stream, need this lock.
+        # at that moment would not learn why. So writing, and ending the stream, need this lock.
         self._operation = asyncio.Lock()
 
     def reply(self, reply: bytes) -> None:

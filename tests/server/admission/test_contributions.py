@@ -74,10 +74,10 @@ class TestContribute:
         assert answers[0] == answers[1]
         targets = pb.ExchangeReply.FromString(answers[0]).targets
         assert targets.round == 0
-        half = methods.create(run.experiment.distillation)
-        assert half is not None
+        aggregator = methods.create(run.experiment.distillation)
+        assert aggregator is not None
         logits = torch.stack([logits_of(run.experiment, name, 0) for name in run.experiment.names])
-        expected = half.targets(RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0])))
+        expected = aggregator.targets(RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0])))
         assert expected.shared is not None
         assert torch.equal(decode(targets.targets["logits"]), expected.shared["logits"])
 
