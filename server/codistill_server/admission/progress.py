@@ -30,8 +30,12 @@ def check_values(request: pb.ReportRequest) -> None:
     Raises:
         RequestRejected: a value cannot.
     """
-    seconds = {"epoch": request.epoch, "step_seconds": request.step_seconds, "wait_seconds": request.wait_seconds}
-    for field, value in seconds.items():
+    numbers = {
+        field.name: getattr(request, field.name)
+        for field in request.DESCRIPTOR.fields
+        if field.type == field.TYPE_DOUBLE
+    }
+    for field, value in numbers.items():
         if not (math.isfinite(value) and value >= 0):
             raise RequestRejected(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
     for index, measurement in enumerate(request.measurements):
