@@ -38,8 +38,12 @@ def check_values(request: pb.ReportRequest) -> None:
     Raises:
         RequestRejected: a value is out of range; the text names its field.
     """
-    amounts = {"epoch": request.epoch, "step_seconds": request.step_seconds, "wait_seconds": request.wait_seconds}
-    for field, value in amounts.items():
+    numbers = {
+        field.name: getattr(request, field.name)
+        for field in request.DESCRIPTOR.fields
+        if field.type == field.TYPE_DOUBLE
+    }
+    for field, value in numbers.items():
         if not (math.isfinite(value) and value >= 0):
             raise RequestRejected(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
     for index, measurement in enumerate(request.measurements):

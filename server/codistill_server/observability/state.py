@@ -31,11 +31,10 @@ _REFUSALS = Rate(20, 1 / 60)  # events of a kind and a student: a stranger's cal
 
 # A number that a report and a status both have by one name is shown as last reported.
 _REPORTED = {
-    field.name
+    field.name: field
     for field in pb.ReportRequest.DESCRIPTOR.fields
     if field.name in pb.StudentStatus.DESCRIPTOR.fields_by_name and field.message_type is None
 }
-_OF_STEPS = {"step_seconds", "wait_seconds"}  # unknown where no step was trained since the last report
 _SPLITS: Mapping[pb.Split.ValueType, Literal["train", "test"]] = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
 _STATES: Mapping[Presence, pb.StudentState.ValueType] = {
     Presence.EXPECTED: pb.STUDENT_STATE_EXPECTED,
@@ -130,7 +129,11 @@ class RunState:
     def reported(self, student: str, report: pb.ReportRequest) -> None:
         """Record the progress that a student or teacher reports."""
         status = self.students[student]
-        for name in _REPORTED if report.step_seconds > 0 else _REPORTED - _OF_STEPS:
+        given = {field.name for field, _ in report.ListFields()}
+        unknown = {name for name, field in _REPORTED.items() if field.has_presence and name not in given}
+        if not report.step_seconds > 0:
+            unknown |= {"step_seconds", "wait_seconds"}
+        for name in _REPORTED.keys() - unknown:
             setattr(status, name, getattr(report, name))
         if report.step_seconds > 0:
             self._record(
