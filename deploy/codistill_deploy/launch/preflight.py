@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.experiment import Experiment, ExperimentError
+from codistill.methods import ImageShape, StudentContext
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
 from codistill.rundir.layout import ParticipantLayout, RunLayout
@@ -18,7 +19,7 @@ from codistill_worker import methods as worker_methods
 from codistill_worker.app import choose_device
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training import weights
-from codistill_worker.training.evaluation import output_shapes, teacher_shapes
+from codistill_worker.training.outputs import output_shapes, teacher_shapes
 
 __all__ = ["check"]
 
@@ -95,7 +96,7 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
     except (LoadError, ConfigurationError) as error:
         yield str(error)
         return
-    shape = worker_methods.ImageShape(classes=experiment.data.class_count, channels=channels, size=size)
+    shape = ImageShape(classes=experiment.data.class_count, channels=channels, size=size)
     for position, teacher in enumerate(experiment.teachers):
         problems = list(_of(partial(_teach, experiment, teacher.name, shape, half)))
         yield from (f"teachers.{position}.{each}" if each.startswith("weights") else each for each in problems)
@@ -107,29 +108,25 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
             yield problem if own else f"students.{position}: {problem}"
 
 
-def _teach(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
-) -> None:
+def _teach(experiment: Experiment, name: str, shape: ImageShape, half: server_methods.Aggregator | None) -> None:
     """Builds a teacher as its worker does."""
     plan = experiment.teacher_plan(name)
     teacher = plan.teacher
     model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
     read = weights.read(Path(teacher.weights), name)
     weights.apply(read, model, teacher.weights, teacher.model, shape["classes"])
-    network = worker_methods.teacher_network(plan.distillation, worker_methods.StudentContext(name, model, shape, dict))
+    network = worker_methods.teacher_network(plan.distillation, StudentContext(name, model, shape, dict))
     _check_outputs(
         output_shapes(network, shape, _CPU), half.teacher if half is not None else {}, shape["classes"], name
     )
 
 
-def _learn(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, half: server_methods.Aggregator | None
-) -> None:
+def _learn(experiment: Experiment, name: str, shape: ImageShape, half: server_methods.Aggregator | None) -> None:
     """Builds a student and its worker half as its worker does."""
     plan = experiment.plan(name)
     model = models.build(plan.student.model, **shape, args=plan.student.model_args, seed=0)
     teachers = partial(teacher_shapes, experiment, shape)
-    made = worker_methods.create(plan.distillation, worker_methods.StudentContext(name, model, shape, teachers))
+    made = worker_methods.create(plan.distillation, StudentContext(name, model, shape, teachers))
     shapes = output_shapes(made.network, shape, _CPU)
     published = {each: shapes[each] for each in made.publishes}
     _check_outputs(published, half.student if half is not None else {}, shape["classes"], name)
@@ -150,5 +147,5 @@ def _check_outputs(
 def _of(check_one: Callable[[], object]) -> Iterator[str]:
     try:
         check_one()
-    except ConfigurationError as error:
+    except (ConfigurationError, LoadError) as error:
         yield str(error)
