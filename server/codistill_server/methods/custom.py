@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from codistill.process.plugins import LoadError
 
 __all__ = ["load"]
 
-_HERE = str(Path(__file__).parents[1])
 _NEEDED = ("heavy", "student", "teacher", "targets")
 
 
@@ -52,7 +50,7 @@ class _Told:
         try:
             targets = self._half.targets(gathered)
         except Exception as error:
-            raise LoadError(f"{self._name}: {plugins.explained(error, (_HERE,))}") from error
+            raise LoadError(f"{self._name}: {plugins.explain_error(error)}") from error
         problem = next(_problems(targets, gathered), None)
         if problem is not None:
             raise LoadError(f"{self._name}: {problem}")
