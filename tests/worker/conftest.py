@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from worker.support import connect, load_data, same, serving, state, student, targets_for, tiny, train
+from worker.support import load_data, same, state, student, targets_for, tiny, train
+from worker.support_server import serving
 
-__all__ = ["connect", "load_data", "same", "serving", "state", "student", "targets_for", "tiny", "train"]
+__all__ = ["load_data", "same", "serving", "state", "student", "targets_for", "tiny", "train"]

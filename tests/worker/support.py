@@ -1,12 +1,8 @@
-"""What the worker's tests share: a tiny experiment, its data, its students, and comparison to the bit."""
+"""A tiny experiment, its data and its students, and comparison to the bit."""
 
 from __future__ import annotations
 
-import json
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pytest
@@ -15,17 +11,20 @@ import yaml
 
 from codistill.config.data import Data
 from codistill.config.experiment import Experiment, parse
-from codistill.peer.grpc import GrpcTransport
-from codistill.process.exit_codes import ExitCode
-from codistill.rundir import records
-from codistill.rundir.layout import RunLayout
-from codistill.wire.security import Security
-from codistill_server.app import ServeOptions, serve
 from codistill_worker import data
-from codistill_worker.training.trainer import Published, Trainer
-from protos.peer.support import Connect, wait_for
+from codistill_worker.training.outputs import Published
+from codistill_worker.training.trainer import Trainer
 
+Tiny = Callable[..., Experiment]
+MakeStudent = Callable[..., Trainer]
+Train = Callable[[Trainer, int], list[torch.Tensor]]
+State = Callable[[Trainer], dict[str, Any]]
+Same = Callable[[Any, Any], bool]
+Answer = Callable[[Any], dict[str, torch.Tensor]]
+
+STUDENTS = ["cnn", "mlp"]  # batch normalisation and SGD's momentum; AdamW; both with dropout
 CPU = torch.device("cpu")
+
 
 DOCUMENT: dict[str, Any] = {
     "name": "tiny",
@@ -159,106 +158,3 @@ def state() -> Callable[[Trainer], dict[str, Any]]:
 @pytest.fixture
 def same() -> Callable[[Any, Any], bool]:
     return equal
-
-
-class Server:
-    """A real aggregation server on a thread, which can be stopped and started again in its folder, on its port."""
-
-    def __init__(self, experiment: Experiment, folder: Path, security: Security | None = None) -> None:
-        self.experiment = experiment
-        self.folder = folder
-        self.security = security or Security()
-        self.address = "127.0.0.1:0"
-        self.ended: ExitCode | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self, *, stay: bool = False) -> None:
-        self._stop = threading.Event()
-        options = ServeOptions(self.address, self.folder, stay=stay, security=self.security)
-
-        def serve_it() -> None:
-            self.ended = serve(self.experiment, options, self._stop)
-
-        self._thread = threading.Thread(target=serve_it, name="server-under-test")
-        self._thread.start()
-        file = RunLayout(self.folder).address_file
-        deadline = time.monotonic() + 30
-        while not file.exists() and self._thread.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.address = str(json.loads(file.read_text())["address"])
-
-    def stop(self) -> None:
-        self._stop.set()
-        self.wait()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join(30)
-            assert not self._thread.is_alive()
-
-    def records(self, name: str = "metrics.jsonl") -> list[records.Record]:
-        return list(records.read(self.folder / name))
-
-    def measured(self) -> list[records.Measured]:
-        return [each for each in self.records() if isinstance(each, records.Measured)]
-
-    def events(self) -> list[tuple[str, str]]:
-        """Returns what happened to whom."""
-        return [
-            (each.what, each.student) for each in self.records("events.jsonl") if isinstance(each, records.Happened)
-        ]
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts real servers, and ends those that a test leaves."""
-    servers: list[Server] = []
-
-    def start(experiment: Experiment, security: Security | None = None) -> Server:
-        servers.append(Server(experiment, tmp_path / f"run-{len(servers)}", security))
-        servers[-1].start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    """Makes exchanges, closes them, and sees that no thread of theirs is left."""
-    before = set(threading.enumerate())
-    made: list[GrpcTransport] = []
-
-    def make(
-        address: str,
-        stop: threading.Event | None = None,
-        connect_timeout: float = 20,
-        give_up_after: float = 20,
-        silence_after: float = 20,
-        find: Callable[[], str | None] = lambda: None,
-    ) -> GrpcTransport:
-        made.append(
-            GrpcTransport(
-                address,
-                connect_timeout=connect_timeout,
-                give_up_after=give_up_after,
-                silence_after=silence_after,
-                stop=stop or threading.Event(),
-                find=find,
-            )
-        )
-        return made[-1]
-
-    yield make
-    for exchange in made:
-        exchange.close()
-        exchange.close()  # a second time does nothing
-
-    def left() -> list[str]:
-        # gRPC names its threads after nobody; the server under test has one of its asyncio flavour's for the whole process.
-        after = [each.name for each in set(threading.enumerate()) - before if "_poll_wrapper" not in each.name]
-        return [name for name in after if name.startswith(("codistill-replies", "Thread-"))]
-
-    wait_for(lambda: not left(), "the threads of a closed exchange end")

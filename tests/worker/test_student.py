@@ -1,4 +1,4 @@
-"""A student's course: what is measured, saved and reported when, and what a restart changes (nothing)."""
+"""A student's loop: when it measures, saves and reports, and that a restart changes nothing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Tiny = Callable[..., Experiment]
 NEWEST, BEST = "checkpoint.safetensors", "best.safetensors"
 
 
-class Recorded:
-    """An exchange that answers at once and keeps what it is told."""
+class RecordingTransport:
+    """Answers at once, and records every message."""
 
     def __init__(self) -> None:
         self.joined: list[pb.JoinRequest] = []
@@ -77,32 +77,32 @@ class Clock:
 
 
 @pytest.fixture
-def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[StudentLoop, Recorded]]:
+def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[StudentLoop, RecordingTransport]]:
     def make(
         experiment: Experiment,
         folder: str = "run",
         name: str = "cnn",
         clock: Clock | None = None,
         watchdog: Watchdog | None = None,
-    ) -> tuple[StudentLoop, Recorded]:
-        plan, exchange = experiment.plan(name), Recorded()
+    ) -> tuple[StudentLoop, RecordingTransport]:
+        plan, transport = experiment.plan(name), RecordingTransport()
         store = CheckpointStore(tmp_path / folder)
         device, dataset = torch.device("cpu"), load_data(plan.data)
-        return StudentLoop(experiment, plan, dataset, device, exchange, store, clock or Clock(), watchdog), exchange
+        return StudentLoop(experiment, plan, dataset, device, transport, store, clock or Clock(), watchdog), transport
 
     return make
 
 
-def go(learner: StudentLoop, rounds: int | None = None) -> None:
-    while not learner.done and rounds != 0:
-        learner.begin_round()
-        learner.end_round()
+def go(loop: StudentLoop, rounds: int | None = None) -> None:
+    while not loop.done and rounds != 0:
+        loop.begin_round()
+        loop.end_round()
         rounds = None if rounds is None else rounds - 1
 
 
-def to_the_end(learner: StudentLoop) -> None:
-    go(learner)
-    learner.finish()
+def to_the_end(loop: StudentLoop) -> None:
+    go(loop)
+    loop.finish()
 
 
 # --- joining and exchanging
@@ -110,40 +110,40 @@ def to_the_end(learner: StudentLoop) -> None:
 
 def test_what_a_join_says(tiny: Tiny, learn: Any, load_data: Any) -> None:
     experiment = tiny()
-    learner, exchange = learn(experiment)
-    learner.join()
-    (request,) = exchange.joined
+    loop, transport = learn(experiment)
+    loop.join()
+    (request,) = transport.joined
     assert (request.protocol_version, request.student) == (PROTOCOL_VERSION, "cnn")
     assert request.experiment == identity(experiment)
     assert request.data.digest == load_data(experiment.data).fingerprint()
     assert (request.data.train_samples, request.data.classes) == (48, 10)
     assert {name: list(shape.dims) for name, shape in request.outputs.items()} == {"logits": [10]}
     assert (request.first_round, request.total_rounds, request.device) == (0, 9, "cpu")
-    assert request.parameters == sum(each.numel() for each in learner.trainer.model.parameters())
-    alone, exchange = learn(tiny(distillation={"method": "independent"}), "alone")
+    assert request.parameters == sum(each.numel() for each in loop.trainer.model.parameters())
+    alone, transport = learn(tiny(distillation={"method": "independent"}), "alone")
     alone.join()
-    assert not exchange.joined[0].outputs
+    assert not transport.joined[0].outputs
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_contributions_have_the_experiments_dtype(dtype: str, tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny(exchange__dtype=dtype))
-    go(learner, 1)
-    (sent,) = exchange.sent
+    loop, transport = learn(tiny(exchange__dtype=dtype))
+    go(loop, 1)
+    (sent,) = transport.sent
     assert not sent.HasField("held_out")
-    assert decode(sent.batch.ids).tolist() == learner.trainer._order.samples(0).tolist()
+    assert decode(sent.batch.ids).tolist() == loop.trainer._order.samples(0).tolist()
     logits = decode(sent.batch.outputs["logits"])
     assert logits.dtype is getattr(torch, dtype)
     assert list(sent.batch.outputs) == ["logits"]
 
 
 def test_held_out_samples_are_sent(tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(
+    loop, transport = learn(
         tiny(data__train_size=68, data__held_out=20, distillation={"method": "kdcl", "ensemble": "general"})
     )
-    go(learner)
-    assert [each.round for each in exchange.sent if each.HasField("held_out")] == [3, 6]
-    assert decode(exchange.sent[3].held_out.ids).tolist() == list(range(20))
+    go(loop)
+    assert [each.round for each in transport.sent if each.HasField("held_out")] == [3, 6]
+    assert decode(transport.sent[3].held_out.ids).tolist() == list(range(20))
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny: Tiny, learn: Any) -> None:
@@ -159,21 +159,21 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Tiny, learn: Any) -> None
 
 @pytest.mark.parametrize(("every", "epochs", "at"), [(1, 3, [3, 6, 9]), (2, 3, [6, 9]), (2, 4, [6, 12]), (100, 3, [9])])
 def test_when_a_student_is_evaluated(every: int, epochs: int, at: list[int], tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny(training__evaluate_every=every, training__epochs=epochs))
-    to_the_end(learner)
-    assert [each.round for each in exchange.measured(pb.SPLIT_TEST)] == at
-    assert [each.round for each in exchange.measured(pb.SPLIT_TRAIN)] == list(range(3, 3 * epochs + 1, 3))
-    last = exchange.measured(pb.SPLIT_TEST)[-1]
-    score = learner.trainer.evaluate(learner.trainer._dataset.test)
+    loop, transport = learn(tiny(training__evaluate_every=every, training__epochs=epochs))
+    to_the_end(loop)
+    assert [each.round for each in transport.measured(pb.SPLIT_TEST)] == at
+    assert [each.round for each in transport.measured(pb.SPLIT_TRAIN)] == list(range(3, 3 * epochs + 1, 3))
+    last = transport.measured(pb.SPLIT_TEST)[-1]
+    score = loop.trainer.evaluate(loop.trainer._dataset.test)
     assert (last.accuracy, last.loss) == (score.accuracy, score.loss)
     assert not last.HasField("distillation_loss")
 
 
 def test_training_is_measured_over_the_epoch(tiny: Tiny, learn: Any, student: Any, targets_for: Any) -> None:
     experiment = tiny(training__epochs=1)
-    learner, exchange = learn(experiment)
-    to_the_end(learner)
-    (measured,) = exchange.measured(pb.SPLIT_TRAIN)
+    loop, transport = learn(experiment)
+    to_the_end(loop)
+    (measured,) = transport.measured(pb.SPLIT_TRAIN)
     trainer = student(experiment)
     steps = [trainer.finish(targets_for(trainer.begin())) for _ in range(3)]
     assert measured.accuracy == sum(int(each.correct) for each in steps) / 48
@@ -182,15 +182,15 @@ def test_training_is_measured_over_the_epoch(tiny: Tiny, learn: Any, student: An
 
 
 def test_a_method_without_distillation_reports_none(tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny(distillation={"method": "independent"}))
-    to_the_end(learner)
-    assert exchange.sent == []
-    assert all(not each.HasField("distillation_loss") for each in exchange.measured())
-    assert len(exchange.measured(pb.SPLIT_TRAIN)) == 3
+    loop, transport = learn(tiny(distillation={"method": "independent"}))
+    to_the_end(loop)
+    assert transport.sent == []
+    assert all(not each.HasField("distillation_loss") for each in transport.measured())
+    assert len(transport.measured(pb.SPLIT_TRAIN)) == 3
 
 
 def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: Any) -> None:
-    learner, _ = learn(
+    loop, _ = learn(
         tiny(
             distillation={"method": "independent"},
             training__optimizer={"name": "sgd", "lr": 1e30},
@@ -199,7 +199,7 @@ def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: 
         )
     )
     with pytest.raises(PeerError, match="student 'cnn' has diverged in round 3: its loss is nan") as ended:
-        go(learner)
+        go(loop)
     assert ended.value.code is ExitCode.DIVERGED
 
 
@@ -207,34 +207,34 @@ def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: 
 
 
 def test_what_a_report_says(tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny(training__checkpoint_every=0), clock=Clock(step=0.4))
-    to_the_end(learner)
-    assert [each.round for each in exchange.reports] == sorted(each.round for each in exchange.reports)
-    assert len(exchange.reports) >= 5, "after a second at the latest"
-    last = exchange.reports[-1]
+    loop, transport = learn(tiny(training__checkpoint_every=0), clock=Clock(step=0.4))
+    to_the_end(loop)
+    assert [each.round for each in transport.reports] == sorted(each.round for each in transport.reports)
+    assert len(transport.reports) >= 5, "after a second at the latest"
+    last = transport.reports[-1]
     assert (last.round, last.epoch) == (9, 3.0)
-    assert [each.epoch for each in exchange.reports] == [each.round / 3 for each in exchange.reports]
+    assert [each.epoch for each in transport.reports] == [each.round / 3 for each in transport.reports]
     # The older of the two checkpoints kept is the one that it may have to go back to; the last is saved by finish().
-    *others, saved = [(each.round, each.durable_round) for each in exchange.reports]
+    *others, saved = [(each.round, each.durable_round) for each in transport.reports]
     assert others == [(number, max(min(number, 8) - 1, 0)) for number, _ in others]
     assert saved == (9, 8)
-    assert all(each.step_seconds > each.wait_seconds > 0 for each in exchange.reports[:-1])
-    assert exchange.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert all(each.step_seconds > each.wait_seconds > 0 for each in transport.reports[:-1])
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
 
 
 def test_reports_are_at_least_a_second_apart_but_for_the_last(tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny(), clock=Clock(step=0))
-    to_the_end(learner)
-    (only,) = exchange.reports
+    loop, transport = learn(tiny(), clock=Clock(step=0))
+    to_the_end(loop)
+    (only,) = transport.reports
     assert len(only.measurements) == 6
     assert (only.step_seconds, only.durable_round) == (0, 0)
 
 
 def test_a_failed_student_says_so_and_saves_nothing(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
-    learner, exchange = learn(tiny())
-    go(learner, 2)
-    learner.fail("out of luck")
-    assert exchange.left == [(pb.LEAVE_REASON_FAILED, "out of luck")]
+    loop, transport = learn(tiny())
+    go(loop, 2)
+    loop.fail("out of luck")
+    assert transport.left == [(pb.LEAVE_REASON_FAILED, "out of luck")]
     assert not (tmp_path / "run" / NEWEST).exists()
 
 
@@ -242,49 +242,49 @@ def test_a_failed_student_says_so_and_saves_nothing(tiny: Tiny, learn: Any, tmp_
 
 
 def test_the_last_round_is_saved_whatever_the_interval(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
-    learner, _ = learn(tiny(training__checkpoint_every=1e9))
-    to_the_end(learner)
+    loop, _ = learn(tiny(training__checkpoint_every=1e9))
+    to_the_end(loop)
     assert read(tmp_path / "run" / NEWEST).round == 9
 
 
 def test_every_round_is_saved_if_asked_to(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
-    learner, _ = learn(tiny(training__checkpoint_every=0))
+    loop, _ = learn(tiny(training__checkpoint_every=0))
     for number in range(1, 9):
-        go(learner, 1)
+        go(loop, 1)
         assert read(tmp_path / "run" / NEWEST).round == number
-    go(learner, 1)
+    go(loop, 1)
     assert read(tmp_path / "run" / NEWEST).round == 8, "the last one is saved by finish()"
-    learner.finish()
+    loop.finish()
     assert read(tmp_path / "run" / NEWEST).round == 9
 
 
 def test_checkpoints_are_apart_by_the_interval(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
     clock = Clock()
-    learner, _ = learn(tiny(training__checkpoint_every=10), clock=clock)
+    loop, _ = learn(tiny(training__checkpoint_every=10), clock=clock)
     saved: list[int] = []
     for _ in range(8):
         clock.now += 4
-        go(learner, 1)
+        go(loop, 1)
         path = tmp_path / "run" / NEWEST
         saved.append(read(path).round if path.exists() else 0)
     assert saved == [0, 0, 3, 3, 3, 6, 6, 6]
 
 
 def test_the_best_weights_are_kept(tiny: Tiny, learn: Any, tmp_path: Path, same: Any, state: Any) -> None:
-    learner, exchange = learn(tiny(training__epochs=6, training__optimizer__lr=0.5))
+    loop, transport = learn(tiny(training__epochs=6, training__optimizer__lr=0.5))
     best, expected, at = -1.0, None, 0
-    while not learner.done:
-        go(learner, 1)
-        if learner.trainer.round % 3 == 0:
-            accuracy = learner.trainer.evaluate(learner.trainer._dataset.test).accuracy
+    while not loop.done:
+        go(loop, 1)
+        if loop.trainer.round % 3 == 0:
+            accuracy = loop.trainer.evaluate(loop.trainer._dataset.test).accuracy
             if accuracy > best:
-                best, expected, at = accuracy, state(learner.trainer)["model"], learner.trainer.round
-    learner.finish()
+                best, expected, at = accuracy, state(loop.trainer)["model"], loop.trainer.round
+    loop.finish()
     kept = read(tmp_path / "run" / BEST)
     assert kept.round == at
     assert same(dict(kept.model), expected)
     assert kept.optimizer == {}
-    assert max(each.accuracy for each in exchange.measured(pb.SPLIT_TEST)) == best
+    assert max(each.accuracy for each in transport.measured(pb.SPLIT_TEST)) == best
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
@@ -298,39 +298,39 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
 def test_a_full_disk_is_logged_and_training_goes_on(
     tiny: Tiny, learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    learner, exchange = learn(tiny(training__checkpoint_every=0))
-    go(learner, 4)
+    loop, transport = learn(tiny(training__checkpoint_every=0))
+    go(loop, 4)
     with monkeypatch.context() as full:
         full_disk(full, "save", "save_best")
-        go(learner, 3)
+        go(loop, 3)
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) >= 3
     assert all("student cnn" in line and str(tmp_path / "run") in line for line in errors)
     assert all("No space left on device; what was saved before stays" in line for line in errors)
     assert {line.split(" of ")[0] for line in errors} <= {"checkpoint", "best weights"}
     assert read(tmp_path / "run" / NEWEST).round == 4
-    to_the_end(learner)
+    to_the_end(loop)
     assert read(tmp_path / "run" / NEWEST).round == 9
-    assert exchange.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
 
 
 def test_a_student_that_cannot_be_saved_at_the_end_has_not_finished(
     tiny: Tiny, learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As finished the server would drop the rounds that it needs; so it says nothing, fails, and can be resumed."""
-    learner, exchange = learn(tiny())
-    go(learner, 5)
-    learner._save()
+    loop, transport = learn(tiny())
+    go(loop, 5)
+    loop._save()
     with monkeypatch.context() as full:
         full_disk(full, "save", "save_best")
-        go(learner)
+        go(loop)
         with pytest.raises(PeerError, match=r"student 'cnn' is trained, but cannot be saved to .*free disk space"):
-            learner.finish()
-    assert exchange.left == []
-    again, exchange = learn(tiny())
+            loop.finish()
+    assert transport.left == []
+    again, transport = learn(tiny())
     assert again.trainer.round == 5
     to_the_end(again)
-    assert exchange.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
 
 
 # --- going on
@@ -359,9 +359,10 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits_and_the_same_measurement
     to_the_end(resumed)
     assert same(state(resumed.trainer), state(undisturbed.trainer))
 
-    def values(exchange: Recorded) -> dict[tuple[Any, int], tuple[float, ...]]:
+    def values(transport: RecordingTransport) -> dict[tuple[Any, int], tuple[float, ...]]:
         return {
-            (each.split, each.round): (each.accuracy, each.loss, each.distillation_loss) for each in exchange.measured()
+            (each.split, each.round): (each.accuracy, each.loss, each.distillation_loss)
+            for each in transport.measured()
         }
 
     assert values(before) | values(after) == values(expected)
@@ -371,24 +372,24 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits_and_the_same_measurement
 
 def test_what_the_server_may_not_have_is_told_again(tiny: Tiny, learn: Any) -> None:
     """A worker that dies after its checkpoint and before its report would not measure the epoch again."""
-    learner, exchange = learn(tiny(training__checkpoint_every=0))
-    exchange.lost = [pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.25, loss=2, distillation_loss=0.0)]
-    go(learner, 7)  # no report so far, and now it is gone
-    assert exchange.reports == []
+    loop, transport = learn(tiny(training__checkpoint_every=0))
+    transport.lost = [pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.25, loss=2, distillation_loss=0.0)]
+    go(loop, 7)  # no report so far, and now it is gone
+    assert transport.reports == []
     resumed, after = learn(tiny(training__checkpoint_every=0))
     to_the_end(resumed)
     told = [(each.split, each.round) for each in after.measured()]
     assert told[0] == (pb.SPLIT_TEST, 3)
-    assert after.measured()[0] == exchange.lost[0]
+    assert after.measured()[0] == transport.lost[0]
     assert set(told) == {(split, number) for split in (pb.SPLIT_TRAIN, pb.SPLIT_TEST) for number in (3, 6, 9)}
     assert len(after.reports) == 1
 
 
 def test_a_student_killed_at_its_very_end_reports_after_all(tiny: Tiny, learn: Any) -> None:
-    learner, exchange = learn(tiny())
-    go(learner)
-    learner._save()
-    assert exchange.reports == []
+    loop, transport = learn(tiny())
+    go(loop)
+    loop._save()
+    assert transport.reports == []
     resumed, after = learn(tiny())
     assert resumed.done
     to_the_end(resumed)
@@ -397,12 +398,12 @@ def test_a_student_killed_at_its_very_end_reports_after_all(tiny: Tiny, learn: A
 
 
 def test_the_best_accuracy_is_remembered(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
-    learner, _ = learn(tiny())
-    go(learner, 6)
-    learner.stop()
+    loop, _ = learn(tiny())
+    go(loop, 6)
+    loop.stop()
     best = (tmp_path / "run" / BEST).read_bytes()
     resumed, _ = learn(tiny())
-    assert resumed._best == learner._best > 0
+    assert resumed._best == loop._best > 0
     resumed._best = 1.0
     to_the_end(resumed)
     assert (tmp_path / "run" / BEST).read_bytes() == best, "nothing better came"
@@ -414,8 +415,8 @@ def test_a_torn_checkpoint_costs_rounds_and_changes_no_bit(
     experiment = tiny(training__checkpoint_every=0)
     undisturbed, _ = learn(experiment, "undisturbed")
     to_the_end(undisturbed)
-    learner, _ = learn(experiment)
-    go(learner, 5)
+    loop, _ = learn(experiment)
+    go(loop, 5)
     path = tmp_path / "run" / NEWEST
     path.write_bytes(path.read_bytes()[:1000])
     resumed, _ = learn(experiment)
@@ -425,9 +426,9 @@ def test_a_torn_checkpoint_costs_rounds_and_changes_no_bit(
 
 
 def test_a_checkpoint_of_another_experiment_is_refused(tiny: Tiny, learn: Any) -> None:
-    learner, _ = learn(tiny())
-    go(learner, 1)
-    learner.stop()
+    loop, _ = learn(tiny())
+    go(loop, 1)
+    loop.stop()
     with pytest.raises(ConfigurationError, match="experiment field seed: it has 3, this run has 9"):
         learn(tiny(seed=9))
     with pytest.raises(ConfigurationError, match="student 'cnn', not 'mlp'"):
@@ -439,9 +440,9 @@ def test_a_checkpoint_that_no_longer_fits_the_model_is_refused(
     tiny: Tiny, learn: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A model of the user's own may have been changed under the same name."""
-    learner, _ = learn(tiny())
-    go(learner, 1)
-    learner.stop()
+    loop, _ = learn(tiny())
+    go(loop, 1)
+    loop.stop()
     from codistill_worker import models
 
     build = models.build
@@ -470,10 +471,10 @@ def test_the_watchdog_is_told_of_everything_that_may_take_time(tiny: Tiny, learn
         training__evaluation_batch_size=10,
         exchange={"connect_timeout": 100, "give_up_after": 1000},
     )
-    learner, _ = learn(experiment, watchdog=marks)
-    learner.join()
-    to_the_end(learner)
-    first, last = 0, learner.trainer.total_rounds
+    loop, _ = learn(experiment, watchdog=marks)
+    loop.join()
+    to_the_end(loop)
+    first, last = 0, loop.trainer.total_rounds
     computing, waiting = 7, 1000 + 60 + 7
     assert marks.marks[:4] == [
         (f"student 'cnn' at joining the run, round {first}", 100 + 60 + 7),

@@ -24,8 +24,8 @@ Tiny = Callable[..., Experiment]
 CPU = torch.device("cpu")
 
 
-class Server:
-    """An exchange that closes every round at once."""
+class ClosingTransport:
+    """Closes every round at once, and records every message."""
 
     def __init__(self, frontier: int = 0) -> None:
         self.frontier = frontier
@@ -68,46 +68,46 @@ def weights(tmp_path: Path) -> Path:
 @pytest.fixture
 def teacher(
     tiny: Tiny, load_data: Callable[[Data], data.Dataset], weights: Path
-) -> Callable[..., tuple[TeacherLoop, Server]]:
-    def make(frontier: int = 0, **changes: Any) -> tuple[TeacherLoop, Server]:
+) -> Callable[..., tuple[TeacherLoop, ClosingTransport]]:
+    def make(frontier: int = 0, **changes: Any) -> tuple[TeacherLoop, ClosingTransport]:
         named = {"name": "old", "model": "cnn", "model_args": {"width": 4}, "weights": str(weights)}
         settings = {"distillation": {"method": "kd"}, "teachers": [named], "training__evaluation_batch_size": 40}
         experiment = tiny(**settings | changes)
-        plan, server = experiment.teacher_plan("old"), Server(frontier)
-        return TeacherLoop(experiment, plan, load_data(plan.data), CPU, server), server
+        plan, transport = experiment.teacher_plan("old"), ClosingTransport(frontier)
+        return TeacherLoop(experiment, plan, load_data(plan.data), CPU, transport), transport
 
     return make
 
 
-def teach(teaching: TeacherLoop) -> None:
-    teaching.join()
-    while not teaching.done:
-        teaching.begin_round()
-        teaching.end_round()
-    teaching.finish()
+def teach(loop: TeacherLoop) -> None:
+    loop.join()
+    while not loop.done:
+        loop.begin_round()
+        loop.end_round()
+    loop.finish()
 
 
-def logits(server: Server) -> dict[int, torch.Tensor]:
-    return {each.round: decode(each.batch.outputs["logits"]) for each in server.sent}
+def logits(transport: ClosingTransport) -> dict[int, torch.Tensor]:
+    return {each.round: decode(each.batch.outputs["logits"]) for each in transport.sent}
 
 
-def test_a_run_from_its_first_round(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
-    teaching, server = teacher()
-    teach(teaching)
-    (request,) = server.joined
+def test_a_run_from_its_first_round(teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]]) -> None:
+    loop, transport = teacher()
+    teach(loop)
+    (request,) = transport.joined
     assert (request.student, request.first_round, request.total_rounds) == ("old", 0, 9)
     assert {name: list(shape.dims) for name, shape in request.outputs.items()} == {"logits": [10]}
     assert len(request.weights) == 64
-    assert [each.round for each in server.sent] == list(range(9))
-    measured = [each for report in server.reports for each in report.measurements]
+    assert [each.round for each in transport.sent] == list(range(9))
+    measured = [each for report in transport.reports for each in report.measurements]
     assert [(each.split, each.round) for each in measured] == [(pb.SPLIT_TEST, 0)], "evaluated once"
-    assert [(each.round, each.durable_round) for each in server.reports][-1] == (9, 9), "it needs no round again"
-    assert server.left == [(pb.LEAVE_REASON_FINISHED, "taught 9 rounds")]
+    assert [(each.round, each.durable_round) for each in transport.reports][-1] == (9, 9), "it needs no round again"
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "taught 9 rounds")]
 
 
 @pytest.mark.parametrize("frontier", [1, 2, 5, 8, 9])
 def test_begun_in_the_midst_it_gives_the_same_bits(
-    frontier: int, teacher: Callable[..., tuple[TeacherLoop, Server]]
+    frontier: int, teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]]
 ) -> None:
     """Two rounds of 16 fit into a forward pass of 40; which two does not follow from where it begins."""
     whole, part = teacher(), teacher(frontier)
@@ -120,7 +120,7 @@ def test_begun_in_the_midst_it_gives_the_same_bits(
 
 
 def test_it_sees_what_a_student_sees(
-    teacher: Callable[..., tuple[TeacherLoop, Server]],
+    teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]],
     tiny: Tiny,
     load_data: Callable[[Data], data.Dataset],
     weights: Path,
@@ -128,32 +128,36 @@ def test_it_sees_what_a_student_sees(
     named = {"name": "old", "model": "cnn", "model_args": {"width": 4}, "weights": str(weights)}
     for view, alike in (("auto", True), ("own", False)):
         changes = {"data__augment__view": view}
-        teaching, server = teacher(**changes)
-        teach(teaching)
+        loop, transport = teacher(**changes)
+        teach(loop)
         experiment = tiny(distillation={"method": "kd"}, teachers=[named], **changes)
         plan = experiment.plan("mlp")
         student = Trainer(experiment, plan, load_data(plan.data), CPU)
         with torch.inference_mode():
-            by_hand = teaching._network(student._prepare(0).images)["logits"]
-        assert torch.allclose(by_hand, logits(server)[0], atol=1e-5) is alike
+            by_hand = loop._network(student._prepare(0).images)["logits"]
+        assert torch.allclose(by_hand, logits(transport)[0], atol=1e-5) is alike
 
 
-def test_it_publishes_in_rounds_that_exchange_alone(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
+def test_it_publishes_in_rounds_that_exchange_alone(
+    teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]],
+) -> None:
     custom = {"method": "custom", "server": "a:b", "worker": "a:c", "every": 2, "start_epoch": 1}
-    teaching, server = teacher(3, distillation=custom)
-    teach(teaching)
-    assert [each.round for each in server.sent] == [3, 5, 7]
+    loop, transport = teacher(3, distillation=custom)
+    teach(loop)
+    assert [each.round for each in transport.sent] == [3, 5, 7]
 
 
-def test_stopped_and_failed(teacher: Callable[..., tuple[TeacherLoop, Server]]) -> None:
-    teaching, server = teacher()
-    teaching.join()
-    teaching.stop()
-    teaching.fail("why")
-    assert server.left == [(pb.LEAVE_REASON_STOPPED, "stopped at round 0"), (pb.LEAVE_REASON_FAILED, "why")]
+def test_stopped_and_failed(teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]]) -> None:
+    loop, transport = teacher()
+    loop.join()
+    loop.stop()
+    loop.fail("why")
+    assert transport.left == [(pb.LEAVE_REASON_STOPPED, "stopped at round 0"), (pb.LEAVE_REASON_FAILED, "why")]
 
 
-def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[TeacherLoop, Server]], weights: Path) -> None:
+def test_weights_that_give_no_number_end_it(
+    teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]], weights: Path
+) -> None:
     model = models.build("cnn", classes=10, channels=1, size=8, args={"width": 4}, seed=5)
     save_file(
         {
@@ -162,11 +166,13 @@ def test_weights_that_give_no_number_end_it(teacher: Callable[..., tuple[Teacher
         },
         weights,
     )
-    teaching, _ = teacher()
+    loop, _ = teacher()
     with pytest.raises(PeerError, match=r"teacher 'old': its logits are not finite in rounds 0 to 1; its weights are"):
-        teaching._prepare(0)
+        loop._prepare(0)
 
 
-def test_another_models_weights_are_refused(teacher: Callable[..., tuple[TeacherLoop, Server]], weights: Path) -> None:
+def test_another_models_weights_are_refused(
+    teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]], weights: Path
+) -> None:
     with pytest.raises(ConfigurationError, match=r"^weights: .* does not fit model 'mlp' with 10 classes"):
         teacher(teachers=[{"name": "old", "model": "mlp", "weights": str(weights)}])

@@ -1,10 +1,9 @@
-"""The worker of codistill: trains one student.
+"""The worker of codistill: trains one student, or runs one teacher.
 
-* :mod:`codistill_worker.training.trainer` is one training step, in two halves around the exchange.
-* :mod:`codistill_worker.student` is a student's whole course: rounds, evaluations, checkpoints, reports.
-* :mod:`codistill_worker.methods` holds the methods' worker halves, which turn targets into a loss.
-* :mod:`codistill.peer.base` is what outputs travel through, :mod:`codistill.peer.grpc` that over gRPC.
-* :mod:`codistill_worker.randomness` and :mod:`codistill_worker.data.augmentation` draw without state.
-* :mod:`codistill_worker.data`, :mod:`codistill_worker.models` and :mod:`codistill_worker.training.checkpoints` are what they say.
-* :mod:`codistill_worker.app` runs it all as a process.
+* :mod:`.app` runs a worker as a process.
+* :mod:`.student` and :mod:`.teacher` are the loops of rounds, evaluations, checkpoints and reports;
+  :mod:`.participant` is their common part.
+* :mod:`.training` has the training step, the optimiser, evaluation, weights and checkpoints.
+* :mod:`.methods` turns a method's targets into a loss.
+* :mod:`.data` and :mod:`.models` are loaded and built from the experiment.
 """

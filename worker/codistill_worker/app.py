@@ -1,4 +1,4 @@
-"""A worker as a process: loads its data, builds its student, and trains it to the end of the run."""
+"""A worker as a process: loads the data, builds a student or teacher, and runs it to the end of the run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
@@ -28,22 +29,22 @@ from codistill_worker.training.checkpoints import CheckpointStore
 __all__ = ["WorkOptions", "check_student", "choose_device", "use_deterministic_kernels", "work"]
 
 _log = logging.getLogger(__name__)
-_SESSION_IS_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
+_SESSION_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
+_STUDENT_INTACT = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
 _LOADING = 12  # times training.hang_after: a download, or an index of millions of files
-_PING = 2 / 3  # of exchange.keepalive, by which the server pings: the worker can do something about a dead link
-_STUDENT_IS_WELL = (ExitCode.UNREACHABLE, ExitCode.GAVE_UP)
+_KEEPALIVE = 2 / 3  # of the server's exchange.keepalive: the worker can do something about a dead link
 
 
 @dataclass(frozen=True)
 class WorkOptions:
-    """How a worker is run.
+    """The options of a worker.
 
     Attributes:
         student: the student to train, or the teacher to run.
         server: the aggregation server's "HOST:PORT".
-        run_dir: where the student's checkpoints go, in a folder of its own.
+        run_dir: the run folder, which holds the student's checkpoints.
         security: TLS and token.
-        find: looks the server's address up again, as it may have moved; None while it is not known.
+        find: returns the server's present address, as it may have moved; None while it is not known.
     """
 
     student: str
@@ -57,7 +58,7 @@ def check_student(experiment: Experiment, name: str) -> None:
     """Checks that an experiment has a student, or a teacher.
 
     Raises:
-        ConfigurationError: it has none of that name.
+        ConfigurationError: it has no participant of that name.
     """
     if name not in experiment.participants:
         raise ConfigurationError(
@@ -70,7 +71,7 @@ def choose_device(wanted: str, position: int) -> torch.device:
 
     Args:
         wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
-        position: the student's place in the experiment.
+        position: of the student among the experiment's participants, from 0.
 
     Raises:
         ConfigurationError: the device is not there.
@@ -82,10 +83,10 @@ def choose_device(wanted: str, position: int) -> torch.device:
         return torch.device("cpu")
     if not count:
         raise ConfigurationError(f"training.device: {wanted!r}, but PyTorch finds no GPU here; allowed: auto, cpu")
-    _, _, number = wanted.partition(":")
-    index = int(number) if number else position % count
+    _, _, suffix = wanted.partition(":")
+    index = int(suffix) if suffix else position % count
     if index >= count:
-        allowed = ", ".join(f"cuda:{each}" for each in range(count))
+        allowed = ", ".join(f"cuda:{present}" for present in range(count))
         raise ConfigurationError(
             f"training.device: {wanted!r}, but there are {count} GPUs; allowed: auto, cpu, {allowed}"
         )
@@ -93,7 +94,7 @@ def choose_device(wanted: str, position: int) -> torch.device:
 
 
 def use_deterministic_kernels() -> None:
-    """Asks cuDNN for the algorithms that give the same bits each time."""
+    """Sets cuDNN to algorithms that give the same bits each time."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
@@ -102,7 +103,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     """Trains one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
     Raises:
-        PeerError: it cannot go on; the text is one line, its code the exit code.
+        PeerError: the worker cannot continue; the text is one line, its code the exit code.
         SecurityError: a certificate or key cannot be used.
     """
     stop = stop or threading.Event()
@@ -113,12 +114,12 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
     device = choose_device(plan.training.device, experiment.participants.index(options.student))
-    exchange = GrpcTransport(
+    transport = GrpcTransport(
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
         give_up_after=experiment.exchange.give_up_after,
         silence_after=3 * experiment.exchange.waiting_notice + 2,
-        keepalive=experiment.exchange.keepalive * _PING,
+        keepalive=experiment.exchange.keepalive * _KEEPALIVE,
         stop=stop,
         security=options.security,
         find=options.find,
@@ -130,9 +131,11 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             )
             dataset = data.load(plan.data, device)
             if isinstance(plan, TeacherPlan):
-                return _train(TeacherLoop(experiment, plan, dataset, device, exchange, watchdog=watchdog), stop)
+                return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
             store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)
-            return _train(StudentLoop(experiment, plan, dataset, device, exchange, store, watchdog=watchdog), stop)
+            return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+    except LoadError as error:
+        raise ConfigurationError(str(error)) from error.__cause__
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -143,32 +146,32 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             ExitCode.OUT_OF_MEMORY,
         ) from error
     finally:
-        exchange.close()
+        transport.close()
 
 
-def _train(learner: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
+def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     try:
-        learner.join()
+        loop.join()
     except Interrupted:
         return _stopped()
     try:
-        while not learner.done:
+        while not loop.done:
             if stop.is_set():
-                learner.stop()
+                loop.stop()
                 return _stopped()
-            learner.begin_round()
-            learner.end_round()
-        learner.finish()
+            loop.begin_round()
+            loop.end_round()
+        loop.finish()
     except Interrupted:
-        learner.stop()
+        loop.stop()
         return _stopped()
     except Exception as error:
         code = getattr(error, "code", None)
-        if code in _STUDENT_IS_WELL:
-            learner.keep()
-        if code not in _SESSION_IS_OVER:
+        if code in _STUDENT_INTACT:
+            loop.keep()
+        if code not in _SESSION_OVER:
             line = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
-            learner.fail(line.splitlines()[0])
+            loop.fail(line.splitlines()[0])
         raise
     return ExitCode.OK
 
@@ -182,9 +185,9 @@ def _stop_on_signals(stop: threading.Event) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
 
-    def handle(number: int, frame: object) -> None:
-        del number, frame
-        stop.set()  # and no line: where a signal comes while one is written, another is an error, and the signal lost
+    def handle(signal_number: int, frame: object) -> None:
+        del signal_number, frame
+        stop.set()  # logs nothing: a signal may come while a line is written, and a second line would be an error
 
     handler: Callable[[int, object], None] = handle
     signal.signal(signal.SIGTERM, handler)

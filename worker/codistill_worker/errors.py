@@ -1,6 +1,6 @@
-"""What a worker raises, besides what ends any peer, and how a lack of memory is told.
+"""The worker's errors, and how to tell that memory ran out.
 
-PeerError                anything that ends a worker; knows its exit code (codistill.peer.errors)
+PeerError                ends a worker, and has its exit code (codistill.peer.errors)
 └── ConfigurationError   an experiment's model, data set or checkpoint cannot be used as it is
 """
 
@@ -20,7 +20,7 @@ _TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: no
 class ConfigurationError(PeerError, ValueError):
     """An experiment's model, data set or setting cannot be used as it is.
 
-    The text names the field, its value, what is allowed and what to do next; it is meant to be shown without a traceback.
+    The text names the field, its value, the allowed values and the next step; it is shown without a traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,7 +28,7 @@ class ConfigurationError(PeerError, ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that there was not enough memory, on the device or in the machine."""
+    """Returns whether an error says that memory ran out, on the device or in the machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

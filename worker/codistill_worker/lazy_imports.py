@@ -1,9 +1,8 @@
-"""The one way to torchvision, and to timm, which imports it.
+"""Imports torchvision and timm on first use.
 
-Both take seconds to import, so nothing imports them before it needs them. torchvision's wheel from PyPI is built
-beside a CUDA build of torch: beside a CPU build its compiled operators cannot be loaded, and then its import fails,
-because it registers shape rules for two operators that were never declared. Neither is used in classification, so it
-is enough to declare their schemas.
+Both take seconds to import. torchvision's wheel from PyPI is built beside a CUDA build of torch. Beside a CPU build its
+compiled operators cannot be loaded; its import fails, as it registers shape rules for two operators that were never declared.
+Classification uses neither, so it is enough to declare their schemas.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["timm", "torchvision"]
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []  # what a library declares lasts as long as its object
+_declared: list[torch.library.Library] = []  # a library's declarations last as long as its object
 
 
 def torchvision() -> Any:
@@ -41,7 +40,7 @@ def torchvision() -> Any:
             library.define(name + _SCHEMA)
         _declared.append(library)
         for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-            del sys.modules[name]  # halves of the failed import, which the next one would take for whole
+            del sys.modules[name]  # left over from the failed import, and incomplete
         import torchvision as module
     return module
 

@@ -1,4 +1,4 @@
-"""The state of torch's global generators during a step: it too follows from what the step is, and from nothing else."""
+"""Seeds torch's global generators for each step, so that they need no state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["seed_forward"]
 def seed_forward(seed: int, student: str, round_number: int) -> None:
     """Seeds torch's global generators, from which dropout draws, for one student's forward pass of one round.
 
-    The generators are seeded directly: `torch.manual_seed` also records a traceback where CUDA was not started yet,
-    which takes about 80 times as long (110 µs against 1.3 µs). CUDA's generators exist once CUDA was started, which a
-    model on a GPU did.
+    The generators are seeded directly: `torch.manual_seed` also records a traceback where CUDA is not started yet, and
+    takes 80 times as long (110 µs against 1.3 µs). CUDA's generators exist once CUDA is started, as it is by a model on a
+    GPU.
     """
     value = derive(seed, "forward", student, round_number)
     torch.default_generator.manual_seed(value)

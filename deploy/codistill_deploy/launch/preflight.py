@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.experiment import Experiment, ExperimentError
-from codistill.methods.aggregator import Aggregator, Output
+from codistill.methods import Aggregator, ImageShape, Output, StudentContext
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
 from codistill.rundir.layout import ParticipantLayout, RunLayout
@@ -19,7 +19,7 @@ from codistill_worker import methods as worker_methods
 from codistill_worker.app import choose_device
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training import weights
-from codistill_worker.training.evaluation import output_shapes, teacher_shapes
+from codistill_worker.training.outputs import output_shapes, teacher_shapes
 
 __all__ = ["check"]
 
@@ -103,7 +103,7 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
     except (LoadError, ConfigurationError) as error:
         yield str(error)
         return
-    shape = worker_methods.ImageShape(classes=experiment.data.class_count, channels=channels, size=size)
+    shape = ImageShape(classes=experiment.data.class_count, channels=channels, size=size)
     for position, teacher in enumerate(experiment.teachers):
         problems = list(_problems_of(partial(_check_teacher, experiment, teacher.name, shape, aggregator)))
         for problem in problems:
@@ -115,16 +115,14 @@ def _method_problems(experiment: Experiment) -> Iterator[str]:
             yield problem if problem.startswith("distillation.") else f"students.{position}: {problem}"
 
 
-def _check_teacher(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: Aggregator | None
-) -> None:
+def _check_teacher(experiment: Experiment, name: str, shape: ImageShape, aggregator: Aggregator | None) -> None:
     """Build a teacher as its worker does, and compare its outputs with those that the aggregator takes."""
     plan = experiment.teacher_plan(name)
     teacher = plan.teacher
     model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
     read = weights.read(Path(teacher.weights), name)
     weights.apply(read, model, teacher.weights, teacher.model, shape["classes"])
-    network = worker_methods.teacher_network(plan.distillation, worker_methods.StudentContext(name, model, shape, dict))
+    network = worker_methods.teacher_network(plan.distillation, StudentContext(name, model, shape, dict))
     _check_outputs(
         output_shapes(network, shape, _CPU),
         aggregator.teacher if aggregator is not None else {},
@@ -133,14 +131,12 @@ def _check_teacher(
     )
 
 
-def _check_student(
-    experiment: Experiment, name: str, shape: worker_methods.ImageShape, aggregator: Aggregator | None
-) -> None:
+def _check_student(experiment: Experiment, name: str, shape: ImageShape, aggregator: Aggregator | None) -> None:
     """Build a student and its objective as its worker does, and compare what it publishes with what the aggregator takes."""
     plan = experiment.plan(name)
     model = models.build(plan.student.model, **shape, args=plan.student.model_args, seed=0)
     teachers = partial(teacher_shapes, experiment, shape)
-    objective = worker_methods.create(plan.distillation, worker_methods.StudentContext(name, model, shape, teachers))
+    objective = worker_methods.create(plan.distillation, StudentContext(name, model, shape, teachers))
     shapes = output_shapes(objective.network, shape, _CPU)
     published = {output: shapes[output] for output in objective.publishes}
     _check_outputs(published, aggregator.student if aggregator is not None else {}, shape["classes"], name)
@@ -162,5 +158,5 @@ def _check_outputs(
 def _problems_of(check_one: Callable[[], object]) -> Iterator[str]:
     try:
         check_one()
-    except ConfigurationError as error:
+    except (ConfigurationError, LoadError) as error:
         yield str(error)

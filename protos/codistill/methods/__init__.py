@@ -24,7 +24,7 @@ from codistill.methods.objective import (
     Objective,
     Step,
     StudentContext,
-    labels_alone,
+    label_loss,
 )
 
 __all__ = [
@@ -44,5 +44,5 @@ __all__ = [
     "Step",
     "StudentContext",
     "Targets",
-    "labels_alone",
+    "label_loss",
 ]

@@ -1,8 +1,8 @@
-"""What a worker half is: a network that gives named outputs, and the loss that it makes of them and of the targets.
+"""The worker's interface of a method: an :class:`Objective` has a network with named outputs, and a loss.
 
 Targets are constants: they come over the wire and no gradient flows into them. Cross-entropies and divergences are
-summed over classes and averaged over the batch's rows, in float32, with log-softmax, so they are finite wherever the
-logits are.
+summed over classes and averaged over the batch's rows. They are computed in float32 with log-softmax, so they are finite
+wherever the logits are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "Objective",
     "Step",
     "StudentContext",
-    "labels_alone",
+    "label_loss",
 ]
 
 Arrays: TypeAlias = Mapping[str, torch.Tensor]
@@ -32,10 +32,10 @@ Arrays: TypeAlias = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """A step's loss.
+    """The loss of one step.
 
     Attributes:
-        total: what is minimised, a scalar with a gradient.
+        total: minimised by the student's optimiser, a scalar with a gradient.
         cross_entropy: against the labels, without smoothing, a scalar without a gradient.
         distillation: the method's term with its weight, a scalar without a gradient; None where there is none.
     """
@@ -51,14 +51,14 @@ def _no_arrays() -> Arrays:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step's loss is made of.
+    """The inputs of one step's loss.
 
     Attributes:
         outputs: the network's, each [B, ...], float32, with a gradient; "logits" [B, C] among them.
         labels: the samples' classes, [B], int64.
         targets: the method's named arrays, on the outputs' device; empty where nothing is exchanged.
-        epoch: how many epochs are trained, with the fraction.
-        epochs: how many the run has.
+        epoch: the number of epochs trained so far, with its fraction.
+        epochs: the number of epochs in the run.
     """
 
     outputs: Arrays
@@ -69,7 +69,7 @@ class Step:
 
 
 class ImageShape(TypedDict):
-    """What a model is built for; a size is height and width."""
+    """Classes of a data set, channels of its images, and their size: height and width, in pixels."""
 
     classes: int
     channels: int
@@ -78,15 +78,16 @@ class ImageShape(TypedDict):
 
 @dataclass(frozen=True)
 class StudentContext:
-    """Whom a half is made for.
+    """The student or teacher that an objective is built for.
 
     Attributes:
-        name: the student's or teacher's.
+        name: of the student or teacher.
         model: its model, on its device: [B, channels, size, size] to [B, C].
-        shape: what the model was built for.
-        teacher_shapes: returns the shapes of the teacher's outputs without the samples, for halves that learn a mapping
-            onto them. It builds the teacher's model to see, so only those should ask.
-        seed: of what a half draws, 63 bits; while a half is made, torch's own generator follows from it too.
+        shape: the classes, channels and image size that the model was built for.
+        teacher_shapes: returns the shapes of the teacher's outputs, without the samples. It builds the teacher's model,
+            so call it only to learn a mapping onto those outputs.
+        seed: of the objective's random draws, 63 bits. While an objective is built, torch's global generator is seeded
+            with it too.
     """
 
     name: str
@@ -97,14 +98,13 @@ class StudentContext:
 
 
 class Objective(Protocol):
-    """The worker half of a method, for one student.
+    """A method's loss for one student, and the network that computes its inputs.
 
     Attributes:
-        network: gives the named outputs of a batch of images; contains the student's model, and may train more than it.
-        extra: modules that the student's optimiser trains besides the model; they are in the checkpoints and in nothing
-            that is exported.
+        network: maps a batch of images to named outputs; contains the student's model, and may hold other modules.
+        extra: modules that the student's optimiser trains besides the model. Checkpoints hold them, exports do not.
         publishes: the names of the outputs that the student publishes in a round that exchanges.
-        measures_held_out: whether it also publishes them for the held-out samples, once an epoch.
+        measures_held_out: whether to publish them for the held-out samples too, once an epoch.
     """
 
     network: nn.Module
@@ -130,17 +130,17 @@ class Logits(nn.Module):
 
 
 class LogitsObjective:
-    """What a half is that needs the model's logits and trains nothing else; it lacks the loss."""
+    """Base of objectives that need the model's logits and train nothing else; subclasses define `loss`."""
 
     publishes: tuple[str, ...] = ()
     measures_held_out = False
 
-    def __init__(self, subject: StudentContext) -> None:
-        self.network: nn.Module = Logits(subject.model)
+    def __init__(self, context: StudentContext) -> None:
+        self.network: nn.Module = Logits(context.model)
         self.extra = nn.Module()
 
 
-def labels_alone(step: Step) -> Loss:
-    """Returns cross-entropy with the labels: the loss of a round without targets."""
+def label_loss(step: Step) -> Loss:
+    """Returns the cross-entropy with the labels: the loss of a round without targets."""
     total = functional.cross_entropy(step.outputs["logits"], step.labels)
     return Loss(total, total.detach())

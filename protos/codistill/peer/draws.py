@@ -1,9 +1,8 @@
-"""Randomness without state: every draw is a function of what it is for.
+"""Random draws without state: every draw is a function of its names.
 
-Nothing here keeps a generator between two calls. A draw follows from the run's seed and from what names it (a student,
-a round, a sample's id), so a checkpoint needs no generator's state and a round that is repeated is the same round.
-Draws are computed in integers by this module alone: they do not change with the version of a library, the device or
-the number of threads.
+No generator is kept between two calls. A draw follows from the run's seed and its names (a student, a round, a sample's
+id). So a checkpoint needs no generator's state, and a repeated round is the same round. Draws are computed in integers by
+this module alone: they do not change with a library's version, the device or the number of threads.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio, odd: i
 
 
 def derive(*parts: int | str) -> int:
-    """Returns a seed of 63 bits that follows from the parts and from nothing else.
+    """Returns a seed of 63 bits, a function of the parts alone.
 
-    The parts are hashed with SHA-256, each with its type and length, so that no two different lists of parts look alike
-    to the hash.
+    The parts are hashed with SHA-256, each with its type and length, so different lists of parts never look alike to the
+    hash.
 
     Example:
         >>> derive(0, "augment", "cnn", 7) == derive(0, "augment", "cnn", 7)
@@ -41,8 +40,8 @@ def derive(*parts: int | str) -> int:
 def permutation(seed: int, size: int) -> torch.Tensor:
     """Returns a permutation of 0..size-1 that follows from the seed.
 
-    Every number gets a 64-bit key by counter-based mixing, and the numbers are sorted by key. The mixing is one-to-one,
-    so no two keys are equal.
+    Every number gets a 64-bit key by counter-based mixing, and the numbers are sorted by key. The mixing is one-to-one, so
+    no two keys are equal.
 
     Returns:
         int64 of shape [size], on the CPU.
@@ -52,22 +51,22 @@ def permutation(seed: int, size: int) -> torch.Tensor:
 
 
 def uniforms(seed: int, ids: torch.Tensor, draws: int) -> torch.Tensor:
-    """Returns uniform numbers for samples; each depends on the seed, its sample's id and its draw's number only.
+    """Returns uniform numbers for samples; each depends on the seed, its sample's id and its draw's number alone.
 
     Counter-based: seed, id and draw are mixed by the finaliser of splitmix64 (Steele, Lea & Flood 2014, 'Fast
     splittable pseudorandom number generators'), and the upper 53 bits make the number.
 
     Args:
         seed: of 64 bits at most.
-        ids: int64 of shape [B], on the CPU (ids elsewhere are brought there).
-        draws: numbers for each sample.
+        ids: int64 of shape [B]; copied to the CPU from another device.
+        draws: the number of draws for each sample.
 
     Returns:
         float64 of shape [B, draws] on the CPU, in [0, 1).
     """
-    own = _keys(seed, ids.cpu().numpy().astype(np.int64, copy=False).view(np.uint64))
+    keys = _keys(seed, ids.cpu().numpy().astype(np.int64, copy=False).view(np.uint64))
     counters = np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN
-    mixed = _mix(own[:, None] + counters)
+    mixed = _mix(keys[:, None] + counters)
     return torch.from_numpy((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
@@ -78,7 +77,7 @@ def _keys(seed: int, counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns each word through splitmix64's finaliser, which is one-to-one."""
+    """Returns splitmix64's finaliser of each word; it is one-to-one."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""The order of the samples: which ones each round is about, a pure function of the seed."""
+"""The order of the samples: those of each round, a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
     """Returns the order in which an epoch visits the training samples.
 
     Args:
-        seed: the run's.
+        seed: of the run.
         epoch: counted from 0.
         size: number of training samples.
 
@@ -26,11 +26,11 @@ def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
 class Order:
     """The samples of every round, a pure function of the seed.
 
-    An epoch has as many rounds as whole batches fit; what is left of its permutation is dropped. The current epoch's
-    permutation is kept, so that rounds asked for in order cost a slice each.
+    An epoch has as many rounds as whole batches; the rest of its permutation is dropped. The current epoch's permutation is
+    cached, so rounds in sequence cost a slice each.
 
     Args:
-        seed: the run's.
+        seed: of the run.
         size: number of training samples.
         batch_size: samples of a round, at most `size`.
 
@@ -44,7 +44,7 @@ class Order:
         self._seed = seed
         self._size = size
         self._batch_size = batch_size
-        self._kept: tuple[int, torch.Tensor] | None = None
+        self._cached: tuple[int, torch.Tensor] | None = None
 
     @property
     def rounds_per_epoch(self) -> int:
@@ -58,7 +58,7 @@ class Order:
     def samples(self, round_number: int) -> torch.Tensor:
         """Returns the ids of a round's samples, int64 of shape [batch_size]."""
         epoch, position = divmod(round_number, self.rounds_per_epoch)
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = (epoch, epoch_order(self._seed, epoch, self._size))
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, epoch_order(self._seed, epoch, self._size))
         start = position * self._batch_size
-        return self._kept[1][start : start + self._batch_size].clone()
+        return self._cached[1][start : start + self._batch_size].clone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from codistill.process.plugins import LoadError
 
 __all__ = ["aggregator"]
 
-_HERE = str(Path(__file__).parents[1])
 _ATTRIBUTES = ("heavy", "student", "teacher", "targets")
 
 
@@ -54,7 +52,7 @@ class _CheckedAggregator:
         try:
             targets = self._checked.targets(inputs)
         except Exception as error:
-            raise LoadError(f"{self._field}: {plugins.explained(error, (_HERE,))}") from error
+            raise LoadError(f"{self._field}: {plugins.explain_error(error)}") from error
         problem = next(_problems(targets, inputs), None)
         if problem is not None:
             raise LoadError(f"{self._field}: {problem}")

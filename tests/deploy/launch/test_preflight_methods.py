@@ -124,8 +124,7 @@ def test_an_embedding_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 PAIR = """
-from codistill.methods.aggregator import FEATURES, LOGITS, Targets
-from codistill_worker.methods import LogitsObjective, labels_alone
+from codistill.methods import FEATURES, LOGITS, LogitsObjective, Targets, label_loss
 
 class Server:
     heavy, student, teacher = False, {"logits": LOGITS}, {}
@@ -137,12 +136,12 @@ class Maps(Server):
 
 class Worker(LogitsObjective):
     publishes = ("logits",)
-    def __init__(self, subject, rate=1):
-        super().__init__(subject)
+    def __init__(self, context, rate=1):
+        super().__init__(context)
     def loss(self, step):
-        return labels_alone(step)
+        return label_loss(step)
 
-def nothing(subject):
+def nothing(context):
     return 3
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from worker.support import connect, serving, tiny
+from worker.support import tiny
+from worker.support_server import connect, serving
 
 __all__ = ["connect", "serving", "tiny"]

@@ -1,4 +1,4 @@
-"""A user's own worker half: what it returns is looked at, and what it raises is told by the experiment's field."""
+"""A user's own objective: its results are checked, and its errors name the experiment's field."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from codistill.config.methods import Custom
+from codistill.methods import Objective, Step, StudentContext
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.methods import Objective, Step, StudentContext, create
+from codistill_worker.methods import create
 
 MODULE = """
 import torch
+from codistill.methods import LogitsObjective, Loss
 from codistill_worker.methods import losses
-from codistill_worker.methods import LogitsObjective, Loss
 
 ANSWERS = {
     "good": lambda z, loss: Loss(loss, loss.detach()),
@@ -29,10 +30,10 @@ ANSWERS = {
 def exhausted():
     raise MemoryError
 
-class Half(LogitsObjective):
+class Own(LogitsObjective):
     publishes = ("logits",)
-    def __init__(self, subject, answer):
-        super().__init__(subject)
+    def __init__(self, context, answer):
+        super().__init__(context)
         self.extra, self.answer = torch.nn.Linear(1, 1), ANSWERS[answer]
     def loss(self, step):
         return self.answer(step.outputs["logits"], losses.cross_entropy(step.outputs["logits"], step.labels))
@@ -42,17 +43,17 @@ STEP = Step({"logits": torch.zeros(2, 3, requires_grad=True)}, torch.tensor([0, 
 
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "custom_worker_half.py").write_text(MODULE)
+    (tmp_path / "custom_objective.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def half(answer: str) -> Objective:
-    settings = Custom(server="a:b", worker="custom_worker_half:Half", parameters={"answer": answer})
+def objective(answer: str) -> Objective:
+    settings = Custom(server="a:b", worker="custom_objective:Own", parameters={"answer": answer})
     return create(settings, StudentContext("a", nn.Identity(), {"classes": 3, "channels": 1, "size": 8}, dict))
 
 
 def test_it_is_what_the_user_wrote() -> None:
-    made = half("good")
+    made = objective("good")
     assert made.publishes == ("logits",)
     assert not made.measures_held_out
     assert len(list(made.extra.parameters())) == 2
@@ -62,24 +63,24 @@ def test_it_is_what_the_user_wrote() -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("nothing", "loss returned NoneType; expected codistill_worker.methods.Loss"),
+        ("nothing", "loss returned NoneType; expected codistill.methods.Loss"),
         ("rows", "the loss's total has shape [2]; expected a scalar that depends on the outputs"),
         ("constant", "the loss's total has no gradient; expected a scalar that depends on the outputs"),
     ],
 )
-def test_what_cannot_be_minimised_names_the_half(answer: str, message: str) -> None:
+def test_what_cannot_be_minimised_names_the_field(answer: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        half(answer).loss(STEP)
-    assert str(caught.value) == f"distillation.worker: 'custom_worker_half:Half': {message}"
+        objective(answer).loss(STEP)
+    assert str(caught.value) == f"distillation.worker: 'custom_objective:Own': {message}"
 
 
-def test_an_error_of_its_own_names_the_half_and_the_line() -> None:
+def test_an_error_of_its_own_names_the_field_and_the_line() -> None:
     with pytest.raises(
-        ConfigurationError, match=r"^distillation\.worker: .*Half': RuntimeError at .*half\.py:11: The size"
+        ConfigurationError, match=r"^distillation\.worker: .*Own': RuntimeError at .*custom_objective\.py:11: The size"
     ):
-        half("error").loss(STEP)
+        objective("error").loss(STEP)
 
 
 def test_out_of_memory_is_no_mistake_of_the_experiment() -> None:
     with pytest.raises(MemoryError):
-        half("memory").loss(STEP)
+        objective("memory").loss(STEP)

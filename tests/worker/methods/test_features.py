@@ -1,45 +1,21 @@
-"""Hidden layers, embeddings and auxiliary classifiers: read beside the plain model, which stays what it is."""
+"""Hidden layers, embeddings and auxiliary classifiers: read beside the plain model, which stays the same."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from codistill_worker import models
 from codistill_worker.errors import ConfigurationError
-from codistill_worker.methods.features import FeatureExtractor, as_map, layer_names, pooled, stage_layers
-
-MODELS = {
-    "mlp": ("mlp", {"dropout": 0.3}, 8),
-    "cnn": ("cnn", {"dropout": 0.3}, 8),
-    "vit": ("vit", {"dropout": 0.3}, 8),
-    "resnet8": ("resnet8", {}, 8),
-    "wrn16_1": ("wrn16_1", {}, 8),
-    "torchvision": ("torchvision:mobilenet_v2", {}, 32),
-    "timm": ("timm:resnet18", {"drop_rate": 0.3}, 32),
-}
+from codistill_worker.methods.features import FeatureExtractor
+from codistill_worker.methods.stages import stage_layers
+from worker.methods.support import MODELS, built
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for one another longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def built(name: str) -> tuple[nn.Module, int]:
-    reference, args, size = MODELS[name]
-    return models.build(reference, classes=10, channels=1, size=size, args=args, seed=0), size
-
-
-def observed(name: str, **changes: Any) -> tuple[FeatureExtractor, int]:
+def extractor_of(name: str, **changes: Any) -> tuple[FeatureExtractor, int]:
     model, size = built(name)
     layers = stage_layers(model, 2, channels=1, size=size)
     settings: dict[str, Any] = {"features": layers, "heads": layers, "embedding": True, **changes}
@@ -97,7 +73,7 @@ def test_what_is_read_is_what_the_layers_compute() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_student_stays_the_plain_model_to_the_bit(name: str, training: bool) -> None:
     """Logits, dropout, batch statistics, gradients and names, with everything that can be read being read."""
-    wrapped, size = observed(name)
+    wrapped, size = extractor_of(name)
     plain = copy.deepcopy(wrapped.student)
     images = images_of(size)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -117,7 +93,7 @@ def test_the_student_stays_the_plain_model_to_the_bit(name: str, training: bool)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_have_the_shapes_that_are_told(name: str) -> None:
-    wrapped, size = observed(name)
+    wrapped, size = extractor_of(name)
     assert wrapped.training
     outputs = wrapped(images_of(size))
     assert {key: tuple(value.shape[1:]) for key, value in outputs.items()} == wrapped.shapes
@@ -127,7 +103,7 @@ def test_outputs_have_the_shapes_that_are_told(name: str) -> None:
 
 
 def test_all_weights_have_one_name_and_the_students_can_be_told_from_the_others() -> None:
-    wrapped, _ = observed("cnn")
+    wrapped, _ = extractor_of("cnn")
     names = list(wrapped.state_dict())
     assert {name.partition(".")[0] for name in names} == {"student", "heads"}
     assert [name.removeprefix("student.") for name in names if name.startswith("student.")] == list(
@@ -138,7 +114,7 @@ def test_all_weights_have_one_name_and_the_students_can_be_told_from_the_others(
 
 
 def test_restored_weights_and_buffers_are_those_that_are_read() -> None:
-    wrapped, size = observed("cnn")
+    wrapped, size = extractor_of("cnn")
     images = images_of(size)
     before = copy.deepcopy(wrapped.state_dict())
     expected = wrapped.eval()(images)
@@ -208,33 +184,8 @@ def test_the_mode_is_that_of_before() -> None:
     model = Small().eval()
     wrapped = FeatureExtractor(model, channels=1, size=16, classes=3, features=["twice"])
     stage_layers(model, 1, channels=1, size=16)
-    layer_names(model)
     assert not wrapped.training
     assert not any(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("mlp", ("3", "6")),  # 1 and 2 of 3 layers, each after its dropout
-        ("cnn", ("3", "10")),  # 1 and 3 of 4, the last before pixels are averaged
-        ("resnet8", ("3", "4")),  # 3 and 5 of 8
-        ("wrn16_1", ("2", "4")),
-        ("vit", ("blocks.0", "norm")),
-        ("torchvision", ("features.6", "features.12")),
-        ("timm", ("layer2.0", "layer3.0")),
-    ],
-)
-def test_stages_divide_the_depth_evenly(name: str, layers: tuple[str, ...]) -> None:
-    model, size = built(name)
-    assert stage_layers(model, 2, channels=1, size=size) == layers
-    assert all(layer in layer_names(model) for layer in layers)
-
-
-def test_more_stages_than_a_model_has_are_refused() -> None:
-    model, size = built("mlp")
-    with pytest.raises(ConfigurationError, match=r"^the model has 2 hidden layers in its trunk, 3 are needed; name "):
-        stage_layers(model, 3, channels=1, size=size)
 
 
 def test_layers_may_lie_in_one_another_and_be_the_same() -> None:
@@ -286,24 +237,3 @@ def test_the_embedding_of_a_convolutional_classifier_is_the_mean_of_its_map() ->
 def test_a_model_without_weights_has_no_embedding() -> None:
     with pytest.raises(ConfigurationError, match=r"^embedding: the model has no layer with weights; "):
         FeatureExtractor(nn.Flatten(), channels=1, size=2, classes=4, embedding=True)
-
-
-def test_any_output_is_a_map() -> None:
-    vector, tokens = torch.arange(6.0).view(2, 3), torch.arange(2 * 5 * 3.0).view(2, 5, 3)
-    assert as_map(vector).shape == (2, 3, 1, 1)
-    square = as_map(tokens)  # a class token and 2×2 patches
-    assert square.shape == (2, 3, 2, 2)
-    assert torch.equal(square[1, :, 1, 0], tokens[1, 3])
-    assert torch.equal(as_map(tokens[:, 1:]), square)
-    row = as_map(torch.ones(2, 7, 3))
-    assert row.shape == (2, 3, 7, 1)
-    maps = torch.randn(2, 3, 4, 4)
-    assert as_map(maps) is maps
-    assert torch.equal(as_map(maps.permute(0, 2, 3, 1)), maps)
-
-
-def test_maps_are_pooled_to_eight_by_eight_at_most() -> None:
-    maps = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(pooled(maps), nn.functional.avg_pool2d(maps, 2))
-    assert torch.equal(pooled(maps[..., :5, :5]), maps[..., :5, :5])
-    assert pooled(torch.ones(2, 50, 3)).shape == (2, 3, 7, 7)

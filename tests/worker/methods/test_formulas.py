@@ -1,4 +1,4 @@
-"""The halves of the methods with teachers, hidden layers and rhythms: each has the loss of its formula, every weight in it.
+"""The objectives with teachers, hidden layers and schedules: each has the loss of its formula, every weight in it.
 
 The formulas are written out here in float64 once more, from the probabilities up, and share nothing with the losses.
 """
@@ -28,7 +28,8 @@ from codistill.config.methods import (
     RkdDistance,
     Vid,
 )
-from codistill_worker.methods import Loss, Objective, Step, StudentContext, create, teacher_network
+from codistill.methods import Loss, Objective, Step, StudentContext
+from codistill_worker.methods import create, teacher_network
 
 Values = NDArray[np.float64]
 Arrays = Mapping[str, Values]
@@ -54,7 +55,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def half_of(method: Distillation) -> Objective:
+def objective_of(method: Distillation) -> Objective:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)
         shapes = {"features/1": (3, 8, 8), "features/2": (7, 4, 4)}
@@ -111,9 +112,9 @@ def cosines(rows: Values) -> Values:
     return found
 
 
-def informed(half: Objective, outputs: Arrays, targets: Arrays) -> float:
+def informed(objective: Objective, outputs: Arrays, targets: Arrays) -> float:
     total = 0.0
-    learnt = {name: value.detach().double().numpy() for name, value in half.extra.named_parameters()}
+    learnt = {name: value.detach().double().numpy() for name, value in objective.extra.named_parameters()}
     for number in (1, 2):
         found = outputs[f"features/{number}"]
         for layer in (0, 2, 4):
@@ -146,7 +147,7 @@ FORMULAS: dict[str, tuple[Distillation, Callable[[Objective, Arrays, Arrays], fl
         BornAgain(generations=1, weight=0.7, temperature=3),
         lambda _, o, t: entropy(o["logits"]) + 0.7 * distilled(t["logits"], o["logits"], 3),
     ),
-    "vid": (Vid(weight=0.7), lambda half, o, t: entropy(o["logits"]) + 0.7 * informed(half, o, t)),
+    "vid": (Vid(weight=0.7), lambda objective, o, t: entropy(o["logits"]) + 0.7 * informed(objective, o, t)),
     "rkd_distance": (
         RkdDistance(distance_weight=3),
         lambda _, o, t: entropy(o["logits"]) + 3 * huber(distances(o["embedding"]) - distances(t["embedding"])),
@@ -188,17 +189,17 @@ FORMULAS: dict[str, tuple[Distillation, Callable[[Objective, Arrays, Arrays], fl
 }  # fmt: skip
 
 
-def step_of(half: Objective, without: str = "") -> Step:
-    half.network.train()
+def step_of(objective: Objective, without: str = "") -> Step:
+    objective.network.train()
     targets = {name: value for name, value in TARGETS.items() if name != without}
-    return Step(half.network(IMAGES), LABELS, targets, EPOCH, EPOCHS)
+    return Step(objective.network(IMAGES), LABELS, targets, EPOCH, EPOCHS)
 
 
 def plain(arrays: Mapping[str, torch.Tensor]) -> Arrays:
     return {name: value.detach().double().numpy() for name, value in arrays.items()}
 
 
-def told(loss: Loss) -> float:
+def reported(loss: Loss) -> float:
     assert loss.distillation is not None
     assert not loss.cross_entropy.requires_grad
     assert not loss.distillation.requires_grad
@@ -208,10 +209,10 @@ def told(loss: Loss) -> float:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_loss_is_the_formula(name: str) -> None:
     method, formula = FORMULAS[name]
-    half = half_of(method)
-    step = step_of(half)
-    loss = half.loss(step)
-    assert loss.total.item() == pytest.approx(formula(half, plain(step.outputs), plain(step.targets)), rel=1e-5)
+    objective = objective_of(method)
+    step = step_of(objective)
+    loss = objective.loss(step)
+    assert loss.total.item() == pytest.approx(formula(objective, plain(step.outputs), plain(step.targets)), rel=1e-5)
     assert loss.cross_entropy.item() == pytest.approx(entropy(plain(step.outputs)["logits"]), rel=1e-5)
 
 
@@ -219,10 +220,10 @@ def test_the_loss_is_the_formula(name: str) -> None:
 def test_the_gradient_is_that_of_the_formula(name: str) -> None:
     """By finite differences of the float64 formula, in some entries of every output."""
     method, formula = FORMULAS[name]
-    half = half_of(method)
-    step = step_of(half)
+    objective = objective_of(method)
+    step = step_of(objective)
     outputs, targets = plain(step.outputs), plain(step.targets)
-    gradients = torch.autograd.grad(half.loss(step).total, list(step.outputs.values()), allow_unused=True)
+    gradients = torch.autograd.grad(objective.loss(step).total, list(step.outputs.values()), allow_unused=True)
     random = np.random.default_rng(0)
     for (output, value), gradient in zip(outputs.items(), gradients, strict=True):
         for _ in range(4):
@@ -231,7 +232,7 @@ def test_the_gradient_is_that_of_the_formula(name: str) -> None:
             for move in (1e-5, -1e-5):
                 moved = value.copy()
                 moved[place] += move
-                sides.append(formula(half, {**outputs, output: moved}, targets))
+                sides.append(formula(objective, {**outputs, output: moved}, targets))
             slope = (sides[0] - sides[1]) / 2e-5
             assert (0 if gradient is None else gradient[place].item()) == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
@@ -239,44 +240,44 @@ def test_the_gradient_is_that_of_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_is_reported_adds_up(name: str) -> None:
     method, _ = FORMULAS[name]
-    half = half_of(method)
-    loss = half.loss(step_of(half))
+    objective = objective_of(method)
+    loss = objective.loss(step_of(objective))
     of_labels = {"kd": 0.3, "logit_regression": 0.2}.get(name, 1.0)
-    assert of_labels * loss.cross_entropy.item() + told(loss) == pytest.approx(loss.total.item(), rel=1e-5)
+    assert of_labels * loss.cross_entropy.item() + reported(loss) == pytest.approx(loss.total.item(), rel=1e-5)
 
 
-def test_half_is_the_loss_of_full_to_whom_the_teacher_teaches_and_mutual_to_the_other() -> None:
+def test_hddml_is_fddml_for_the_taught_student_and_dml_for_the_other() -> None:
     settings: dict[str, Any] = {"weight": 0.7, "peer_weight": 0.4, "temperature": 3}
-    full, half = half_of(Fddml(**settings)), half_of(Hddml(**settings))
-    assert half.loss(step_of(half)).total.item() == full.loss(step_of(full)).total.item()
-    step = step_of(half, without="logits")
+    full, objective = objective_of(Fddml(**settings)), objective_of(Hddml(**settings))
+    assert objective.loss(step_of(objective)).total.item() == full.loss(step_of(full)).total.item()
+    step = step_of(objective, without="logits")
     logits, peer = plain(step.outputs)["logits"], plain(step.targets)["probabilities"]
-    assert half.loss(step).total.item() == pytest.approx(entropy(logits) + 0.4 * mimicked(peer, logits), rel=1e-5)
+    assert objective.loss(step).total.item() == pytest.approx(entropy(logits) + 0.4 * mimicked(peer, logits), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_all_that_a_method_trains_has_a_gradient_and_no_target_has(name: str) -> None:
     method, _ = FORMULAS[name]
-    half = half_of(method)
-    step = step_of(half)
+    objective = objective_of(method)
+    step = step_of(objective)
     for target in step.targets.values():
         target.requires_grad_()
-    half.loss(step).total.backward()
+    objective.loss(step).total.backward()
     for target in step.targets.values():
         assert target.grad is None
         target.requires_grad_(False)
-    assert all(each.grad is not None and bool(each.grad.any()) for each in half.network.parameters())
-    assert all(each.grad is not None and bool(each.grad.any()) for each in half.extra.parameters())
-    assert bool(list(half.extra.parameters())) == (name in ("vid", "dcm"))
+    assert all(each.grad is not None and bool(each.grad.any()) for each in objective.network.parameters())
+    assert all(each.grad is not None and bool(each.grad.any()) for each in objective.extra.parameters())
+    assert bool(list(objective.extra.parameters())) == (name in ("vid", "dcm"))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_what_a_student_publishes(name: str) -> None:
-    half = half_of(FORMULAS[name][0])
+    objective = objective_of(FORMULAS[name][0])
     mutual = {"dcm": STAGES, "fddml": ("logits",), "cross_architecture": ("logits",)}
-    assert half.publishes == mutual.get(name.partition(",")[0], ())
-    assert set(half.publishes) <= set(half.network(IMAGES))
-    assert not half.measures_held_out
+    assert objective.publishes == mutual.get(name.partition(",")[0], ())
+    assert set(objective.publishes) <= set(objective.network(IMAGES))
+    assert not objective.measures_held_out
 
 
 @pytest.mark.parametrize(

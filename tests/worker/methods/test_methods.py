@@ -1,4 +1,4 @@
-"""Losses: by hand, by finite differences, and against the mistakes of public implementations."""
+"""The objectives without teachers: by hand, by finite differences, and against the mistakes of public implementations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from codistill.config.methods import Distillation, Dml, Independent, Kdcl
-from codistill_worker.methods import Loss, Objective, Step, StudentContext, create
+from codistill.methods import Loss, Objective, Step, StudentContext
+from codistill_worker.methods import create
 from codistill_worker.methods.losses import divergence
 
 B, C, K = 3, 4, 3
@@ -45,7 +46,7 @@ def targets(settings: Distillation, seed: int = 5, rows: int = B) -> dict[str, t
             return peers(drawn(seed, K, rows, C), 0, settings.temperature)
 
 
-def half_of(method: Distillation) -> Objective:
+def objective_of(method: Distillation) -> Objective:
     return create(method, StudentContext("a", nn.Identity(), {"classes": C, "channels": 1, "size": 8}, dict))
 
 
@@ -60,18 +61,18 @@ METHODS: dict[str, Distillation] = {
 DISTILLING = {name: method for name, method in METHODS.items() if method.exchanges}
 
 
-def loss_by(half: Objective, logits: torch.Tensor, labels: torch.Tensor, given: Any) -> Loss:
-    return half.loss(Step({"logits": logits}, labels, given))
+def loss_by(objective: Objective, logits: torch.Tensor, labels: torch.Tensor, given: Any) -> Loss:
+    return objective.loss(Step({"logits": logits}, labels, given))
 
 
 def loss_of(method: Distillation, logits: torch.Tensor, labels: torch.Tensor, given: Any = None) -> Loss:
-    return loss_by(half_of(method), logits, labels, targets(method) if given is None else given)
+    return loss_by(objective_of(method), logits, labels, targets(method) if given is None else given)
 
 
 def test_cross_entropy_by_hand() -> None:
     logits = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(6), 0.0]])  # softmax: ½ ¼ ¼ and ⅛ ¾ ⅛
     labels = torch.tensor([0, 2])
-    loss = loss_by(half_of(Independent()), logits, labels, {})
+    loss = loss_by(objective_of(Independent()), logits, labels, {})
     expected = (math.log(2) + math.log(8)) / 2
     assert loss.total.item() == pytest.approx(expected)
     assert loss.cross_entropy.item() == pytest.approx(expected)
@@ -80,7 +81,7 @@ def test_cross_entropy_by_hand() -> None:
 
 def test_label_smoothing_by_hand() -> None:
     logits, labels, epsilon = torch.tensor([[math.log(2), 0.0, 0.0]]), torch.tensor([0]), 0.3
-    loss = loss_by(half_of(Independent(label_smoothing=epsilon)), logits, labels, {})
+    loss = loss_by(objective_of(Independent(label_smoothing=epsilon)), logits, labels, {})
     wanted = (1 - epsilon + epsilon / 3) * math.log(2) + 2 * (epsilon / 3) * math.log(4)
     assert loss.total.item() == pytest.approx(wanted)
     assert loss.cross_entropy.item() == pytest.approx(math.log(2)), "what is reported has no smoothing in it"
@@ -104,7 +105,7 @@ def test_kdcl_by_hand() -> None:
     weight, temperature = 0.5, 2.0
     logits = torch.tensor([[2 * math.log(2), 0.0, 0.0]])  # at T = 2: ½ ¼ ¼
     target = {"logits": torch.tensor([[0.0, 2 * math.log(6), 0.0]])}  # at T = 2: ⅛ ¾ ⅛
-    loss = loss_by(half_of(Kdcl(weight=weight, temperature=temperature)), logits, torch.tensor([1]), target)
+    loss = loss_by(objective_of(Kdcl(weight=weight, temperature=temperature)), logits, torch.tensor([1]), target)
     term = 1 / 8 * math.log(1 / 4) + 3 / 4 * math.log(3) + 1 / 8 * math.log(1 / 2)
     assert loss.distillation is not None
     assert loss.distillation.item() == pytest.approx(weight * temperature**2 * term)
@@ -117,7 +118,7 @@ def test_kdcl_by_hand() -> None:
 def test_dml_is_the_mean_over_the_pairs_in_value_and_gradient(student: int, temperature: float) -> None:
     logits, labels = drawn(1, K, 16, C), labels_of(1, 16)
     own = logits[student].clone().requires_grad_()
-    loss = loss_by(half_of(Dml(temperature=temperature)), own, labels, peers(logits, student, temperature))
+    loss = loss_by(objective_of(Dml(temperature=temperature)), own, labels, peers(logits, student, temperature))
     loss.total.backward()
 
     exact = logits[student].double().requires_grad_()
@@ -144,7 +145,9 @@ def test_dml_targets_that_half_precision_has_rounded_still_sum_to_one(dtype: tor
     rounded = (torch.full((1, many), 1 / many)).to(dtype)
     assert abs(rounded.double().sum().item() - 1) > 1e-4, "else this shows nothing"
     own = logits.float().requires_grad_()
-    loss = loss_by(half_of(Dml()), own, torch.tensor([0]), {"probabilities": rounded, "divergence": torch.zeros(1)})
+    loss = loss_by(
+        objective_of(Dml()), own, torch.tensor([0]), {"probabilities": rounded, "divergence": torch.zeros(1)}
+    )
     assert loss.distillation is not None
     assert loss.distillation.item() == pytest.approx(0, abs=1e-5)
 
@@ -153,8 +156,8 @@ def test_dml_targets_that_half_precision_has_rounded_still_sum_to_one(dtype: tor
 def test_gradients_against_finite_differences(method: str) -> None:
     logits, labels = drawn(2, B, C).double().requires_grad_(), labels_of(2)
     given = {name: value.double() for name, value in targets(METHODS[method]).items()}
-    half = half_of(METHODS[method])
-    assert torch.autograd.gradcheck(lambda z: loss_by(half, z, labels, given).total, (logits,))
+    objective = objective_of(METHODS[method])
+    assert torch.autograd.gradcheck(lambda z: loss_by(objective, z, labels, given).total, (logits,))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
@@ -162,8 +165,8 @@ def test_the_square_of_the_temperature_keeps_the_gradient_at_the_difference_of_l
     """For small logits T²·KL has the gradient (z − t)/C per row whatever T is (Hinton et al. 2015, section 2.1)."""
     own = (drawn(3, B, C, scale=1e-3)).requires_grad_()
     target = drawn(4, B, C, scale=1e-3)
-    half, labels = half_of(Kdcl(temperature=temperature)), labels_of(3)
-    (loss_by(half, own, labels, {"logits": target}).total - functional.cross_entropy(own, labels)).backward()
+    objective, labels = objective_of(Kdcl(temperature=temperature)), labels_of(3)
+    (loss_by(objective, own, labels, {"logits": target}).total - functional.cross_entropy(own, labels)).backward()
     centred = (own - target) - (own - target).mean(-1, keepdim=True)
     assert own.grad is not None
     assert torch.allclose(own.grad, centred.detach() / C / B, rtol=2e-3, atol=1e-7)
@@ -263,11 +266,11 @@ def test_targets_in_half_precision_are_computed_with_in_float32() -> None:
     assert torch.equal(half, full)
 
 
-def test_the_halves_are_chosen_by_the_method() -> None:
-    def traits(half: Objective) -> tuple[bool, bool]:
-        return bool(half.publishes), half.measures_held_out
+def test_objectives_are_chosen_by_the_method() -> None:
+    def traits(objective: Objective) -> tuple[bool, bool]:
+        return bool(objective.publishes), objective.measures_held_out
 
-    assert traits(half_of(Independent())) == (False, False)
-    assert traits(half_of(Dml())) == (True, False)
-    assert traits(half_of(Kdcl(ensemble="linear"))) == (True, False)
-    assert traits(half_of(Kdcl(ensemble="general"))) == (True, True)
+    assert traits(objective_of(Independent())) == (False, False)
+    assert traits(objective_of(Dml())) == (True, False)
+    assert traits(objective_of(Kdcl(ensemble="linear"))) == (True, False)
+    assert traits(objective_of(Kdcl(ensemble="general"))) == (True, True)

@@ -15,7 +15,8 @@ from torch import nn
 from codistill.methods.aggregator import RoundInputs
 from codistill_server.methods import create
 from codistill_worker.methods import losses
-from codistill_worker.training.trainer import Published, Trainer
+from codistill_worker.training.outputs import Published
+from codistill_worker.training.trainer import Trainer
 
 MORE = {"cross_architecture": {"every": 1}}
 STUDENTS = [{"name": name, "model": "mlp", "model_args": {"hidden": 8}} for name in ("a", "b", "c")]
@@ -67,16 +68,16 @@ def others_are_left_alone(step: Callable[[], object], others: list[nn.Module]) -
 def together(tiny: Any, student: Any, method: str) -> tuple[list[Trainer], Callable[[list[Published]], list[Any]]]:
     """Returns the students' trainers, and what makes each one's targets of what all have published."""
     experiment = tiny(students=STUDENTS, distillation={"method": method, **MORE.get(method, {})})
-    half = create(experiment.distillation, experiment.names, ())
-    assert half is not None
+    aggregator = create(experiment.distillation, experiment.names, ())
+    assert aggregator is not None
 
     def targets(published: list[Published]) -> list[Any]:
         gathered = RoundInputs(
             students=experiment.names,
-            outputs={name: torch.stack([each.batch.arrays[name] for each in published]) for name in half.student},
+            outputs={name: torch.stack([each.batch.arrays[name] for each in published]) for name in aggregator.student},
             labels=published[0].batch.labels,
         )
-        made = half.targets(gathered)
+        made = aggregator.targets(gathered)
         return [(made.each or {}).get(name, made.shared) for name in experiment.names]
 
     return [student(experiment, name) for name in experiment.names], targets

@@ -1,7 +1,8 @@
-"""One student's step: its two halves, what it depends on and what it does not."""
+"""One student's step: its two parts, what it depends on and what it does not."""
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from codistill.config.experiment import Experiment
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.data import augmentation
-from worker.support_trainer import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
+from worker.support import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
 
 
 class Odd(nn.Module):
@@ -79,7 +80,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# --- the two halves
+# --- the two parts
 
 
 def test_what_is_published(tiny: Tiny, student: MakeStudent, load_data: Any) -> None:
@@ -179,7 +180,7 @@ def test_one_forward_pass_a_round(tiny: Tiny, student: MakeStudent, train: Train
     assert len(calls) == 4
 
 
-def test_the_halves_come_in_turn(tiny: Tiny, student: MakeStudent) -> None:
+def test_begin_and_finish_come_in_turn(tiny: Tiny, student: MakeStudent) -> None:
     trainer = student(tiny())
     with pytest.raises(RuntimeError, match="no round is begun"):
         trainer.finish({})
@@ -337,7 +338,7 @@ def test_each_student_has_its_own_number_of_threads(tiny: Tiny, student: MakeStu
         trainer.abandon()
 
 
-# --- going on
+# --- restoring
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -386,38 +387,47 @@ def test_initial_weights_follow_from_seed_and_name(tiny: Tiny, student: MakeStud
     assert not same(weights(1, "a"), weights(2, "a"))
 
 
-# --- evaluation
+# --- settings
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_evaluation_has_no_effect_on_training(
-    name: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
+def test_gradients_are_clipped(tiny: Tiny, student: MakeStudent) -> None:
+    optimizer = {"name": "sgd", "lr": 1.0, "momentum": 0, "weight_decay": 0}
+    settings = {"training__optimizer": optimizer, "training__schedule": {"name": "constant"}}
+
+    def moved(clip: float | None) -> float:
+        trainer = student(tiny(**settings, training__clip_norm=clip))
+        before = [value.detach().clone() for value in trainer.model.parameters()]
+        published = trainer.begin()
+        assert published is not None
+        trainer.finish({"logits": torch.zeros(16, 10)})
+        after = trainer.model.parameters()
+        return math.sqrt(sum(float((b - a.detach()).square().sum()) for b, a in zip(before, after, strict=True)))
+
+    free = moved(None)
+    assert free > 0.02
+    assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
+    assert moved(10 * free) == pytest.approx(free, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precisions_and_layouts(
+    precision: str, channels_last: bool, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
 ) -> None:
-    experiment = tiny()
-    plain, measured = student(experiment, name), student(experiment, name)
-    augmentation._affine.cache_clear()  # what evaluation caches, training uses
-    test = measured._dataset.test
-    for _ in range(5):
-        measured.evaluate(test)
-        measured.prepare()
-        measured.evaluate(test)
-        train(measured, 1)
-        train(plain, 1)
-    assert same(state(plain), state(measured))
-
-
-def test_evaluation_by_hand(tiny: Tiny, student: MakeStudent, train: Train) -> None:
-    trainer = student(tiny())
-    train(trainer, 3)
-    split, dataset = trainer._dataset.test, trainer._dataset
-    score = trainer.evaluate(split)
-    images = augmentation.normalise(split.images(torch.arange(len(split))), dataset.mean, dataset.std)
-    trainer.model.eval()
-    with torch.no_grad():
-        logits = trainer.model(images).double()
-    assert score.accuracy == pytest.approx((logits.argmax(-1) == split.labels).double().mean().item())
-    assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
-    assert trainer.evaluate(split) == score
+    experiment = tiny(training__precision=precision, training__channels_last=channels_last)
+    trainer, reference = student(experiment), student(tiny())
+    logits, expected = train(trainer, 3), train(reference, 3)
+    assert all(each.dtype is torch.float32 for each in logits)
+    assert torch.allclose(logits[0], expected[0], atol=0.05 if precision == "bfloat16" else 1e-4)
+    if precision == "bfloat16":
+        assert not torch.equal(logits[0], expected[0])
+        assert all(value.dtype is torch.float32 for value in trainer.model.parameters())
+    convolution = next(value for value in trainer.model.parameters() if value.ndim == 4 and value.shape[1] > 1)
+    assert convolution.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert 0 <= trainer.evaluate(trainer._dataset.test).accuracy <= 1
+    again = student(experiment)
+    train(again, 3)
+    assert same(state(trainer), state(again)), "the same experiment gives the same bits"
 
 
 # --- held-out samples

@@ -1,9 +1,10 @@
-"""Data sets: what students learn, as bytes on a device or streamed from disk.
+"""Data sets, as bytes on a device or streamed from disk.
 
 * :mod:`.loading` turns the experiment's `data` section into a :class:`Dataset`.
-* :mod:`.dataset` is what the trainer sees: a :class:`Dataset` of :class:`Split`.
-* :mod:`.sources` is what loaders find: arrays or files, from which splits are made.
-* :mod:`.builtin`, :mod:`.folders` and :mod:`.callables` find them.
+* :mod:`.dataset` is the trainer's view: a :class:`Dataset` of :class:`Split`.
+* :mod:`.sources` has the loaders' results: arrays or files, from which splits are made.
+* :mod:`.builtin`, :mod:`.folders` and :mod:`.callables` are the loaders.
+* :mod:`.augmentation` crops, flips and normalises images.
 """
 
 from __future__ import annotations

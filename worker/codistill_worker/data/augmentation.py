@@ -1,4 +1,4 @@
-"""From images as bytes to what a model sees: random crops and flips in one gather, then channel statistics."""
+"""From images as bytes to the inputs of a model: random crops and flips in one gather, then channel statistics."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import torch
 from torch.nn import functional
 
 from codistill.config.data import Augment
-from codistill.peer.draws import uniforms
+from codistill.config.experiment import Experiment
+from codistill.peer.draws import derive, uniforms
 
-__all__ = ["augment", "normalise"]
+__all__ = ["augment", "normalise", "view_seed"]
+
+
+def view_seed(experiment: Experiment, participant: str, round_number: int) -> int:
+    """Returns the seed of a participant's augmentation in a round; where all share one view, that of all."""
+    return derive(experiment.seed, "augment", "" if experiment.shared_view else participant, round_number)
 
 
 def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: int) -> torch.Tensor:
     """Returns images cropped at random after zero padding, and mirrored at random.
 
-    With padding p, an image is surrounded by p zero pixels on every side, cut to its own size at one of (2p+1)² places,
-    each as likely, and, with `flip`, mirrored left to right with probability ½ (He et al. 2016, section 4.2). What
-    happens to a sample follows from the seed and its id, never from the batch around it.
+    With padding p, an image is surrounded by p zero pixels on every side and cut to its own size at one of (2p+1)²
+    places, each as likely. With `flip` it is mirrored left to right with probability ½ (He et al. 2016, section 4.2). The
+    seed and a sample's id alone decide, never the batch around it.
 
     Args:
         images: uint8 of shape [B, C, H, W], on any device.
         ids: the samples' ids, int64 of shape [B], on the CPU.
         settings: the padding, and whether to flip.
-        seed: of this student and this round: `derive(run_seed, "augment", student, round)`.
+        seed: of the participant and the round, from :func:`view_seed`.
 
     Returns:
-        uint8 of shape [B, C, H, W] on the images' device; the images themselves where there is nothing to vary.
+        uint8 of shape [B, C, H, W] on the images' device; the images themselves where no augmentation is set.
     """
     padding = settings.crop_padding
     if not padding and not settings.flip:
@@ -61,8 +67,8 @@ def normalise(
         images: uint8 of shape [B, C, H, W], on any device.
         mean: of each channel, of values scaled to 0..1.
         std: of each channel, likewise.
-        dtype: the result's.
-        channels_last: lay the result out with the channels innermost.
+        dtype: of the result.
+        channels_last: whether the channels are innermost in memory.
 
     Returns:
         `dtype` of shape [B, C, H, W] on the images' device.
@@ -75,6 +81,6 @@ def normalise(
 
 @lru_cache(maxsize=16)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns 1/(255·std) and −mean/std, float32 of shape [1, C, 1, 1]; kept, as every batch needs them again."""
+    """Returns 1/(255·std) and −mean/std, float32 of shape [1, C, 1, 1]; cached for the next batches."""
     means, stds = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
     return (1 / (255 * stds)).to(device, torch.float32), (-means / stds).to(device, torch.float32)

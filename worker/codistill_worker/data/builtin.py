@@ -54,8 +54,8 @@ def digits() -> Arrays:
 def _digits_of(package: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pixels' values and the classes that a scikit-learn holds.
 
-    To import it takes a second, SciPy and all, in which a worker that was killed is not back yet; so its file is read
-    where it has always been, and scikit-learn asked only if it is there no more.
+    Importing scikit-learn and SciPy takes a second, by which a restarted worker would be late. So its file is read where it
+    has always been, and scikit-learn is imported only if the file is not there.
     """
     file = package / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
@@ -79,20 +79,20 @@ def torchvision_set(data: Data) -> tuple[Arrays, Arrays]:
     kind = getattr(torchvision().datasets, TORCHVISION[data.dataset])
 
     def read(*, train: bool) -> Arrays:
-        found = kind(data.root, train=train, download=data.download)
-        pixels = torch.as_tensor(found.data)
+        dataset = kind(data.root, train=train, download=data.download)
+        pixels = torch.as_tensor(dataset.data)
         pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-        return Arrays(pixels, torch.as_tensor(found.targets, dtype=torch.int64))
+        return Arrays(pixels, torch.as_tensor(dataset.targets, dtype=torch.int64))
 
-    return _obtained(data, lambda: (read(train=True), read(train=False)))
+    return _read(data, lambda: (read(train=True), read(train=False)))
 
 
 def imagenet(data: Data) -> tuple[Files, Files]:
     """Finds ImageNet's 1,000 classes in `data.root`: train/WNID/* and val/WNID/*.
 
-    Where the folders are not there but the archives are (`ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and
-    `ILSVRC2012_devkit_t12.tar.gz`, which nobody may download without an account), torchvision unpacks them if
-    `data.download` is set.
+    If there are archives instead of folders and `data.download` is set, torchvision unpacks them. They are
+    `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`, whose download needs an
+    account.
 
     Raises:
         ConfigurationError: neither folders nor archives can be used.
@@ -100,20 +100,20 @@ def imagenet(data: Data) -> tuple[Files, Files]:
     root = Path(data.root)
     if data.download and not ((root / "train").is_dir() and (root / "val").is_dir()):
         kind = torchvision().datasets.ImageNet
-        _obtained(data, lambda: [kind(data.root, split=split) for split in ("train", "val")])
+        _read(data, lambda: [kind(data.root, split=split) for split in ("train", "val")])
     return image_folder(data)
 
 
-def _obtained(data: Data, read: Callable[[], _T]) -> _T:
-    """Returns what `read` does, with errors that say what to set.
+def _read(data: Data, read: Callable[[], _T]) -> _T:
+    """Returns the result of `read`, with errors that say which setting to change.
 
-    torchvision says RuntimeError where files are missing or have another checksum, and OSError (URLError is one) where
+    torchvision raises RuntimeError where files are missing or have another checksum, and OSError (URLError is one) where
     they cannot be fetched, read or written.
     """
     try:
         if not data.download:
             return read()
-        with _alone(Path(data.root)):
+        with _download_lock(Path(data.root)):
             return read()
     except (RuntimeError, OSError) as error:
         text = str(error).strip().split("\n")[0]
@@ -128,8 +128,8 @@ def _obtained(data: Data, read: Callable[[], _T]) -> _T:
         ) from error
 
 
-def _alone(root: Path) -> AbstractContextManager[object]:
-    """Holds a lock on the folder: the workers of one machine start together, and one of them is to download."""
+def _download_lock(root: Path) -> AbstractContextManager[object]:
+    """Locks the folder, as the workers of one machine start together and one of them is to download."""
     root.mkdir(parents=True, exist_ok=True)
     return locked(
         root / ".codistill-download.lock",

@@ -11,7 +11,7 @@ import torch
 
 from codistill.config.data import Data
 from codistill.peer.errors import PeerError
-from codistill_worker import plugins
+from codistill.process import plugins
 from codistill_worker.data.sources import Arrays
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 
@@ -21,14 +21,16 @@ _WANTED = "(train_images, train_labels, test_images, test_labels)"
 
 
 def from_callable(data: Data) -> tuple[Arrays, Arrays]:
-    """Calls what `data.dataset` names, with the `data` section if it takes an argument, and checks what it returns.
+    """Calls the callable that `data.dataset` names, and checks its result.
 
-    It returns (train_images, train_labels, test_images, test_labels): images as uint8 of shape [N, C, H, W] or
-    [N, H, W], square; labels as integers of shape [N] from 0 to `data.classes`-1; each a tensor or an array.
+    It is called with the `data` section if it takes an argument, and returns (train_images, train_labels, test_images,
+    test_labels), each a tensor or an array. Images are uint8 of shape [N, C, H, W] or [N, H, W], square. Labels are
+    integers of shape [N] from 0 to `data.classes`-1.
 
     Raises:
-        ConfigurationError: it cannot be imported or called so, or returns something else.
-        PeerError: it raised an error of its own.
+        LoadError: it cannot be imported.
+        ConfigurationError: it takes other arguments, or returns something else.
+        PeerError: it raised an error.
     """
     where = f"data.dataset: {data.dataset!r}"
     function = plugins.load(data.dataset, "data.dataset")
@@ -38,12 +40,12 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise PeerError(f"{where}: {plugins.explained(error)}") from error
-    parts = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
-    if parts is None or len(parts) != 4:
-        size = f" of {len(parts)}" if parts is not None else ""
+        raise PeerError(f"{where}: {plugins.explain_error(error)}") from error
+    arrays = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
+    if arrays is None or len(arrays) != 4:
+        size = f" of {len(arrays)}" if arrays is not None else ""
         raise ConfigurationError(f"{where} returned {type(returned).__name__}{size}; expected {_WANTED}")
-    train_images, train_labels, test_images, test_labels = parts
+    train_images, train_labels, test_images, test_labels = arrays
     train = _arrays(train_images, train_labels, data, f"{where}: train")
     test = _arrays(test_images, test_labels, data, f"{where}: test")
     if train.shape != test.shape:

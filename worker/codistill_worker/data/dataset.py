@@ -1,4 +1,4 @@
-"""What the trainer sees of a data set: splits that give images by sample id."""
+"""A data set as the trainer uses it: splits that give images by sample id."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from codistill_worker.data.augmentation import normalise
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Dataset", "MemorySplit", "Split", "StreamedSplit", "check_batch"]
@@ -37,8 +38,8 @@ class Split(ABC):
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yields the images of each batch of ids, in order.
 
-        Batches may be taken from `id_batches` before they are needed, to decode ahead; where the stream begins and ends
-        is the caller's choice. Close the iterator to stop early.
+        Batches may be taken from `id_batches` before they are needed, to decode ahead. The stream begins and ends where the
+        ids do. Close the iterator to stop early.
 
         Args:
             id_batches: tensors of ids, int64 of shape [B], on the CPU.
@@ -78,15 +79,15 @@ class MemorySplit(Split):
 class StreamedSplit(Split):
     """Images decoded as they are needed, by threads, a few batches ahead and never more.
 
-    Decoding leaves Python's lock for most of its time, so threads keep several cores busy; unlike processes they need
-    no fork of a process that speaks gRPC and no shared memory, and none can be lost.
+    Decoding leaves Python's lock for most of its time, so threads keep several cores busy. Unlike processes they need no
+    shared memory and no fork of a process with gRPC in it, and none can be lost.
 
     Args:
         decode: writes one sample's image, by id, into an array uint8 of shape [C, H, W].
         shape: (C, H, W).
         labels: int64 of shape [N], on the CPU.
         device: where batches are wanted.
-        threads: that decode; 0 to decode in the caller's own, when asked.
+        threads: the number of decoding threads; 0 to decode in the caller's thread.
     """
 
     def __init__(
@@ -140,14 +141,14 @@ class StreamedSplit(Split):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What students learn and are tested on.
+    """The images and labels of a run, and their statistics.
 
     Attributes:
         classes: number of classes.
-        train: what is trained on.
-        test: what is tested on.
+        train: the training samples.
+        test: the test samples.
         held_out: training samples set aside to weigh an ensemble's members, or None.
-        held_out_ids: where those were among the training samples before they were set aside, int64 of shape [N].
+        held_out_ids: the positions of those among the training samples before they were set aside, int64 of shape [N].
         mean: of each channel, of values scaled to 0..1.
         std: of each channel, likewise.
         channels: of an image.
@@ -166,20 +167,24 @@ class Dataset:
     height: int
     width: int
 
+    def normalise(self, images: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
+        """Returns images, uint8 of shape [B, C, H, W], as float32 with the data set's statistics taken out."""
+        return normalise(images, self.mean, self.std, channels_last=channels_last)
+
     def fingerprint(self) -> str:
-        """Returns what two workers must agree on to speak of the same samples, as a SHA-256 in hexadecimal.
+        """Returns a SHA-256 in hexadecimal, which two workers share if their sample ids mean the same samples.
 
         It covers the training labels in order, the held-out ids and labels, the test labels, the number of classes and
         an image's shape. Pixels are not in it: decoders may differ in the last bit from machine to machine.
         """
         held_out = self.held_out.labels if self.held_out else self.held_out_ids
-        parts = [self.train.labels, self.held_out_ids, held_out, self.test.labels]
+        arrays = [self.train.labels, self.held_out_ids, held_out, self.test.labels]
         sizes = (self.classes, self.channels, self.height, self.width)
         digest = hashlib.sha256(b"codistill data set\n")
-        for number in chain(sizes, (len(part) for part in parts)):
-            digest.update(number.to_bytes(8, "little"))
-        for part in parts:
-            digest.update(part.numpy().astype("<i8").tobytes())
+        for count in chain(sizes, (len(array) for array in arrays)):
+            digest.update(count.to_bytes(8, "little"))
+        for array in arrays:
+            digest.update(array.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -191,8 +196,8 @@ def check_batch(dataset: Dataset, batch_size: int) -> None:
     """
     count = len(dataset.train)
     if batch_size > count:
-        apart = f" (another {len(dataset.held_out)} are held out)" if dataset.held_out else ""
+        held_out = f" (another {len(dataset.held_out)} are held out)" if dataset.held_out else ""
         raise ConfigurationError(
-            f"training.batch_size: {batch_size} is larger than the {count} training samples{apart}; "
+            f"training.batch_size: {batch_size} is larger than the {count} training samples{held_out}; "
             f"lower it to at most {count}, or train on more"
         )

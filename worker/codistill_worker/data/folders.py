@@ -19,8 +19,8 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 def image_folder(data: Data) -> tuple[Files, Files]:
     """Finds the training and the test images below `data.root`.
 
-    Classes are numbered in the order of their folders' names, images in the order of their paths, both compared by
-    code point, so that every machine counts alike. A class folder may have folders of its own.
+    Classes are numbered in the order of their folders' names, images in the order of their paths. Both are compared by code
+    point, so that every machine counts alike. A class folder may have subfolders.
 
     Returns:
         `root`/train and `root`/test, or `root`/val where there is no test.
@@ -32,10 +32,10 @@ def image_folder(data: Data) -> tuple[Files, Files]:
     train, test = splits(data)
     names, expected = _classes(train), data.class_count
     if (other := _classes(test)) != names:
-        alone = sorted({*names} ^ {*other})
-        listed = ", ".join(alone[:5]) + (", …" if len(alone) > 5 else "")
+        unmatched = sorted({*names} ^ {*other})
+        listed = ", ".join(unmatched[:5]) + (", …" if len(unmatched) > 5 else "")
         raise ConfigurationError(
-            f"data.root: {train} and {test} must hold the same classes; {len(alone)} are in one of them only: {listed}"
+            f"data.root: {train} and {test} must hold the same classes; {len(unmatched)} are in one of them only: {listed}"
         )
     if len(names) != expected:
         raise ConfigurationError(
@@ -71,15 +71,15 @@ def _files(folder: Path, names: list[str], size: int) -> Files:
     paths: list[str] = []  # text, not Path objects: a large set has over a million
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(
+        in_class = sorted(
             f"{place}/{file}"
             for place, _, files in os.walk(folder / name, followlinks=True)
             for file in files
             if Path(file).suffix.lower() in SUFFIXES
         )
-        paths += found
-        labels += [label] * len(found)
-        if not found:
+        paths += in_class
+        labels += [label] * len(in_class)
+        if not in_class:
             raise ConfigurationError(
                 f"data.root: {folder / name} holds no image; "
                 f"it needs at least one file ending in {', '.join(sorted(SUFFIXES))}"

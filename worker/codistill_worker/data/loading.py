@@ -11,7 +11,7 @@ import torch
 from codistill.config.data import Data
 from codistill.config.datasets import DATASETS
 from codistill.peer.draws import derive, permutation
-from codistill_worker import plugins
+from codistill.process import plugins
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set
 from codistill_worker.data.callables import from_callable
 from codistill_worker.data.dataset import Dataset, Split
@@ -39,13 +39,14 @@ def load(data: Data, device: torch.device) -> Dataset:
 
     Args:
         data: the experiment's section.
-        device: where images are wanted. All splits are kept there as bytes if they take at most `data.memory_limit_gib`
-            together; otherwise files are decoded as they are needed, and arrays stay in the host's memory.
+        device: of the batches. All splits are kept there as bytes if together they take at most `data.memory_limit_gib`;
+            otherwise files are decoded as they are needed, and arrays stay in the host's memory.
 
     Raises:
-        ConfigurationError: the data set cannot be found or read, or does not hold what the section asks for.
+        ConfigurationError: the data set cannot be found or read, or is not as the section says.
+        LoadError: a user's callable cannot be imported.
     """
-    train, test = _found(data)
+    train, test = _train_and_test(data)
     channels, height, width = train.shape
     if data.image_size not in (None, height):
         raise ConfigurationError(
@@ -94,10 +95,10 @@ def load(data: Data, device: torch.device) -> Dataset:
 
 
 def image_of(data: Data) -> tuple[int, int]:
-    """Returns channels and size of the images that a section's data set has; loads it where nothing else tells.
+    """Returns channels and size of a data set's images; loads the data set where only its images tell.
 
     Raises:
-        ConfigurationError: as :func:`load`.
+        ConfigurationError, LoadError: as :func:`load`.
     """
     known = DATASETS.get(data.dataset)
     size = data.image_size or (known.size if known is not None else None)
@@ -108,10 +109,11 @@ def image_of(data: Data) -> tuple[int, int]:
 
 
 def check(data: Data) -> None:
-    """Checks, without loading it, that a data set is where the section says, as far as can be told at once.
+    """Checks that a data set is where the section says, as far as this can be told without loading it.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: it is not there.
+        LoadError: a user's callable cannot be imported.
     """
     if data.dataset not in DATASETS:
         plugins.load(data.dataset, "data.dataset")
@@ -124,8 +126,8 @@ def check(data: Data) -> None:
         )
 
 
-def _found(data: Data) -> tuple[Source, Source]:
-    """Returns the training and the test samples, each in the size that was asked for."""
+def _train_and_test(data: Data) -> tuple[Source, Source]:
+    """Returns the training and the test samples, each in the size that the section asks for."""
     if data.dataset == "digits":
         return _digits(data)
     train: Source
@@ -202,9 +204,10 @@ def _measured(split: Split, shape: tuple[int, int, int], seed: int) -> tuple[tup
     total = len(ids) * shape[1] * shape[2]
     sums: list[int] = (counts * values).sum(1).tolist()
     squares: list[int] = (counts * values**2).sum(1).tolist()
-    mean = tuple(each / total / 255 for each in sums)
+    mean = tuple(value / total / 255 for value in sums)
     # n·Σx² − (Σx)² is exact in Python's integers, where a difference of floats would cancel
     std = tuple(
-        max(math.sqrt(total * square - each**2) / total, 1.0) / 255 for each, square in zip(sums, squares, strict=True)
+        max(math.sqrt(total * square - value**2) / total, 1.0) / 255
+        for value, square in zip(sums, squares, strict=True)
     )
     return mean, std

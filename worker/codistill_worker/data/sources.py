@@ -1,4 +1,4 @@
-"""What a loader finds before it is split and placed: arrays in memory, or files to decode."""
+"""Images as a loader finds them, before they are split and placed: arrays in memory, or files to decode."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Source(ABC):
 
     @property
     def decoded_bytes(self) -> int:
-        """What the images take in memory as uint8."""
+        """The bytes that the images take in memory as uint8."""
         return len(self) * math.prod(self.shape)
 
     @abstractmethod
@@ -56,9 +56,9 @@ class Source(ABC):
         """Returns the samples as a split.
 
         Args:
-            device: where batches are wanted.
-            on_device: keep all images there.
-            threads: that decode where images are streamed.
+            device: of the batches.
+            on_device: whether to keep all images there.
+            threads: the number of decoding threads, where images are streamed.
         """
 
 
@@ -97,7 +97,7 @@ class Files(Source):
     Attributes:
         paths: of the files.
         labels: int64 of shape [N], on the CPU.
-        size: height and width to bring every image to, in pixels.
+        size: height and width of every decoded image, in pixels.
     """
 
     paths: Sequence[str]
@@ -130,11 +130,11 @@ class Files(Source):
         return stop - start
 
     def _decode_all(self) -> torch.Tensor:
-        """Returns all images, uint8 of shape [N, C, H, W] on the CPU; says how far it is every few seconds."""
+        """Returns all images, uint8 of shape [N, C, H, W] on the CPU; logs its progress every few seconds."""
         total = len(self)
         out = torch.empty((total, *self.shape), dtype=torch.uint8)
         pixels = out.numpy()
-        began = said = time.monotonic()
+        began = logged = time.monotonic()
         done = 0
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
         try:
@@ -142,8 +142,8 @@ class Files(Source):
             for job in as_completed(jobs):
                 done += job.result()
                 now = time.monotonic()
-                if now - said >= _SECONDS_BETWEEN_LINES and done < total:
-                    said = now
+                if now - logged >= _SECONDS_BETWEEN_LINES and done < total:
+                    logged = now
                     left = (now - began) * (total - done) / done
                     _log.info("decoded %d of %d images, about %.0f s left", done, total, left)
         finally:
@@ -155,11 +155,11 @@ class Files(Source):
 def decode_image(path: str, out: np.ndarray) -> None:
     """Decodes a file to RGB; an image of another size is cut to its centred square and resized.
 
-    That is the same as resizing the shorter side and cutting out the centre, without resizing what is cut away.
+    The result is that of resizing the shorter side and cutting out the centre, without resizing the rest.
 
     Args:
         path: of the file, in any format that Pillow reads.
-        out: uint8 of shape [3, S, S], which receives the image.
+        out: receives the image, uint8 of shape [3, S, S].
 
     Raises:
         ConfigurationError: the file cannot be decoded.

@@ -1,35 +1,16 @@
-"""The worker halves of the methods: each turns a student's outputs and its targets into a loss.
+"""The methods: each turns a student's outputs and its round's targets into a loss.
 
-Halves are chosen by the experiment's ``distillation.method``; the server's half of the same name makes the targets.
-:mod:`.mechanism` says what a half is; a family of methods has a module of its own, and the losses themselves are pure
-functions in :mod:`codistill_worker.methods.losses`.
+The experiment's ``distillation.method`` names the module, :mod:`.kd` for example, and a module of the server has the same
+name: it makes the targets. A method's module has these functions:
+
+* ``objective(settings, context)`` returns the :class:`codistill.methods.Objective` of one student.
+* ``teacher(settings, context)`` returns the network whose named outputs a teacher publishes; without it, the logits.
+
+The losses are pure functions in :mod:`.losses`; :mod:`.features` reads hidden layers.
 """
 
 from __future__ import annotations
 
-from codistill.methods.objective import (
-    Arrays,
-    ImageShape,
-    Logits,
-    LogitsObjective,
-    Loss,
-    Objective,
-    Step,
-    StudentContext,
-    labels_alone,
-)
 from codistill_worker.methods.registry import create, teacher_network
 
-__all__ = [
-    "Arrays",
-    "ImageShape",
-    "Logits",
-    "LogitsObjective",
-    "Loss",
-    "Objective",
-    "Step",
-    "StudentContext",
-    "create",
-    "labels_alone",
-    "teacher_network",
-]
+__all__ = ["create", "teacher_network"]

@@ -1,68 +1,64 @@
-"""A user's own worker half, whose mistakes are told by the experiment's field."""
+"""A user's own objective; its mistakes are reported by the experiment's field."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 from codistill.config.methods import Custom
-from codistill.methods.objective import Loss, Objective, Step, StudentContext
+from codistill.methods import Loss, Objective, Step, StudentContext
 from codistill.process import plugins
-from codistill.process.plugins import LoadError
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
-from codistill_worker.plugins import explained
 
-__all__ = ["load"]
+__all__ = ["objective"]
 
-_NEEDED = ("network", "extra", "publishes", "measures_held_out", "loss")
+_ATTRIBUTES = ("network", "extra", "publishes", "measures_held_out", "loss")
 
 
-def load(settings: Custom, subject: StudentContext) -> Objective:
-    """Returns what the experiment's callable makes of the student, given as `subject`, and of its parameters.
+def objective(settings: Custom, context: StudentContext) -> Objective:
+    """Returns the result of the experiment's callable, called with `context` and the experiment's parameters.
 
-    Its `loss` raises ConfigurationError too, where the user's raises an error or returns what cannot be minimised.
+    Its `loss` raises ConfigurationError where the user's raises an error or returns what cannot be minimised.
 
     Raises:
-        ConfigurationError: it cannot be imported, does not take the parameters, or returns no worker half.
+        LoadError: the callable cannot be imported, does not take the parameters, or raised an error.
+        ConfigurationError: it returned something that is no objective.
     """
-    try:
-        half = plugins.call(settings.worker, "distillation.worker", {"subject": subject, **settings.parameters})
-    except LoadError as error:
-        raise ConfigurationError(str(error)) from error.__cause__
-    missing = [name for name in _NEEDED if not hasattr(half, name)]
+    made = plugins.call(settings.worker, "distillation.worker", {"context": context, **settings.parameters})
+    missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
     if missing:
         raise ConfigurationError(
-            f"distillation.worker: {settings.worker!r} returned {type(half).__name__}, which lacks {', '.join(missing)}; a "
-            f"worker half has {', '.join(_NEEDED)}"
+            f"distillation.worker: {settings.worker!r} returned {type(made).__name__}, which lacks {', '.join(missing)}; an "
+            f"objective has {', '.join(_ATTRIBUTES)}"
         )
-    return _Told(cast("Objective", half), f"distillation.worker: {settings.worker!r}")
+    return _CheckedObjective(cast("Objective", made), f"distillation.worker: {settings.worker!r}")
 
 
-class _Told:
-    """A half that names itself where it fails: nobody knows a user's code by its errors alone."""
+class _CheckedObjective:
+    """A user's objective whose losses are checked, and whose errors name the experiment's field."""
 
-    def __init__(self, half: Objective, name: str) -> None:
-        self.network = half.network
-        self.extra = half.extra
-        self.publishes = half.publishes
-        self.measures_held_out = half.measures_held_out
-        self._half = half
-        self._name = name
+    def __init__(self, checked: Objective, field: str) -> None:
+        self.network = checked.network
+        self.extra = checked.extra
+        self.publishes = checked.publishes
+        self.measures_held_out = checked.measures_held_out
+        self._checked = checked
+        self._field = field
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss that the user's half makes of one step."""
+        """Returns the user's loss of one step."""
         try:
-            loss: Any = self._half.loss(step)
+            loss: Any = self._checked.loss(step)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise ConfigurationError(f"{self._name}: {explained(error)}") from error
+            raise ConfigurationError(f"{self._field}: {plugins.explain_error(error)}") from error
         if not isinstance(loss, Loss):
             raise ConfigurationError(
-                f"{self._name}: loss returned {type(loss).__name__}; expected codistill_worker.methods.Loss"
+                f"{self._field}: loss returned {type(loss).__name__}; expected codistill.methods.Loss"
             )
         if loss.total.ndim or not loss.total.requires_grad:
-            what = f"has shape {list(loss.total.shape)}" if loss.total.ndim else "has no gradient"
+            problem = f"has shape {list(loss.total.shape)}" if loss.total.ndim else "has no gradient"
             raise ConfigurationError(
-                f"{self._name}: the loss's total {what}; expected a scalar that depends on the outputs"
+                f"{self._field}: the loss's total {problem}; expected a scalar that depends on the outputs"
             )
         return loss

@@ -1,24 +1,27 @@
-"""Students that learn from the labels, and what is common to all that need no output but logits."""
+"""Every student alone, on the labels."""
 
 from __future__ import annotations
 
 from codistill.config.methods import Independent
-from codistill.methods.objective import LogitsObjective, Loss, Step, StudentContext
+from codistill.methods import LogitsObjective, Loss, Objective, Step, StudentContext
 from codistill_worker.methods import losses
 
-__all__ = ["IndependentObjective"]
+__all__ = ["objective"]
 
 
-class IndependentObjective(LogitsObjective):
-    """Cross-entropy against the labels, smoothed: y' = (1−ε)·onehot + ε/C."""
+def objective(settings: Independent, context: StudentContext) -> Objective:
+    """Returns cross-entropy against the labels, smoothed: y' = (1−ε)·onehot + ε/C."""
+    return _IndependentObjective(context, settings.label_smoothing)
 
-    def __init__(self, settings: Independent, subject: StudentContext) -> None:
-        super().__init__(subject)
-        self._smoothing = settings.label_smoothing
+
+class _IndependentObjective(LogitsObjective):
+    def __init__(self, context: StudentContext, label_smoothing: float) -> None:
+        super().__init__(context)
+        self._label_smoothing = label_smoothing
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step."""
+        """Returns the loss of one step; the reported cross-entropy has no smoothing."""
         logits, labels = step.outputs["logits"], step.labels
-        total = losses.cross_entropy(logits, labels, self._smoothing)
-        plain = losses.cross_entropy(logits.detach(), labels) if self._smoothing else total.detach()
+        total = losses.cross_entropy(logits, labels, self._label_smoothing)
+        plain = losses.cross_entropy(logits.detach(), labels) if self._label_smoothing else total.detach()
         return Loss(total, plain)

@@ -1,9 +1,9 @@
-"""Models: the students, by name.
+"""Models, by name.
 
 * :mod:`.building` turns a name and its arguments into a checked model.
-* :mod:`.mlp`, :mod:`.cnn`, :mod:`.vit` and :mod:`.resnet` are the built-in ones.
-* :mod:`.external` builds torchvision's, timm's and a user's own; :mod:`.stems` fits torchvision's to small images, and
-  :mod:`.published` its files of weights to the names here.
+* :mod:`.mlp`, :mod:`.cnn`, :mod:`.vit` and :mod:`.resnet` are the built-in models.
+* :mod:`.external` builds torchvision's models, timm's and a user's own.
+* :mod:`.stems` fits torchvision's models to small images; :mod:`.pretrained_keys` renames the weights in its files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Types of the built-in models' arguments; what an experiment gives is checked against them."""
+"""Types of the built-in models' arguments, against which an experiment's values are checked."""
 
 from __future__ import annotations
 

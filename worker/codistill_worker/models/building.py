@@ -1,4 +1,4 @@
-"""From a model's name in an experiment to a model that is known to work."""
+"""From a model's name in an experiment to a model whose output was checked."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import nn
 
-from codistill_worker import plugins
+from codistill.process import plugins
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.models.cnn import cnn
 from codistill_worker.models.external import (
+    check_timm_name,
     from_callable,
     from_timm,
     from_torchvision,
     refuse_unknown,
-    timm_name,
     torchvision_names,
-    unknown,
+    unknown_model,
 )
 from codistill_worker.models.mlp import mlp
 from codistill_worker.models.resnet import resnet, wide_resnet
@@ -53,7 +53,8 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
     """Checks a model's name without building it, and the names of its arguments where they can be known.
 
     Raises:
-        ConfigurationError: there is no such model, what it comes from is not installed, or it does not take an argument.
+        ConfigurationError: there is no such model, its library is not installed, or it does not take an argument.
+        LoadError: a user's callable cannot be imported.
     """
     source, _, name = reference.partition(":")
     if reference in _BUILTIN:
@@ -62,20 +63,20 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
     if source == "torchvision":
         names = torchvision_names()
         if name not in names:
-            raise unknown(
+            raise unknown_model(
                 f"torchvision has no classifier {name!r}",
                 name,
                 names,
-                f"Allowed: {plugins.some(names)}, as torchvision.models.list_models() lists them",
+                f"Allowed: {plugins.shorten(names)}, as torchvision.models.list_models() lists them",
             )
     elif source == "timm":
-        timm_name(name)
+        check_timm_name(name)
     elif plugins.is_reference(reference):
-        names = plugins.accepted(plugins.load(reference, "model"))
+        names = plugins.accepted_arguments(plugins.load(reference, "model"))
         if names is not None:
             refuse_unknown(args or {}, sorted(names - _SHAPE))
     else:
-        raise unknown(
+        raise unknown_model(
             f"there is no model {reference!r}",
             reference,
             list(_BUILTIN),
@@ -84,7 +85,7 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
 
 
 def build(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any], seed: int) -> nn.Module:
-    """Builds a student's model, and runs it once on two empty images to see that it answers with logits.
+    """Returns a participant's model; runs it on two empty images to check that it outputs logits.
 
     Args:
         reference: a built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.
@@ -92,7 +93,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
         channels: of an image.
         size: height and width of an image.
         args: the experiment's `model_args`.
-        seed: of the initial weights, 63 bits; torch's global generator is left as it was.
+        seed: of the initial weights, 63 bits; torch's global generator stays as it was.
 
     Returns:
         The model on the CPU, in training mode: [B, channels, size, size] to [B, classes].
@@ -100,6 +101,8 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
     Raises:
         ConfigurationError: there is no such model, it does not take the arguments or the images, or its output has
             another shape. The text begins with the field, or with the model's name.
+        LoadError: a user's callable cannot be imported.
+        PeerError: a user's callable raised an error.
     """
     check(reference)
     source, _, name = reference.partition(":")
@@ -124,7 +127,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
 def _arguments(factory: partial[nn.Module]) -> list[str]:
     """Returns the names of the arguments that an experiment may give a built-in model."""
     parameters = inspect.signature(factory.func).parameters
-    return [each for each in parameters if each not in _SHAPE and each not in factory.keywords]
+    return [name for name in parameters if name not in _SHAPE and name not in factory.keywords]
 
 
 def _builtin(factory: partial[nn.Module], shape: Mapping[str, int], args: Mapping[str, Any]) -> nn.Module:
@@ -147,7 +150,7 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
         if is_out_of_memory(error):
             raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
-        why = plugins.explained(error) if own else str(error) or type(error).__name__
+        why = plugins.explain_error(error) if own else str(error) or type(error).__name__
         raise ConfigurationError(
             f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: {why}; "
             "choose another model, or other model_args or data.image_size"

@@ -1,4 +1,4 @@
-"""Models from elsewhere: torchvision's, timm's, and what a user's own callable returns."""
+"""Models from elsewhere: torchvision's, timm's, and those that a user's callable returns."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from torch import nn
 
 from codistill.peer.errors import PeerError
-from codistill_worker import plugins
+from codistill.process import plugins
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.lazy_imports import timm, torchvision
 from codistill_worker.models import stems
 
 __all__ = [
+    "check_timm_name",
     "from_callable",
     "from_timm",
     "from_torchvision",
     "refuse_unknown",
-    "timm_name",
     "torchvision_names",
-    "unknown",
+    "unknown_model",
 ]
 
 _PATCHES_ALONG_A_SIDE = 8
 
 
-def unknown(what: str, name: str, names: list[str], forms: str) -> ConfigurationError:
-    """Returns the error for a name that is not there, with the closest that are."""
+def unknown_model(problem: str, name: str, names: list[str], allowed: str) -> ConfigurationError:
+    """Returns the error for an unknown name, with the closest known ones."""
     close = difflib.get_close_matches(name.lower(), names, 3)
-    hint = f"did you mean {' or '.join(repr(each) for each in close)}? " if close else ""
-    return ConfigurationError(f"model: {what}; {hint}{forms}")
+    hint = f"did you mean {' or '.join(repr(known) for known in close)}? " if close else ""
+    return ConfigurationError(f"model: {problem}; {hint}{allowed}")
 
 
 def torchvision_names() -> list[str]:
@@ -77,7 +77,7 @@ def _vit_patch(size: int) -> int:
     return max(side for side in range(1, largest + 1) if size % side == 0)
 
 
-def timm_name(name: str) -> None:
+def check_timm_name(name: str) -> None:
     """Checks that timm has a model of this name.
 
     Raises:
@@ -85,7 +85,7 @@ def timm_name(name: str) -> None:
     """
     module = timm()
     if not module.is_model(name):
-        raise unknown(
+        raise unknown_model(
             f"timm has no model {name!r}",
             name,
             module.list_models(),
@@ -94,9 +94,9 @@ def timm_name(name: str) -> None:
 
 
 def from_timm(name: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
-    """Returns an untrained model of timm's, told the image's size where it asks for one.
+    """Returns an untrained model of timm's, built for the image's size where it takes one.
 
-    timm's stems are left as they are; where a family has an argument for small images, the experiment can give it.
+    timm's stems stay as they are; the experiment can give a family's argument for small images.
 
     Raises:
         ConfigurationError: an argument is not one of the model's, or has a value that it refuses.
@@ -114,17 +114,18 @@ def from_timm(name: str, *, classes: int, channels: int, size: int, args: Mappin
 
 
 def from_callable(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
-    """Returns what a user's callable makes of classes, channels, size and the model's arguments.
+    """Returns the model that a user's callable builds.
 
-    Of `classes`, `channels` and `size` it is given those that its signature has; an argument that it lacks is an error.
+    It is called with the model's arguments, and with those of `classes`, `channels` and `size` that its signature has.
 
     Raises:
-        ConfigurationError: it cannot be imported, does not take an argument, or returns no module.
-        PeerError: it raised an error of its own.
+        LoadError: it cannot be imported.
+        ConfigurationError: it does not take an argument, or returns no module.
+        PeerError: it raised an error.
     """
     function = plugins.load(reference, "model")
     given = {"classes": classes, "channels": channels, "size": size}
-    names = plugins.accepted(function)
+    names = plugins.accepted_arguments(function)
     if names is not None:
         refuse_unknown(args, sorted(names - {*given}))
         given = {name: value for name, value in given.items() if name in names}
@@ -133,17 +134,17 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise PeerError(f"model: {reference!r}: {plugins.explained(error)}") from error
+        raise PeerError(f"model: {reference!r}: {plugins.explain_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
     return model
 
 
 def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
-    """Checks that a model takes the arguments that it is given.
+    """Checks that a model takes the arguments of the experiment.
 
     Raises:
-        ConfigurationError: it does not take one; the text has those that it takes.
+        ConfigurationError: it does not take one; the text lists those that it takes.
     """
     for name in args:
         if name not in names:
@@ -155,10 +156,9 @@ def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
 
 
 def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
-    """Returns a library's model; where it refuses the arguments, says which it takes.
+    """Returns a library's model; if the arguments are refused, the error lists those that it takes.
 
-    Those libraries hand their arguments down through several layers, so only a model that was built tells what it
-    takes.
+    The libraries hand arguments down through several layers, so only a built model shows which it takes.
     """
     for name in args:
         if name in fixed:
@@ -174,7 +174,11 @@ def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], 
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise ConfigurationError(f"cannot be built: {reason}") from error
         parameters = inspect.signature(type(plain).__init__).parameters.values()
-        names = sorted(each.name for each in parameters if each.default is not each.empty and each.name not in fixed)
+        names = sorted(
+            parameter.name
+            for parameter in parameters
+            if parameter.default is not parameter.empty and parameter.name not in fixed
+        )
         refuse_unknown(args, names)
         given = ", ".join(f"{name}: {value!r}" for name, value in args.items())
         raise ConfigurationError(f"model_args: {given}: {reason}. Accepted: {', '.join(names)}") from error

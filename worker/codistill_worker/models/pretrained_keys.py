@@ -1,7 +1,7 @@
-"""Weights as torchvision publishes them, under the names that its models have here.
+"""Renames the keys of torchvision's published weights to those of its models.
 
-Two kinds of file have other names than the model that they are for: those of DenseNet, which are older than its code,
-and those with auxiliary classifiers, which the models here are built without.
+Two kinds of file have other keys than their model: those of DenseNet, which are older than its code, and those with
+auxiliary classifiers, which the models here are built without.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _NUMBERED = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
 def rename_keys(weights: Mapping[str, Tensor], reference: str) -> Mapping[str, Tensor]:
-    """Returns a model's weights under its own names; of most models, the very mapping that is given.
+    """Returns weights by the names of their model; for most models, the mapping itself.
 
     Args:
-        weights: by the names that the file has.
-        reference: the model's, as in the experiment.
+        weights: by the names in the file.
+        reference: the model, as in the experiment.
     """
     if reference in _AUXILIARY:
         return {name: value for name, value in weights.items() if not name.startswith(_AUXILIARY[reference])}

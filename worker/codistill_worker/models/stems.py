@@ -1,8 +1,8 @@
 """torchvision's networks, made for 224×224 pixels, fitted to images of at most 64×64.
 
-Left as they are they halve a small image until one pixel is left, and learn little. What is changed here is what
-public work on CIFAR changes: the first convolution and the halvings that follow it, so that a 32×32 image is a 4×4 map
-where the network ends (2×2 for patch-based networks, 1×1 for VGG). Everything after is torchvision's.
+Unchanged they halve a small image until one pixel is left, and learn little. The changes are those of public work on
+CIFAR: the first convolution and the halvings that follow it. A 32×32 image is then a 4×4 map where the network ends (2×2
+for patch-based networks, 1×1 for VGG). Everything after is torchvision's.
 
 `STEMS` is the whole table.
 """
@@ -29,7 +29,7 @@ def fit(model: nn.Module, name: str, size: int) -> None:
 
     Args:
         model: built by torchvision.
-        name: torchvision's for it.
+        name: its name in torchvision.
         size: height and width of the images.
     """
     if size <= SMALL:
@@ -39,7 +39,7 @@ def fit(model: nn.Module, name: str, size: int) -> None:
 
 
 def set_channels(model: nn.Module, channels: int) -> None:
-    """Lets a torchvision model take images of another number of channels than 3, in place."""
+    """Changes a torchvision model in place, to take images of another number of channels than 3."""
     if channels == 3:
         return
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
@@ -47,7 +47,7 @@ def set_channels(model: nn.Module, channels: int) -> None:
 
 
 def _convolution(like: nn.Conv2d, **changes: Any) -> nn.Conv2d:
-    """Returns a new convolution that differs in some settings, initialised to keep the variance of what passes."""
+    """Returns a new convolution that differs in some settings, initialised to keep the variance of its input."""
     settings: dict[str, Any] = {
         "in_channels": like.in_channels,
         "out_channels": like.out_channels,
@@ -56,11 +56,11 @@ def _convolution(like: nn.Conv2d, **changes: Any) -> nn.Conv2d:
         "padding": like.padding,
         "bias": like.bias is not None,
     }
-    made = nn.Conv2d(**settings | changes)
-    nn.init.kaiming_normal_(made.weight, mode="fan_in", nonlinearity="relu")
-    if made.bias is not None:
-        nn.init.zeros_(made.bias)
-    return made
+    convolution = nn.Conv2d(**settings | changes)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_in", nonlinearity="relu")
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return convolution
 
 
 def _resnet(model: Any, size: int) -> None:  # noqa: ARG001
@@ -119,9 +119,9 @@ def _inception(model: Any, size: int) -> None:  # noqa: ARG001
 
 def _without_strides(model: Any, size: int, *, count: int) -> None:  # noqa: ARG001
     """Sets the stride of the first `count` convolutions that have one to 1."""
-    strided = [each for each in model.modules() if isinstance(each, nn.Conv2d) and each.stride != (1, 1)]
-    for each in strided[:count]:
-        each.stride = (1, 1)
+    strided = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.stride != (1, 1)]
+    for convolution in strided[:count]:
+        convolution.stride = (1, 1)
 
 
 def _patches(model: Any, size: int) -> None:
@@ -148,7 +148,7 @@ STEMS: Mapping[str, Stem] = {
     "convnext": _patches,  # patches of size/16 instead of 4
     "swin": _patches,
 }
-"""How each family is fitted, by the beginning of torchvision's name.
+"""The change for each family, by the beginning of torchvision's name.
 
 `vit` is built for the image's size by `external.py`; `maxvit` takes multiples of 224 pixels only.
 """

@@ -34,7 +34,7 @@ def vit(
         dim: width of a token.
         depth: blocks.
         heads: of attention; they share `dim` evenly.
-        dropout: of what each half of a block adds.
+        dropout: of the output of attention and of the perceptron, in each block.
 
     Raises:
         ConfigurationError: patches do not tile the image, or heads do not divide the width.
@@ -87,7 +87,7 @@ class _VisionTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then a perceptron, each added to what came in, each after normalisation."""
+    """Attention, then a perceptron, each after normalisation and added to its input."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""One training step of a student, its optimiser, its evaluation and its checkpoints."""
+"""A participant's training: its step, its optimiser, its evaluation, its weights and checkpoints."""

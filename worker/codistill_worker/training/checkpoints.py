@@ -1,12 +1,12 @@
 """A student's checkpoints: one safetensors file each, written atomically; nothing is ever unpickled.
 
-The file holds the model's and the optimiser's tensors, and everything else as JSON in its header, with a digest of it
-all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: should the newest be
-torn or damaged (a full disk, a power cut, a bad disk), the one before it is used.
+The file holds the model's and the optimiser's tensors, and everything else as JSON in its header. The header has a digest of
+it all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: if the newest is torn
+or damaged (a full disk, a power cut, a bad disk), the one before it is used.
 
-A process writes to a file of its own and renames that, so that two of one student, one of which was stopped or is not yet
-told that its place is taken, cannot mix what they write. The file is locked while it is used; one that is not was left by
-a process that died, and goes.
+A process writes to a file of its own, and renames it. So two processes of one student, one of which is superseded, cannot
+mix their checkpoints. The file is locked while it is written; an unlocked one was left by a process that died, and is
+removed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Checkpoint:
 
     Attributes:
         student: its name.
-        identity: the :func:`codistill.config.fingerprint.identity` of the experiment that it belongs to.
+        identity: the :func:`codistill.config.fingerprint.identity` of its experiment.
         round: the first round that it has not trained.
         model: the model's state dict.
-        extra: the state dict of what the method trains besides the model.
+        extra: the state dict of the modules that the method trains besides the model.
         optimizer: the optimiser's state dict.
-        progress: the measurements that the next report carries on from; plain JSON values.
+        progress: measurements that the next report needs; plain JSON values.
     """
 
     student: str
@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one student, in a folder of its own."""
+    """The checkpoints of one student, in the student's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,23 +72,23 @@ class CheckpointStore:
 
     @property
     def durable_round(self) -> int:
-        """The first round that the student needs again if it has to go back to the older checkpoint kept."""
+        """The first round that the student needs again after going back to the older checkpoint kept."""
         return self._rounds[0] if len(self._rounds) > 1 else 0
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, and keeps the one before it.
 
-        One of a later round is left alone: a newer worker of the student has come further than this one, which does not
-        know yet that its place is taken. The rounds that it would go back to may be forgotten already.
+        A checkpoint of a later round is not replaced. A newer worker of the student wrote it, and the server may have
+        forgotten the rounds before it.
 
         Raises:
-            OSError: it could not be written; what was there is still there.
+            OSError: it could not be written; the checkpoints before it stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = self._layout.checkpoint
-        there = None if self._torn else _round_of(newest)
-        if there is not None and there > checkpoint.round:
-            raise OSError(errno.EEXIST, f"a newer worker has saved round {there} there", str(newest))
+        saved_round = None if self._torn else _round_of(newest)
+        if saved_round is not None and saved_round > checkpoint.round:
+            raise OSError(errno.EEXIST, f"a newer worker has saved round {saved_round} there", str(newest))
         with self._staged(newest, checkpoint) as part:
             if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
                 newest.replace(self._layout.previous_checkpoint)
@@ -102,7 +102,7 @@ class CheckpointStore:
         """Writes the best weights so far, without the optimiser's state.
 
         Raises:
-            OSError: they could not be written; what was there is still there.
+            OSError: they could not be written; the weights before them stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         best = self._layout.best_weights
@@ -110,29 +110,28 @@ class CheckpointStore:
             part.replace(best)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:
-        """Returns the newest checkpoint that can be read, or None if there is none; removes what dead processes left.
+        """Returns the newest checkpoint that can be read, or None without one; removes the files of dead processes.
 
         Raises:
-            ConfigurationError: there are checkpoints and none can be read, or they are of another student or
-                experiment.
+            ConfigurationError: none of the checkpoints can be read, or they are of another student or experiment.
         """
         if self.folder.is_dir():
             remove_abandoned_parts(self.folder)
         problems: dict[Path, str] = {}
-        found: dict[Path, Checkpoint] = {}
+        readable: dict[Path, Checkpoint] = {}
         for path in (self._layout.checkpoint, self._layout.previous_checkpoint):
             if not path.exists():
                 continue
             try:
-                found[path] = read(path)
+                readable[path] = read(path)
             except ConfigurationError as error:
                 problems[path] = str(error)
-        if not found:
+        if not readable:
             if problems:
-                what = "; ".join(problems.values())
-                raise ConfigurationError(f"{what}; remove {self.folder} to start from the beginning")
+                listed = "; ".join(problems.values())
+                raise ConfigurationError(f"{listed}; remove {self.folder} to start from the beginning")
             return None
-        path, newest = next(iter(found.items()))
+        path, newest = next(iter(readable.items()))
         for problem in problems.values():
             _log.warning("%s; going on from %s, at round %d", problem, path.name, newest.round)
         same = newest.identity == identity or extends(newest.identity, identity)
@@ -146,7 +145,7 @@ class CheckpointStore:
             )
             raise ConfigurationError(f"checkpoint {path} is of another run: {why}; choose another run folder")
         self._torn = self._layout.checkpoint in problems
-        self._rounds = [checkpoint.round for checkpoint in reversed(found.values())]
+        self._rounds = [checkpoint.round for checkpoint in reversed(readable.values())]
         return newest
 
     def load_best(self) -> Checkpoint | None:
@@ -159,7 +158,7 @@ class CheckpointStore:
         return read(path) if path.exists() else None
 
     def _staged(self, path: Path, checkpoint: Checkpoint) -> contextlib.AbstractContextManager[Path]:
-        """Writes a checkpoint beside its place, as safetensors itself would hide what the disk says."""
+        """Writes a checkpoint beside its place; safetensors itself would hide the disk's errors."""
         return staged(path, _serialize(checkpoint), self._process)
 
 
@@ -170,7 +169,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a file was written as a checkpoint; what else is wrong with it :func:`read` says."""
+    """Returns whether a file was written as a checkpoint; :func:`read` tells whether it is whole."""
     try:
         with safe_open(path, framework="pt") as file:
             return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})
@@ -182,7 +181,7 @@ def read(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
     Raises:
-        ConfigurationError: it cannot be read, or is none of ours.
+        ConfigurationError: it cannot be read, or is no checkpoint of codistill.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -246,12 +245,12 @@ def _serialize(checkpoint: Checkpoint) -> bytes:
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors whose names begin with a prefix, under what is left of their names."""
+    """Returns the tensors whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 over everything that a checkpoint says."""
+    """Returns a SHA-256 over a checkpoint's header and tensors, in hexadecimal."""
     digest = hashlib.sha256(about.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -260,7 +259,7 @@ def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Returns `value` as JSON, its tensors put aside under their paths."""
+    """Returns `value` as JSON, and adds its tensors to `tensors` by their paths."""
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().contiguous()
         return {"tensor": path}

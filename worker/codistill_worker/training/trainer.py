@@ -1,9 +1,8 @@
-"""One student's training step, in two halves around the exchange.
+"""One student's training step, in two parts around the exchange.
 
-:meth:`Trainer.begin` runs the forward pass and returns what the student publishes; :meth:`Trainer.finish` takes the
-targets, runs the backward pass and moves the weights. Between the two the outputs travel: over gRPC where the student
-has a process of its own, within the process where it has not. What a step computes depends on the experiment, the
-student's name, the round and the weights, and on nothing else: no generator's state, no clock.
+:meth:`Trainer.begin` runs the forward pass and returns the outputs to publish. :meth:`Trainer.finish` takes the targets,
+runs the backward pass and updates the weights. In between the outputs travel over gRPC, or within the process. A step
+depends on the experiment, the student's name, the round and the weights alone: on no generator's state and no clock.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.config.plans import StudentPlan
-from codistill.config.training import Optimizer, Schedule
+from codistill.methods import Step, StudentContext, label_loss
 from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
 from codistill.peer.order import Order
@@ -30,55 +29,23 @@ from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
 from codistill_worker.randomness import seed_forward
 from codistill_worker.training import weights
-from codistill_worker.training.evaluation import (
-    Score,
-    autocast,
-    evaluate,
-    image_shape,
-    output_shapes,
-    placed,
-    set_threads,
-    teacher_shapes,
-    to_cpu,
-    view_of,
-)
+from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
+from codistill_worker.training.evaluation import Score, evaluate
+from codistill_worker.training.optim import build_optimizer, learning_rate
+from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
 
-__all__ = ["Outputs", "Published", "StepLoss", "Trainer", "learning_rate"]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What is published for some samples, on the CPU.
-
-    Attributes:
-        ids: the samples' positions in the training set, [B], int64.
-        labels: their classes, [B], int64.
-        arrays: the named outputs, each [B, ...], float32; none of a student that only learns.
-    """
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-    arrays: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a student publishes in a round: its batch, and in some rounds the held-out samples."""
-
-    round: int
-    batch: Outputs
-    held_out: Outputs | None = None
+__all__ = ["StepLoss", "Trainer", "divergence_error"]
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step came to, as scalars on the student's device, so that reading them is the caller's choice.
+    """The losses of a step, as scalars on the student's device, which the caller may read later.
 
     Attributes:
         correct: samples of the batch that the student classified correctly.
         samples: samples in the batch.
         cross_entropy: mean over the batch, in nats.
-        distillation: the method's weighted term; None where there is none.
+        distillation: the method's weighted term; None without one.
     """
 
     correct: torch.Tensor
@@ -99,7 +66,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A round between its two halves."""
+    """A round between its forward and its backward pass."""
 
     labels: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
@@ -107,7 +74,7 @@ class _Begun:
 
 
 class Trainer:
-    """One student: its model, its optimiser, and the round it is at.
+    """One student: its model, its optimiser and its current round.
 
     Args:
         experiment: the run's experiment.
@@ -118,8 +85,8 @@ class Trainer:
     Attributes:
         round: the next round to train; the rounds before it are in the weights.
         model: the student.
-        extra: what the method trains besides it; empty for most methods.
-        shapes: of what the student publishes, without the samples, by name.
+        extra: modules that the method trains besides the model; empty for most methods.
+        shapes: of the outputs that the student publishes, without the samples, by name.
 
     Raises:
         ConfigurationError: the model cannot be built for this data, or has no layer that the method names.
@@ -130,12 +97,11 @@ class Trainer:
         self.student = plan.student.name
         self.device = device
         self.round = 0
-        self._seed = experiment.seed
+        self._experiment = experiment
         self._plan = plan
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
         self._exchange_schedule = plan.distillation.exchange_schedule(self._order.rounds_per_epoch)
-        self._view = view_of(experiment, self.student)
         shape = image_shape(dataset)
         model = models.build(
             plan.student.model,
@@ -143,19 +109,19 @@ class Trainer:
             args=plan.student.model_args,
             seed=derive(experiment.seed, "init", self.student),
         )
-        self.model: nn.Module = placed(model, device, training)
+        self.model: nn.Module = place_model(model, device, training)
         teachers = partial(teacher_shapes, experiment, shape)
         seed = derive(experiment.seed, "objective", self.student)
-        subject = methods.StudentContext(self.student, self.model, shape, teachers, seed)
-        self._half = methods.create(plan.distillation, subject)
-        self.extra: nn.Module = self._half.extra.to(device)
+        context = StudentContext(self.student, self.model, shape, teachers, seed)
+        self._objective = methods.create(plan.distillation, context)
+        self.extra: nn.Module = self._objective.extra.to(device)
         self.shapes = {
             name: dims
-            for name, dims in output_shapes(self._half.network, shape, device).items()
-            if name in self._half.publishes
+            for name, dims in output_shapes(self._objective.network, shape, device).items()
+            if name in self._objective.publishes
         }
         self._trained = nn.ModuleList([self.model, self.extra])
-        self._optimizer = _optimizer(self._trained, training.optimizer)
+        self._optimizer = build_optimizer(self._trained, training.optimizer)
         # By owner and name, as a module may put a new tensor in the place of its buffer.
         self._buffers = [
             (module, name) for module in self._trained.modules() for name, _ in module.named_buffers(recurse=False)
@@ -167,12 +133,12 @@ class Trainer:
 
     @property
     def rounds_per_epoch(self) -> int:
-        """How many rounds an epoch has."""
+        """The number of rounds in an epoch."""
         return self._order.rounds_per_epoch
 
     @property
     def total_rounds(self) -> int:
-        """After how many rounds the student is trained."""
+        """The number of rounds in the run."""
         return self._plan.training.epochs * self.rounds_per_epoch
 
     @property
@@ -186,7 +152,7 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def prepare(self) -> None:
-        """Readies the batch of the round after the one that is begun, while its targets are on their way."""
+        """Loads the batch of the next round to begin, while the targets of the current one are on their way."""
         upcoming = self.round if self._begun is None else self.round + 1
         if upcoming < self.total_rounds and (self._prepared is None or self._prepared.round != upcoming):
             self._prepared = self._prepare(upcoming)
@@ -199,7 +165,7 @@ class Trainer:
         """
         if self._begun is not None:
             raise RuntimeError(f"round {self.round} is begun already; finish or abandon it")
-        self._set_threads()
+        set_threads(self._plan.training)
         prepared = self._prepared
         if prepared is None or prepared.round != self.round:
             prepared = self._prepare(self.round)
@@ -208,8 +174,8 @@ class Trainer:
         # Batch statistics move in the forward pass; should the round be abandoned, they must not have.
         buffers: list[torch.Tensor] = [getattr(module, name).detach().clone() for module, name in self._buffers]
         self.model.train()
-        self._half.network.train()
-        seed_forward(self._seed, self.student, self.round)
+        self._objective.network.train()
+        seed_forward(self._experiment.seed, self.student, self.round)
         outputs = self._outputs(prepared.images)
         self._begun = _Begun(prepared.labels, outputs, buffers)
         if not self.exchanges:
@@ -218,7 +184,7 @@ class Trainer:
         return Published(self.round, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
-        """Runs the backward pass of the round that was begun and moves the weights.
+        """Runs the backward pass of the round that was begun and updates the weights.
 
         Args:
             targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that
@@ -227,12 +193,12 @@ class Trainer:
         begun = self._begun
         if begun is None:
             raise RuntimeError("no round is begun")
-        self._set_threads()
+        set_threads(self._plan.training)
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
         epoch = self.round / self.rounds_per_epoch
-        step = methods.Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
-        alone = self._plan.distillation.exchanges and not on_device
-        loss = methods.labels_alone(step) if alone else self._half.loss(step)
+        step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
+        without_targets = self._plan.distillation.exchanges and not on_device
+        loss = label_loss(step) if without_targets else self._objective.loss(step)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad(set_to_none=True)
@@ -246,7 +212,7 @@ class Trainer:
         return StepLoss(correct, len(begun.labels), loss.cross_entropy, loss.distillation)
 
     def abandon(self) -> None:
-        """Undoes what :meth:`begin` did, so that the round can be begun again, by this process or another."""
+        """Undoes :meth:`begin`, so that this process or another can begin the round again."""
         if self._begun is None:
             return
         with torch.no_grad():
@@ -255,7 +221,7 @@ class Trainer:
         self._begun = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
-        """Measures the student on a split, without augmentation.
+        """Returns the student's score on a split, without augmentation.
 
         Args:
             split: the samples.
@@ -264,10 +230,10 @@ class Trainer:
         Raises:
             PeerError: the loss is not finite any more.
         """
-        self._set_threads()
+        set_threads(self._plan.training)
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
-            raise diverged(self.student, self.round, f"its loss is {score.loss}")
+            raise divergence_error(self.student, self.round, f"its loss is {score.loss}")
         return score
 
     def optimizer_state(self) -> Mapping[str, Any]:
@@ -281,70 +247,60 @@ class Trainer:
         optimizer: Mapping[str, Any],
         extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Goes to where a checkpoint was taken; what is given stays as it is.
+        """Restores the state of a checkpoint, which is copied.
 
         Raises:
-            RuntimeError, ValueError, KeyError: it is of another model or optimiser.
+            RuntimeError, ValueError, KeyError: the state is of another model or optimiser.
         """
         self.abandon()
         weights.load(self.model, model)
         self.extra.load_state_dict(dict(extra))
-        # A copy, as the optimiser would go on working in the very tensors that it is given.
+        # A copy, as the optimiser would keep and change the tensors that it is given.
         self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
         self.round = round_number
 
-    def _prepare(self, number: int) -> _Prepared:
-        if self._streaming_from != number:
+    def _prepare(self, round_number: int) -> _Prepared:
+        if self._streaming_from != round_number:
             self._batches = self._dataset.train.stream(
-                self._order.samples(each) for each in range(number, self.total_rounds)
+                self._order.samples(upcoming) for upcoming in range(round_number, self.total_rounds)
             )
         images = next(self._batches)
-        self._streaming_from = number + 1
-        ids = self._order.samples(number)
-        seed = derive(self._seed, "augment", self._view, number)
+        self._streaming_from = round_number + 1
+        ids = self._order.samples(round_number)
+        seed = augmentation.view_seed(self._experiment, self.student, round_number)
         images = augmentation.augment(images, ids, self._plan.data.augment, seed)
         labels = self._dataset.train.labels[ids].to(self.device, non_blocking=True)
-        return _Prepared(number, ids, labels, self._normalised(images))
+        return _Prepared(round_number, ids, labels, self._normalise(images))
 
-    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
-        return augmentation.normalise(
-            images,
-            self._dataset.mean,
-            self._dataset.std,
-            dtype=torch.float32,
-            channels_last=self._plan.training.channels_last,
-        )
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        return self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
 
     def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
         with autocast(self.device, self._plan.training):
-            return {name: value.float() for name, value in self._half.network(images).items()}
-
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        with autocast(self.device, self._plan.training):
-            return self.model(images).float()
+            return {name: value.float() for name, value in self._objective.network(images).items()}
 
     def _measures_held_out(self) -> bool:
-        return self._half.measures_held_out and self.round > 0 and self.round % self.rounds_per_epoch == 0
+        return self._objective.measures_held_out and self.round > 0 and self.round % self.rounds_per_epoch == 0
 
     def _held_out(self) -> Outputs:
         split = self._dataset.held_out
         if split is None:
             raise RuntimeError("the experiment holds no samples out")
         self.model.eval()
-        self._half.network.eval()
+        self._objective.network.eval()
         ids = torch.arange(len(split))
         batches = ids.split(self._plan.training.evaluation_batch_size)
         with torch.inference_mode():
-            parts = [self._outputs(self._normalised(images)) for images in split.stream(iter(batches))]
-        whole = {name: torch.cat([part[name] for part in parts]) for name in self._half.publishes}
-        return Outputs(ids, split.labels, self._published(whole))
+            by_batch = [self._outputs(self._normalise(images)) for images in split.stream(iter(batches))]
+        outputs = {name: torch.cat([batch[name] for batch in by_batch]) for name in self._objective.publishes}
+        return Outputs(ids, split.labels, self._published(outputs))
 
     def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Brings outputs to the CPU, and refuses those that nobody could learn from."""
-        arrays = to_cpu({name: outputs[name] for name in self._half.publishes}, self.device)
+        """Returns the outputs to publish, on the CPU; raises PeerError if they are not finite."""
+        arrays = to_cpu({name: outputs[name] for name in self._objective.publishes}, self.device)
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
-                raise diverged(self.student, self.round, f"its {name} are not finite")
+                raise divergence_error(self.student, self.round, f"its {name} are not finite")
         return arrays
 
     def _learning_rate(self) -> float:
@@ -353,55 +309,11 @@ class Trainer:
             training.optimizer.lr, training.schedule, self.round, self.rounds_per_epoch, training.epochs
         )
 
-    def _set_threads(self) -> None:
-        set_threads(self._plan.training)
 
-
-def diverged(student: str, number: int, what: str) -> PeerError:
-    """Returns the error of a student that nothing more can be learnt from."""
+def divergence_error(student: str, round_number: int, problem: str) -> PeerError:
+    """Returns the error of a student whose outputs or loss are not finite."""
     return PeerError(
-        f"student {student!r} has diverged in round {number}: {what}; lower training.optimizer.lr, or set "
+        f"student {student!r} has diverged in round {round_number}: {problem}; lower training.optimizer.lr, or set "
         "training.clip_norm",
         ExitCode.DIVERGED,
     )
-
-
-def learning_rate(peak: float, schedule: Schedule, number: int, rounds_per_epoch: int, epochs: int) -> float:
-    """Returns the learning rate of a round, a pure function of its number.
-
-    Args:
-        peak: the highest rate.
-        schedule: the rate's course.
-        number: the round.
-        rounds_per_epoch: rounds in an epoch.
-        epochs: epochs in the run.
-    """
-    warmup = schedule.warmup_epochs * rounds_per_epoch
-    if number < warmup:
-        return peak * (number + 1) / (warmup + 1)
-    if schedule.name == "cosine":
-        share = (number - warmup) / max(epochs * rounds_per_epoch - warmup, 1)
-        return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
-    if schedule.name == "steps":
-        return peak * schedule.gamma ** sum(number >= milestone * rounds_per_epoch for milestone in schedule.milestones)
-    return peak
-
-
-def _optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if not settings.decay_norm_and_bias:  # biases and normalisation weights are the ones of one dimension or none
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-            {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)

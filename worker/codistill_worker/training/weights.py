@@ -1,4 +1,4 @@
-"""Weights: put into a model, and a teacher's from whatever file they are in; nothing is ever unpickled."""
+"""Reads weights from files of several kinds, and loads them into models; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["apply", "digest", "load", "read"]
 
 _NESTED = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before the names of the model that they wrap."""
+"""Prefixes that DataParallel and torch.compile put before the names of a model's weights."""
 
 _OBJECTS = "it is damaged, or holds objects besides tensors, which are never unpickled"
 _ALLOWED = (
@@ -49,21 +49,21 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
             with safe_open(file, framework="pt") as opened:
                 return _unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign file what is wrong is said below, in one line
-            found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reads a damaged file as it comes, and fails as it comes
+            warnings.simplefilter("ignore")  # the error below says in one line what is wrong with a foreign file
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch may raise anything for a damaged file
         if is_out_of_memory(error):
             raise
         known = isinstance(error, SafetensorError | OSError | RuntimeError)
-        # torch's own words on objects in a file are how to have them unpickled.
+        # torch's own text on objects in a file advises to unpickle them.
         why = " ".join(str(error).split()) if known and "weights_only" not in str(error) else _OBJECTS
         raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
     for key in _NESTED:
-        if isinstance(found, Mapping) and isinstance(inner := cast("dict[str, Any]", found).get(key), Mapping):
-            found = inner
-    if not isinstance(found, Mapping) or not found:
-        raise ConfigurationError(f"weights: {file} holds a {type(found).__name__}; {_ALLOWED}")
-    weights = cast("dict[Any, Any]", found)
+        if isinstance(content, Mapping) and isinstance(inner := cast("dict[str, Any]", content).get(key), Mapping):
+            content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise ConfigurationError(f"weights: {file} holds a {type(content).__name__}; {_ALLOWED}")
+    weights = cast("dict[Any, Any]", content)
     for key, value in weights.items():
         if not isinstance(key, str):
             raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
@@ -73,14 +73,14 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
 
 
 def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Puts weights into a model that has their very names.
+    """Loads weights into a model with the same names.
 
-    A model's code may have versions, which a state dict carries beside its tensors and no other file does. There they
-    are taken to be the model's own, without which torchvision's MNASNet takes none. Counters of batches, which old files
-    lack, stay as they are.
+    A state dict carries the versions of the model's code beside its tensors, and other files do not. Without them
+    torchvision's MNASNet takes no weights, so the model's own are used. Counters of batches, which old files lack, stay as
+    they are.
 
     Raises:
-        RuntimeError, ValueError: they are another model's.
+        RuntimeError, ValueError: the weights are of another model.
     """
     own = model.state_dict()
     state = OrderedDict((name, value) for name, value in own.items() if name.endswith("num_batches_tracked"))
@@ -91,10 +91,10 @@ def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
-    """Puts a teacher's weights into a model, and freezes it.
+    """Loads a teacher's weights into a model, and freezes it.
 
     Raises:
-        ConfigurationError: they are another model's, or have other classes.
+        ConfigurationError: the weights are of another model, or of other classes.
     """
     try:
         load(model, rename_keys(weights, reference))
@@ -110,15 +110,15 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:
     """Returns a SHA-256 over weights and their names, in hexadecimal."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, value in sorted(weights.items()):
-        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        sha256.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Returns weights by the names that they have in the model itself; those of no wrapper as they are."""
+    """Returns weights by their names in the model, without the prefix of a wrapper."""
     for prefix in _WRAPPERS:
         if all(key.startswith(prefix) for key in weights):
             return {key.removeprefix(prefix): value for key, value in weights.items()}
@@ -137,7 +137,7 @@ def _file_at(path: Path, name: str) -> Path:
     folder = path
     layout = RunLayout(path)
     if layout.students.is_dir():
-        students = sorted(each.name for each in layout.students.iterdir() if each.is_dir())
+        students = sorted(path.name for path in layout.students.iterdir() if path.is_dir())
         chosen = name if name in students else students[0] if len(students) == 1 else None
         if chosen is None:
             raise ConfigurationError(

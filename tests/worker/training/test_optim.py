@@ -1,9 +1,8 @@
-"""What the experiment's settings do to a step: clipping, decay, precision, and the learning rate's course."""
+"""The optimiser's groups, and the learning rate of each round."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -12,29 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.config.training import Schedule
-from codistill_worker.training.trainer import learning_rate
-from worker.support_trainer import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
-
-# --- settings
-
-
-def test_gradients_are_clipped(tiny: Tiny, student: MakeStudent) -> None:
-    optimizer = {"name": "sgd", "lr": 1.0, "momentum": 0, "weight_decay": 0}
-    settings = {"training__optimizer": optimizer, "training__schedule": {"name": "constant"}}
-
-    def moved(clip: float | None) -> float:
-        trainer = student(tiny(**settings, training__clip_norm=clip))
-        before = [value.detach().clone() for value in trainer.model.parameters()]
-        published = trainer.begin()
-        assert published is not None
-        trainer.finish({"logits": torch.zeros(16, 10)})
-        after = trainer.model.parameters()
-        return math.sqrt(sum(float((b - a.detach()).square().sum()) for b, a in zip(before, after, strict=True)))
-
-    free = moved(None)
-    assert free > 0.02
-    assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
-    assert moved(10 * free) == pytest.approx(free, rel=1e-5)
+from codistill_worker.training.optim import learning_rate
+from worker.support import STUDENTS, Answer, MakeStudent, Tiny
 
 
 @pytest.mark.parametrize("everything", [True, False])
@@ -68,30 +46,6 @@ def test_the_learning_rate_that_the_optimiser_gets(tiny: Tiny, student: MakeStud
         trainer.finish(targets_for(trainer.begin()))
         rates = {group["lr"] for group in trainer.optimizer_state()["param_groups"]}
         assert rates == {learning_rate(0.2, experiment.training.schedule, number, 3, 3)}
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_precisions_and_layouts(
-    precision: str, channels_last: bool, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
-) -> None:
-    experiment = tiny(training__precision=precision, training__channels_last=channels_last)
-    trainer, reference = student(experiment), student(tiny())
-    logits, expected = train(trainer, 3), train(reference, 3)
-    assert all(each.dtype is torch.float32 for each in logits)
-    assert torch.allclose(logits[0], expected[0], atol=0.05 if precision == "bfloat16" else 1e-4)
-    if precision == "bfloat16":
-        assert not torch.equal(logits[0], expected[0])
-        assert all(value.dtype is torch.float32 for value in trainer.model.parameters())
-    convolution = next(value for value in trainer.model.parameters() if value.ndim == 4 and value.shape[1] > 1)
-    assert convolution.is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert 0 <= trainer.evaluate(trainer._dataset.test).accuracy <= 1
-    again = student(experiment)
-    train(again, 3)
-    assert same(state(trainer), state(again)), "the same experiment gives the same bits"
-
-
-# --- the learning rate's course
 
 
 def rates(schedule: Schedule, rounds_per_epoch: int = 10, epochs: int = 4) -> list[float]:

@@ -1,4 +1,4 @@
-"""`package.module:callable`, found or explained."""
+"""`package.module:callable`: found or explained."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from codistill_worker.errors import ConfigurationError
-from codistill_worker.plugins import accepted, explained, is_reference, load, some
+from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import LoadError, accepted_arguments, explain_error, is_reference, load, shorten
 
 MODULE = """
 import os
@@ -61,8 +61,9 @@ def test_functions_and_classes_are_found() -> None:
     ],
 )
 def test_what_cannot_be_found_is_explained(reference: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(LoadError, match=message) as caught:
         load(reference, "model")
+    assert caught.value.code is ExitCode.CONFIGURATION
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_what_cannot_be_found_is_explained(reference: str, message: str) -> None
     ],
 )
 def test_errors_inside_a_module_are_one_line_with_the_users_own(module: str, what: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^model: 'references_package.{module}:f': {what}") as caught:
+    with pytest.raises(LoadError, match=f"^model: 'references_package.{module}:f': {what}") as caught:
         load(f"references_package.{module}:f", "model")
     assert "\n" not in str(caught.value)
 
@@ -83,12 +84,12 @@ def test_an_error_deep_in_a_library_is_laid_to_the_line_that_called_it() -> None
     calling = load("references_package.parts:calling", "model")
     with pytest.raises(ValueError) as caught:
         calling()
-    assert re.fullmatch(r"JSONDecodeError at .*parts\.py:\d+: Expecting value: .*", explained(caught.value))
+    assert re.fullmatch(r"JSONDecodeError at .*parts\.py:\d+: Expecting value: .*", explain_error(caught.value))
 
 
 def test_long_lists_are_cut() -> None:
-    assert some(["a", "b"]) == "a, b"
-    assert some([str(each) for each in range(100)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 92 more"
+    assert shorten(["a", "b"]) == "a, b"
+    assert shorten([str(each) for each in range(100)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 92 more"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,6 @@ def test_accepted_arguments() -> None:
 
     def positional(classes: int, /, size: int, *rest: int, width: int = 3) -> None: ...
 
-    assert accepted(anything) is None
-    assert accepted(positional) == {"size", "width"}
-    assert accepted(max) is None  # no signature to read
+    assert accepted_arguments(anything) is None
+    assert accepted_arguments(positional) == {"size", "width"}
+    assert accepted_arguments(max) is None  # no signature to read

@@ -1,0 +1,50 @@
+"""The samples of each round follow from the seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill.peer.order import Order, epoch_order
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+def test_an_epochs_order_never_changes() -> None:
+    # Runs that were stopped must resume with the numbers they began with, so these values are part of the format.
+    assert epoch_order(0, 0, 6).tolist() == [3, 4, 0, 2, 1, 5]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))
+def test_a_round_is_a_slice_of_its_epoch(seed: int, size: int, batch_size: int, round_number: int) -> None:
+    if batch_size > size:
+        with pytest.raises(ValueError, match=f"batch_size: {batch_size} is not allowed; it is from 1 to the {size}"):
+            Order(seed, size, batch_size)
+        return
+    order = Order(seed, size, batch_size)
+    assert order.rounds_per_epoch == size // batch_size
+    epoch, position = divmod(round_number, order.rounds_per_epoch)
+    assert order.epoch(round_number) == epoch
+    expected = epoch_order(seed, epoch, size)[position * batch_size : (position + 1) * batch_size]
+    assert torch.equal(order.samples(round_number), expected)
+    assert len(expected) == batch_size
+
+
+def test_rounds_may_be_asked_for_in_any_order() -> None:
+    forward, order = Order(3, 20, 6), Order(3, 20, 6)
+    expected = [forward.samples(round_number).tolist() for round_number in range(9)]
+    assert [order.samples(round_number).tolist() for round_number in reversed(range(9))] == expected[::-1]
+
+
+def test_what_a_caller_does_to_a_round_stays_with_it() -> None:
+    order = Order(3, 20, 6)
+    before = order.samples(1).tolist()
+    order.samples(1).zero_()
+    assert order.samples(1).tolist() == before

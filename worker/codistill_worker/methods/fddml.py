@@ -1,0 +1,14 @@
+"""Full deep distillation mutual learning (Lukman & Yang 2022): a teacher for both of two students."""
+
+from __future__ import annotations
+
+from codistill.config.methods import Fddml
+from codistill.methods import Objective, StudentContext
+from codistill_worker.methods.taught_mutual import TaughtMutualObjective
+
+__all__ = ["objective"]
+
+
+def objective(settings: Fddml, context: StudentContext) -> Objective:
+    """Returns the loss of the labels, the teacher and the other student."""
+    return TaughtMutualObjective(settings, context)

@@ -1,0 +1,14 @@
+"""Half deep distillation mutual learning (Lukman & Yang 2022): a teacher for the first of two students."""
+
+from __future__ import annotations
+
+from codistill.config.methods import Hddml
+from codistill.methods import Objective, StudentContext
+from codistill_worker.methods.taught_mutual import TaughtMutualObjective
+
+__all__ = ["objective"]
+
+
+def objective(settings: Hddml, context: StudentContext) -> Objective:
+    """Returns the loss of the labels and the other student, and of the teacher where its logits are sent."""
+    return TaughtMutualObjective(settings, context)

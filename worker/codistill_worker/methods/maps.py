@@ -1,0 +1,45 @@
+"""The outputs of layers as maps, [B, channels, height, width], whatever shape a model gives them."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["as_map", "pooled"]
+
+_LARGEST = 8
+
+
+def as_map(output: Tensor) -> Tensor:
+    """Returns a layer's output as [B, channels, height, width].
+
+    Tokens are laid out as the square that they were cut from, without a class token before them; where their number
+    has no root they are a map of N×1. A vector is a map of 1×1. Images are square and so are maps of them, which tells
+    where the channels are.
+
+    Args:
+        output: [B, D], [B, N, D], [B, channels, height, width] or [B, height, width, channels].
+    """
+    if output.ndim == 2:
+        return output[:, :, None, None]
+    if output.ndim == 4:
+        _, first, second, third = output.shape
+        return output.permute(0, 3, 1, 2) if first == second != third else output
+    tokens = output.shape[1]
+    side = math.isqrt(tokens)
+    if side and side**2 in (tokens, tokens - 1):
+        return output[:, tokens - side**2 :].transpose(1, 2).unflatten(2, (side, side))
+    return output.transpose(1, 2)[..., None]
+
+
+def pooled(output: Tensor) -> Tensor:
+    """Returns a layer's output as a map of at most 8×8, larger ones as averages over patches.
+
+    Args:
+        output: as :func:`as_map` takes it.
+    """
+    maps = as_map(output)
+    height, width = maps.shape[2:]
+    return functional.adaptive_avg_pool2d(maps, (min(height, _LARGEST), min(width, _LARGEST)))

@@ -1,0 +1,203 @@
+"""The common part of students and teachers: their session with the run, their reports, and the watchdog's marks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from codistill import PROTOCOL_VERSION
+from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity
+from codistill.config.training import Training
+from codistill.peer.base import Transport
+from codistill.process.watchdog import Watchdog
+from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.tensors import encode
+from codistill_worker.data import Dataset
+from codistill_worker.training.outputs import Outputs, Published
+
+__all__ = ["Participant", "describe_device"]
+
+_REPORT_SECONDS = 1.0
+_CALLS_SECONDS = 60.0  # of calls that are under way when a limit of the exchange is reached
+
+
+class Participant:
+    """One student or teacher of a run, as the run's server knows it.
+
+    Every method that may take long marks its beginning for the watchdog.
+
+    Args:
+        name: of the student or teacher.
+        kind: "student" or "teacher", for the watchdog's message.
+        experiment: the run's experiment.
+        training: the participant's training settings.
+        transport: carries its outputs and its reports.
+        clock: seconds that never go back.
+        watchdog: ends the process if a mark stays for too long.
+
+    Attributes:
+        name: of the student or teacher.
+        identity: the experiment's :func:`codistill.config.fingerprint.identity`.
+        measurements: of the next report.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        experiment: Experiment,
+        training: Training,
+        transport: Transport,
+        clock: Callable[[], float] = time.monotonic,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.name = name
+        self.identity = identity(experiment)
+        self.measurements: list[pb.Measurement] = []
+        self._kind = kind
+        self._exchange = experiment.exchange
+        self._hang_after = training.hang_after
+        self._transport = transport
+        self._clock = clock
+        self._watchdog = watchdog or Watchdog()
+        self._reported_at = clock()
+
+    def mark(self, activity: str, round_number: int, waiting: float = 0.0) -> None:
+        """Marks for the watchdog that an activity begins, which may wait for others for so many seconds."""
+        self._watchdog.begin(
+            f"{self._kind} {self.name!r} at {activity}, round {round_number}", waiting + self._hang_after
+        )
+
+    def join(
+        self,
+        dataset: Dataset,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        *,
+        first_round: int,
+        total_rounds: int,
+        parameters: int,
+        weights: str = "",
+    ) -> pb.JoinResponse:
+        """Opens the session with the run.
+
+        Args:
+            dataset: the run's data.
+            shapes: of the outputs that will be published, without the samples, by name.
+            device: where the participant computes.
+            first_round: the first round that it needs.
+            total_rounds: rounds in the run.
+            parameters: of its model, trainable ones for a student.
+            weights: a teacher's :func:`codistill_worker.training.weights.digest`.
+
+        Raises:
+            PeerError: the run cannot be reached, or rejects the participant.
+        """
+        request = pb.JoinRequest(
+            protocol_version=PROTOCOL_VERSION,
+            student=self.name,
+            experiment=self.identity,
+            data=pb.DataFingerprint(
+                digest=dataset.fingerprint(), train_samples=len(dataset.train), classes=dataset.classes
+            ),
+            outputs={name: pb.Shape(dims=dims) for name, dims in shapes.items()},
+            first_round=first_round,
+            total_rounds=total_rounds,
+            parameters=parameters,
+            device=describe_device(device),
+            weights=weights,
+        )
+        self.mark("joining the run", first_round, self._exchange.connect_timeout + _CALLS_SECONDS)
+        return self._transport.join(request)
+
+    def publish(self, published: Published) -> None:
+        """Sends the outputs of a round, in the experiment's dtype; does not wait."""
+        dtype = self._exchange.dtype
+        held_out = published.held_out
+        self._transport.send(
+            pb.Contribution(
+                round=published.round,
+                batch=_encode_outputs(published.batch, dtype),
+                held_out=None if held_out is None else _encode_outputs(held_out, dtype),
+            )
+        )
+
+    def receive(self, activity: str, round_number: int) -> pb.Targets:
+        """Returns the targets of the round published last, waiting for them.
+
+        Raises:
+            PeerError: the wait is over.
+        """
+        self.mark(activity, round_number, self._longest_exchange)
+        return self._transport.receive(round_number)
+
+    def report_due(self, now: float) -> bool:
+        """Returns whether the last report is old enough for another; `now` is of the participant's clock."""
+        return now - self._reported_at >= _REPORT_SECONDS
+
+    def report(
+        self,
+        round_number: int,
+        epoch: float,
+        durable_round: int,
+        *,
+        step_seconds: float = 0.0,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        """Sends the measurements and the progress; does not wait.
+
+        Args:
+            round_number: the next round.
+            epoch: the epochs so far, with their fraction.
+            durable_round: the first round that the participant needs again after a restart.
+            step_seconds: median time of a step since the last report; 0 where unknown.
+            wait_seconds: median time in which a step waited for its targets; 0 where unknown.
+        """
+        self._reported_at = self._clock()
+        measurements, self.measurements = self.measurements, []
+        self.mark("reporting", round_number, self._longest_exchange)
+        self._transport.report(
+            pb.ReportRequest(
+                round=round_number,
+                epoch=epoch,
+                durable_round=durable_round,
+                measurements=measurements,
+                step_seconds=step_seconds,
+                wait_seconds=wait_seconds,
+            )
+        )
+
+    def undelivered(self) -> list[pb.Measurement]:
+        """Returns the measurements that the server may not have yet."""
+        return [*self._transport.undelivered(), *self.measurements]
+
+    def leave(self, reason: pb.LeaveReason.ValueType, message: str, round_number: int) -> None:
+        """Delivers the rest of the reports and ends the session.
+
+        Raises:
+            PeerError: a student that finished cannot tell the server.
+        """
+        self.mark("saying goodbye", round_number, self._longest_exchange)
+        self._transport.leave(reason, message)
+
+    @property
+    def _longest_exchange(self) -> float:
+        return self._exchange.give_up_after + _CALLS_SECONDS
+
+
+def describe_device(device: torch.device) -> str:
+    """Returns a device's name for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _encode_outputs(outputs: Outputs, dtype: str) -> pb.Samples:
+    return pb.Samples(
+        ids=encode(outputs.ids, "int64"),
+        labels=encode(outputs.labels, "int64"),
+        outputs={name: encode(value, dtype) for name, value in outputs.arrays.items()},
+    )
