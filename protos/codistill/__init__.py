@@ -6,7 +6,7 @@ Both sides import this package; it imports neither. A line for each room:
 * :mod:`codistill.config`: the experiment file.
 * :mod:`codistill.wire`: what crosses the network, and what protects it.
 * :mod:`codistill.peer`: taking part in a run.
-* :mod:`codistill.methods`: what a method's two halves are.
+* :mod:`codistill.methods`: what a method is, on either side.
 * :mod:`codistill.rundir`: what a run leaves on disk.
 * :mod:`codistill.process`: what every process shares.
 """

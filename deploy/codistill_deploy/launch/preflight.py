@@ -152,7 +152,7 @@ def _check_outputs(
         return
     shapes = {key: list(shape) for key, shape in published.items()}
     wanted = {key: output.describe(classes) for key, output in taken.items()}
-    raise ConfigurationError(f"distillation: {name!r} publishes {shapes}, the server's half takes {wanted}")
+    raise ConfigurationError(f"distillation: {name!r} publishes {shapes}, the aggregator takes {wanted}")
 
 
 def _problems_of(check_one: Callable[[], object]) -> Iterator[str]:

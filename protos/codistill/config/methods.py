@@ -308,8 +308,8 @@ class Custom(Intermittent):
     depends_on_models: ClassVar[bool] = True
 
     method: Literal["custom"] = Field(default="custom", description="A pair of your own.")
-    server: str = Field(description="`package.module:callable` that is given `parameters` and returns a server half.")
-    worker: str = Field(description="`package.module:callable` that is given `parameters` and returns a worker half.")
+    server: str = Field(description="`package.module:callable` that is given `parameters` and returns an aggregator.")
+    worker: str = Field(description="`package.module:callable` that is given `parameters` and returns an objective.")
     parameters: dict[str, Any] = Field(
         default_factory=dict,
         description="Keyword arguments of both callables: text, finite numbers, lists, maps.",

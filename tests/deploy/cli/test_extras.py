@@ -30,7 +30,8 @@ def test_a_server_without_its_extra_ends_with_a_line_that_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha", None)
-    monkeypatch.delitem(sys.modules, "codistill_server.app", raising=False)
+    for module in ("codistill_server.app", "codistill_server.rpc.server"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError) as raised:
         import codistill_server.app  # noqa: F401
     assert _print_error(raised.value) is ExitCode.CONFIGURATION

@@ -166,7 +166,7 @@ def nothing(context):
             "Maps",
             "Worker",
             {},
-            "students.0: distillation: 'mlp' publishes {'logits': [10]}, the server's half takes {'maps'",
+            "students.0: distillation: 'mlp' publishes {'logits': [10]}, the aggregator takes {'maps'",
         ),
     ],
 )

@@ -31,7 +31,8 @@ from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.storage.journal import Journal
 from protos.peer.support import contribution, report, request, wait_for
-from worker.support import Server, build
+from worker.support import build
+from worker.support_server import Server
 
 
 @dataclass
