@@ -7,8 +7,8 @@ codistill   a server process and N worker processes that speak gRPC, journal inc
 gloo        N processes in one torch.distributed group: all_gather, then each computes the target itself;
 ray         N worker actors that call an asyncio actor, which gathers, computes the target and returns it.
 
-The contenders take turns in every repetition of every configuration, so that a machine's changing mood touches all of
-them alike. Every process has one torch thread, every wait a limit, and no process outlives the program.
+The contenders take turns in every repetition of every configuration, so that what else the machine does
+slows all of them alike. Every process has one torch thread, every wait a limit, and no process is left behind.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from round_trips.actors import Actors
-from round_trips.course import BenchmarkError, Configuration, Course
-from round_trips.members import Members
-from round_trips.tasks import Gather, Serve, Work, experiment_of
+from round_trips.processes import TaskProcesses
+from round_trips.ray_actors import RayActors
+from round_trips.tasks import GlooTask, ServerTask, WorkerTask, experiment_file
+from round_trips.workload import BenchmarkError, Configuration, Workload
 
 _CONTENDERS = ("codistill", "gloo", "ray")
 
@@ -61,54 +61,54 @@ class Measurement:
 
 
 class _Contest:
-    def __init__(self, rounds: int, limit: float, members: Members | None, ray: Actors | None) -> None:
+    def __init__(self, rounds: int, limit: float, processes: TaskProcesses | None, ray: RayActors | None) -> None:
         self._rounds = rounds
         self._limit = limit
-        self._members = members
+        self._processes = processes
         self._ray = ray
 
     def measure(self, contender: str, configuration: Configuration, repetition: int) -> Measurement:
-        """Measures one contender once."""
-        courses = [
-            Course(configuration, position, self._rounds, self._limit) for position in range(configuration.workers)
+        """Measure one contender once."""
+        workloads = [
+            Workload(configuration, position, self._rounds, self._limit) for position in range(configuration.workers)
         ]
         with tempfile.TemporaryDirectory(prefix="codistill-bench-") as name:
-            seconds = self._run(contender, configuration, courses, Path(name))
+            seconds = self._run(contender, configuration, workloads, Path(name))
         p50, p99 = np.percentile(np.array(seconds), (50, 99))
-        rate = self._rounds / max(sum(each) for each in seconds)
+        rate = self._rounds / max(sum(round_trips) for round_trips in seconds)
         return Measurement(contender, configuration, repetition, rate, 1000 * float(p50), 1000 * float(p99))
 
     def _run(
-        self, contender: str, configuration: Configuration, courses: Sequence[Course], folder: Path
+        self, contender: str, configuration: Configuration, workloads: Sequence[Workload], folder: Path
     ) -> list[list[float]]:
         if contender == "ray":
             assert self._ray is not None  # noqa: S101 - started where it is a contender
-            return self._ray.run(courses, self._limit)
-        assert self._members is not None  # noqa: S101 - as above
+            return self._ray.run(workloads, self._limit)
+        assert self._processes is not None  # noqa: S101 - as above
         if contender == "gloo":
-            return self._members.run([Gather(folder, course) for course in courses], self._limit)
-        experiment = experiment_of(configuration)
-        server = Serve(experiment, folder, self._limit)
-        workers = [Work(experiment, folder, course) for course in courses]
-        return self._members.run([server, *workers], self._limit)[1:]
+            return self._processes.run([GlooTask(folder, workload) for workload in workloads], self._limit)
+        experiment = experiment_file(configuration)
+        server = ServerTask(experiment, folder, self._limit)
+        workers = [WorkerTask(experiment, folder, workload) for workload in workloads]
+        return self._processes.run([server, *workers], self._limit)[1:]
 
 
 @contextlib.contextmanager
 def _started(contenders: Sequence[str], workers: int, rounds: int, limit: float) -> Generator[_Contest]:
-    """Starts what the contenders need, and ends it."""
+    """Start what the contenders need, and end it."""
     with contextlib.ExitStack() as stack:
-        members = ray = None
+        processes = ray = None
         if {"codistill", "gloo"} & set(contenders):
-            members = Members(workers + ("codistill" in contenders))
-            stack.callback(members.close)
+            processes = TaskProcesses(workers + ("codistill" in contenders))
+            stack.callback(processes.close)
         if "ray" in contenders:
             # Sockets lie in this folder and their paths must be short, so it is not put below TMPDIR.
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="ray-bench-", dir="/tmp", ignore_cleanup_errors=True)
             )
-            ray = Actors(workers, Path(folder))
+            ray = RayActors(workers, Path(folder))
             stack.callback(ray.close)
-        yield _Contest(rounds, limit, members, ray)
+        yield _Contest(rounds, limit, processes, ray)
 
 
 def _table(measurements: Sequence[Measurement], contenders: Sequence[str]) -> Table:
@@ -118,7 +118,7 @@ def _table(measurements: Sequence[Measurement], contenders: Sequence[str]) -> Ta
     for contender in contenders:
         for what in ("rounds/s", "p50 ms", "p99 ms"):
             table.add_column(f"{contender} {what}", justify="right")
-    others = [each for each in contenders if each != "codistill"] if "codistill" in contenders else []
+    others = [contender for contender in contenders if contender != "codistill"] if "codistill" in contenders else []
     for other in others:
         table.add_column(f"{other}/codistill", justify="right")
     for configuration in dict.fromkeys(each.configuration for each in measurements):
@@ -143,7 +143,7 @@ def _table(measurements: Sequence[Measurement], contenders: Sequence[str]) -> Ta
 
 
 def _milliseconds(value: float) -> str:
-    """Returns three significant digits."""
+    """Return three significant digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 

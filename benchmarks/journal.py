@@ -2,7 +2,7 @@
 
 Contributions of two students with random logits are put into coordinators that differ in their journal alone: none at
 all, one in memory, one on disk (`durability: process`, the default), and one that is synced each round (`power`). They
-take turns round by round, so that whatever else the machine does strikes all alike. No socket and no training: a round
+take turns round by round, so that what else the machine does slows all alike. No socket and no training: a round
 here is the decoding, the ensemble (KDCL's min_logit), the journal and the answers, as the server does them.
 """
 
@@ -28,7 +28,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import ClosedRound, Journal
 
 _STUDENTS = ("first", "second")
@@ -38,17 +38,17 @@ class _Nothing(Journal):
     """A journal that keeps nothing of a round."""
 
     def append(self, closed: ClosedRound) -> None:
-        """Drops it."""
+        """Drop it."""
 
 
 class _Drain:
     """An outbox that nobody reads."""
 
     def reply(self, reply: bytes) -> None:
-        """Drops a reply."""
+        """Drop a reply."""
 
     def end(self, status: Status, message: str) -> None:
-        """Fails: no session ends here."""
+        """Fail: no session ends here."""
         raise RuntimeError(f"{status.value}: {message}")
 
 
@@ -72,14 +72,14 @@ class _Contender:
             self._sessions.append(session)
 
     def close_round(self, messages: list[pb.Contribution]) -> float:
-        """Closes a round; returns the seconds that it took."""
+        """Close a round, and return the seconds that it took."""
         started = time.perf_counter()
         for session, message in zip(self._sessions, messages, strict=True):
             self._coordinator.contribute(session, message, 0)
         return time.perf_counter() - started
 
     def close(self) -> None:
-        """Closes the journal."""
+        """Close the journal."""
         self._coordinator.close()
 
 
@@ -95,11 +95,11 @@ def _experiment(batch: int, classes: int) -> Experiment:
     )
 
 
-def _messages(number: int, batch: int, classes: int) -> list[pb.Contribution]:
+def _messages(round_number: int, batch: int, classes: int) -> list[pb.Contribution]:
     ids, labels = torch.arange(batch), torch.randint(0, classes, (batch,))
     return [
         pb.Contribution(
-            round=number,
+            round=round_number,
             batch=pb.Samples(
                 ids=encode(ids, "int64"),
                 labels=encode(labels, "int64"),
@@ -121,8 +121,8 @@ def _measure(batch: int, classes: int, rounds: int, folder: Path) -> dict[str, f
     }
     contenders = {name: _Contender(experiment, make()) for name, make in makers.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        messages = _messages(number, batch, classes)
+    for round_number in range(rounds):
+        messages = _messages(round_number, batch, classes)
         for name, contender in contenders.items():
             times[name].append(contender.close_round(messages))
     for contender in contenders.values():
@@ -136,7 +136,7 @@ def main(
         "64x10,128x100,256x1000"
     ),
 ) -> None:
-    """Prints a table: microseconds that each journal adds to a round."""
+    """Print a table: microseconds that each journal adds to a round."""
     torch.set_num_threads(1)
     table = Table(box=box.MARKDOWN)
     for heading in ("logits", "no journal µs", "memory adds µs", "process adds µs", "power adds µs"):

@@ -29,6 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from codistill.rundir.layout import RunLayout
+
 _POLL_SECONDS = 0.002
 _LIMIT_SECONDS = 120.0
 _STEADY_SECONDS = 1.5
@@ -80,21 +82,21 @@ class _Run:
         )
 
     def closed(self) -> int:
-        """Returns how many rounds are closed."""
-        path = self._folder / "journal.sqlite"
+        """Return how many rounds are closed."""
+        path = RunLayout(self._folder).journal_file
         if not path.exists():
             return 0
         database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         try:
             ((newest,),) = database.execute("SELECT max(round) FROM rounds").fetchall()
-        except sqlite3.OperationalError:  # it is being made
+        except sqlite3.OperationalError:  # it is being created
             return 0
         finally:
             database.close()
         return 0 if newest is None else newest + 1
 
     def await_closed(self, rounds: int) -> None:
-        """Waits until so many rounds are closed."""
+        """Wait until so many rounds are closed."""
         deadline = time.monotonic() + _LIMIT_SECONDS
         while self.closed() < rounds:
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -103,20 +105,20 @@ class _Run:
             time.sleep(_POLL_SECONDS)
 
     def round_seconds(self) -> float:
-        """Returns the mean time of a round over a short while."""
+        """Return the mean time of a round over a short while."""
         first, started = self.closed(), time.monotonic()
         time.sleep(_STEADY_SECONDS)
         self.await_closed(first + 5)
         return (time.monotonic() - started) / (self.closed() - first)
 
     def strike(self, number: signal.Signals, *names: str) -> None:
-        """Sends a signal to the server ("server") or to workers, by student."""
+        """Send a signal to the server ("server") or to workers, by student."""
         pids = self._pids()
         for name in names:
             os.kill(pids[name], number)
 
     def end(self) -> None:
-        """Stops the run."""
+        """Stop the run."""
         self._process.terminate()
         try:
             self._process.wait(_LIMIT_SECONDS)
@@ -152,7 +154,7 @@ _FAULTS: Mapping[str, Callable[[_Run], None]] = {
 
 
 def measure(repeats: int, checkpoint_every: float, seed: int) -> list[Recovery]:
-    """Injects every fault so many times.
+    """Inject every fault so many times.
 
     Raises:
         BenchmarkError: the run did not survive.
@@ -178,21 +180,21 @@ def measure(repeats: int, checkpoint_every: float, seed: int) -> list[Recovery]:
 
 
 def table(found: Sequence[Recovery]) -> Table:
-    """Returns the medians as a table that is Markdown too."""
+    """Return the medians as a Markdown table."""
     made = Table(box=box.MARKDOWN)
     made.add_column("fault")
     for heading in ("times", "round ms", "recovery s", "least to most s", "recovery/round"):
         made.add_column(heading, justify="right")
-    for fault in dict.fromkeys(each.fault for each in found):
-        of = [each for each in found if each.fault == fault]
-        seconds = [each.seconds for each in of]
+    for fault in dict.fromkeys(recovery.fault for recovery in found):
+        of_fault = [recovery for recovery in found if recovery.fault == fault]
+        seconds = [recovery.seconds for recovery in of_fault]
         made.add_row(
             fault,
-            str(len(of)),
-            f"{1000 * statistics.median(each.round_seconds for each in of):.1f}",
+            str(len(of_fault)),
+            f"{1000 * statistics.median(recovery.round_seconds for recovery in of_fault):.1f}",
             f"{statistics.median(seconds):.2f}",
             f"{min(seconds):.2f} to {max(seconds):.2f}",
-            f"{statistics.median(each.rounds for each in of):.0f}",
+            f"{statistics.median(recovery.rounds for recovery in of_fault):.0f}",
         )
     return made
 

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from codistill.config.data import Data
 from codistill.rundir import records
+from codistill.rundir.layout import RunLayout
 
 _ROUNDS_PER_EPOCH = 50
 _SIDE = 32
@@ -38,7 +39,7 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Pace:
-    """How a student goes in one run, in seconds.
+    """How fast a student trains in one run, in seconds.
 
     Attributes:
         step: median time of a training step, waiting included.
@@ -71,7 +72,7 @@ class Repetition:
     together: Run
 
     def ratio(self, student: str) -> float:
-        """Returns a student's step together over the slowest student's step alone."""
+        """Return a student's step together over the slowest student's step alone."""
         return self.together.paces[student].step / max(each.step for each in self.alone.paces.values())
 
 
@@ -80,7 +81,7 @@ class BenchmarkError(RuntimeError):
 
 
 def images(data: Data) -> tuple[_Array, _Array, _Array, _Array]:
-    """Returns noise of 32×32 pixels in three channels with labels drawn at random: a data set of `codistill`."""
+    """Return noise of 32×32 pixels in three channels with labels drawn at random: a data set of `codistill`."""
     generator = np.random.default_rng(0)
 
     def split(size: int | None) -> tuple[_Array, _Array]:
@@ -92,7 +93,7 @@ def images(data: Data) -> tuple[_Array, _Array, _Array, _Array]:
 
 
 def summarise(found: Iterable[records.Record]) -> Run:
-    """Returns every student's pace while all of them trained.
+    """Return every student's pace while all of them trained.
 
     Args:
         found: a run's records.
@@ -144,7 +145,7 @@ def _experiment(method: Mapping[str, str], models: Sequence[str], classes: int, 
 
 
 def _run(experiment: str, limit: float) -> Run:
-    """Runs an experiment as a user would and returns the students' paces."""
+    """Run an experiment as a user would, and return the students' paces."""
     with tempfile.TemporaryDirectory(prefix="codistill-bench-") as name:
         folder = Path(name)
         (folder / "experiment.yaml").write_text(experiment, encoding="utf-8")
@@ -168,7 +169,7 @@ def _run(experiment: str, limit: float) -> Run:
             raise BenchmarkError(f"a run was not done after {limit:g} s; raise --limit or lower --rounds") from None
         if ended.returncode:
             raise BenchmarkError(f"codistill run ended with exit code {ended.returncode}:\n{ended.stdout.strip()}")
-        return summarise(records.read(folder / "run" / "metrics.jsonl"))
+        return summarise(records.read(RunLayout(folder / "run").metrics_file))
 
 
 def _table(repetitions: Sequence[Repetition]) -> Table:
@@ -215,9 +216,9 @@ def main(
     progress = Console(stderr=True, highlight=False)
     repetitions: list[Repetition] = []
     try:
-        for number in range(repeats):
-            progress.print(f"repetition {number + 1} of {repeats}")
-            order = (alone, together) if number % 2 == 0 else (together, alone)
+        for repetition in range(repeats):
+            progress.print(f"repetition {repetition + 1} of {repeats}")
+            order = (alone, together) if repetition % 2 == 0 else (together, alone)
             measured = {experiment: _run(experiment, limit) for experiment in order}
             repetitions.append(Repetition(measured[alone], measured[together]))
     except BenchmarkError as error:

@@ -1,1 +1,1 @@
-"""What makes the round trips that exchange.py measures: processes of codistill and gloo, and actors of Ray."""
+"""The round trips that exchange.py measures: by processes of codistill and gloo, and by actors of Ray."""

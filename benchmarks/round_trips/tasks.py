@@ -1,4 +1,4 @@
-"""What the processes do: codistill's server and workers without a model, and the members of a gloo group."""
+"""The tasks of the processes: codistill's server and workers without a model, and the ranks of a gloo group."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from codistill.wire.tensors import decode, encode
 from codistill_deploy.supervise.discovery import find_server
 from codistill_server.app import ServeOptions, serve
 from codistill_server.ensembles import min_logit
-from round_trips.course import Configuration, Course
+from round_trips.workload import Configuration, Workload
 
-__all__ = ["Gather", "Serve", "Task", "Work", "experiment_of"]
+__all__ = ["GlooTask", "ServerTask", "Task", "WorkerTask", "experiment_file"]
 
 
 class Task(Protocol):
-    """What one process does in a measurement."""
+    """The work of one process in a measurement."""
 
     def run(self) -> list[float]:
-        """Does it, and returns the seconds of each timed round trip."""
+        """Do it, and return the seconds of each timed round trip."""
         ...
 
 
 @dataclass(frozen=True)
-class Serve:
+class ServerTask:
     """The aggregation server, until its workers have finished."""
 
     experiment: str
@@ -43,7 +43,7 @@ class Serve:
     limit: float
 
     def run(self) -> list[float]:
-        """Serves; nothing is timed here."""
+        """Serve; nothing is timed here."""
         stop = threading.Event()
         timer = threading.Timer(self.limit, stop.set)
         timer.start()
@@ -56,81 +56,81 @@ class Serve:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerTask:
     """A worker of codistill without a model."""
 
     experiment: str
     folder: Path
-    course: Course
+    workload: Workload
 
     def run(self) -> list[float]:
         """See :class:`Task`."""
-        course, stop = self.course, threading.Event()
-        batch, classes = course.configuration.batch, course.configuration.classes
-        logits, labels = torch.from_numpy(course.logits()), torch.from_numpy(course.labels())
+        workload, stop = self.workload, threading.Event()
+        batch, classes = workload.configuration.batch, workload.configuration.classes
+        logits, labels = torch.from_numpy(workload.logits()), torch.from_numpy(workload.labels())
         ids = torch.arange(batch)
-        exchange = GrpcTransport(
-            find_server(self.folder, course.limit, stop),
-            connect_timeout=course.limit,
-            give_up_after=course.limit,
+        transport = GrpcTransport(
+            find_server(self.folder, workload.limit, stop),
+            connect_timeout=workload.limit,
+            give_up_after=workload.limit,
             stop=stop,
         )
 
-        def round_trip(number: int) -> torch.Tensor:
+        def round_trip(round_number: int) -> torch.Tensor:
             outputs = {"logits": encode(logits, "float32")}
             samples = pb.Samples(ids=encode(ids, "int64"), labels=encode(labels, "int64"), outputs=outputs)
-            exchange.send(pb.Contribution(round=number, batch=samples))
-            return decode(exchange.receive(number).targets["logits"])
+            transport.send(pb.Contribution(round=round_number, batch=samples))
+            return decode(transport.receive(round_number).targets["logits"])
 
         try:
-            exchange.join(
+            transport.join(
                 pb.JoinRequest(
                     protocol_version=PROTOCOL_VERSION,
-                    student=_student(course.position),
+                    student=_student(workload.position),
                     experiment=identity(parse(self.experiment)),
                     data=pb.DataFingerprint(
-                        digest=64 * "0", train_samples=batch * course.total_rounds, classes=classes
+                        digest=64 * "0", train_samples=batch * workload.total_rounds, classes=classes
                     ),
                     outputs={"logits": pb.Shape(dims=[classes])},
-                    total_rounds=course.total_rounds,
+                    total_rounds=workload.total_rounds,
                 )
             )
-            seconds = course.time(round_trip)
-            exchange.leave(pb.LEAVE_REASON_FINISHED, "measured")
+            seconds = workload.time(round_trip)
+            transport.leave(pb.LEAVE_REASON_FINISHED, "measured")
         finally:
-            exchange.close()
+            transport.close()
         return seconds
 
 
 @dataclass(frozen=True)
-class Gather:
-    """A process of a gloo group."""
+class GlooTask:
+    """One rank of a gloo group."""
 
     folder: Path
-    course: Course
+    workload: Workload
 
     def run(self) -> list[float]:
         """See :class:`Task`."""
-        course = self.course
-        logits, labels = torch.from_numpy(course.logits()), torch.from_numpy(course.labels())
-        workers = course.configuration.workers
-        everyone = torch.empty(workers, *logits.shape)
-        parts = list(everyone.unbind())
+        workload = self.workload
+        logits, labels = torch.from_numpy(workload.logits()), torch.from_numpy(workload.labels())
+        workers = workload.configuration.workers
+        all_logits = torch.empty(workers, *logits.shape)
+        rows = list(all_logits.unbind())
 
-        def round_trip(number: int) -> torch.Tensor:
-            del number
-            dist.all_gather(parts, logits)
-            return min_logit(everyone, labels)
+        def round_trip(round_number: int) -> torch.Tensor:
+            del round_number
+            dist.all_gather(rows, logits)
+            return min_logit(all_logits, labels)
 
         dist.init_process_group(
             "gloo",
             init_method=f"file://{self.folder / 'store'}",
-            rank=course.position,
+            rank=workload.position,
             world_size=workers,
-            timeout=timedelta(seconds=course.limit),
+            timeout=timedelta(seconds=workload.limit),
         )
         try:
-            seconds = course.time(round_trip)
+            seconds = workload.time(round_trip)
             dist.barrier()
         finally:
             dist.destroy_process_group()
@@ -141,8 +141,8 @@ def _student(position: int) -> str:
     return f"student{position}"
 
 
-def experiment_of(configuration: Configuration) -> str:
-    """Returns an experiment file; its data set and models are never loaded."""
+def experiment_file(configuration: Configuration) -> str:
+    """Return the text of an experiment file; its data set and models are never loaded."""
     document = {
         "name": "benchmark",
         "data": {"dataset": "image_folder", "classes": configuration.classes, "image_size": 32},

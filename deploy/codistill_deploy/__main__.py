@@ -1,4 +1,4 @@
-"""Runs the command as `python -m codistill_deploy`."""
+"""Run the command as `python -m codistill_deploy`."""
 
 from codistill_deploy.cli.app import main
 

@@ -1,4 +1,4 @@
-"""What the command raises."""
+"""The error of the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ __all__ = ["CommandError"]
 
 
 class CommandError(RuntimeError):
-    """A command cannot do what it was asked; the text is for people, `code` how the process ends."""
+    """A command cannot do what it was asked.
+
+    Attributes:
+        code: how the process ends; the message is for people.
+    """
 
     def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
         self.code = code

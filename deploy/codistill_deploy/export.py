@@ -1,7 +1,7 @@
-"""Writes a trained student for plain PyTorch, which loads it without this project.
+"""Write a trained student for plain PyTorch, which loads it without this project.
 
-Two files, for two needs: ``NAME.safetensors`` holds the weights under the model's own parameter names, for those who
-have the model's code; ``NAME.pt2`` is the whole network as an exported program, for those who have not.
+``NAME.safetensors`` holds the weights under the model's own parameter names, for use with the model's code.
+``NAME.pt2`` is the whole network as an exported program, for use without it. ``NAME.json`` describes both.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.config.plans import StudentPlan
 from codistill.rundir.files import write_atomically
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_worker import data, models
 from codistill_worker.training import weights
-from codistill_worker.training.checkpoints import CheckpointStore
+from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
 
 __all__ = ["Exported", "export"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how good it is said to be."""
+    """The files that were written.
+
+    Attributes:
+        weights: ``NAME.safetensors``.
+        program: ``NAME.pt2``.
+        about: ``NAME.json``.
+        round: the number of rounds that the weights were trained for.
+    """
 
     weights: Path
     program: Path
@@ -38,7 +47,7 @@ class Exported:
 
 
 class _FromPixels(nn.Module):
-    """A network behind its normalisation, as :func:`codistill_worker.data.augmentation.normalise` does it, to the bit."""
+    """A network that takes pixels: it normalises as :func:`codistill_worker.data.augmentation.normalise` does, to the bit."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -51,12 +60,12 @@ class _FromPixels(nn.Module):
         self.register_buffer("shift", (-means / stds).float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits [B, C] of uint8 images [B, channels, height, width]."""
+        """Return the logits, float32 [B, C], of uint8 images [B, channels, height, width]."""
         return self.model(images.float() * self.scale + self.shift)
 
 
 def export(folder: RunFolder, student: str, target: Path, which: Literal["last", "best"]) -> Exported:
-    """Writes one student's weights.
+    """Write one student's weights.
 
     Args:
         folder: the run's folder.
@@ -65,39 +74,16 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         which: "last", the weights after the last round; or "best", those with the best test accuracy on the way.
 
     Raises:
-        CommandError: there is no such student, or it has no weights yet.
+        CommandError: there is no such student, or it has no weights yet, or they cannot be written.
         ConfigurationError: its checkpoint, model or data cannot be used.
     """
     experiment = folder.experiment()
     if student not in experiment.names:
         raise CommandError(f"--student: {student!r} is not one of the run's; allowed: {', '.join(experiment.names)}")
-    store = CheckpointStore(folder.student(student).path)
-    checkpoint = store.load(student, identity(experiment)) if which == "last" else store.load_best()
-    if checkpoint is None:
-        raise CommandError(
-            f"student {student!r} has no {which} weights in {store.folder} yet; run the experiment first"
-        )
+    checkpoint = _load_checkpoint(folder, experiment, student, which)
     plan = experiment.plan(student)
     dataset = data.load(plan.data, torch.device("cpu"))
-    model = models.build(
-        plan.student.model,
-        classes=dataset.classes,
-        channels=dataset.channels,
-        size=dataset.height,
-        args=plan.student.model_args,
-        seed=0,
-    )
-    try:
-        weights.load(model, checkpoint.model)
-    except (RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise CommandError(
-            f"the weights in {store.folder} do not fit model {plan.student.model!r}: {why}; was the model's code changed?"
-        ) from error
-    model.eval()
-    exported = Exported(
-        target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.round
-    )
+    model = _build_model(plan, dataset, checkpoint, folder.student(student).path)
     about = {
         "student": student,
         "model": plan.student.model,
@@ -112,18 +98,59 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         "method": experiment.distillation.title,
         "seed": experiment.seed,
     }
-    images = torch.zeros(2, dataset.channels, dataset.height, dataset.width, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1)
+    exported = Exported(
+        target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.round
+    )
     try:
-        program = torch.export.export(
-            _FromPixels(model, dataset.mean, dataset.std).eval(), (images,), dynamic_shapes={"images": {0: batch}}
-        )
+        program = _export_program(model, dataset)
         target.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        torch.export.save(program, content)
         write_atomically(exported.weights, save({name: value.clone() for name, value in model.state_dict().items()}))
-        write_atomically(exported.program, content.getvalue())
+        write_atomically(exported.program, program)
         write_atomically(exported.about, json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error
     return exported
+
+
+def _load_checkpoint(
+    folder: RunFolder, experiment: Experiment, student: str, which: Literal["last", "best"]
+) -> Checkpoint:
+    store = CheckpointStore(folder.student(student).path)
+    checkpoint = store.load(student, identity(experiment)) if which == "last" else store.load_best()
+    if checkpoint is None:
+        raise CommandError(
+            f"student {student!r} has no {which} weights in {store.folder} yet; run the experiment first"
+        )
+    return checkpoint
+
+
+def _build_model(plan: StudentPlan, dataset: data.Dataset, checkpoint: Checkpoint, source: Path) -> nn.Module:
+    """Return the student's model with the checkpoint's weights, ready to be evaluated."""
+    model = models.build(
+        plan.student.model,
+        classes=dataset.classes,
+        channels=dataset.channels,
+        size=dataset.height,
+        args=plan.student.model_args,
+        seed=0,
+    )
+    try:
+        weights.load(model, checkpoint.model)
+    except (RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise CommandError(
+            f"the weights in {source} do not fit model {plan.student.model!r}: {why}; was the model's code changed?"
+        ) from error
+    return model.eval()
+
+
+def _export_program(model: nn.Module, dataset: data.Dataset) -> bytes:
+    """Return the network as a ``.pt2`` file that takes batches of uint8 images of any size B."""
+    images = torch.zeros(2, dataset.channels, dataset.height, dataset.width, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        _FromPixels(model, dataset.mean, dataset.std).eval(), (images,), dynamic_shapes={"images": {0: batch}}
+    )
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()

@@ -1,4 +1,4 @@
-"""A run's folder as the commands use it: whose it is, whether it may be used, and who is at work in it."""
+"""A run's folder as the commands use it: which run it belongs to, and which processes use it now."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = ["RunFolder"]
 
 @dataclass(frozen=True)
 class RunFolder(RunLayout):
-    """A run's folder: where its files are, whose it is, and who is at work in it."""
+    """The folder of one run, and the checks and locks under which commands use it."""
 
     @classmethod
     def default(cls, name: str) -> RunFolder:
-        """Returns a new folder below `runs`, named after the run and the time."""
+        """Return a new folder below `runs`, named after the run and the time."""
         stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         return cls(Path("runs") / f"{name}-{stamp}")
 
     @classmethod
     def lasting(cls, name: str) -> RunFolder:
-        """Returns the folder below `runs` that a server or a worker finds again when it is started again by hand."""
+        """Return the folder below `runs` that a server or a worker finds again when it is restarted by hand."""
         return cls(Path("runs") / name)
 
     @contextlib.contextmanager
     def hold(self, seconds: float = 15.0, waiting: Callable[[], None] = lambda: None) -> Generator[int, None, None]:
-        """Keeps every other run out of the folder; gives the lock's descriptor.
+        """Keep every other run out of the folder, and yield the lock's descriptor.
 
         A child that inherits the descriptor holds the lock too. So where the command was killed, the next one waits until
         its last process has ended: two workers of one student would overwrite each other's checkpoints.
@@ -51,7 +51,7 @@ class RunFolder(RunLayout):
             CommandError: the folder cannot be written, or a run still uses it.
         """
         with contextlib.ExitStack() as stack:
-            with self._writing():
+            with self._write_errors():
                 self.path.mkdir(parents=True, exist_ok=True)
                 try:
                     lock = stack.enter_context(locked(self.run_lock, seconds, waiting))
@@ -63,7 +63,7 @@ class RunFolder(RunLayout):
             yield lock.fileno()
 
     def experiment(self) -> Experiment:
-        """Returns the run's experiment.
+        """Return the run's experiment.
 
         Raises:
             CommandError: the folder holds no run.
@@ -74,26 +74,26 @@ class RunFolder(RunLayout):
         return load(self.experiment_file)
 
     @property
-    def begun(self) -> bool:
-        """Whether there is something to go on with: a checkpoint, a closed round, or a server at work."""
+    def has_progress(self) -> bool:
+        """Whether there is something to resume: a checkpoint, a closed round, or a server at work."""
         from codistill_server.storage.journal import holds_rounds
 
-        return any(self.students.glob("*/*.safetensors")) or holds_rounds(self.journal_file) or self.served
+        return any(self.students.glob("*/*.safetensors")) or holds_rounds(self.journal_file) or self.has_server
 
     @property
-    def served(self) -> bool:
+    def has_server(self) -> bool:
         """Whether a server is at work in the folder."""
         return is_locked(self.server_lock)
 
     @property
-    def held(self) -> bool:
+    def in_use(self) -> bool:
         """Whether a run, or a process of one, is at work in the folder."""
         return is_locked(self.run_lock)
 
     def check(self, experiment: Experiment, *, resume: bool) -> None:
-        """Checks that an experiment may be run in the folder.
+        """Check that an experiment may be run in the folder.
 
-        A folder in which nothing was trained yet stops nobody: its experiment may be corrected and started again.
+        A run that trained nothing yet may be replaced: its experiment may be corrected and started again.
 
         Raises:
             CommandError: the folder holds another run, or holds this one and `resume` is not given, or `resume` is given
@@ -105,7 +105,7 @@ class RunFolder(RunLayout):
                     f"run folder {self.path} holds no run to go on with; give the --run-dir of one, or leave out --resume "
                     "to start one there"
                 )
-        elif self.begun:
+        elif self.has_progress:
             if not resume:
                 raise CommandError(
                     f"run folder {self.path} already holds a run; give --resume to go on with it, or another --run-dir"
@@ -113,50 +113,50 @@ class RunFolder(RunLayout):
             self._check_same(experiment)
 
     def start(self, experiment: Experiment, *, mode: Mode, resume: bool) -> None:
-        """Makes the folder ready for a run, or for going on with the run that it holds.
+        """Make the folder ready for a run, or for resuming the run that it holds.
 
         Args:
             experiment: the experiment to run.
             mode: "grpc" or "in-process".
-            resume: go on with the run in the folder.
+            resume: resume the run in the folder.
 
         Raises:
             CommandError: as :meth:`check`, or the folder cannot be written.
         """
         self.check(experiment, resume=resume)
-        with self._writing():
-            if not self.begun:
+        with self._write_errors():
+            if not self.has_progress:
                 self._discard()
-            self._write(experiment, mode, experiment.names)
+            self._write_run_files(experiment, mode, experiment.names)
 
     def join(self, experiment: Experiment, students: Iterable[str] = (), seconds: float = 15.0) -> None:
-        """Makes the folder a run's for a server or a worker that is started by itself; others may do the same meanwhile.
+        """Make the folder a run's for a server or a worker that is started by itself; others may do the same meanwhile.
 
-        Where it is this run's already, nothing is changed but for students that were added to the experiment.
+        Where it is this run's already, nothing is changed except for students that were added to the experiment.
 
         Args:
             experiment: the experiment to run.
-            students: those whose files will be in the folder.
+            students: the students whose files will be in the folder.
             seconds: how long to wait for others that do the same.
 
         Raises:
             CommandError: the folder holds another run, cannot be written, or is kept by another process.
         """
-        with self._writing():
+        with self._write_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            with self._starting(seconds):
+            with self._hold_start(seconds):
                 if self.experiment_file.exists():
                     if identity(self.experiment()) == identity(experiment):
                         return
-                    if self.begun:
+                    if self.has_progress:
                         self._check_same(experiment)
                     else:
                         self._discard()
-                self._write(experiment, "grpc", students)
+                self._write_run_files(experiment, "grpc", students)
 
     @contextlib.contextmanager
-    def _starting(self, seconds: float) -> Generator[None, None, None]:
-        """Holds the lock under which the folder is made a run's."""
+    def _hold_start(self, seconds: float) -> Generator[None, None, None]:
+        """Hold the lock under which the folder is made a run's."""
         with contextlib.ExitStack() as stack:
             try:
                 lock = stack.enter_context(locked(self.start_lock, seconds, keep_content=True))
@@ -168,15 +168,16 @@ class RunFolder(RunLayout):
                     "this one again",
                     ExitCode.ERROR,
                 ) from error
-            with contextlib.suppress(OSError):  # who holds it is worth knowing, and no reason to fail on a full disk
+            with contextlib.suppress(OSError):  # the holder's name helps, but is no reason to fail on a full disk
                 os.ftruncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"{os.getpid()} on {platform.node()}".encode())
             yield
 
     def _check_same(self, experiment: Experiment) -> None:
-        had, has = identity(self.experiment()), identity(experiment)
-        differs = difference(had, has)
-        if differs is not None and extends(had, has):
+        """Check that an experiment is the folder's own, apart from students that were added."""
+        recorded, given = identity(self.experiment()), identity(experiment)
+        differs = difference(recorded, given)
+        if differs is not None and extends(recorded, given):
             if experiment.exchange.journal.keep != "all":
                 raise CommandError(
                     f"run folder {self.path}: students were added to its experiment, which needs a journal of every "
@@ -189,11 +190,11 @@ class RunFolder(RunLayout):
             )
 
     def _discard(self) -> None:
-        """Removes what a run left that came to nothing."""
+        """Delete the files of a run that never closed a round."""
         for path in (*self.journal_files, *self.record_files):
             path.unlink(missing_ok=True)
 
-    def _write(self, experiment: Experiment, mode: Mode, students: Iterable[str]) -> None:
+    def _write_run_files(self, experiment: Experiment, mode: Mode, students: Iterable[str]) -> None:
         self.students.mkdir(parents=True, exist_ok=True)
         for name in students:
             self.student(name).path.mkdir(exist_ok=True)
@@ -206,7 +207,8 @@ class RunFolder(RunLayout):
         sync_folder(self.path.parent)
 
     @contextlib.contextmanager
-    def _writing(self) -> Generator[None, None, None]:
+    def _write_errors(self) -> Generator[None, None, None]:
+        """Turn an error of writing into one that says what to do."""
         try:
             yield
         except OSError as error:

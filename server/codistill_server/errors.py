@@ -1,22 +1,33 @@
-"""How the server turns a call away, and what strangers wrote in words that can be shown."""
+"""How the server rejects a call, why it cannot run, and text of peers made safe to show."""
 
 from __future__ import annotations
 
-from codistill_server.rounds.events import Status
+from codistill.process.exit_codes import ExitCode
+from codistill_server.rounds.actions import Status
 
-__all__ = ["RequestRejected", "printable"]
+__all__ = ["RequestRejected", "ServerError", "printable"]
 
 _LONGEST = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
 
 
 class RequestRejected(Exception):  # noqa: N818 - an answer, not a fault
-    """A call is turned away; `status` says how, the text why and what to do."""
+    """A call is rejected; `status` says how, the text why and what to do."""
 
     def __init__(self, status: Status, message: str) -> None:
         self.status = status
         super().__init__(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 3]}...")
 
 
+class ServerError(RuntimeError):
+    """The server cannot run; the text says why and what to do, `code` how the process should end."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
+        self.code = code
+        super().__init__(message)
+
+
 def printable(text: str) -> str:
-    """Returns what a worker wrote as one line that does nothing to a terminal."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    """Return a peer's text as one line that does nothing to a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

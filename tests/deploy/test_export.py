@@ -203,7 +203,7 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
 def test_torn_weights(folder: RunFolder, tmp_path: Path) -> None:
     torn = RunFolder(tmp_path / "run")
     torn.start(folder.experiment(), mode="grpc", resume=False)
-    (torn.student("a-cnn") / "checkpoint.safetensors").write_bytes(b"torn")
+    torn.student("a-cnn").checkpoint.write_bytes(b"torn")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         export(torn, "a-cnn", tmp_path / "out", "last")
 

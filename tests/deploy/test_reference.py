@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy import run_folder
+from codistill.rundir import layout
 from codistill_deploy.cli.options import DEFAULT_SERVER
 from codistill_deploy.supervise.restart_policy import Ending, GiveUp, decide
 
@@ -55,23 +55,28 @@ def test_every_exit_code() -> None:
 
 
 @pytest.mark.parametrize("row", table("Exit codes")[1:], ids=lambda row: row[1])
-def test_who_is_started_again(row: list[str]) -> None:
+def test_which_process_is_restarted(row: list[str]) -> None:
     given_up = isinstance(decide(Ending(int(row[0])), [], limit=10), GiveUp)
     assert row[2].startswith("stops" if given_up else "starts it again")
 
 
-def test_every_file_of_a_run() -> None:
-    layout = (run_folder.__doc__ or "").partition("\n\n")[2]
-    known = set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html)\b", layout))
+def test_every_file_of_a_run_and_of_a_comparison() -> None:
+    run, _, comparison = (layout.__doc__ or "").partition("\n\n")[2].rpartition("\n\n")
     shown = {name.rpartition("/")[2] for row in table("Files of a run's folder") for name in code(row[0])}
-    assert shown == known
+    assert shown == file_names(run)
+    section = PAGE.partition("## Files of a run's folder\n")[2].partition("\n## ")[0]
+    assert file_names(comparison) <= code(section)
+
+
+def file_names(text: str) -> set[str]:
+    return set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html|svg)\b", text))
 
 
 def test_every_port() -> None:
     published = {
         port.rpartition(":")[2]
-        for each in yaml.safe_load(COMPOSE)["services"].values()
-        for port in each.get("ports", ())
+        for service in yaml.safe_load(COMPOSE)["services"].values()
+        for port in service.get("ports", ())
     }
     assert {row[0] for row in table("Ports")} == {DEFAULT_SERVER.rpartition(":")[2], *published}
 

@@ -18,7 +18,6 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import Student
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.files import write_atomically
 from codistill.rundir.layout import RunLayout
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
@@ -49,8 +48,8 @@ def test_start_writes_the_resolved_experiment_and_where_it_ran(experiment: Exper
     assert folder.student("b").path.is_dir()
 
 
-def train(folder: RunFolder) -> None:
-    """Leaves what makes a run one to go on with."""
+def add_checkpoint(folder: RunFolder) -> None:
+    """Leave what makes a run one to resume."""
     folder.student("a").path.mkdir(parents=True, exist_ok=True)
     (folder.student("a").path / "checkpoint.safetensors").touch()
 
@@ -58,7 +57,7 @@ def train(folder: RunFolder) -> None:
 def test_a_folder_with_a_run_is_not_taken_twice(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
-    train(folder)
+    add_checkpoint(folder)
     with pytest.raises(CommandError, match=f"{tmp_path} already holds a run; give --resume"):
         folder.start(experiment, mode="grpc", resume=False)
     folder.start(experiment, mode="grpc", resume=True)
@@ -69,7 +68,7 @@ def test_resuming_with_another_experiment_names_the_field_and_both_values(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
-    train(folder)
+    add_checkpoint(folder)
     with pytest.raises(CommandError, match="experiment field seed: the run has 0, this experiment has 9"):
         folder.start(experiment.replace(seed=9), mode="grpc", resume=True)
 
@@ -91,14 +90,14 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
     more = (*experiment.students, Student(name="c", model="vit"))
     folder = RunFolder(tmp_path / "needed")
     folder.start(experiment, mode="grpc", resume=False)
-    train(folder)
+    add_checkpoint(folder)
     with pytest.raises(CommandError, match=r"students were added .* exchange\.journal\.keep: all"):
         folder.start(experiment.replace(students=more), mode="grpc", resume=True)
 
     keeping = experiment.replace(exchange=Exchange.model_validate({"journal": {"keep": "all"}}))
     folder = RunFolder(tmp_path / "all")
     folder.start(keeping, mode="grpc", resume=False)
-    train(folder)
+    add_checkpoint(folder)
     folder.start(keeping.replace(students=more), mode="grpc", resume=True)
     assert folder.experiment().names == ("a", "b", "c")
     assert folder.student("c").path.is_dir()
@@ -131,7 +130,7 @@ def test_a_run_that_trained_nothing_does_not_stop_the_corrected_one(experiment: 
 def test_a_journal_that_cannot_be_read_is_not_thrown_away(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.start(experiment, mode="grpc", resume=False)
-    (RunLayout(tmp_path).journal_file).write_bytes(b"this is no journal" * 100)
+    RunLayout(tmp_path).journal_file.write_bytes(b"this is no journal" * 100)
     with pytest.raises(CommandError, match="already holds a run"):
         folder.start(experiment, mode="grpc", resume=False)
 
@@ -160,7 +159,7 @@ def test_servers_and_workers_started_by_hand_make_one_folder_a_runs(experiment: 
     assert about.stat().st_mtime_ns == written, "what was started first stands there"
 
 
-def test_who_keeps_others_from_a_folder_is_waited_for_and_named(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_process_that_keeps_a_folder_is_waited_for_and_named(experiment: Experiment, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.join(experiment)
     path = tmp_path / "start.lock"
@@ -175,14 +174,14 @@ def test_who_keeps_others_from_a_folder_is_waited_for_and_named(experiment: Expe
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    told: list[str] = []
+    waits: list[str] = []
     with (
         RunFolder(tmp_path / "run").hold(),
         pytest.raises(CommandError, match="is in use by another run, or by a process of one that was killed"),
-        RunFolder(tmp_path / "run").hold(0.2, lambda: told.append("waiting")),
+        RunFolder(tmp_path / "run").hold(0.2, lambda: waits.append("waiting")),
     ):
         pytest.fail("held twice")
-    assert told == ["waiting"]
+    assert waits == ["waiting"]
     with RunFolder(tmp_path / "run").hold(0):
         pass
 
@@ -265,13 +264,3 @@ def test_a_start_that_was_killed_anywhere_can_be_resumed(
             assert last > 8
             return
     pytest.fail("start never ends")
-
-
-def test_what_is_written_is_there_wholly_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \udc80")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"

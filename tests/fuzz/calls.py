@@ -20,7 +20,7 @@ from codistill.wire.checksum import format_session
 from codistill.wire.token import TOKEN_KEY
 from fuzz import generators
 from fuzz.endpoints import Endpoint
-from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Decision, Model, parsed, refusal
+from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Model, Verdict, parsed, refusal
 from server.support import contribution, join_request
 
 PREFIX = "/codistill.v1.Distillation/"
@@ -45,7 +45,7 @@ class Call:
     kind: str
     path: str
     messages: Sequence[bytes]
-    verdict: Decision
+    verdict: Verdict
     metadata: Sequence[tuple[str, str | bytes]] = ()
     compression: grpc.Compression | None = None
     hang_up: float | None = None
@@ -93,7 +93,7 @@ async def make(door: Endpoint, channel: grpc.aio.Channel, call: Call) -> Answer:
         ongoing.cancel()
 
 
-def check(verdict: Decision, answer: Answer) -> None:
+def check(verdict: Verdict, answer: Answer) -> None:
     """Holds an answer to what the contract allows.
 
     Raises:
@@ -142,7 +142,7 @@ def locked_out(rng: random.Random, call: Call, token: str) -> Call:
     if call.path != f"{HEALTH}Check" and call.hang_up is None:
         refused = UNAUTHENTICATED
         # gRPC refuses a compression that a server does not take before anything else.
-        verdict = refused if call.compression is None else Decision(refused.codes | {Code.UNIMPLEMENTED})
+        verdict = refused if call.compression is None else Verdict(refused.codes | {Code.UNIMPLEMENTED})
     return replace(call, kind=f"without the token: {call.kind}", metadata=metadata, verdict=verdict)
 
 
@@ -177,7 +177,7 @@ class Outsider:
         metadata = [*options.pop("metadata", ()), *text]
         return Call(kind, PREFIX + rpc, [raw] * rng.choice((0, 1, 2)), verdict, metadata, **options)
 
-    def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Decision]:
+    def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Verdict]:
         """Returns metadata that name a session which is over or never was, or that were damaged on the way."""
         number = rng.choice((0, 1, 2, 3, generators.number(rng), 10**18))
         whole = format_session(number)
@@ -257,10 +257,10 @@ class Outsider:
                 return Call("unknown method", path, [raw], refusal(Code.UNIMPLEMENTED))
             case 1:
                 # The flag stands for the whole call: a server that takes no compression refuses all such calls alike.
-                every = Decision(made.verdict.codes | {Code.UNIMPLEMENTED})
+                every = Verdict(made.verdict.codes | {Code.UNIMPLEMENTED})
                 return Call("compressed", made.path, made.messages, every, made.metadata, grpc.Compression.Gzip)
             case 2:
-                gone = Decision(frozenset({Code.CANCELLED}))
+                gone = Verdict(frozenset({Code.CANCELLED}))
                 pause = rng.choice((0.0, 0.0, 0.002))
                 return Call("cancelled", made.path, [raw] * rng.randrange(4), gone, made.metadata, hang_up=pause)
             case 3:
@@ -272,7 +272,7 @@ class Outsider:
                     return made
                 # A second message to an rpc that takes one is passed over, or the call ends for it.
                 codes = made.verdict.codes | {Code.INTERNAL, Code.UNIMPLEMENTED, Code.CANCELLED}
-                return Call("two messages", made.path, [*made.messages, raw], Decision(codes), made.metadata)
+                return Call("two messages", made.path, [*made.messages, raw], Verdict(codes), made.metadata)
 
     def _neighbour(self, rng: random.Random) -> Call:
         """The services that come with every gRPC server."""

@@ -14,10 +14,11 @@ import grpc.aio
 from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.admission.contributions import receive_limit
-from codistill_server.ratelimit import Limits, Rate
+from codistill_server.ratelimit import Rate
+from codistill_server.rpc.quotas import Limits
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
 from fuzz.endpoints import Endpoint
-from fuzz.oracle import Code, Decision
+from fuzz.oracle import Code, Verdict
 from server.support import join_request
 
 _LIMITS = Limits()
@@ -102,6 +103,6 @@ async def _first(ongoing: Any) -> Answer:
     return Answer(await ongoing.code(), await ongoing.details() or "")
 
 
-def _or_later(code: Code, *words: str) -> Decision:
+def _or_later(code: Code, *words: str) -> Verdict:
     """What a call may get that can be one too many, of its kind or of the streams of a connection."""
-    return Decision(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))
+    return Verdict(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))

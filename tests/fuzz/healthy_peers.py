@@ -8,6 +8,7 @@ import time
 import torch
 
 from codistill.config.experiment import Experiment
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import encode
@@ -27,7 +28,7 @@ def targets(experiment: Experiment, number: int) -> bytes:
         bytearray(contribution(experiment, experiment.names[0], number).batch.labels.data), dtype=torch.int64
     )
     outputs = torch.stack([logits_of(experiment, name, number) for name in experiment.names])
-    made = half.targets(methods.RoundInputs(experiment.names, {"logits": outputs}, labels)).shared
+    made = half.targets(RoundInputs(experiment.names, {"logits": outputs}, labels)).shared
     assert made is not None
     return encode(made["logits"], experiment.exchange.dtype).data
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from codistill import PROTOCOL_VERSION
+from codistill.methods.aggregator import RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.token import Token
-from codistill_server import app, coordinator, methods
-from codistill_server.methods import mutual
+from codistill_server import app, coordinator
+from codistill_server.methods import kdcl
 
 _Base: Any = app.Coordinator
 
@@ -25,7 +26,7 @@ class _Raises(_Base):
         super().leave(request)
 
 
-class _Admits(coordinator.Endpoint):
+class _Admits(coordinator.JoinAdmission):
     """A check is skipped for some values."""
 
     def check(self, request: pb.JoinRequest) -> None:
@@ -43,14 +44,14 @@ class _Keeps(_Base):
         return super().join(request)
 
 
-def _turned(self: Any, gathered: methods.RoundInputs) -> methods.Targets:
+def _turned(self: Any, gathered: RoundInputs) -> Targets:
     """One bit of one target is wrong, once in a while."""
     targets = _right(self, gathered)
     assert targets.shared is not None
     made = targets.shared["logits"].clone()
     if made[0, 1] < -1:  # in some rounds
         made[0, 1] = torch.nextafter(made[0, 1], torch.tensor(9.0))
-    return methods.Targets(shared={"logits": made})
+    return Targets(shared={"logits": made})
 
 
 def _matches(self: Token, value: str | bytes) -> bool:
@@ -59,7 +60,7 @@ def _matches(self: Token, value: str | bytes) -> bool:
     return str(value)[:20] == right[:20]
 
 
-_right = mutual.Ensemble.targets
+_right = kdcl.Ensemble.targets
 
 
 def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
@@ -68,9 +69,9 @@ def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
 
 PLANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
-    "admits": lambda: setattr(coordinator, "Endpoint", _Admits),
+    "admits": lambda: setattr(coordinator, "JoinAdmission", _Admits),
     "keeps": _with_coordinator(_Keeps),
-    "turned": lambda: setattr(mutual.Ensemble, "targets", _turned),
+    "turned": lambda: setattr(kdcl.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),
 }
 

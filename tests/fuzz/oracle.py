@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server import methods
@@ -29,18 +30,18 @@ LARGEST_ROUNDS = 2**53
 
 
 @dataclass(frozen=True)
-class Decision:
+class Verdict:
     """What may be answered: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
 
     codes: frozenset[grpc.StatusCode]
     words: tuple[str, ...] = ()
 
 
-OK = Decision(frozenset({Code.OK}))
+OK = Verdict(frozenset({Code.OK}))
 
 
-def refusal(code: grpc.StatusCode, *words: str) -> Decision:
-    return Decision(frozenset({code}), words)
+def refusal(code: grpc.StatusCode, *words: str) -> Verdict:
+    return Verdict(frozenset({code}), words)
 
 
 def parsed(kind: type[Message], raw: bytes) -> Message | None:
@@ -84,7 +85,7 @@ class Model:
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     closed: dict[int, tuple[Published, bytes]] = field(default_factory=dict[int, tuple[Published, bytes]])
 
-    def join(self, raw: bytes) -> Decision:
+    def join(self, raw: bytes) -> Verdict:
         request = parsed(pb.JoinRequest, raw)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
@@ -119,7 +120,7 @@ class Model:
             differs.append("needs round ")
         codes = {Code.FAILED_PRECONDITION} if differs else set[grpc.StatusCode]()
         codes |= {Code.INVALID_ARGUMENT} if wrong else set[grpc.StatusCode]()
-        return Decision(frozenset(codes), (*differs, *wrong)) if codes else OK
+        return Verdict(frozenset(codes), (*differs, *wrong)) if codes else OK
 
     def joined(self, raw: bytes, session: int) -> int | None:
         """Takes in an admission; returns the session that it ended."""
@@ -136,7 +137,7 @@ class Model:
         self.sessions.pop(session, None)
         self.waiting.pop(session, None)
 
-    def report(self, raw: bytes) -> Decision:
+    def report(self, raw: bytes) -> Verdict:
         request = parsed(pb.ReportRequest, raw)
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
@@ -171,7 +172,7 @@ class Model:
         self.durable[student] = max(self.durable.get(student, 0), min(request.durable_round, self.frontier))
         self._forget()
 
-    def leave(self, raw: bytes) -> Decision:
+    def leave(self, raw: bytes) -> Verdict:
         request = parsed(pb.LeaveRequest, raw)
         if not isinstance(request, pb.LeaveRequest):
             return NO_MESSAGE
@@ -191,7 +192,7 @@ class Model:
             self._forget()
         return request.session
 
-    def unary(self, rpc: str, raw: bytes) -> Decision:
+    def unary(self, rpc: str, raw: bytes) -> Verdict:
         """Returns how a call is answered; one that was damaged is to be made again."""
         kinds: dict[str, type[Message]] = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
         if rpc in kinds and damaged(kinds[rpc], raw):
@@ -214,7 +215,7 @@ class Model:
                 return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval_seconds: ")
         raise KeyError(rpc)
 
-    def contribution(self, session: int, raw: bytes) -> Decision | Published:
+    def contribution(self, session: int, raw: bytes) -> Verdict | Published:
         """Returns how a contribution is refused, or what it publishes if it is taken."""
         if not verify_checksum(raw, str(session)):
             return refusal(Code.ABORTED, "damaged on the way")
@@ -266,7 +267,7 @@ class Model:
         shape = (self.experiment.training.batch_size, self.experiment.data.class_count)
         outputs = [_floats(self.open[name].logits).reshape(shape) for name in self.experiment.names]
         labels = torch.frombuffer(bytearray(self.open[self.experiment.names[0]].labels), dtype=torch.int64)
-        gathered = methods.RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
+        gathered = RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
         made = half.targets(gathered).shared
         assert made is not None
         return encode(made["logits"], "float32").data

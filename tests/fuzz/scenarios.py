@@ -19,12 +19,12 @@ from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
-from codistill_server.ratelimit import Limits
+from codistill_server.rpc.quotas import Limits
 from fuzz import calls, generators, healthy_peers
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
 from fuzz.endpoints import Endpoint
 from fuzz.healthy_peers import TOTAL_ROUNDS
-from fuzz.oracle import OK, Code, Decision, Model, Published, refusal
+from fuzz.oracle import OK, Code, Model, Published, Verdict, refusal
 from server.support import contribution, join_request, logits_of
 
 
@@ -223,7 +223,7 @@ class Teller:
         before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
-        if isinstance(verdict, Decision):
+        if isinstance(verdict, Verdict):
             await self._ended(session, kind, verdict)
             return
         number = pb.Contribution.FromString(raw).round
@@ -324,7 +324,7 @@ class Teller:
         self._say(made.kind, str(made.metadata))
         self._count(made.kind, await calls.make(self._door.stranger, self._channel, made), made.verdict)
 
-    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Decision) -> Answer:
+    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
         if len(raw) > self._limit:
             verdict = refusal(Code.RESOURCE_EXHAUSTED)
         self._say(rpc, f"{_shown(raw)} {verdict}")
@@ -346,7 +346,7 @@ class Teller:
                     return reply.targets
 
     async def _ended(
-        self, session: int, kind: str, verdict: Decision, *, superseded: bool = False, over: bool = True
+        self, session: int, kind: str, verdict: Verdict, *, superseded: bool = False, over: bool = True
     ) -> None:
         if over:
             self._gone(session)
@@ -377,7 +377,7 @@ class Teller:
         self._model.over(session)
         self._dead = [*self._dead[-20:], session]
 
-    def _count(self, kind: str, answer: Answer, verdict: Decision) -> None:
+    def _count(self, kind: str, answer: Answer, verdict: Verdict) -> None:
         check(verdict, answer)
         self._seen[kind, answer.code.name] += 1
 

@@ -31,8 +31,9 @@ from codistill.wire.security import Security
 from codistill.wire.token import Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
-from codistill_server.ratelimit import Limits, Rate
+from codistill_server.ratelimit import Rate
 from codistill_server.rounds.events import StudentRecord
+from codistill_server.rpc.quotas import Limits
 from codistill_server.storage.journal import Journal
 from fuzz import mutants
 from fuzz.endpoints import Endpoint

@@ -21,7 +21,7 @@ from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator, Submit, run_inline
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
@@ -113,10 +113,10 @@ def join_request(experiment: Experiment, student: str, first_round: int = 0, /, 
     return request
 
 
-def logits_of(experiment: Experiment, student: str, number: int, rows: int | None = None) -> torch.Tensor:
+def logits_of(experiment: Experiment, student: str, round_number: int, rows: int | None = None) -> torch.Tensor:
     """Returns the logits [rows, C] that a student publishes in a round; each has its own."""
     position = experiment.names.index(student)
-    generator = torch.Generator().manual_seed(10_000 * position + number)
+    generator = torch.Generator().manual_seed(10_000 * position + round_number)
     rows = experiment.training.batch_size if rows is None else rows
     return 3 * torch.randn(rows, experiment.data.class_count, generator=generator)
 
@@ -135,17 +135,17 @@ def samples(
 
 
 def contribution(
-    experiment: Experiment, student: str, number: int, *, first: int | None = None, held_out: bool = False
+    experiment: Experiment, student: str, round_number: int, *, first: int | None = None, held_out: bool = False
 ) -> pb.Contribution:
     """Returns what a student publishes in a round; the samples are the round's own unless `first` says otherwise."""
     batch, dtype = experiment.training.batch_size, experiment.exchange.dtype
-    first = number * batch if first is None else first
+    first = round_number * batch if first is None else first
     message = pb.Contribution(
-        round=number, batch=samples(logits_of(experiment, student, number), dtype, first % (10 * batch))
+        round=round_number, batch=samples(logits_of(experiment, student, round_number), dtype, first % (10 * batch))
     )
     if held_out:
         rows = experiment.data.held_out
-        message.held_out.CopyFrom(samples(logits_of(experiment, student, 1_000 + number, rows), dtype, 500))
+        message.held_out.CopyFrom(samples(logits_of(experiment, student, 1_000 + round_number, rows), dtype, 500))
     return message
 
 
@@ -202,13 +202,13 @@ class Run:
     def send(self, student: str, message: pb.Contribution) -> None:
         self.coordinator.contribute(self.sessions[student], message, message.ByteSize())
 
-    def contribute(self, student: str, number: int, **options: Any) -> None:
-        self.send(student, contribution(self.experiment, student, number, **options))
+    def contribute(self, student: str, round_number: int, **options: Any) -> None:
+        self.send(student, contribution(self.experiment, student, round_number, **options))
 
-    def close_round(self, number: int, **options: Any) -> list[bytes]:
+    def close_round(self, round_number: int, **options: Any) -> list[bytes]:
         """Has every student contribute; returns each one's answer."""
         for student in self.experiment.names:
-            self.contribute(student, number, **options)
+            self.contribute(student, round_number, **options)
         return [self.inboxes[student].raw[-1] for student in self.experiment.names]
 
     def report(self, student: str, **fields: Any) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,20 @@ from codistill.wire.channel import SESSION_KEY, AddressError
 from codistill.wire.checksum import format_session
 from codistill.wire.security_settings import SecurityError
 from codistill_server import app
-from codistill_server.app import ServeOptions, ServerError, serve
+from codistill_server.app import ServeOptions, serve
+from codistill_server.errors import ServerError
+from codistill_server.ratelimit import Rate
 from codistill_server.rounds.events import Samples
+from codistill_server.rpc.quotas import Limits
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 from server.support import contribution, join_request, make_experiment, sealed
 from server.support_app import PATIENCE, get, serving, until
 from support_certificates import TOKEN, Certificates
 
 
-def refused(folder: Path, experiment: Experiment | None = None, **options: Any) -> ServerError:
+def refused(folder: Path, experiment: Experiment | None = None, **options: Any) -> ServerError | AddressError:
     options = {"listen": "127.0.0.1:0", "run_dir": folder / "run", **options}
-    with pytest.raises(ServerError) as caught:
+    with pytest.raises((ServerError, AddressError)) as caught:
         serve(experiment or make_experiment(), ServeOptions(**options))
     assert not (RunLayout(folder / "run").address_file).exists()
     return caught.value
@@ -66,11 +70,9 @@ class TestRefused:
 
     @pytest.mark.parametrize("field", ["listen", "metrics"])
     def test_an_address_that_is_none(self, tmp_path: Path, field: str) -> None:
-        options: dict[str, Any] = {"listen": "127.0.0.1:0", "run_dir": tmp_path / "run", field: "nowhere"}
-        with pytest.raises(AddressError, match=f"{field}: 'nowhere' is not an address") as caught:
-            serve(make_experiment(), ServeOptions(**options))
-        assert caught.value.code is ExitCode.CONFIGURATION
-        assert not RunLayout(tmp_path / "run").address_file.exists()
+        error = refused(tmp_path, None, **{field: "nowhere"})
+        assert f"--{field}: 'nowhere' is not an address" in str(error)
+        assert error.code is ExitCode.CONFIGURATION
 
     def test_another_machines_address(self, tmp_path: Path) -> None:
         error = refused(tmp_path, listen="203.0.113.1:50051", insecure=True)  # kept for documentation; nobody's
@@ -208,7 +210,7 @@ class TestServing:
     def test_a_worker_that_does_not_let_go_holds_no_server_for_ever(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(app, "_GOODBYE_SECONDS", 0.2)
+        monkeypatch.setattr(app, "_LEAVE_SECONDS", 0.2)
         experiment = make_experiment(("ant", "bee"))
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
             stub, hold = DistillationStub(channel), threading.Event()
@@ -417,3 +419,24 @@ def test_the_host_that_others_reach_it_by_is_advertised(tmp_path: Path) -> None:
         assert server.address.startswith("localhost:")
         with grpc.insecure_channel(server.address) as channel:
             grpc.channel_ready_future(channel).result(PATIENCE)
+
+
+def test_the_limits_are_those_given(tmp_path: Path) -> None:
+    limits = Limits(calls=Rate(1, 0.1))
+    with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
+        stub = DistillationStub(channel)
+        stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class TestMetrics:
+    def test_over_http(self, tmp_path: Path) -> None:
+        with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
+            url = f"http://{served.announced['metrics']}/metrics"
+            assert 'codistill_students_present{run="small"} 0.0' in get(url)
+            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
+            assert 'codistill_students_present{run="small"} 1.0' in get(url)
+        with pytest.raises(urllib.error.URLError):
+            get(url)

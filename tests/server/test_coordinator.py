@@ -12,7 +12,8 @@ from codistill.config.fingerprint import identity
 from codistill.rundir.records import Happened, RoundsClosed
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
-from codistill_server.rounds.events import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 from server.support import (
     BATCH,
@@ -257,6 +258,18 @@ class TestFaults:
         assert [inbox.rounds for inbox in run.inboxes.values()] == [[0, 1], [0, 1]]
         assert run.coordinator.frontier == 2
         assert run.journal.restore().frontier == 2
+
+    def test_after_an_error_in_the_middle_later_events_are_processed(self) -> None:
+        experiment = make_experiment()
+        run = Run(experiment, journal=_FullJournal(experiment, 0))
+        run.join_all()
+        run.contribute("ant", 0)
+        with pytest.raises(JournalError, match="disk is full"):
+            run.contribute("bee", 0)
+        run.leave("ant", pb.LEAVE_REASON_STOPPED)
+        assert refused(lambda: run.leave("ant", pb.LEAVE_REASON_STOPPED)).status is Status.ABORTED
+        assert refused(lambda: run.contribute("bee", 3)).status is Status.ABORTED
+        assert run.coordinator.presence == {"ant": Presence.ABSENT, "bee": Presence.ABSENT}
 
     def test_work_that_takes_time_delays_the_answers_only(self) -> None:
         """While a round's targets are made, students come and go; then whoever is there is answered."""

@@ -14,7 +14,8 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.observability.prometheus import registry
-from codistill_server.rounds.machine import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from server.support import (
     BATCH,
     CLASSES,

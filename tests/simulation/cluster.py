@@ -16,7 +16,7 @@ from codistill.peer.session import Session
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill_server.coordinator import Coordinator
-from codistill_server.rounds.events import Decide
+from codistill_server.rounds.actions import Decide
 from simulation.kernel import Arm, Kernel
 from simulation.model import BATCH, CLASSES, HELD_OUT, GoingOn, Ledger, Reference, Violation
 from simulation.network import CLIENT_KEEPALIVE, SERVER_KEEPALIVE, Link, Stream, Weather

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from codistill.config.experiment import Experiment
+from codistill.methods.aggregator import RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import decode, encode
@@ -104,7 +105,7 @@ class Reference:
     ) -> tuple[Mapping[str, bytes], State]:
         """Returns what a round closed with these contributions is answered with, and the method's state after it."""
         each = [sent[name] for name in self.experiment.names if name in sent]
-        gathered = methods.RoundInputs(
+        gathered = RoundInputs(
             students=tuple(name for name in self.experiment.names if name in sent),
             outputs={"logits": torch.stack([decode(one.batch.outputs["logits"]) for one in each])},
             labels=decode(each[0].batch.labels),
@@ -115,7 +116,7 @@ class Reference:
             state=state,
             include_absent=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
         )
-        made = self._half.targets(gathered) if targets else methods.Targets(shared={}, state=state)
+        made = self._half.targets(gathered) if targets else Targets(shared={}, state=state)
         arrays = dict(made.each or {})
         if made.shared is not None:
             arrays[""] = made.shared

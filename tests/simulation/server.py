@@ -11,7 +11,8 @@ from codistill.wire.checksum import verify_checksum
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Decide, Status, StudentRecord
+from codistill_server.rounds.actions import Decide, Status
+from codistill_server.rounds.events import StudentRecord
 from codistill_server.storage.journal import ClosedRound, Journal
 from simulation.model import Violation
 from simulation.network import CLIENT_KEEPALIVE, Stream
@@ -282,7 +283,7 @@ class Server:
             return
         try:
             if not verify_checksum(raw, str(stream.session)):
-                self.coordinator.damaged(stream.session, "a contribution was damaged on the way")
+                self.coordinator.reject_damaged(stream.session, "a contribution was damaged on the way")
                 raise RequestRejected(Status.ABORTED, "a contribution was damaged on the way; join again")
             self.coordinator.contribute(stream.session, pb.Contribution.FromString(raw), len(raw))
         except RequestRejected as refused:
@@ -313,8 +314,8 @@ class Server:
         core, count = self.coordinator._rounds, len(self.cluster.experiment.names)
         sizes = {
             "sessions": len(core._sessions),
-            "contributions": len(core._open.contributions),
-            "waiters": len(core._open.waiters),
+            "contributions": len(core._open_round.contributions),
+            "waiters": len(core._open_round.waiters),
             "outboxes": len(self.coordinator._outboxes),
         }
         for what, size in sizes.items():

@@ -14,7 +14,8 @@ import torch
 from codistill.peer.session import Session, _Leave, _Receive
 from codistill_server import coordinator as coordinator_module
 from codistill_server.coordinator import Coordinator
-from codistill_server.rounds.events import Action, Decide, End, Join, Restored
+from codistill_server.rounds.actions import Action, Decide, End
+from codistill_server.rounds.events import Join, Restored
 from codistill_server.rounds.machine import Rounds
 from codistill_server.storage.journal import ClosedRound
 from simulation.cluster import Outcome, Plant, simulate
@@ -154,14 +155,14 @@ class CountsTheAbsentIn(Coordinator):
 
 class KeepsBothSessions(Rounds):
     def _join(self, event: Join, now: float) -> list[Action]:
-        self._current.pop(event.student, None)
+        self._session_of.pop(event.student, None)
         return super()._join(event, now)
 
-    def _drop(self, session: int, presence: Any) -> None:
+    def _forget_session(self, session: int, presence: Any) -> None:
         student = self._sessions.get(session)
         if student is not None:
-            self._current.setdefault(student, session)
-        super()._drop(session, presence)
+            self._session_of.setdefault(student, session)
+        super()._forget_session(session, presence)
 
 
 class SupersedesNobody(Rounds):

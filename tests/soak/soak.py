@@ -34,7 +34,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from codistill.config.experiment import load
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.proxy import Proxy
@@ -344,7 +344,7 @@ def _soak(
     reference = RunFolder(folder / "undisturbed")
     experiment = load(folder / "soak.yaml")
     reference.start(experiment, mode="in-process", resume=False)
-    run_in_process(experiment, reference, PlainView(Console(quiet=True)), threading.Event())
+    run_in_process(experiment, reference, PlainProgress(Console(quiet=True)), threading.Event())
     try:
         assert_bit_equal(weights(cluster.folder), weights(reference.path))
         equal = True

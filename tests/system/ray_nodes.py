@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, as a process of its own that is told what to do line by line.
 
-So nothing of Ray is in the process of the tests, and all of the cluster ends with this one.
+So nothing of Ray is in the process of the tests, and all of the cluster ends with this one. RAY_TMPDIR says where Ray
+keeps its files: besides a cluster's own folder Ray writes into its default one, which RAY_TMPDIR makes the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def raylet(node: Any) -> int:
 def main() -> None:
     port = free_port()
     # The head trains nothing, so that each of the others can be lost.
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "temp_dir": sys.argv[1]}
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [raylet(cluster.add_node(num_cpus=CPUS)) for _ in range(NODES)]
     print(json.dumps({"address": cluster.address, "jobs": f"http://127.0.0.1:{port}", "nodes": nodes}), flush=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from codistill.config.experiment import load
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.proxy import Proxy
@@ -42,7 +42,7 @@ def undisturbed(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     experiment = load(experiment_file(folder, **CHANGES))
     run = RunFolder(folder / "run")
     run.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, run, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, run, PlainProgress(Console(quiet=True)), threading.Event()) == 0
     return weights(run.path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill_deploy.compare.plan import METHODS
+from codistill_deploy.compare.plan import VARIANTS
 from system.support import EXPERIMENT, assert_bit_equal, experiment_file, run, weights
 
 pytestmark = pytest.mark.system
@@ -19,7 +19,7 @@ def test_all_methods_end_in_one_table_and_one_picture(tmp_path: Path) -> None:
     assert code == 0, output
     lines = output.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("method "))
-    compared = [method for method in METHODS if method not in ("fddml", "hddml")]
+    compared = [method for method in VARIANTS if method not in ("fddml", "hddml")]
     assert [line.split()[0] for line in lines[head + 1 : head + 1 + len(compared)]] == compared
     assert any(line.startswith("not compared: fddml: 'fddml' is for 2 students, there are 3") for line in lines)
     assert "<svg" in (tmp_path / "all" / "gains.svg").read_text()

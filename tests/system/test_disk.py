@@ -18,7 +18,7 @@ from codistill.config.experiment import load
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_worker.training.checkpoints import read
@@ -120,7 +120,7 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         assert_bit_equal(weights(folder), reference)
 
 
-class _StopAfter(PlainView):
+class _StopAfter(PlainProgress):
     """Stops a run after so many more rounds."""
 
     def __init__(self, rounds: int, stop: threading.Event) -> None:

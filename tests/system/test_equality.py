@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from codistill.config.experiment import load
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.support import assert_bit_equal, experiment_file, run, weights
@@ -35,7 +35,7 @@ def test_processes_and_one_process_end_with_the_same_bits(tmp_path: Path) -> Non
     experiment = load(path)
     folder = RunFolder(tmp_path / "in-process")
     folder.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
 
     ours, theirs = weights(tmp_path / "grpc"), weights(tmp_path / "in-process")
     assert {name: int(tensors["round"]) for name, tensors in ours.items()} == {"mlp": 10, "cnn": 10, "vit": 10}
@@ -50,7 +50,7 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
         experiment = load(path)
         folder = RunFolder(tmp_path / f"seed-{seed}")
         folder.start(experiment, mode="in-process", resume=False)
-        run_in_process(experiment, folder, PlainView(Console(quiet=True)), threading.Event())
+        run_in_process(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event())
         runs.append(weights(folder.path))
     with pytest.raises(AssertionError, match="differs"):
         assert_bit_equal(*runs)

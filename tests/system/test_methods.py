@@ -12,7 +12,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill_deploy.compare import generations
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.forked import run_forked
@@ -26,7 +26,7 @@ BY_THE_COMMAND = ("born_again",)
 
 
 def shrunk(name: str, folder: Path, **changes: Any) -> Path:
-    """Writes an example that takes a second; its teacher's weights are where the example says."""
+    """Write an example that takes a second; its teacher's weights are where the example says."""
     document = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     document["training"] |= {"epochs": 2, "batch_size": 30, "evaluate_every": 2}
     document["data"] |= {"train_size": 90 + document["data"].get("held_out", 0), "test_size": 100}
@@ -38,19 +38,19 @@ def shrunk(name: str, folder: Path, **changes: Any) -> Path:
     return path
 
 
-def in_process(path: Path, place: Path) -> None:
-    """Runs an experiment, or all its generations, in this process."""
+def in_process(path: Path, folder: Path) -> None:
+    """Run an experiment, or all its generations, in this process."""
     experiment = load(path)
-    runs = [(experiment, RunFolder(place))]
-    if generations.in_sequence(experiment):
-        runs = list(generations.planned(experiment, place))
-    for one, folder in runs:
-        folder.start(one, mode="in-process", resume=False)
-        assert run_in_process(one, folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+    runs = [(experiment, RunFolder(folder))]
+    if generations.has_generations(experiment):
+        runs = list(generations.generation_runs(experiment, folder))
+    for single, run_folder in runs:
+        run_folder.start(single, mode="in-process", resume=False)
+        assert run_in_process(single, run_folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def examples_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the examples' teacher is trained."""
     folder = tmp_path_factory.mktemp("methods")
     in_process(shrunk("teacher", folder), folder / "runs" / "teacher")
@@ -59,39 +59,39 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml") if path.stem != "teacher"))
 def test_an_example_ends_with_the_same_bits_in_one_process(
-    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, examples_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(examples_folder)
     changes: dict[str, Any] = {"distillation": {"generations": 2}} if name == "born_again" else {}
     if name == "cross_architecture":
         changes = {"distillation": {"start_epoch": 0.5, "every": 2}}
-    path = shrunk(name, workplace, **changes)
-    in_process(path, workplace / "one" / name)
-    many = workplace / "many" / name
+    path = shrunk(name, examples_folder, **changes)
+    in_process(path, examples_folder / "one" / name)
+    many = examples_folder / "many" / name
     if name in BY_THE_COMMAND:
-        code, output = run("run", path, "--run-dir", many, cwd=workplace)
+        code, output = run("run", path, "--run-dir", many, cwd=examples_folder)
         assert code == 0, output
     else:
         many.mkdir(parents=True)
         run_forked(load(path), many)
-    for each in [f"generation-{number}" for number in (1, 2)] if name == "born_again" else [""]:
-        ours, theirs = weights(many / each), weights(workplace / "one" / name / each)
+    for part in ("generation-1", "generation-2") if name == "born_again" else ("",):
+        ours, theirs = weights(many / part), weights(examples_folder / "one" / name / part)
         assert {student: int(tensors["round"]) for student, tensors in ours.items()} == {"mlp": 6, "cnn": 6}
         assert_bit_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("name", "killed"), [("kd", "teacher"), ("dcm", "cnn"), ("cross_architecture", "mlp")])
-def test_whoever_is_killed_the_bits_are_the_same(
-    name: str, killed: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_after_a_kill_the_bits_are_the_same(
+    name: str, killed: str, examples_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher comes back at the frontier, a student with what its method trains besides it, in whatever round."""
-    monkeypatch.chdir(workplace)
+    """A teacher restarts at the frontier, a student with the modules that its method trains, whatever the round."""
+    monkeypatch.chdir(examples_folder)
     changes: dict[str, Any] = {"training": {"epochs": 60, "checkpoint_every": 0.2}}
     if name == "cross_architecture":
         changes |= {"distillation": {"start_epoch": 0.5, "every": 3}}
-    path = shrunk(name, workplace, **changes)
-    in_process(path, workplace / "undisturbed" / name)
-    folder = workplace / "killed" / name
+    path = shrunk(name, examples_folder, **changes)
+    in_process(path, examples_folder / "undisturbed" / name)
+    folder = examples_folder / "killed" / name
     folder.mkdir(parents=True)
     run_forked(load(path), folder, kill=killed, after=15)
-    assert_bit_equal(weights(folder), weights(workplace / "undisturbed" / name))
+    assert_bit_equal(weights(folder), weights(examples_folder / "undisturbed" / name))

@@ -54,9 +54,10 @@ class Cluster:
 
     def __init__(self, folder: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "system.ray_nodes", folder],
+            [sys.executable, "-m", "system.ray_nodes"],
             env={
                 **self.environment,
+                "RAY_TMPDIR": folder,
                 "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
             },
             stdin=subprocess.PIPE,

@@ -19,7 +19,7 @@ from rich.console import Console
 from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.records import Happened, read
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from system.support import (
@@ -52,7 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     experiment = load(experiment_file(path, **CHANGES))
     folder = RunFolder(path / "run")
     folder.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, folder, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
     return weights(folder.path)
 
 
@@ -268,7 +268,7 @@ def test_a_worker_that_runs_out_of_memory_is_started_again(
     undisturbed = RunFolder(tmp_path / "undisturbed")
     experiment = load(tmp_path / "experiment.yaml")
     undisturbed.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, undisturbed, PlainProgress(Console(quiet=True)), threading.Event()) == 0
     assert_bit_equal(weights(folder), weights(undisturbed.path))
 
 
@@ -299,7 +299,7 @@ def test_a_worker_that_is_stopped_for_good_and_that_nobody_waits_for_is_killed_a
     experiment = load(tmp_path / "experiment.yaml")
     undisturbed = RunFolder(tmp_path / "undisturbed")
     undisturbed.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, undisturbed, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, undisturbed, PlainProgress(Console(quiet=True)), threading.Event()) == 0
     assert_bit_equal(weights(folder), weights(undisturbed.path))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
@@ -148,7 +148,7 @@ def test_a_training_over_mutual_tls_with_a_token_goes_on_beside_those_who_are_re
     experiment = load(path)
     alone = RunFolder(tmp_path / "in-process")
     alone.start(experiment, mode="in-process", resume=False)
-    assert run_in_process(experiment, alone, PlainView(Console(quiet=True)), threading.Event()) == 0
+    assert run_in_process(experiment, alone, PlainProgress(Console(quiet=True)), threading.Event()) == 0
     assert_bit_equal(weights(folder), weights(alone.path))
 
 

@@ -13,7 +13,7 @@ from codistill.wire.channel import server_options
 from codistill.wire.diagnose import explain
 from codistill.wire.security import Security, read
 from codistill.wire.security_settings import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
-from codistill_server.ratelimit import Limits
+from codistill_server.rpc.quotas import Limits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from codistill.config.experiment import Experiment
-from codistill.config.participants import TeacherPlan
+from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode

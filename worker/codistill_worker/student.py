@@ -18,7 +18,7 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.participants import StudentPlan
+from codistill.config.plans import StudentPlan
 from codistill.peer.base import Transport
 from codistill.peer.errors import PeerError
 from codistill.process.watchdog import Watchdog

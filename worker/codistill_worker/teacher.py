@@ -16,7 +16,7 @@ import torch
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.participants import TeacherPlan
+from codistill.config.plans import TeacherPlan
 from codistill.peer.base import Transport
 from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError

@@ -1,8 +1,8 @@
-"""What of codistill's own needs is installed only where it was asked for."""
+"""Which extra of codistill brings a package that was not found."""
 
 from __future__ import annotations
 
-__all__ = ["missing"]
+__all__ = ["describe_missing"]
 
 _EXTRAS = {
     "grpc_reflection": "server",
@@ -15,8 +15,8 @@ _EXTRAS = {
 }
 
 
-def missing(error: Exception) -> str | None:
-    """Returns a line that says how to get what an import did not find; None where no extra of codistill's brings it."""
+def describe_missing(error: Exception) -> str | None:
+    """Return a line that says how to install what an import did not find; None where no extra brings it."""
     if not isinstance(error, ModuleNotFoundError):
         return None
     module = (error.name or "").partition(".")[0]

@@ -1,71 +1,29 @@
-"""Whether a server serves, and whether it has a student's worker: what a container's healthcheck asks again and again."""
+"""`codistill health`: whether a server serves, or has a student; for a container's healthcheck."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Annotated
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import typer
 
-from codistill.process.exit_codes import ExitCode
-from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.security import Security
-from codistill_deploy.cli.status import fetch_status
-from codistill_deploy.errors import CommandError
+from codistill_deploy.cli.options import DEFAULT_SERVER, SecurityFiles, with_security_options
+from codistill_deploy.cli.stdio import console
 
-__all__ = ["check_server", "check_student"]
-
-_SECONDS = 5.0
-_WELL = (pb.STUDENT_STATE_PRESENT, pb.STUDENT_STATE_FINISHED)
+__all__ = ["health"]
 
 
-def check_server(address: str, security: Security | None = None) -> str:
-    """Checks that a server serves, by gRPC's health service, which wants no token; returns a line that says so.
+@with_security_options
+def health(
+    *,
+    server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_SERVER,
+    student: Annotated[
+        str | None, typer.Option(help="Ask whether this student's worker is there, or has finished.")
+    ] = None,
+    security_files: SecurityFiles,
+) -> None:
+    """End with 0 if the server serves, or if it has the student; for a container's healthcheck."""
+    from codistill_deploy.supervise.health import check_server, check_student
 
-    Args:
-        address: the server's "HOST:PORT".
-        security: TLS.
-
-    Raises:
-        CommandError: it does not.
-        SecurityError: a certificate or key cannot be used.
-    """
-    with (security or Security()).channel(address) as channel:
-        try:
-            stub = cast("Any", health_pb2_grpc).HealthStub(channel)  # its stubs do not know its calls
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
-        except grpc.RpcError as error:
-            call = cast("grpc.Call", error)  # what a failed call raises is the call itself
-            details = " ".join(str(call.details()).split())
-            raise CommandError(
-                f"server {address} does not answer: {call.code().name}: {details}; check the address with --server, and "
-                "the server's log",
-                ExitCode.UNREACHABLE,
-            ) from error
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise CommandError(f"server {address} is going down; start it again", ExitCode.UNREACHABLE)
-    return f"server {address} serves"
-
-
-def check_student(address: str, student: str, security: Security | None = None) -> str:
-    """Checks that a student's worker is at its server, or has finished; returns a line that says so.
-
-    Args:
-        address: the server's "HOST:PORT".
-        student: the student.
-        security: TLS and token.
-
-    Raises:
-        CommandError: the worker is not there, or the server does not answer.
-        SecurityError: a certificate or key cannot be used.
-    """
-    run = fetch_status(address, security)
-    states = {each.name: each.state for each in run.students}
-    if student not in states:
-        raise CommandError(f"student: {student!r} is not one of the run's; allowed: {', '.join(states)}")
-    state = pb.StudentState.Name(states[student]).removeprefix("STUDENT_STATE_").lower()
-    if states[student] not in _WELL:
-        raise CommandError(
-            f"student {student!r} is {state} at server {address}; see its worker's log", ExitCode.UNREACHABLE
-        )
-    return f"student {student!r} is {state} at server {address}"
+    security = security_files.read()
+    line = check_server(server, security) if student is None else check_student(server, student, security)
+    console.print(line, soft_wrap=True)

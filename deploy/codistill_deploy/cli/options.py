@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from codistill.wire.security import Security
 
 __all__ = [
     "DEFAULT_SERVER",
@@ -15,10 +22,8 @@ __all__ = [
     "LastingDirOption",
     "ResumeOption",
     "RunDirOption",
-    "TlsCaOption",
-    "TlsCertOption",
-    "TlsKeyOption",
-    "TokenFileOption",
+    "SecurityFiles",
+    "with_security_options",
 ]
 
 DEFAULT_SERVER = "127.0.0.1:50551"
@@ -31,17 +36,55 @@ InProcessOption = Annotated[
     bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
 ]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
-TlsCertOption = Annotated[
-    Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
-]
-TlsKeyOption = Annotated[
-    Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
-]
-TlsCaOption = Annotated[
-    Path | None,
-    typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
-]
-TokenFileOption = Annotated[
-    Path | None,
-    typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
-]
+
+
+@dataclass(frozen=True)
+class SecurityFiles:
+    """The files that hold certificates and the token; None leaves each to its environment variable.
+
+    Each field is an option of the commands decorated with :func:`with_security_options`.
+    """
+
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
+    ] = None
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
+    ] = None
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
+    ] = None
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
+    ] = None
+
+    def read(self) -> Security:
+        """Read TLS and token from the files and the environment.
+
+        Raises:
+            SecurityError: a file or a variable cannot be used.
+        """
+        from codistill.wire.security import read  # it imports gRPC
+
+        return read(self.tls_cert, self.tls_key, self.tls_ca, self.token_file)
+
+
+def with_security_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :class:`SecurityFiles` in place of its keyword parameter of that type."""
+    options = inspect.signature(SecurityFiles, eval_str=True).parameters
+    signature = inspect.signature(command, eval_str=True)
+    (files,) = (found for found in signature.parameters.values() if found.annotation is SecurityFiles)
+
+    @functools.wraps(command)
+    def command_with_options(**values: Any) -> None:
+        values[files.name] = SecurityFiles(**{name: values.pop(name) for name in options})
+        command(**values)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        replaced = parameter is files
+        parameters += [option.replace(kind=files.kind) for option in options.values()] if replaced else [parameter]
+    command_with_options.__dict__["__signature__"] = signature.replace(parameters=parameters)  # typer asks for it
+    return command_with_options

@@ -1,4 +1,4 @@
-"""Standard output and error that may go away, and the command does not."""
+"""The console of the commands, and standard streams that may be lost while the command goes on."""
 
 from __future__ import annotations
 
@@ -8,64 +8,72 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
-__all__ = ["LossyStream", "flush_or_drop", "tolerate_lost_stderr", "tolerate_lost_stdout"]
+from rich.console import Console
 
+__all__ = ["LossyStream", "console", "flush_or_drop", "tolerate_lost_stderr", "tolerate_lost_stdout"]
+
+console = Console(highlight=False)
 _log = logging.getLogger("codistill")
 
 
 class LossyStream:
-    """A stream that loses what it cannot write; the first loss is logged, where that goes elsewhere."""
+    """A stream that drops what it cannot write.
+
+    Args:
+        stream: the stream to write to.
+        name: what the log calls it when the first write fails; "" logs nothing, for the stream that the log goes to.
+    """
 
     def __init__(self, stream: TextIO, name: str = "") -> None:
         self._stream = stream
-        self._untold = name
+        self._unreported_name = name
 
     def write(self, text: str) -> int:
-        """Writes what can be written."""
+        """Write `text`, or drop it."""
         try:
             self._stream.write(text)
         except OSError as error:
-            self._tell(error)
+            self._log_first(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes what can be flushed."""
+        """Flush, or drop what cannot be."""
         try:
             self._stream.flush()
         except OSError as error:
-            self._tell(error)
+            self._log_first(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _tell(self, error: OSError) -> None:
-        name, self._untold = self._untold, ""
+    def _log_first(self, error: OSError) -> None:
+        name, self._unreported_name = self._unreported_name, ""
         if name:
             _log.warning("%s cannot be written: %s; the run goes on without it", name, error.strerror)
 
 
 def tolerate_lost_stdout() -> None:
-    """Lets this process go on when nobody reads what it shows any more, or there is no room for it."""
+    """Let this process go on when nobody reads its output any more, or there is no room for it."""
     if sys.stdout is not None:  # as it is where it was closed from the start
         sys.stdout = cast("TextIO", LossyStream(sys.stdout, "standard output"))
 
 
 def tolerate_lost_stderr() -> None:
-    """Does the same for what it logs; before anything holds the stream."""
+    """Do the same for its log; call it before anything holds the stream."""
     if sys.stderr is not None:
         sys.stderr = cast("TextIO", LossyStream(sys.stderr))
 
 
 def flush_or_drop() -> None:
-    """Flushes what was printed; what cannot be is dropped, so that the interpreter's own flush at its end succeeds."""
+    """Flush what was printed; drop what cannot be, so that the interpreter's own flush at its end succeeds."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
-        under = cast("TextIO", getattr(stream, "_stream", stream))
+        wrapped = cast("TextIO", getattr(stream, "_stream", stream))
         try:
-            under.flush()
+            wrapped.flush()
         except OSError:
             with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, under.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, wrapped.fileno())
+                os.close(null)

@@ -1,1 +1,1 @@
-"""Comparing methods: which runs there are to be, their running, and the statistics over them."""
+"""Comparing methods: the plan of the runs, the runs themselves, and the statistics over them."""

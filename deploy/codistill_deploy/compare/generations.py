@@ -13,38 +13,38 @@ from codistill.rundir.layout import generation_folder
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
-# A machine that only serves has no worker's part installed, and the other way round; each function imports what it needs.
+# A machine that only serves may lack the worker's dependencies, and the other way round: functions import them when called.
 
-__all__ = ["as_teacher", "in_sequence", "is_trained", "parts", "planned", "refuse"]
+__all__ = ["as_teacher", "generation_runs", "has_generations", "is_trained", "require_single_run", "runs_in_order"]
 
 
-def in_sequence(experiment: Experiment) -> bool:
-    """Returns whether an experiment is of several generations, and so of several runs."""
+def has_generations(experiment: Experiment) -> bool:
+    """Return whether an experiment has several generations, and so several runs."""
     return isinstance(experiment.distillation, BornAgain) and not experiment.teachers
 
 
-def refuse(experiment: Experiment) -> None:
-    """Refuses an experiment of several generations where one run is wanted.
+def require_single_run(experiment: Experiment) -> None:
+    """Reject an experiment of several generations.
 
     Raises:
-        CommandError: it is one.
+        CommandError: the experiment has several generations.
     """
-    if in_sequence(experiment):
+    if has_generations(experiment):
         raise CommandError(
             "distillation.generations: `codistill run` trains generations one after the other; for one of them alone give "
             "its `teachers`, and generations: 1"
         )
 
 
-def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, RunFolder]]:
-    """Yields each generation's experiment and its folder, first to last.
+def generation_runs(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, RunFolder]]:
+    """Yield each generation's experiment and its folder, first to last.
 
     The first learns from the labels alone. Each later one begins from other initial weights, and each of its students
     has its own predecessor for a teacher.
 
     Args:
-        experiment: of several generations.
-        folder: what the generations' folders are in.
+        experiment: an experiment of several generations.
+        folder: the folder that holds the generations' folders.
 
     Raises:
         ExperimentError: a name is too long to be told apart from its predecessor's.
@@ -52,38 +52,41 @@ def planned(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, 
     from codistill.peer.draws import derive
 
     method = experiment.distillation
-    assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked in_sequence
-    places = [RunFolder(generation_folder(folder, number)) for number in range(1, method.generations + 1)]
-    yield experiment.replace(distillation=Independent()), places[0]
-    for number, (before, place) in enumerate(pairwise(places), 2):
-        teachers = tuple(as_teacher(student, str(number - 1), before) for student in experiment.students)
-        seed = derive(experiment.seed, "generation", number)
-        one = method.model_copy(update={"generations": 1})
-        yield experiment.replace(seed=seed, distillation=one, teachers=teachers), place
+    assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked has_generations
+    folders = [RunFolder(generation_folder(folder, generation)) for generation in range(1, method.generations + 1)]
+    yield experiment.replace(distillation=Independent()), folders[0]
+    single = method.model_copy(update={"generations": 1})
+    for generation, (previous_folder, run_folder) in enumerate(pairwise(folders), 2):
+        teachers = tuple(as_teacher(student, str(generation - 1), previous_folder) for student in experiment.students)
+        seed = derive(experiment.seed, "generation", generation)
+        yield experiment.replace(seed=seed, distillation=single, teachers=teachers), run_folder
 
 
-def parts(experiment: Experiment, folder: Path, title: str) -> list[tuple[Experiment, RunFolder, str]]:
-    """Returns the runs of an experiment, first to last, each with its folder and a title: its generations, or itself.
+def runs_in_order(experiment: Experiment, folder: Path, title: str) -> list[tuple[Experiment, RunFolder, str]]:
+    """Return the runs of an experiment, first to last, each with its folder and a title: its generations, or itself.
 
     Raises:
-        ExperimentError: as :func:`planned`.
+        ExperimentError: as :func:`generation_runs`.
     """
-    if not in_sequence(experiment):
+    if not has_generations(experiment):
         return [(experiment, RunFolder(folder), title)]
-    runs = list(planned(experiment, folder))
-    return [(one, place, f"{title}, generation {number} of {len(runs)}") for number, (one, place) in enumerate(runs, 1)]
+    runs = list(generation_runs(experiment, folder))
+    return [
+        (run, run_folder, f"{title}, generation {generation} of {len(runs)}")
+        for generation, (run, run_folder) in enumerate(runs, 1)
+    ]
 
 
-def as_teacher(student: Student, which: str, trained: RunFolder) -> Teacher:
-    """Returns a student as the teacher of a later run, named after it and after which of its trainings it is of.
+def as_teacher(student: Student, suffix: str, trained: RunFolder) -> Teacher:
+    """Return a student of one run as the teacher of a later run.
 
     Args:
         student: the student.
-        which: a few characters that tell its trainings apart.
-        trained: the folder of the run that trains it.
+        suffix: the end of the teacher's name, a few characters that tell the student's trainings apart.
+        trained: the folder of the run that trains the student.
     """
     return Teacher(
-        name=f"{student.name[:56]}.{which}",
+        name=f"{student.name[:56]}.{suffix}",
         model=student.model,
         model_args=student.model_args,
         weights=str(trained.student(student.name).path),
@@ -91,7 +94,7 @@ def as_teacher(student: Student, which: str, trained: RunFolder) -> Teacher:
 
 
 def is_trained(folder: RunFolder) -> bool:
-    """Returns whether a folder holds a generation that is trained to its end."""
+    """Return whether a folder holds a run that is trained to its end."""
     from codistill.rundir.history import read
 
     return folder.experiment_file.exists() and folder.metrics_file.exists() and read(folder.path).complete

@@ -1,4 +1,4 @@
-"""An experiment with other methods: which there are to compare, what of it meets their needs, and who teaches."""
+"""The plan of a comparison: the methods to compare, those whose needs the experiment does not meet, and the teachers."""
 
 from __future__ import annotations
 
@@ -9,38 +9,24 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from codistill.config.experiment import Experiment, ExperimentError
-from codistill.config.methods import Distillation, Method
+from codistill.config.methods import METHODS, Distillation
 from codistill.config.participants import Teacher
 from codistill_deploy.compare.generations import as_teacher
 from codistill_deploy.compare.statistics import BASELINE
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
-__all__ = ["ALL", "METHODS", "Variant", "best_alone", "choose"]
+__all__ = ["ALL", "VARIANTS", "Variant", "best_alone", "choose"]
 
 ALL = "all"
 """Stands for every method whose needs the experiment meets."""
 
-METHODS = (
-    BASELINE,
-    "kd",
-    "logit_regression",
-    "born_again",
-    "vid",
-    "rkd_distance",
-    "rkd_angle",
-    "rkd",
-    "fddml",
-    "hddml",
-    "dml",
-    "dcm",
-    "kdcl/naive",
-    "kdcl/linear",
-    "kdcl/min_logit",
-    "kdcl/general",
-    "cross_architecture",
-)
-"""What ``all`` stands for, in the order of a comparison's tables."""
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    title: {"method": name, **settings}
+    for name, method in METHODS.items()
+    for title, settings in method.variants().items()
+}
+"""The settings of what ``all`` stands for, by title, in the order of a comparison's tables."""
 
 _DISTILLATION: TypeAdapter[Any] = TypeAdapter(Distillation)
 
@@ -50,7 +36,7 @@ class Variant:
     """An experiment with one method of a comparison."""
 
     experiment: Experiment
-    """Where `finds_teacher`, with a teacher that only stands for the one that is to be found."""
+    """Where `finds_teacher`, it has a teacher in place of the one that is still to be found."""
     finds_teacher: bool = False
     """Whether its teacher is the best of the students alone, once they are trained."""
 
@@ -59,15 +45,15 @@ class Variant:
         """The method with its variant."""
         return self.experiment.distillation.title
 
-    def taught(self, seed: int, teacher: Teacher | None) -> Experiment:
-        """Returns the experiment with a seed, and with the teacher that was found."""
+    def with_seed(self, seed: int, teacher: Teacher | None) -> Experiment:
+        """Return the experiment with a seed, and with the teacher that was found, if any."""
         if teacher is None:
             return self.experiment.replace(seed=seed)
         return self.experiment.replace(seed=seed, teachers=(teacher,))
 
 
 def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Variant, ...], Mapping[str, str]]:
-    """Returns the experiment with each method, `independent` first, and which of ``all`` it does not meet the needs of.
+    """Return the experiment with each method, `independent` first, and the methods of ``all`` whose needs it does not meet.
 
     The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A method that has
     a teacher takes the experiment's. Where there is none, the best of the students alone is to teach, as
@@ -75,72 +61,74 @@ def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Varian
 
     Args:
         experiment: what to run.
-        methods: names of :data:`METHODS`, "kdcl" for the experiment's own ensemble, "custom" for its own pair, or "all".
+        methods: titles of :data:`VARIANTS`, a method's name for the experiment's own settings or its defaults, or "all".
 
     Returns:
-        The variants, none twice, and by the name of each method that ``all`` leaves out why.
+        The variants, none twice, and the reason for each method that ``all`` leaves out, by the method's title.
 
     Raises:
-        CommandError: there is no such method, or nobody who could teach it.
-        ExperimentError: the experiment does not meet what a method needs that was asked for by name.
+        CommandError: there is no such method, or no teacher for it.
+        ExperimentError: the experiment does not meet the needs of a method that was named.
     """
-    every = METHODS if experiment.distillation.method != "custom" else (*METHODS, "custom")
-    allowed = (*every, "kdcl", ALL)
+    own_method = experiment.distillation.method
+    every = (*VARIANTS, *([own_method] if not METHODS[own_method].variants() else []))
+    named = [name for name, method in METHODS.items() if name not in every and method.variants()]
+    allowed = (*every, *named, ALL)
     for method in methods:
         if method not in allowed:
-            hint = "; `custom` is for an experiment with a pair of its own" if method == "custom" else ""
+            hint = f"; `{method}` is for an experiment with a pair of its own" if method in METHODS else ""
             raise CommandError(f"--methods: {method!r} is not a method; allowed: {', '.join(allowed)}{hint}")
     wanted = [method for method in methods if method != ALL]
     rest = [method for method in every if method not in wanted] if ALL in methods else []
     may_find = BASELINE in methods or ALL in methods
-    variants = {each.title: each for each in (_variant(experiment, method, may_find) for method in wanted)}
+    variants = {variant.title: variant for variant in (_variant(experiment, method, may_find) for method in wanted)}
     left_out: dict[str, str] = {}
     for method in rest:
         try:
-            made = _variant(experiment, method, may_find)
+            variant = _variant(experiment, method, may_find)
         except ExperimentError as error:
             left_out[method] = "; ".join(problem.removeprefix("distillation.method: ") for problem in error.problems)
         else:
-            variants.setdefault(made.title, made)
-    return tuple(sorted(variants.values(), key=_place)), left_out
+            variants.setdefault(variant.title, variant)
+    return tuple(sorted(variants.values(), key=lambda variant: variant.title != BASELINE)), left_out
 
 
 def best_alone(experiment: Experiment, alone: RunFolder) -> Teacher:
-    """Returns the student with the highest test accuracy at the end of a run of all of them alone, as a teacher.
+    """Return the student with the highest test accuracy at the end of a run of all of them alone, as a teacher.
 
     Args:
         experiment: the run's experiment.
-        alone: the folder of the run, complete. A tie goes to the first student.
+        alone: the folder of the run, complete.
+
+    Returns:
+        The teacher; of students with equal accuracies, the first.
     """
     from codistill.rundir.history import read
 
-    accuracies = {each.name: each.final.accuracy for each in read(alone.path).students if each.final is not None}
+    students = read(alone.path).students
+    accuracies = {student.name: student.final.accuracy for student in students if student.final is not None}
     best = max(experiment.students, key=lambda student: accuracies[student.name])
     return as_teacher(best, "alone", alone)
 
 
-def _variant(experiment: Experiment, method: str, may_find: bool) -> Variant:
-    name, _, ensemble = method.partition("/")
+def _variant(experiment: Experiment, method: str, may_find_teacher: bool) -> Variant:
+    settings = dict(VARIANTS.get(method, {"method": method}))
     own = experiment.distillation
-    settings = own.model_dump(mode="json") if own.method == name else {"method": name}
-    if ensemble:
-        settings["ensemble"] = ensemble
+    is_own = own.method == settings["method"]
+    if is_own:
+        settings = own.model_dump(mode="json") | settings
     try:
-        distillation: Method = _DISTILLATION.validate_python(settings)
+        distillation: Distillation = _DISTILLATION.validate_python(settings)
     except ValidationError as error:
         raise CommandError(f"--methods: {method}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
-    needed, _ = distillation.teachers
-    teachers = experiment.teachers if needed or own.method == name else ()
-    finds = bool(needed) and not teachers
-    if finds and not may_find:
+    needs_teacher = distillation.teacher_limits[0] > 0
+    teachers = experiment.teachers if needs_teacher or is_own else ()
+    finds_teacher = needs_teacher and not teachers
+    if finds_teacher and not may_find_teacher:
         raise CommandError(
             f"--methods: {method!r} needs a teacher, there is none; add `teachers` to the experiment, or {BASELINE} to "
             "--methods: the best of the students alone then teaches"
         )
-    if finds:
+    if finds_teacher:
         teachers = (as_teacher(experiment.students[0], "alone", RunFolder.default(experiment.name)),)
-    return Variant(experiment.replace(distillation=distillation, teachers=teachers), finds)
-
-
-def _place(variant: Variant) -> int:
-    return 0 if variant.title == BASELINE else 1
+    return Variant(experiment.replace(distillation=distillation, teachers=teachers), finds_teacher)

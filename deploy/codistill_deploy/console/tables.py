@@ -1,4 +1,4 @@
-"""The comparison's table for a terminal."""
+"""The table of a comparison for a terminal."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from codistill_deploy.compare.statistics import Comparison, ComparisonIndex, Result, Spread, read_runs, summarise
+from codistill_deploy.compare.index import ComparisonIndex
+from codistill_deploy.compare.statistics import Comparison, Result, Spread, read_runs, summarise
 
 __all__ = ["comparison_table"]
 
 
 def comparison_table(folder: Path, console: Console) -> RenderableType:
-    """Returns the table of a comparison: accuracy alone and together, and the gain.
+    """Return the table of a comparison: accuracy alone and together, and the gain.
 
     It has a row for each student where the methods have room beside each other, else a row for each method.
 
     Args:
-        folder: the comparison's.
-        console: where it is to be shown.
+        folder: the comparison's folder.
+        console: where the table will be shown; its width decides the form.
 
     Raises:
         OSError: the folder holds no comparison.
@@ -31,27 +32,27 @@ def comparison_table(folder: Path, console: Console) -> RenderableType:
     comparison = summarise(read_runs(folder, index), index.left_out)
     count = len(comparison.seeds)
     spread = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
-    shown = f"test accuracy after the last epoch, {spread}; gain in percentage points"
+    caption = f"test accuracy after the last epoch, {spread}; gain in percentage points"
     table = _by_student(comparison)
     unbounded = console.options.update(max_width=10_000)  # else it is measured as what it would be squeezed to
     if console.measure(table, options=unbounded).maximum > console.width:
         table = _by_method(comparison)
-        shown = f"test accuracy after the last epoch, {spread}: in %"
+        caption = f"test accuracy after the last epoch, {spread}: in %"
         if comparison.baseline is not None:
-            shown += f" of {comparison.baseline}, of the others the gain in percentage points"
+            caption += f" of {comparison.baseline}, of the others the gain in percentage points"
     return Group(
         table,
-        Text(shown, style="dim"),
+        Text(caption, style="dim"),
         *(Text(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
         *(
-            Text(f"not complete: {each.method}, seed {each.seed}: {each.reason}", style="yellow")
-            for each in comparison.incomplete
+            Text(f"not complete: {run.method}, seed {run.seed}: {run.reason}", style="yellow")
+            for run in comparison.incomplete
         ),
     )
 
 
 def _by_student(comparison: Comparison) -> Table:
-    table = _empty()
+    table = _empty_table()
     table.add_column("student")
     table.add_column("parameters", justify="right")
     if comparison.baseline is not None:
@@ -60,21 +61,20 @@ def _by_student(comparison: Comparison) -> Table:
         table.add_column(method, justify="right")
         if comparison.baseline is not None:
             table.add_column("gain", justify="right")
-    rows = [(each.name, each.parameters, each.results) for each in comparison.students]
-    for name, parameters, results in rows:
-        cells = _cells(comparison, results)
-        table.add_row(Text(name, style="bold"), f"{parameters:,}" if parameters else "–", *cells)
-    if len(rows) > 1:
+    for student in comparison.students:
+        parameters = f"{student.parameters:,}" if student.parameters else "–"
+        table.add_row(Text(student.name, style="bold"), parameters, *_cells(comparison, student.results))
+    if len(comparison.students) > 1:
         table.add_row(Text("mean", style="italic"), "", *_cells(comparison, comparison.means))
     return table
 
 
 def _by_method(comparison: Comparison) -> Table:
-    """Each student's accuracy alone in percent, then its gain with each method: narrow enough for a terminal."""
-    columns = [(each.name, each.results) for each in comparison.students]
+    """Show accuracy alone in percent, then the gain with each method: narrow enough for a terminal."""
+    columns = [(student.name, student.results) for student in comparison.students]
     if len(columns) > 1:
         columns.append(("mean", comparison.means))
-    table = _empty(padding=2)
+    table = _empty_table(padding=2)
     table.add_column("method", no_wrap=True)
     for name, _ in columns:
         table.add_column(Text(name), justify="right")
@@ -89,18 +89,18 @@ def _by_method(comparison: Comparison) -> Table:
     return table
 
 
-def _empty(padding: int = 3) -> Table:
+def _empty_table(padding: int = 3) -> Table:
     return Table(box=None, pad_edge=False, header_style="bold", padding=(0, padding, 0, 0))
 
 
-def _cells(comparison: Comparison, by_method: Mapping[str, Result]) -> list[Text]:
+def _cells(comparison: Comparison, results: Mapping[str, Result]) -> list[Text]:
     cells: list[Text] = []
     if comparison.baseline is not None:
-        cells.append(_percent(by_method[comparison.baseline].accuracy))
+        cells.append(_percent(results[comparison.baseline].accuracy))
     for method in comparison.others:
-        cells.append(_percent(by_method[method].accuracy))
+        cells.append(_percent(results[method].accuracy))
         if comparison.baseline is not None:
-            cells.append(_points(by_method[method].gain))
+            cells.append(_points(results[method].gain))
     return cells
 
 

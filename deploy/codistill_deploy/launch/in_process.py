@@ -1,4 +1,4 @@
-"""All students of a run in one process, on the same core that the server stands on.
+"""All students of a run in one process, with the coordinator that the server runs.
 
 For one GPU, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
 """
@@ -14,18 +14,18 @@ import torch
 from codistill.config.data import Augment
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.participants import TeacherPlan
+from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.console.progress import View
+from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.run_folder import RunFolder
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
 from codistill_worker.app import choose_device, use_deterministic_kernels
@@ -39,35 +39,39 @@ _T = TypeVar("_T")
 
 
 class InProcessTransport:
-    """A student's session with a coordinator in the same process; see :class:`codistill.peer.base.Transport`."""
+    """A participant's session with a coordinator in the same process.
+
+    It implements :class:`codistill.peer.base.Transport` towards the participant's loop, and
+    :class:`codistill_server.coordinator.Outbox` towards the coordinator.
+    """
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._session = 0
-        self._inbox: list[pb.ExchangeReply] = []
+        self._replies: list[pb.ExchangeReply] = []
         self._ended: str | None = None
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        """Opens the session."""
+        """Open the session."""
         try:
             response = self._coordinator.join(request)
             self._session = response.session
             self._coordinator.open_stream(self._session, self)
-        except RequestRejected as refused:
-            raise PeerError(str(refused), ExitCode.REFUSED) from None
+        except RequestRejected as rejected:
+            raise PeerError(str(rejected), ExitCode.REFUSED) from None
         return response
 
     def send(self, contribution: pb.Contribution) -> None:
-        """Publishes a round's outputs."""
+        """Publish a round's outputs."""
         try:
             self._coordinator.contribute(self._session, contribution, contribution.ByteSize())
-        except RequestRejected as refused:
-            raise PeerError(str(refused), ExitCode.REFUSED) from None
+        except RequestRejected as rejected:
+            raise PeerError(str(rejected), ExitCode.REFUSED) from None
 
     def receive(self, round_number: int) -> pb.Targets:
-        """Returns the round's targets, which are there as soon as every student has sent."""
-        while self._inbox:
-            reply = self._inbox.pop(0)
+        """Return the targets of a round, which are there as soon as every student has sent."""
+        while self._replies:
+            reply = self._replies.pop(0)
             if reply.targets.round == round_number and reply.HasField("targets"):
                 return reply.targets
         raise PeerError(
@@ -75,60 +79,56 @@ class InProcessTransport:
         )
 
     def report(self, report: pb.ReportRequest) -> None:
-        """Reports progress."""
+        """Report progress."""
         report.session = self._session
         self._coordinator.report(report)
 
     def undelivered(self) -> Sequence[pb.Measurement]:
-        """Returns nothing: what is reported arrives at once."""
+        """Return nothing: a report arrives at once."""
         return ()
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        """Ends the session."""
+        """End the session."""
         self._coordinator.leave(pb.LeaveRequest(session=self._session, reason=reason, message=message))
 
     def close(self) -> None:
-        """Breaks the session if it is open."""
+        """Break the session if it is open."""
         self._coordinator.close_stream(self._session, self)
 
     def reply(self, reply: bytes) -> None:
-        """Takes a reply from the coordinator."""
-        self._inbox.append(pb.ExchangeReply.FromString(reply))
+        """Store a reply of the coordinator for :meth:`receive`."""
+        self._replies.append(pb.ExchangeReply.FromString(reply))
 
     def end(self, status: Status, message: str) -> None:
-        """Takes from the coordinator that the session is over."""
+        """Record that the coordinator ended the session."""
         self._ended = f"{status.value}: {message}"
 
 
-def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: threading.Event) -> ExitCode:
-    """Trains every student of an experiment in this process.
+def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView, stop: threading.Event) -> ExitCode:
+    """Train every student of an experiment in this process.
 
     Args:
         experiment: what to run.
-        folder: the run's folder, started; a run that it holds is gone on with.
+        folder: the run's folder, started; a run that it holds is resumed.
         view: where progress is shown.
         stop: set to stop after the round under way.
+
+    Returns:
+        OK, or INTERRUPTED if it was stopped.
 
     Raises:
         PeerError: a student cannot be trained.
     """
     use_deterministic_kernels()
-    settings = experiment.exchange.journal
-    try:
-        journal = Journal(
-            folder.journal_file, identity(experiment), settings.durability, may_grow=settings.keep == "all"
-        )
-    except JournalError as error:
-        raise PeerError(str(error), ExitCode.CONFIGURATION) from error
+    journal = _open_journal(experiment, folder)
     recorder = RecordWriter(folder.events_file, folder.metrics_file)
-    observations = RunState(experiment, recorder.write)
-    coordinator = Coordinator(experiment, journal, observations, _submit)
+    coordinator = Coordinator(experiment, journal, RunState(experiment, recorder.write), _submit)
     try:
         with Watchdog() as watchdog:
-            learners = _learners(experiment, folder, coordinator, watchdog)
-            for learner in learners:
-                learner.join()
-            return _train(learners, coordinator, view, stop)
+            loops = _loops(experiment, folder, coordinator, watchdog)
+            for loop in loops:
+                loop.join()
+            return _train(loops, coordinator, view, stop)
     except JournalError as error:
         raise PeerError(str(error)) from error
     finally:
@@ -136,18 +136,26 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: View, stop: 
         recorder.close()
 
 
+def _open_journal(experiment: Experiment, folder: RunFolder) -> Journal:
+    settings = experiment.exchange.journal
+    try:
+        return Journal(folder.journal_file, identity(experiment), settings.durability, may_grow=settings.keep == "all")
+    except JournalError as error:
+        raise PeerError(str(error), ExitCode.CONFIGURATION) from error
+
+
 def _submit(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
-    """Makes targets as the server does: at once, on one thread."""
+    """Compute targets at once, on one thread as the server does."""
     del heavy
     torch.set_num_threads(1)
     done(work())
 
 
-def _learners(
+def _loops(
     experiment: Experiment, folder: RunFolder, coordinator: Coordinator, watchdog: Watchdog
 ) -> list[StudentLoop | TeacherLoop]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
-    learners: list[StudentLoop | TeacherLoop] = []
+    loops: list[StudentLoop | TeacherLoop] = []
     for position, name in enumerate(experiment.participants):
         plan = experiment.teacher_plan(name) if name in experiment.teacher_names else experiment.plan(name)
         device = choose_device(plan.training.device, position)
@@ -155,33 +163,33 @@ def _learners(
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
         if key not in datasets:
             datasets[key] = data.load(plan.data, device)
-        exchange = InProcessTransport(coordinator)
+        transport = InProcessTransport(coordinator)
         if isinstance(plan, TeacherPlan):
-            learners.append(TeacherLoop(experiment, plan, datasets[key], device, exchange, watchdog=watchdog))
+            loops.append(TeacherLoop(experiment, plan, datasets[key], device, transport, watchdog=watchdog))
             continue
         store = CheckpointStore(folder.student(name).path)
-        learners.append(StudentLoop(experiment, plan, datasets[key], device, exchange, store, watchdog=watchdog))
-    return learners
+        loops.append(StudentLoop(experiment, plan, datasets[key], device, transport, store, watchdog=watchdog))
+    return loops
 
 
 def _train(
-    learners: list[StudentLoop | TeacherLoop], coordinator: Coordinator, view: View, stop: threading.Event
+    loops: Sequence[StudentLoop | TeacherLoop], coordinator: Coordinator, view: ProgressView, stop: threading.Event
 ) -> ExitCode:
-    while not all(learner.done for learner in learners):
+    while not all(loop.done for loop in loops):
         if stop.is_set():
-            for learner in learners:
-                learner.stop()
+            for loop in loops:
+                loop.stop()
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
         # Students resume at the rounds of their own checkpoints; those behind catch up from the journal.
-        behind = min(learner.round for learner in learners)
-        turn = [learner for learner in learners if learner.round == behind]
-        for learner in turn:
-            learner.begin_round()
-        for learner in turn:
-            learner.end_round()
+        round_number = min(loop.round for loop in loops)
+        behind = [loop for loop in loops if loop.round == round_number]
+        for loop in behind:
+            loop.begin_round()
+        for loop in behind:
+            loop.end_round()
         view.offer(coordinator.snapshot)
-    for learner in learners:
-        learner.finish()
+    for loop in loops:
+        loop.finish()
     view.update(coordinator.snapshot())
     return ExitCode.OK

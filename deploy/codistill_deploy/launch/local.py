@@ -12,13 +12,13 @@ from pathlib import Path
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
 from codistill.wire.security import Security
-from codistill_deploy.console.progress import View
+from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.run_folder import RunFolder
-from codistill_deploy.supervise import spec
 from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.port import Port
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
+from codistill_deploy.supervise.spec import ProcessSpec, serve_arguments, work_arguments, worker_specs
 from codistill_deploy.supervise.supervisor import Supervisor
 
 __all__ = ["LocalOptions", "run_local"]
@@ -33,8 +33,8 @@ class LocalOptions:
         metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
-        restarts: how often each process is started again; see :mod:`codistill_deploy.supervise.restart_policy`.
-        keep: descriptors that every process inherits: the lock on the run's folder.
+        restarts: how often each process is restarted; see :mod:`codistill_deploy.supervise.restart_policy`.
+        inherited: descriptors that every process inherits: the lock on the run's folder.
         security: TLS and token.
         insecure: listen beyond this machine although nothing protects the port.
     """
@@ -44,22 +44,26 @@ class LocalOptions:
     announce: bool = False
     search_path: Path | None = None
     restarts: int = DEFAULT_RESTARTS
-    keep: tuple[int, ...] = ()
+    inherited: tuple[int, ...] = ()
     security: Security = field(default_factory=Security)
     insecure: bool = False
 
 
 def run_local(
-    experiment: Experiment, folder: RunFolder, view: View, stop: threading.Event, options: LocalOptions | None = None
+    experiment: Experiment,
+    folder: RunFolder,
+    view: ProgressView,
+    stop: threading.Event,
+    options: LocalOptions | None = None,
 ) -> ExitCode:
-    """Runs an experiment with processes on this machine, and leaves none of them behind.
+    """Run an experiment with processes on this machine, and leave none of them behind.
 
     Args:
         experiment: what to run.
-        folder: the run's folder, started; a run that it holds is gone on with.
+        folder: the run's folder, started; a run that it holds is resumed.
         view: where progress is shown.
         stop: set to stop: the students are saved first. The caller may set it from a signal handler.
-        options: addresses.
+        options: addresses, restarts, protection.
 
     Returns:
         OK, or INTERRUPTED if it was stopped.
@@ -71,12 +75,12 @@ def run_local(
     listen, metrics = Port(options.listen, "listen"), Port(options.metrics, "metrics")
     reading, writing = os.pipe()
     try:
-        launch = Launch(_environment(options), reading, options.keep)
-        again = f"codistill run … --run-dir {folder.path} --resume"
-        crew = Supervisor(experiment, folder, view, options.security, again=again)
+        launch = Launch(_environment(options), reading, options.inherited)
+        resume_command = f"codistill run … --run-dir {folder.path} --resume"
+        supervisor = Supervisor(experiment, folder, view, options.security, resume_command=resume_command)
         server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)
-        workers = [_worker(part, folder, options, launch) for part in spec.workers(experiment, folder)]
-        return crew.run(server, workers, stop, announce=options.announce)
+        workers = [_worker(spec, folder, options, launch) for spec in worker_specs(experiment, folder)]
+        return supervisor.run(server, workers, stop, announce=options.announce)
     finally:
         os.close(writing)
         os.close(reading)
@@ -95,20 +99,14 @@ def _environment(options: LocalOptions) -> dict[str, str]:
 def _server(
     folder: RunFolder, options: LocalOptions, launch: Launch, listen: str, metrics: str, hang_after: float
 ) -> Child:
-    serve = [*spec.serve_arguments(folder), "--listen", listen, "--metrics", metrics]
-    serve += ["--insecure"] if options.insecure else []
-    command = [sys.executable, *serve]
-    return Child(
-        "the server",
-        "",
-        lambda: Process(command, folder.server_log, launch, hang_after),
-        folder.server_log,
-        options.restarts,
-        ends=False,
-    )
+    arguments = [*serve_arguments(folder), "--listen", listen, "--metrics", metrics]
+    arguments += ["--insecure"] if options.insecure else []
+    log = folder.server_log
+    start_process = partial(Process, [sys.executable, *arguments], log, launch, hang_after)
+    return Child("the server", "", start_process, log, options.restarts, finishes=False)
 
 
-def _worker(part: spec.ProcessSpec, folder: RunFolder, options: LocalOptions, launch: Launch) -> Child:
-    command = [sys.executable, *spec.work_arguments(folder, part.name)]
-    begin = partial(Process, command, part.log, launch, part.hang_after)
-    return Child(part.title, part.name, begin, part.log, options.restarts)
+def _worker(spec: ProcessSpec, folder: RunFolder, options: LocalOptions, launch: Launch) -> Child:
+    command = [sys.executable, *work_arguments(folder, spec.participant)]
+    start_process = partial(Process, command, spec.log, launch, spec.hang_after)
+    return Child(spec.title, spec.participant, start_process, spec.log, options.restarts)

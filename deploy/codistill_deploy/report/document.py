@@ -1,30 +1,30 @@
-"""What a comparison's page shows, as one JSON document: pure, and the only thing that the page's script draws from.
+"""The JSON document of a comparison: pure, and all that the script of its page draws from.
 
 ``kind`` is ``"comparison"``; ``methods``, ``baseline``, ``many`` (whether methods stand one below the other), ``seeds``,
 ``students`` and ``means`` with a result for each method, ``incomplete``, ``left_out``, ``runs`` with a summary of each, and
-``pictures`` (SVG of the gains). A run's document is
-:mod:`codistill_server.observability.dashboard.document`; numbers and series are made alike.
+``pictures`` (SVG of the gains). :mod:`codistill_server.observability.dashboard.document` makes the document of a run, with
+numbers and series of the same form.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from codistill.rundir.history import longest_wait, median_wait
 from codistill.rundir.layout import RunLayout
+from codistill.rundir.spans import longest_wait, median_wait
 from codistill_deploy.compare.statistics import Comparison, MethodRun, Result, Spread
 from codistill_deploy.report.figure import gain_svg
-from codistill_server.observability.dashboard.downsample import column, number, short, thinned
+from codistill_server.observability.dashboard.downsample import column, evenly_spaced, finite, rounded
 
 __all__ = ["comparison_document"]
 
 
 def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
-    """Returns the document of a comparison; see the module for its form."""
+    """Return the document of a comparison; see the module for its form."""
     return {
         "kind": "comparison",
         "title": title,
@@ -44,11 +44,11 @@ def comparison_document(comparison: Comparison, title: str) -> dict[str, Any]:
         ],
         "means": _results(comparison.means),
         "incomplete": [
-            {"method": each.method, "seed": each.seed, "path": each.path, "reason": each.reason}
-            for each in comparison.incomplete
+            {"method": run.method, "seed": run.seed, "path": run.path, "reason": run.reason}
+            for run in comparison.incomplete
         ],
         "left_out": dict(comparison.left_out),
-        "runs": [_compared(run) for run in comparison.runs],
+        "runs": [_run_summary(run) for run in comparison.runs],
         "pictures": {"wide": gain_svg(comparison, width=1072), "narrow": gain_svg(comparison, width=370)}
         if _has_gains(comparison)
         else None,
@@ -75,21 +75,19 @@ def _spread(spread: Spread) -> dict[str, Any]:
 
 
 def _curve(result: Result) -> dict[str, Any]:
-    kept = [(result.curve.epochs[index], result.curve.accuracy[index]) for index in thinned(len(result.curve.epochs))]
+    kept = [
+        (result.curve.epochs[index], result.curve.accuracy[index]) for index in evenly_spaced(len(result.curve.epochs))
+    ]
 
-    def edge(sign: int) -> Callable[[Spread], float | None]:
-        def value(spread: Spread) -> float | None:
-            mean, deviation = spread.mean, spread.deviation
-            return None if mean is None or deviation is None else short(mean + sign * deviation)
+    def edge(spread: Spread, sign: int) -> float | None:
+        mean, deviation = spread.mean, spread.deviation
+        return None if mean is None or deviation is None else rounded(mean + sign * deviation)
 
-        return value
-
-    low, high = edge(-1), edge(1)
     return {
-        "epoch": [short(epoch) for epoch, _ in kept],
+        "epoch": [rounded(epoch) for epoch, _ in kept],
         "mean": column(spread.mean for _, spread in kept),
-        "low": [low(spread) for _, spread in kept],
-        "high": [high(spread) for _, spread in kept],
+        "low": [edge(spread, -1) for _, spread in kept],
+        "high": [edge(spread, 1) for _, spread in kept],
     }
 
 
@@ -100,7 +98,7 @@ def _has_gains(comparison: Comparison) -> bool:
 
 
 def _settings(runs: Sequence[MethodRun]) -> dict[str, Any] | None:
-    """Returns what all runs have in common, from the first that can be read."""
+    """Return what all runs have in common, from the first that can be read."""
     history = next((run.history for run in runs if run.history is not None), None)
     if history is None:
         return None
@@ -114,7 +112,7 @@ def _settings(runs: Sequence[MethodRun]) -> dict[str, Any] | None:
     }
 
 
-def _compared(run: MethodRun) -> dict[str, Any]:
+def _run_summary(run: MethodRun) -> dict[str, Any]:
     history = run.history
     summary: dict[str, Any] = {
         "method": run.method,
@@ -132,10 +130,10 @@ def _compared(run: MethodRun) -> dict[str, Any]:
         "teachers": list(history.experiment.teacher_names),
         "report": quote(str(RunLayout(Path(run.path)).report_file)) if run.path else None,
         "complete": history.complete,
-        "seconds": number(history.seconds),
+        "seconds": finite(history.seconds),
         "rounds": history.closed_rounds,
-        "median_wait": number(median_wait(history.rounds)),
-        "longest_wait": number(longest_wait(history.rounds)),
-        "blocking": None if blocking is None else {"student": blocking[0], "seconds": number(blocking[1].seconds)},
+        "median_wait": finite(median_wait(history.rounds)),
+        "longest_wait": finite(longest_wait(history.rounds)),
+        "blocking": None if blocking is None else {"student": blocking[0], "seconds": finite(blocking[1].seconds)},
         "events": dict(sorted(Counter(event.what for event in history.events).items())),
     }

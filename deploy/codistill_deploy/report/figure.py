@@ -16,7 +16,7 @@ __all__ = ["gain_svg"]
 
 _Scale = Callable[[float], float]
 _Axis = tuple[float, float, float]  # its ends, and its step
-_Row = tuple[str, Result, str]  # a method, what came of it, and a colour
+_Row = tuple[str, Result, str]  # a method, its result, and a colour
 _Group = tuple[str, list[_Row]]  # a student, and its rows
 
 _ROW = 26
@@ -37,14 +37,14 @@ _STYLE = (
 
 
 def gain_svg(comparison: Comparison, width: int = 860) -> str:
-    """Draws every student's gain with every method, and the mean over students, in percentage points.
+    """Draw every student's gain with every method, and the mean over students, in percentage points.
 
     The mean over seeds is a dot, one sample standard deviation to each side a whisker, each seed a ring. Colours tell
     students apart; where there are a few methods they tell methods apart. Of many methods a wide picture has a panel for
     each student, and a row for each method.
 
     Args:
-        comparison: what to draw; rows without a gain say so.
+        comparison: what to draw; a row without a gain says so.
         width: of the picture in pixels; under 600 the labels are set more closely.
 
     Returns:
@@ -59,21 +59,21 @@ def gain_svg(comparison: Comparison, width: int = 860) -> str:
 def _groups(comparison: Comparison) -> list[_Group]:
     by_method = len(comparison.others) > 1 and not comparison.many
 
-    def group(name: str, results: Mapping[str, Result], own: str) -> _Group:
+    def group(name: str, results: Mapping[str, Result], colour: str) -> _Group:
         return name, [
-            (method, results[method], f"var(--c{column % len(palette.LIGHT)})" if by_method else own)
+            (method, results[method], f"var(--c{column % len(palette.LIGHT)})" if by_method else colour)
             for column, method in enumerate(comparison.others)
         ]
 
     groups = [
-        group(student.name, student.results, f"var(--c{number % len(palette.LIGHT)})")
-        for number, student in enumerate(comparison.students)
+        group(student.name, student.results, f"var(--c{position % len(palette.LIGHT)})")
+        for position, student in enumerate(comparison.students)
     ]
     return groups if len(groups) < 2 else [*groups, group("all students, mean", comparison.means, "var(--ink)")]
 
 
 def _rows(groups: Sequence[_Group], width: int, *, several: bool) -> str:
-    """Draws one axis for all: a group of rows for each student, in it a row for each method."""
+    """Draw one axis for all: a group of rows for each student, in it a row for each method."""
     narrow = width < _NARROW
     low, high, step = _range([edge for _, rows in groups for edge in _edges(rows)], 4 if narrow else 8)
     heads = several or narrow  # the name has a line of its own above the rows
@@ -112,11 +112,11 @@ def _rows(groups: Sequence[_Group], width: int, *, several: bool) -> str:
 
 
 def _panels(groups: Sequence[_Group], width: int) -> str:
-    """Draws a panel for each student, as many beside each other as there is room for, all with the same axis."""
+    """Draw a panel for each student, as many beside each other as there is room for, all with the same axis."""
     methods = [method for method, _, _ in groups[0][1]]
     left = 22 + 7 * min(max(map(len, methods)), 24)
     beside = min(len(groups), max(1, (width - left) // _PANEL))
-    each = (width - left) / beside
+    panel = (width - left) / beside
     axis = _range([edge for _, rows in groups for edge in _edges(rows)], 4)
     body: list[str] = []
     y = _TOP
@@ -130,10 +130,10 @@ def _panels(groups: Sequence[_Group], width: int) -> str:
                     f'<line class="rule" x1="0" x2="{width}" y1="{middle - _ROW / 2}" y2="{middle - _ROW / 2}"/>'
                 )
         for column, (name, rows) in enumerate(groups[first : first + beside]):
-            begin, end = left + column * each + 8, left + (column + 1) * each - 6
+            begin, end = left + column * panel + 8, left + (column + 1) * panel - 6
             x = _scale(axis, begin, end - 100)
             body.append(
-                f'<text class="name" x="{begin:.1f}" y="{y + 17}">{escape(_cut(name, int(each - 14) // 8))}</text>'
+                f'<text class="name" x="{begin:.1f}" y="{y + 17}">{escape(_cut(name, int(panel - 14) // 8))}</text>'
             )
             body.append(_grid(axis, x, top - 2, bottom))
             for row, (method, result, colour) in enumerate(rows):
@@ -146,7 +146,7 @@ def _panels(groups: Sequence[_Group], width: int) -> str:
 
 def _grid(axis: _Axis, x: _Scale, top: float, bottom: float) -> str:
     low, high, step = axis
-    ticks = [round(low / step) + number for number in range(round((high - low) / step) + 1)]
+    ticks = [round(low / step) + index for index in range(round((high - low) / step) + 1)]
     return "".join(
         f'<line class="{"zero" if tick == 0 else "grid"}" x1="{x(tick * step):.1f}" x2="{x(tick * step):.1f}" y1="{top}" y2="{bottom + 5}"/>'
         f'<text class="soft" text-anchor="middle" x="{x(tick * step):.1f}" y="{bottom + 20}">{_signed(tick * step, _digits(step))}</text>'
@@ -186,7 +186,7 @@ def _percent(spread: Spread | None) -> Spread:
 
 
 def _edges(rows: Sequence[_Row]) -> Iterator[float]:
-    """Yields all that an axis must hold."""
+    """Yield all values that an axis must hold."""
     for spread in (_percent(result.gain) for _, result, _ in rows):
         if spread.mean is not None:
             deviation = spread.deviation or 0.0
@@ -199,7 +199,7 @@ def _scale(axis: _Axis, left: float, right: float) -> _Scale:
 
 
 def _range(values: list[float], intervals: int) -> _Axis:
-    """Returns an axis that holds the values and zero: its ends, both multiples of its step, and the step."""
+    """Return an axis that holds the values and zero: its ends, both multiples of its step, and the step."""
     low, high = min([0.0, *values]), max([0.0, *values])
     rough = max(high - low, 0.1) / intervals
     power = 10.0 ** math.floor(math.log10(rough))

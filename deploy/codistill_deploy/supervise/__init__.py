@@ -1,1 +1,1 @@
-"""Keeping the processes of a run alive: started, watched, started again, and ended together."""
+"""Keep the processes of a run alive: started, watched, restarted, and ended together."""

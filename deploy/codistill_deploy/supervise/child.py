@@ -1,4 +1,4 @@
-"""One part of a run, kept alive: started, watched, and started again where that can help."""
+"""One process that a run needs: started, polled, and restarted where that can help."""
 
 from __future__ import annotations
 
@@ -14,138 +14,144 @@ __all__ = ["Child", "ManagedProcess"]
 
 
 class ManagedProcess(Protocol):
-    """One life of a member: a process, here (:class:`codistill_deploy.supervise.process.Process`) or elsewhere."""
+    """One process from its start to its end, here (:class:`codistill_deploy.supervise.process.Process`) or elsewhere."""
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while the process runs."""
         ...
 
     def ending(self, ran: float) -> Ending:
-        """Returns how it ended, which it has, after so many seconds."""
+        """Return how the process ended.
+
+        Args:
+            ran: for how many seconds it ran. It must have ended.
+        """
         ...
 
-    def tell(self, number: signal.Signals) -> None:
-        """Sends a signal if it runs."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal if the process runs."""
         ...
 
     def close(self) -> None:
-        """Kills it if it runs, and frees what it holds."""
+        """Kill the process if it runs, and free what it holds."""
         ...
 
 
 class Child:
-    """A part that the run needs, through all its lives.
+    """A process that the run needs, through all its restarts.
 
     Args:
-        title: what people call it.
-        student: the student that it trains; "" for the server.
-        begin: begins a life; an OSError says that it cannot be begun now.
+        title: its name for people.
+        participant: the student or teacher whose worker it is; "" for the server.
+        start_process: starts the process; an OSError says that it cannot be started now.
         log: the file that holds its output.
-        restarts: how often it is started again.
-        ends: whether the exit code 0 means that it has done its part; a server never has.
+        restarts: how often it is restarted.
+        finishes: whether the exit code 0 means that its work is done; a server's never is.
 
     Attributes:
-        ending: how it ended last, if that was not asked for and it did not do its part.
-        given_up: why it is not started again; None while it is.
+        ending: how it ended last, if its work was not done.
+        given_up: why it is not restarted; None while it is.
     """
 
     def __init__(
         self,
         title: str,
-        student: str,
-        begin: Callable[[], ManagedProcess],
+        participant: str,
+        start_process: Callable[[], ManagedProcess],
         log: Path,
         restarts: int = DEFAULT_RESTARTS,
         *,
-        ends: bool = True,
+        finishes: bool = True,
     ) -> None:
         self.title = title
-        self.student = student
+        self.participant = participant
         self.log = log
         self.ending: Ending | None = None
         self.given_up: str | None = None
-        self._begin = begin
+        self._start_process = start_process
         self._restarts = restarts
-        self._ends = ends
-        self._history: list[Ending] = []
-        self._life: ManagedProcess | None = None
-        self._started = 0.0
-        self._due: float | None = None
+        self._finishes = finishes
+        self._earlier_endings: list[Ending] = []
+        self._process: ManagedProcess | None = None
+        self._started_at = 0.0
+        self._restart_at: float | None = None
 
     @property
     def running(self) -> bool:
-        """Whether it lives now."""
-        return self._life is not None and self._life.code is None
+        """Whether its process runs now."""
+        return self._process is not None and self._process.code is None
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it lives."""
-        return None if self._life is None else self._life.code
+        """Its exit code; None while it runs."""
+        return None if self._process is None else self._process.code
 
     @property
     def done(self) -> bool:
-        """Whether it has done its part."""
-        return self._ends and self.code == 0
+        """Whether its work is done."""
+        return self._finishes and self.code == 0
 
     def start(self, now: float) -> None:
-        """Begins a life of it.
+        """Start its process.
 
         Raises:
             OSError: there is no memory, no process or no disk space for it.
         """
         self.close()
-        self._started, self._due = now, None
-        self._life = self._begin()
+        self._started_at, self._restart_at = now, None
+        self._process = self._start_process()
 
-    def poll(self, now: float, *, start: bool = True) -> Restart | GiveUp | None:
-        """Takes in that it ended, or starts it again when it is time.
+    def poll(self, now: float, *, restart: bool = True) -> Restart | GiveUp | None:
+        """Decide what follows where it ended, or restart it when that is due.
 
         Args:
             now: seconds of a clock that never goes back.
-            start: False once the run is over, so that nothing is started any more.
+            restart: False once the run is over, so that nothing is started any more.
 
         Returns:
             What was decided, once for each ending; `ending` says how it ended. None if nothing is new.
         """
         if self.given_up is not None or self.running or self.done:
             return None
-        if self._due is not None:
-            if not start or now < self._due or self._start_again(now):
-                return None
+        if self._restart_at is None:
+            ending = self.record_ending(now)
         else:
-            self.examine(now)
-        ending = self.ending
-        assert ending is not None  # noqa: S101 - it ended, or could not be started
-        decision = decide(ending, self._history, self._restarts, deterministic=self._ends)
-        self._history.append(ending)
+            if not restart or now < self._restart_at:
+                return None
+            failed = self._restart(now)
+            if failed is None:
+                return None
+            ending = failed
+        decision = decide(ending, self._earlier_endings, self._restarts, deterministic=self._finishes)
+        self._earlier_endings.append(ending)
         if isinstance(decision, Restart):
-            self._due = now + decision.after
+            self._restart_at = now + decision.after
         else:
             self.given_up = decision.reason
         return decision
 
-    def _start_again(self, now: float) -> bool:
-        """Starts it again; where that cannot be done now, its next life has ended."""
+    def _restart(self, now: float) -> Ending | None:
+        """Start it again; return an ending where that cannot be done now."""
         try:
             self.start(now)
         except OSError as error:
             self.ending = Ending(ExitCode.WORKER_FAILED, str(error), started=False)
-            return False
-        return True
+            return self.ending
+        return None
 
-    def examine(self, now: float) -> Ending:
-        """Returns how it ended, which it has."""
-        assert self._life is not None  # noqa: S101 - the caller looked
-        self.ending = self._life.ending(now - self._started)
+    def record_ending(self, now: float) -> Ending:
+        """Record how its process ended, and return it; the process must have ended."""
+        assert self._process is not None  # noqa: S101 - the caller looked
+        self.ending = self._process.ending(now - self._started_at)
         return self.ending
 
-    def tell(self, number: signal.Signals) -> None:
-        """Sends a signal if it lives."""
-        if self._life is not None:
-            self._life.tell(number)
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal if it runs."""
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def close(self) -> None:
-        """Kills it if it lives, and frees what it holds."""
-        if self._life is not None:
-            self._life.close()
+        """Kill it if it runs, and free what it holds."""
+        if self._process is not None:
+            self._process.close()

@@ -1,4 +1,4 @@
-"""Finds the server that runs in a folder."""
+"""Find the server that runs in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.05
 
 
 def find_server(run_dir: Path, seconds: float, stop: threading.Event) -> str:
-    """Returns the address of the server that runs in a folder, waiting for it to come up.
+    """Return the "HOST:PORT" of the server that runs in a folder, waiting for it to come up.
 
     Args:
         run_dir: the run's folder.
@@ -30,9 +30,9 @@ def find_server(run_dir: Path, seconds: float, stop: threading.Event) -> str:
     path = RunLayout(run_dir).address_file
     deadline = time.monotonic() + seconds
     while True:
-        found = read_addresses(path)
-        if found is not None:
-            return found.server
+        addresses = read_addresses(path)
+        if addresses is not None:
+            return addresses.server
         if time.monotonic() >= deadline or stop.wait(_POLL_SECONDS):
             break
     raise CommandError(

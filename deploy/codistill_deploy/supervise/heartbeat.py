@@ -1,7 +1,7 @@
-"""Whether a process runs at all: it gives a sign of life every second, and who started it listens.
+"""Heartbeats: a process sends one every second, and the process that started it listens.
 
-A watchdog ends what hangs, but cannot run in a process that is stopped, or in which something keeps every thread from
-running. The signs go through a pipe: no disk, network or server has to work for them.
+A watchdog ends what hangs, but it cannot run in a process that is stopped, or in which something keeps every thread from
+running. Heartbeats go through a pipe: no disk, network or server has to work for them.
 """
 
 from __future__ import annotations
@@ -13,91 +13,92 @@ import time
 
 __all__ = ["HEARTBEAT_VARIABLE", "Heartbeat", "announce_exit", "start_heartbeat"]
 
-HEARTBEAT_VARIABLE = "CODISTILL_PULSE_FD"
+HEARTBEAT_VARIABLE = "CODISTILL_HEARTBEAT_FD"
 """The environment variable that names the pipe's descriptor to a child."""
 
 _INTERVAL = 1.0
 _LONGEST_TICK = 1.0
-_SIGN = b"."
-_LAST = b"e"
-_ENDING = 60.0  # more: at the end of Python no thread runs any more
-_STARTING = 12  # times the limit: as for loading, a start from a cold or distant disk holds up every thread of it
+_BEAT = b"."
+_LAST_BEAT = b"e"
+_EXIT_SECONDS = 60.0  # more: at the end of Python no thread runs any more
+_START_FACTOR = 12  # times the limit: as for loading, a start from a cold or distant disk holds up every thread of it
 
-
-_given: list[int] = []
+_descriptors: list[int] = []
 
 
 class Heartbeat:
-    """Counts how long a process has given no sign of life.
+    """The heartbeat of a process as its parent hears it; decides when silence means that the process hangs.
 
-    It counts its own ticks, capped: where this process was stopped too, or the machine slept, nobody has been silent.
+    It counts its own ticks, capped, and not the clock's time. So where this process was stopped too, or the machine
+    slept, that time is not taken for silence.
 
     Args:
-        limit: seconds of silence after which a process hangs; before its first sign, twelve times as many, and
-            60 s more once it said that it ends.
+        limit: seconds of silence after which a process hangs. Before the first heartbeat it is twelve times as long; once
+            the process announced its exit, 60 s longer.
         now: when it was started, in seconds of a clock that never goes back.
     """
 
     def __init__(self, limit: float, now: float) -> None:
-        self._limit = limit * _STARTING
-        self._later = limit
-        self._last = now
-        self._lived = 0.0
-        self._silent = 0.0
+        self._limit = limit * _START_FACTOR
+        self._limit_after_beat = limit
+        self._last_tick = now
+        self._age_at_beat = 0.0
+        self._silence = 0.0
 
-    def tick(self, now: float, signs: bytes) -> str | None:
-        """Lets time go by.
+    def tick(self, now: float, beats: bytes) -> str | None:
+        """Let time go by.
 
         Args:
             now: the clock's time.
-            signs: of life, since the last tick.
+            beats: what the pipe held since the last tick.
 
         Returns:
-            That it hangs, as a line for people; None while it does not.
+            A line for people that says that the process hangs; None while it does not.
         """
-        elapsed = min(now - self._last, _LONGEST_TICK)
-        self._last = now
-        if signs:
-            if _LAST in signs:
-                self._later += _ENDING
-            self._lived += self._silent + elapsed
-            self._limit, self._silent = self._later, 0.0
+        elapsed = min(now - self._last_tick, _LONGEST_TICK)
+        self._last_tick = now
+        if beats:
+            if _LAST_BEAT in beats:
+                self._limit_after_beat += _EXIT_SECONDS
+            self._age_at_beat += self._silence + elapsed
+            self._limit, self._silence = self._limit_after_beat, 0.0
             return None
-        self._silent += elapsed
-        if self._silent < self._limit:
+        self._silence += elapsed
+        if self._silence < self._limit:
             return None
         return (
-            f"killed after {self._limit:g} s without a sign of life, {self._lived:.1f} s after its start: it was stopped, or "
-            "something held all its threads; training.hang_after sets the limit"
+            f"killed after {self._limit:g} s without a sign of life, {self._age_at_beat:.1f} s after its start: it was "
+            "stopped, or something held all its threads; training.hang_after sets the limit"
         )
 
 
 def start_heartbeat() -> None:
-    """Gives signs of life from now on, to the end of this process.
+    """Send heartbeats from now on, to the end of this process.
 
-    Does nothing in a process that was not started by one of ours.
+    Does nothing in a process that no supervisor started.
     """
-    descriptor = os.environ.pop(HEARTBEAT_VARIABLE, "")
-    if not descriptor.isdigit():
+    value = os.environ.pop(HEARTBEAT_VARIABLE, "")
+    if not value.isdigit():
         return
-    os.set_blocking(int(descriptor), False)
-    _given.append(int(descriptor))
+    descriptor = int(value)
+    os.set_blocking(descriptor, False)
+    _descriptors.append(descriptor)
 
-    def give() -> None:
+    def beat() -> None:
         while True:
             try:
-                os.write(int(descriptor), _SIGN)
-            except BlockingIOError:  # nobody listens for now
+                os.write(descriptor, _BEAT)
+            except BlockingIOError:  # the pipe is full: nobody reads for now
                 pass
-            except OSError:  # nor will again
+            except OSError:  # nobody will read again
                 return
             time.sleep(_INTERVAL)
 
-    threading.Thread(target=give, name="codistill-pulse", daemon=True).start()
+    threading.Thread(target=beat, name="codistill-heartbeat", daemon=True).start()
 
 
 def announce_exit() -> None:
-    """Gives the last sign of life, if this process gives any."""
-    for descriptor in _given:
+    """Send the last heartbeat, if this process sends any."""
+    for descriptor in _descriptors:
         with contextlib.suppress(OSError):
-            os.write(descriptor, _LAST)
+            os.write(descriptor, _LAST_BEAT)

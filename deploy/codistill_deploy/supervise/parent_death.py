@@ -1,4 +1,4 @@
-"""Ties child processes to the life of the process that started them.
+"""End a child process when the process that started it ends.
 
 The parent holds the writing end of a pipe and each child the reading end. However the parent ends, SIGKILL included,
 the kernel closes its end, the child reads the end of the file, and stops.
@@ -23,16 +23,17 @@ _GRACE_SECONDS = 10.0
 
 
 def exit_with_parent(stop: threading.Event) -> None:
-    """Sets `stop` when the parent dies, and ends this process for good if that has not ended it soon.
+    """Set `stop` when the parent dies, and exit at once if that has not ended this process within 10 s.
 
-    Does nothing in a process that was not started by one of ours.
+    Does nothing in a process that no supervisor started.
     """
-    descriptor = os.environ.pop(PARENT_VARIABLE, "")
-    if not descriptor.isdigit():
+    value = os.environ.pop(PARENT_VARIABLE, "")
+    if not value.isdigit():
         return
+    descriptor = int(value)
 
     def wait() -> None:
-        os.read(int(descriptor), 1)
+        os.read(descriptor, 1)
         _log.error("the process that started this one is gone; stopping")
         stop.set()
         threading.Event().wait(_GRACE_SECONDS)

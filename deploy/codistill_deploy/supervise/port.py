@@ -1,4 +1,4 @@
-"""The port that a server comes back to after each of its lives."""
+"""A port that is kept for a server while it is restarted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ __all__ = ["Port"]
 
 
 class Port:
-    """An address that a server can come back to.
+    """An address that a server can come back to after each restart.
 
-    A free port is chosen here, once. The bound socket that is kept does not listen: it lets our server bind the port too,
-    and keeps it from everybody else while the server is away, be it the kernel that looks for a client's port. A worker
+    A free port is chosen here, once, and the bound socket is kept. It does not listen, so our server can bind the port
+    too. But nobody else gets the port while the server is away, the kernel's choice of a client's port included. A worker
     that tries to reach the absent server could otherwise be given that very port and be connected to itself.
+
+    Args:
+        address: "HOST:PORT"; port 0 takes a free one.
+        field: the option that gave it, for errors.
 
     Attributes:
         address: "HOST:PORT"; as given where it cannot be bound, so that the server can say why.
@@ -27,22 +31,26 @@ class Port:
         self._socket: socket.socket | None = None
         with contextlib.suppress(AddressError, OSError):
             host, port = parse_address(address, field)
-            kept = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            try:
-                kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                kept.bind((host, port))
-                bound = kept.getsockname()[1]
-            except BaseException:
-                kept.close()
-                raise
-            self.address = format_address(host, bound)
+            bound = _bind(host, port)
+            self.address = format_address(host, bound.getsockname()[1])
             if sys.platform == "linux":
-                self._socket = kept
+                self._socket = bound
             else:  # elsewhere two sockets cannot bind one port in this way
-                kept.close()
+                bound.close()
 
     def close(self) -> None:
-        """Lets the port go."""
+        """Release the port."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound

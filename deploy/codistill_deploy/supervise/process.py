@@ -1,4 +1,4 @@
-"""One life of a process on this machine: started at once, asked how it does, told to end."""
+"""One process on this machine, from its start to its end: polled, sent signals, killed where it hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
 _LOG_TAIL = 65536
-_SIGNS = 65536  # as many as a pipe holds: old ones must not pass for new ones
+_PIPE_BYTES = 65536  # as many as a pipe holds: old heartbeats must not pass for new ones
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Launch:
 
     Attributes:
         environment: their environment.
-        pipe: the reading end of the pipe that ties them to this process; see :mod:`codistill_deploy.supervise.parent_death`.
-        keep: further descriptors that they inherit.
+        parent_pipe: the reading end of the pipe by which they see this process die; see
+            :mod:`codistill_deploy.supervise.parent_death`.
+        inherited: further descriptors that they inherit.
     """
 
     environment: Mapping[str, str]
-    pipe: int
-    keep: tuple[int, ...] = ()
+    parent_pipe: int
+    inherited: tuple[int, ...] = ()
 
 
 class Process:
@@ -45,7 +46,8 @@ class Process:
         arguments: its command line.
         log: the file that its output is appended to.
         launch: how it is started.
-        hang_after: seconds without a sign of life after which it is killed; see :mod:`codistill_deploy.supervise.heartbeat`.
+        hang_after: seconds without a heartbeat after which it is killed; see
+            :mod:`codistill_deploy.supervise.heartbeat`.
 
     Raises:
         OSError: it cannot be started now.
@@ -53,61 +55,65 @@ class Process:
 
     def __init__(self, arguments: Sequence[str], log: Path, launch: Launch, hang_after: float) -> None:
         self._log = log
-        self._hung: str | None = None
-        log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last life
+        self._hang: str | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last start
         self._log_file = log.open("ab")
         try:
-            self._signs, theirs = os.pipe()
+            self._beats, childs_end = os.pipe()
         except BaseException:
             self._log_file.close()
             raise
         try:
-            os.set_blocking(self._signs, False)
+            os.set_blocking(self._beats, False)
             self._log_start = log.stat().st_size
-            # A session of its own keeps the terminal's Ctrl-C from it: what it is told, the parent tells it.
+            # A session of its own keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
             self._process = subprocess.Popen(
                 [*arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,
-                env={**launch.environment, PARENT_VARIABLE: str(launch.pipe), HEARTBEAT_VARIABLE: str(theirs)},
-                pass_fds=(launch.pipe, theirs, *launch.keep),
+                env={
+                    **launch.environment,
+                    PARENT_VARIABLE: str(launch.parent_pipe),
+                    HEARTBEAT_VARIABLE: str(childs_end),
+                },
+                pass_fds=(launch.parent_pipe, childs_end, *launch.inherited),
                 start_new_session=True,
             )
         except BaseException:
             self._release()
             raise
         finally:
-            os.close(theirs)
-        self._pulse = Heartbeat(hang_after, time.monotonic())
+            os.close(childs_end)
+        self._heartbeat = Heartbeat(hang_after, time.monotonic())
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs. It has to be asked for again and again: that finds that it hangs, and kills it."""
+        """The exit code; None while the process runs. Read it again and again: that finds and kills what hangs."""
         code = self._process.poll()
         if code is not None:
-            return code if self._hung is None else ExitCode.HUNG
-        if self._hung is None and not self._log_file.closed:
-            self._hung = self._pulse.tick(time.monotonic(), self._signs_given())
-            if self._hung is not None:
+            return code if self._hang is None else ExitCode.HUNG
+        if self._hang is None and not self._log_file.closed:
+            self._hang = self._heartbeat.tick(time.monotonic(), self._read_beats())
+            if self._hang is not None:
                 self._process.kill()
         return None
 
     def ending(self, ran: float) -> Ending:
-        """Returns how it ended, which it has, after so many seconds."""
+        """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         code = self.code
         assert code is not None  # noqa: S101 - the caller looked
-        return Ending(code, self._hung or (self._last_error() if code > 0 else ""), ran)
+        return Ending(code, self._hang or (self._last_error() if code > 0 else ""), ran)
 
-    def tell(self, number: signal.Signals) -> None:
-        """Sends a signal if it runs."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal if the process runs."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
     def close(self) -> None:
-        """Kills it if it runs, even if it is stopped, and closes its log."""
-        self.tell(signal.SIGKILL)
+        """Kill the process if it runs, even if it is stopped, and close its log."""
+        self.send_signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it, on a dead disk perhaps
             self._process.wait(_KILL_SECONDS)
         self._release()
@@ -115,16 +121,16 @@ class Process:
     def _release(self) -> None:
         if not self._log_file.closed:
             self._log_file.close()
-            os.close(self._signs)
+            os.close(self._beats)
 
-    def _signs_given(self) -> bytes:
+    def _read_beats(self) -> bytes:
         try:
-            return os.read(self._signs, _SIGNS)
+            return os.read(self._beats, _PIPE_BYTES)
         except BlockingIOError:
             return b""
 
     def _last_error(self) -> str:
-        """Returns the last error line that it printed, or its last line; it is near the log's end."""
+        """Return the last error line that it printed, or its last line; both are near the log's end."""
         try:
             with self._log.open("rb") as file:
                 end = file.seek(0, os.SEEK_END)

@@ -1,6 +1,6 @@
-"""Whether a process that ended is started again: a pure policy, without a clock and without processes.
+"""Whether a process that ended is restarted: a pure policy, without a clock and without processes.
 
-What ended because of the machine or of others (a signal, no memory, a server that went away) is started again, after a
+What ended because of the machine or of others (a signal, no memory, a server that went away) is restarted, after a
 pause that doubles. What ended because of itself is not: steps are deterministic, so an error that comes back at the same
 place comes back for ever.
 """
@@ -44,8 +44,8 @@ class Ending:
         code: its exit code; a signal's number, negative, if that killed it.
         line: the last error that it printed, or its last line.
         ran: for how many seconds it ran.
-        lost: what took it along, half a sentence, where that was not itself: the machine that it ran on.
-        started: whether it came to run at all; if not, `line` says what kept it from that.
+        lost: half a sentence on the loss of the machine that it ran on, where that ended it; else "".
+        started: whether it ran at all; if not, `line` says what prevented it.
     """
 
     code: int
@@ -66,9 +66,9 @@ class Ending:
         return f"ended with exit code {self.code}: {self.line}"
 
     def same_error(self, other: Ending) -> bool:
-        """Whether both are errors of their own, and the same one.
+        """Return whether both are the same error of the process itself.
 
-        A signal, a request to end, a lack of memory, and what kept it from being started are none.
+        A signal, a request to end, a lack of memory, and a start that failed are no such errors.
         """
         if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN or not self.started:
             return False
@@ -77,7 +77,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Restart:
-    """Start it again after so many seconds: restart `number` of at most `limit`."""
+    """Restart it after `after` seconds: restart `number` of at most `limit`."""
 
     after: float
     number: int
@@ -86,26 +86,26 @@ class Restart:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Do not start it again; `reason` says why, as half a sentence."""
+    """Do not restart it; `reason` says why, as half a sentence."""
 
     reason: str
 
 
-def decide(ending: Ending, history: Sequence[Ending], limit: int, *, deterministic: bool = True) -> Restart | GiveUp:
-    """Decides about a process that ended although the run needs it.
+def decide(ending: Ending, earlier: Sequence[Ending], limit: int, *, deterministic: bool = True) -> Restart | GiveUp:
+    """Decide whether to restart a process that ended although the run needs it.
 
     Args:
         ending: how it ended.
-        history: how its predecessors ended, oldest first; each was started again.
-        limit: how often it may be started again before it has run well.
-        deterministic: whether the same error comes back for ever. A worker repeats its steps; what a server meets is up to
-            its callers and its disk.
+        earlier: how it ended before, oldest first; it was restarted each time.
+        limit: how often it may be restarted before it has run well.
+        deterministic: whether the same error comes back for ever. A worker repeats its steps, so it does. A server's errors
+            depend on its callers and its disk.
     """
     if limit == 0:
         return GiveUp(RESTARTS_OFF)
     if ending.code in _NEVER:
         return GiveUp(_NEVER[ExitCode(ending.code)])
-    recent = _since_it_ran_well([*history, ending])
+    recent = _since_it_ran_well([*earlier, ending])
     if deterministic and len(recent) > 1 and ending.same_error(recent[-2]):
         return GiveUp("the same error came twice in a row, so it would come again")
     if len(recent) > limit:
@@ -115,9 +115,9 @@ def decide(ending: Ending, history: Sequence[Ending], limit: int, *, determinist
 
 
 def _since_it_ran_well(endings: Sequence[Ending]) -> Sequence[Ending]:
-    """Returns the endings from the last one on that came after a long life; one that ended in a long wait was none."""
-    long_lives = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL and ending.code not in _WAITS]
-    return endings[long_lives[-1] :] if long_lives else endings
+    """Return the endings from the last good run's on; a run that ended in a long wait was not a good one."""
+    good_runs = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL and ending.code not in _WAITS]
+    return endings[good_runs[-1] :] if good_runs else endings
 
 
 def _without_addresses(line: str) -> str:

@@ -1,4 +1,4 @@
-"""A run's parts and their command lines: what follows the Python that runs them, wherever that is."""
+"""The processes of a run and their command lines: what follows the Python that runs them, on whatever machine."""
 
 from __future__ import annotations
 
@@ -9,42 +9,40 @@ from codistill.config.experiment import Experiment
 from codistill.rundir.layout import ParticipantLayout
 from codistill_deploy.run_folder import RunFolder
 
-__all__ = ["ProcessSpec", "serve_arguments", "work_arguments", "workers"]
+__all__ = ["ProcessSpec", "serve_arguments", "work_arguments", "worker_specs"]
 
 _MODULE = ("-m", "codistill_deploy")
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One that takes part in a run.
+    """The worker of one participant.
 
     Attributes:
-        title: as people call it.
-        name: its name in the experiment.
-        log: what its worker prints.
-        host_lock: what its actor holds on a Ray cluster.
-        hang_after: its `training.hang_after`.
+        title: its name for people: "student 'a'".
+        participant: its participant's name in the experiment.
+        log: the file that holds its output.
+        host_lock: the file that its actor locks on a Ray cluster.
+        hang_after: its `training.hang_after`, in seconds.
     """
 
     title: str
-    name: str
+    participant: str
     log: Path
     host_lock: Path
     hang_after: float
 
 
-def workers(experiment: Experiment, folder: RunFolder) -> list[ProcessSpec]:
-    """Returns the students, then the teachers, in the experiment's order."""
-    return [
-        *(
-            _spec("student", folder.student(name), experiment.plan(name).training.hang_after)
-            for name in experiment.names
-        ),
-        *(
-            _spec("teacher", folder.teacher(name), experiment.teacher_plan(name).training.hang_after)
-            for name in experiment.teacher_names
-        ),
+def worker_specs(experiment: Experiment, folder: RunFolder) -> list[ProcessSpec]:
+    """Return the students' workers, then the teachers', in the experiment's order."""
+    students = [
+        _spec("student", folder.student(name), experiment.plan(name).training.hang_after) for name in experiment.names
     ]
+    teachers = [
+        _spec("teacher", folder.teacher(name), experiment.teacher_plan(name).training.hang_after)
+        for name in experiment.teacher_names
+    ]
+    return students + teachers
 
 
 def _spec(kind: str, layout: ParticipantLayout, hang_after: float) -> ProcessSpec:
@@ -53,17 +51,17 @@ def _spec(kind: str, layout: ParticipantLayout, hang_after: float) -> ProcessSpe
 
 
 def serve_arguments(folder: RunFolder) -> list[str]:
-    """Returns the server's, without its addresses.
+    """Return the arguments of the server, without its addresses.
 
-    It stays after the run is complete: a worker whose goodbye got no answer says it again, to its successor too.
+    The server stays after the run is complete. A worker whose Leave got no answer repeats it, also to a restarted server.
     """
-    return [*_MODULE, "serve", *_run(folder), "--stay"]
+    return [*_MODULE, "serve", *_run_arguments(folder), "--stay"]
 
 
-def work_arguments(folder: RunFolder, name: str) -> list[str]:
-    """Returns the worker's of a student or a teacher; it finds the server by the folder."""
-    return [*_MODULE, "work", *_run(folder), "--student", name]
+def work_arguments(folder: RunFolder, participant: str) -> list[str]:
+    """Return the arguments of a participant's worker, which finds the server by the folder."""
+    return [*_MODULE, "work", *_run_arguments(folder), "--student", participant]
 
 
-def _run(folder: RunFolder) -> list[str]:
+def _run_arguments(folder: RunFolder) -> list[str]:
     return [str(folder.experiment_file), "--run-dir", str(folder.path)]

@@ -1,4 +1,4 @@
-"""What every section of an experiment file is made of."""
+"""The base of every section of an experiment file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from codistill.config.errors import shown
+from codistill.config.errors import format_value
 
-__all__ = ["OPERATIONAL", "REFERENCE", "Section", "plain_values"]
+__all__ = ["OPERATIONAL", "REFERENCE", "Section", "require_json_values"]
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
 """Marks a field that may differ between the processes of a run."""
@@ -20,24 +20,24 @@ REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class Section(BaseModel):
-    """A section: unknown keys are refused, and nothing in it changes."""
+    """A section. It rejects unknown keys, and its fields do not change."""
 
-    # Strict: true and "3" are no numbers, however well they would convert. YAML has lists only, so tuples are not.
+    # Strict, as true and "3" would else convert to numbers. Fields with tuples are not, as YAML has lists only.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
-def plain_values(value: dict[str, Any]) -> dict[str, Any]:
-    """Checks that arguments for somebody's callable can be written down and compared.
+def require_json_values(value: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments for a user's callable, which must be JSON to be written into a run folder and compared.
 
     Raises:
-        ValueError: one cannot.
+        ValueError: one has no JSON form.
     """
     for key, item in value.items():
         try:
             json.dumps(item, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}: {shown(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
+                f"{key}: {format_value(item)} is not allowed; allowed are text, finite numbers, true, false, null, "
                 "lists and maps of them"
             ) from error
     return value

@@ -1,66 +1,17 @@
-"""The experiment file's `data` section, and what is known of the data sets that it names."""
+"""The experiment file's `data` section."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from codistill.config.base import OPERATIONAL, REFERENCE, Section
+from codistill.config.datasets import DATASETS, DatasetInfo
 
-__all__ = ["DATASETS", "Augment", "Data", "DatasetInfo", "Normalize"]
-
-
-class DatasetInfo(BaseModel):
-    """What is known of a built-in data set without loading it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    classes: int | None
-    channels: int | None
-    size: int | None
-    about: str
-    train: int | None = None
-    test: int | None = None
-    divided: bool = False
-    """Whether train and test are drawn from one pool, so that more of one is less of the other."""
-
-
-DATASETS: Mapping[str, DatasetInfo] = {
-    "digits": DatasetInfo(
-        classes=10,
-        channels=1,
-        size=8,
-        train=1_347,
-        test=450,
-        divided=True,
-        about="scikit-learn's 1,797 handwritten digits; no download",
-    ),
-    "mnist": DatasetInfo(classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's MNIST"),
-    "fashion_mnist": DatasetInfo(
-        classes=10, channels=1, size=28, train=60_000, test=10_000, about="torchvision's Fashion-MNIST"
-    ),
-    "cifar10": DatasetInfo(classes=10, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-10"),
-    "cifar100": DatasetInfo(
-        classes=100, channels=3, size=32, train=50_000, test=10_000, about="torchvision's CIFAR-100"
-    ),
-    "imagenet": DatasetInfo(
-        classes=1000,
-        channels=3,
-        size=None,
-        train=1_281_167,
-        test=50_000,
-        about="torchvision's ImageNet; needs `image_size`",
-    ),
-    "image_folder": DatasetInfo(
-        classes=None,
-        channels=3,
-        size=None,
-        about="`root`/train/CLASS/* and `root`/test/CLASS/* (or val); needs `classes` and `image_size`",
-    ),
-}
+__all__ = ["Augment", "Data", "Normalize"]
 
 
 class Augment(Section):
@@ -184,5 +135,61 @@ class Data(Section):
         """The number of classes, given or known."""
         known = DATASETS.get(self.dataset)
         count = self.classes or (known.classes if known else None)
-        assert count is not None  # noqa: S101 - _complete saw to it
+        assert count is not None  # noqa: S101 - _complete has checked it
         return count
+
+    @property
+    def training_samples(self) -> int | None:
+        """The number of samples to train on. None where it is not known without loading the set, or is not there."""
+        known = DATASETS.get(self.dataset)
+        available = known.train if known is not None else None
+        if self.train_size is None:
+            return None if available is None or self.held_out >= available else available - self.held_out
+        if known is not None and known.most_to_train_on is not None and self.train_size > known.most_to_train_on:
+            return None
+        return max(self.train_size - self.held_out, 0)
+
+    def size_problems(self, batch_size: int) -> Iterator[str]:
+        """Yield what does not fit the data set, as far as its size is known without loading it.
+
+        Args:
+            batch_size: the experiment's; it is checked too, as no more samples fit a batch than are trained on.
+
+        Yields:
+            A line for each problem, with its path in the experiment.
+        """
+        known = DATASETS.get(self.dataset)
+        if known is not None:
+            yield from self._known_size_problems(known)
+        available = known.train if known is not None else None
+        samples = self.training_samples
+        if samples is not None and samples < batch_size:
+            total = "data.train_size" if self.train_size else f"{available} of {self.dataset}"
+            yield (
+                f"training.batch_size: {batch_size} is larger than the {samples} training samples ({total} less "
+                "data.held_out)"
+            )
+
+    def _known_size_problems(self, known: DatasetInfo) -> Iterator[str]:
+        if self.normalize is not None and known.channels is not None and len(self.normalize.mean) != known.channels:
+            yield (
+                f"data.normalize: {len(self.normalize.mean)} channels, but the images of {self.dataset} have "
+                f"{known.channels}"
+            )
+        if known.train is None or known.test is None or known.most_to_train_on is None:
+            return
+        wanted = self.train_size or known.train
+        if wanted > known.most_to_train_on:
+            yield (
+                f"data.train_size: {wanted} is more than {self.dataset} has to train on; allowed: 1 to "
+                f"{known.most_to_train_on}"
+            )
+            return
+        left = known.train + known.test - wanted if known.divided else known.test
+        if (self.test_size or 0) > left:
+            yield f"data.test_size: {self.test_size} is more than {self.dataset} has to test on; allowed: 1 to {left}"
+        if self.train_size is None and self.held_out >= known.train:
+            yield (
+                f"data.held_out: {self.held_out} leaves nothing of {known.train} training samples; allowed: 0 to "
+                f"{known.train - 1}"
+            )

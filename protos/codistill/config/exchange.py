@@ -87,8 +87,8 @@ class Exchange(Section):
     )
 
     @model_validator(mode="after")
-    def _nested(self) -> Exchange:
-        """Checks that the shorter waits end before the longer ones, so that each can do its part."""
+    def _waits_in_order(self) -> Exchange:
+        """Check that each wait ends before a longer one that it is part of."""
         waits = [("waiting_notice", self.waiting_notice), ("give_up_after", self.give_up_after)]
         if self.on_absence == "proceed":
             waits = [

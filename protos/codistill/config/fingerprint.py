@@ -1,7 +1,7 @@
-"""What of an experiment must be the same everywhere, and how two of them differ.
+"""The part of an experiment that must be the same in every process, and how two of them differ.
 
-Everything that decides a run's numbers is in its identity; fields marked *operational* (a device, a time-out) are left out.
-An identity is text, as it travels in joins and lies in journals and checkpoints; one from outside may be any text.
+An identity holds everything that decides a run's numbers, and leaves out fields marked *operational* (a device, a
+time-out). It is text: it travels in joins and lies in journals and checkpoints. An identity from outside may be any text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from pydantic import BaseModel
 
-from codistill.config.errors import cut
+from codistill.config.errors import shorten
 
 __all__ = ["difference", "extends", "identity"]
 
@@ -22,103 +22,104 @@ _Path: TypeAlias = "tuple[_Path, str] | None"
 
 
 def identity(experiment: BaseModel) -> str:
-    """Returns what of an experiment must be the same everywhere, as canonical JSON."""
-    return json.dumps(_identity_of(experiment), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Return the part of an experiment that must be the same in every process, as canonical JSON."""
+    return json.dumps(_decisive_part(experiment), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def difference(ours: str, theirs: str) -> str | None:
-    """Returns one line on the first field in which two identities differ, or None if they are equal.
+    """Return one line on the first field in which two identities differ, or None if they are equal.
 
     Args:
         ours: the run's identity.
-        theirs: the other one's; it may be any text, as it comes from outside.
+        theirs: the other identity. It comes from outside, so it may be any text.
     """
     if ours == theirs:
         return None
-    left, right = _document_in(ours), _document_in(theirs)
-    if left is None or right is None:
+    our_fields, their_fields = _parse_fields(ours), _parse_fields(theirs)
+    if our_fields is None or their_fields is None:
         return "experiment: what was sent is not the JSON of an experiment"
-    differs = _first_difference(left, right)
-    if differs is not None:
-        path, have, has = differs
-        section = path.partition(".")[0]
-        extra = _those_that_one_lacks(left.get(section), right.get(section)) if section in _NAMED else None
-        if extra is not None:
-            return f"experiment {section}: {extra}"
-        shown = cut(path if path.isprintable() else ascii(path))
-        return f"experiment field {shown}: the run has {cut(have)}, this worker has {cut(has)}"
-    return "experiment: written differently"
+    first = _first_difference(our_fields, their_fields)
+    if first is None:
+        return "experiment: written differently"
+    path, our_value, their_value = first
+    section = path.partition(".")[0]
+    if section in _NAMED:
+        missing = _missing_names(our_fields.get(section), their_fields.get(section))
+        if missing is not None:
+            return f"experiment {section}: {missing}"
+    field = shorten(path if path.isprintable() else ascii(path))
+    return f"experiment field {field}: the run has {shorten(our_value)}, this worker has {shorten(their_value)}"
 
 
 def extends(older: str, newer: str) -> bool:
-    """Returns whether an identity is another one's with students added after the others, and nothing else changed.
-
-    Args:
-        older: the identity without them.
-        newer: the identity that may have more students.
-    """
+    """Return whether `newer` is `older` with students appended, and nothing else changed."""
     try:
         before, after = json.loads(older), json.loads(newer)
-        had, has = before.pop("students"), after.pop("students")
-        return bool(before == after and len(has) > len(had) and has[: len(had)] == had)
+        students, more = before.pop("students"), after.pop("students")
+        return bool(before == after and len(more) > len(students) and more[: len(students)] == students)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
-def _identity_of(value: Any) -> Any:
+def _decisive_part(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {
-            name: _identity_of(getattr(value, name))
+            name: _decisive_part(getattr(value, name))
             for name, field in type(value).model_fields.items()
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
         }
     if isinstance(value, tuple | list):
-        return [_identity_of(item) for item in cast("list[Any]", value)]
+        return [_decisive_part(item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
-        return {str(key): _identity_of(item) for key, item in cast("dict[Any, Any]", value).items()}
+        return {str(key): _decisive_part(item) for key, item in cast("dict[Any, Any]", value).items()}
     return value
 
 
-def _document_in(text: str) -> dict[str, Any] | None:
+def _parse_fields(text: str) -> dict[str, Any] | None:
+    """Return the fields of an identity, or None where it is not a JSON object with any."""
     try:
-        document = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return document if isinstance(document, dict) and document else None
+    return fields if isinstance(fields, dict) and fields else None
 
 
 def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
-    """Returns the path of the first field that differs and both values as JSON, or None.
+    """Return the path of the first field that differs and both values as JSON, or None.
 
-    Only the path that is returned is ever written out: of a document from outside with long keys, all paths together
-    would take the square of its size. Nor does it recurse, as such a document may be nested as deep as JSON is read.
+    Only the returned path is written out. With long keys in a document from outside, all paths together would take the
+    square of its size. The search does not recurse, as such a document may be nested as deep as JSON is read.
     """
     pending: list[tuple[_Path, Any, Any]] = [(None, ours, theirs)]
     while pending:
-        path, left, right = pending.pop()
-        inner, other = _items(left), _items(right)
-        if (inner or left is _MISSING) and (other or right is _MISSING):
-            keys = sorted({*inner, *other}, reverse=True)
-            pending += [((path, key), inner.get(key, _MISSING), other.get(key, _MISSING)) for key in keys]
+        path, our_value, their_value = pending.pop()
+        our_items, their_items = _items(our_value), _items(their_value)
+        if (our_items or our_value is _MISSING) and (their_items or their_value is _MISSING):
+            keys = sorted({*our_items, *their_items}, reverse=True)
+            pending += [((path, key), our_items.get(key, _MISSING), their_items.get(key, _MISSING)) for key in keys]
             continue
-        have = _NOTHING if inner or left is _MISSING else json.dumps(left)
-        has = _NOTHING if other or right is _MISSING else json.dumps(right)
-        if have != has:
-            return _written(path), have, has
+        our_text = _NOTHING if our_items or our_value is _MISSING else json.dumps(our_value)
+        their_text = _NOTHING if their_items or their_value is _MISSING else json.dumps(their_value)
+        if our_text != their_text:
+            return _dotted(path), our_text, their_text
     return None
 
 
-def _those_that_one_lacks(ours: Any, theirs: Any) -> str | None:
-    """Returns in words which named items only one of two lists has, or None where neither is the other with more.
+def _missing_names(ours: Any, theirs: Any) -> str | None:
+    """Return a text on the named items that only one of two lists has, or None where each has some of its own.
 
-    Items go by their places elsewhere: where one is missing, the next one's first field would be named.
+    A comparison by position would name the first field of the item after a missing one.
     """
-    have, has = _names(ours), _names(theirs)
-    if have > has:
-        return f"the run has {cut(json.dumps(sorted(have - has))[1:-1])}, this worker has not"
-    if has > have:
-        return f"this worker has {cut(json.dumps(sorted(has - have))[1:-1])}, the run has not"
+    our_names, their_names = _names(ours), _names(theirs)
+    if our_names > their_names:
+        return f"the run has {_listed(our_names - their_names)}, this worker has not"
+    if their_names > our_names:
+        return f"this worker has {_listed(their_names - our_names)}, the run has not"
     return None
+
+
+def _listed(names: set[str]) -> str:
+    return shorten(json.dumps(sorted(names))[1:-1])
 
 
 def _names(value: Any) -> set[str]:
@@ -127,6 +128,7 @@ def _names(value: Any) -> set[str]:
 
 
 def _items(value: Any) -> dict[str, Any]:
+    """Return the values in a map, or in a list by their positions; nothing for any other value."""
     if isinstance(value, dict):
         return cast("dict[str, Any]", value)
     if isinstance(value, list):
@@ -134,7 +136,7 @@ def _items(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _written(path: _Path) -> str:
+def _dotted(path: _Path) -> str:
     keys: list[str] = []
     while path is not None:
         path, key = path

@@ -1,91 +1,42 @@
-"""The experiment file's `distillation` section: the methods, their parameters, and what each needs."""
+"""The experiment file's `distillation` section: the settings of every method.
+
+A built-in method is a class here and its place in :data:`Distillation`; its aggregator and objective are found by its name.
+A new KDCL ensemble is a row of :data:`KDCL_ENSEMBLES`, and a function of the same name.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from codistill.config.base import REFERENCE, Section, plain_values
-from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
+from codistill.config.base import REFERENCE, require_json_values
+from codistill.config.method_base import UNLIMITED, ExperimentSections, Intermittent, LayerReader, Method
 
 __all__ = [
+    "KDCL_ENSEMBLES",
+    "METHODS",
     "BornAgain",
     "CrossArchitecture",
     "Custom",
     "Dcm",
     "Distillation",
-    "DistillationOverrides",
     "Dml",
+    "EnsembleName",
+    "EnsembleSettings",
     "Fddml",
     "Hddml",
     "Independent",
     "Kd",
     "Kdcl",
     "LogitRegression",
-    "Method",
     "Rkd",
     "RkdAngle",
     "RkdDistance",
     "Vid",
 ]
-
-_MANY = 256
-
-
-class Method(Section):
-    """What all methods have.
-
-    Attributes:
-        students: how many students the method is for, least and most.
-        teachers: how many teachers.
-        reads_layers: whether it reads what models compute on their way to the logits.
-    """
-
-    students: ClassVar[tuple[int, int]] = (1, _MANY)
-    teachers: ClassVar[tuple[int, int]] = (0, 0)
-    reads_layers: ClassVar[bool] = False
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether students publish or learn anything."""
-        return True
-
-    @property
-    def title(self) -> str:
-        """The method with its variant."""
-        return cast("str", getattr(self, "method"))  # noqa: B009 - each subclass declares its own literal
-
-    def exchange_schedule(self, rounds_per_epoch: int) -> ExchangeSchedule:
-        """Returns which rounds exchange."""
-        del rounds_per_epoch
-        return EVERY_STEP
-
-    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
-        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
-        del epochs
-        name = cast("str", getattr(self, "method"))  # noqa: B009 - as above
-        method = f"distillation.method: {name!r}"
-        least, most = self.students
-        if len(students) < least:
-            yield (
-                f"{method} needs {_at_least(least, most)} student{'s' if least > 1 else ''}, there is {len(students)}; "
-                "add one, or choose `independent`"
-            )
-        elif len(students) > most:
-            yield f"{method} is for {most} students, there are {len(students)}; remove some, or choose another method"
-        least, most = self.teachers
-        if len(teachers) < least:
-            yield (
-                f"{method} needs a teacher, there is none; add one, for example "
-                "teachers: [{name: teacher, model: MODEL, weights: FILE}]"
-            )
-        elif len(teachers) > most and not most:
-            yield f"teachers: {', '.join(teachers)}, but method {name!r} has no use for a teacher; remove `teachers`"
-        elif len(teachers) > most:
-            yield f"teachers: there are {len(teachers)}, but method {name!r} takes {most}; remove some"
 
 
 class Independent(Method):
@@ -103,7 +54,7 @@ class Independent(Method):
 class Kd(Method):
     """Knowledge distillation (Hinton et al. 2015): the students learn from a teacher's softened probabilities."""
 
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
     method: Literal["kd"] = Field(default="kd", description="Knowledge distillation from a teacher.")
     weight: float = Field(
@@ -113,9 +64,9 @@ class Kd(Method):
 
 
 class LogitRegression(Method):
-    """Logit regression (Ba & Caruana 2014): the students' logits are to be the teacher's, by least squares."""
+    """Logit regression (Ba & Caruana 2014): the students fit the teacher's logits by least squares."""
 
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
     method: Literal["logit_regression"] = Field(
         default="logit_regression", description="Regression to a teacher's logits."
@@ -132,7 +83,7 @@ class BornAgain(Method):
     model, it is one generation.
     """
 
-    teachers: ClassVar[tuple[int, int]] = (0, _MANY)
+    teacher_limits: ClassVar[tuple[int, int]] = (0, UNLIMITED)
 
     method: Literal["born_again"] = Field(default="born_again", description="Generations that teach the next.")
     generations: int = Field(
@@ -141,9 +92,10 @@ class BornAgain(Method):
     weight: float = Field(default=1.0, ge=0, description="Weight of the divergence from the teacher.")
     temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
 
-    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
-        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
-        yield from super().problems(students, teachers, epochs)
+    def problems(self, experiment: ExperimentSections) -> Iterator[str]:
+        """Yield the needs not met, with those of generations and of teachers of the same architecture."""
+        yield from super().problems(experiment)
+        students, teachers = experiment.students, experiment.teachers
         if teachers and self.generations != 1:
             yield (
                 f"distillation.generations: {self.generations}, but `teachers` are the generation before; set it to 1, or "
@@ -153,98 +105,89 @@ class BornAgain(Method):
             yield f"teachers: there are {len(teachers)}, but `born_again` needs one for each of the {len(students)} students"
         elif not teachers and self.generations < 2:
             yield "distillation.generations: 1 is not allowed without `teachers`; allowed: 2 to 100"
-
-
-class _Layered(Method):
-    """A method that reads hidden layers."""
-
-    reads_layers: ClassVar[bool] = True
-
-    stages: int = Field(default=2, ge=1, le=8, description="How many hidden layers of each model are read.")
-    layers: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="By the name of a student or teacher, the names of its layers, shallow ones first; of one that is not named, layers that divide its depth evenly.",
-    )
-
-    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
-        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
-        yield from super().problems(students, teachers, epochs)
-        everybody = [*students, *teachers]
-        for name, layers in self.layers.items():
-            if name not in everybody:
-                yield f"distillation.layers.{name}: there is nobody of this name; allowed: {', '.join(everybody)}"
-            elif len(layers) != self.stages:
+        for position, (student, teacher) in enumerate(zip(students, teachers, strict=False)):
+            if (student.model, student.model_args) != (teacher.model, teacher.model_args):
                 yield (
-                    f"distillation.layers.{name}: {len(layers)} layers are not allowed; allowed are the {self.stages} of "
-                    "distillation.stages"
+                    f"teachers.{position}.model: {teacher.model!r} with {teacher.model_args}, but `born_again` has the "
+                    f"student's own architecture: {student.model!r} with {student.model_args}"
                 )
 
 
-class Vid(_Layered):
-    """Variational information distillation (Ahn et al. 2019): hidden layers are to tell of the teacher's."""
+class Vid(LayerReader):
+    """Variational information distillation (Ahn et al. 2019): the students' hidden layers learn to predict the teacher's."""
 
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
+    teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
-    method: Literal["vid"] = Field(default="vid", description="Hidden layers that tell of the teacher's.")
+    method: Literal["vid"] = Field(default="vid", description="Hidden layers that predict the teacher's.")
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of each layer's term.")
 
 
-class RkdDistance(Method):
-    """Relational distillation of distances (Park et al. 2019) between the embeddings of a batch's samples."""
+class _Relational(Method):
+    """A method that compares the relations among a batch's samples."""
 
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
-    reads_layers: ClassVar[bool] = True
+    teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
+    depends_on_models: ClassVar[bool] = True
+
+    def problems(self, experiment: ExperimentSections) -> Iterator[str]:
+        """Yield the needs not met, with that of a batch that has relations to compare."""
+        yield from super().problems(experiment)
+        batch_size = experiment.training.batch_size
+        if batch_size < 3:
+            yield (
+                f"training.batch_size: {batch_size} is not allowed; allowed is 3 or more, as `{self.method_name()}` compares "
+                "the relations among a batch's samples, and fewer all have the same"
+            )
+
+
+class RkdDistance(_Relational):
+    """Relational distillation of distances (Park et al. 2019) between the embeddings of a batch's samples."""
 
     method: Literal["rkd_distance"] = Field(default="rkd_distance", description="Distances among embeddings.")
     distance_weight: float = Field(default=25.0, ge=0, description="Weight of the distances' term.")
 
 
-class RkdAngle(Method):
+class RkdAngle(_Relational):
     """Relational distillation of angles (Park et al. 2019) between the embeddings of a batch's samples."""
-
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
-    reads_layers: ClassVar[bool] = True
 
     method: Literal["rkd_angle"] = Field(default="rkd_angle", description="Angles among embeddings.")
     angle_weight: float = Field(default=50.0, ge=0, description="Weight of the angles' term.")
 
 
-class Rkd(Method):
+class Rkd(_Relational):
     """Relational distillation of distances and angles (Park et al. 2019) between embeddings."""
-
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
-    reads_layers: ClassVar[bool] = True
 
     method: Literal["rkd"] = Field(default="rkd", description="Distances and angles among embeddings.")
     distance_weight: float = Field(default=25.0, ge=0, description="Weight of the distances' term.")
     angle_weight: float = Field(default=50.0, ge=0, description="Weight of the angles' term.")
 
 
-class _TaughtMutual(Method):
-    students: ClassVar[tuple[int, int]] = (2, 2)
-    teachers: ClassVar[tuple[int, int]] = (1, 1)
+class _TeacherAndPeer(Method):
+    """A method for two students that learn from a teacher and from each other."""
+
+    student_limits: ClassVar[tuple[int, int]] = (2, 2)
+    teacher_limits: ClassVar[tuple[int, int]] = (1, 1)
 
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of the teacher's term.")
     peer_weight: float = Field(default=1.0, ge=0, description="β, the weight of the other student's term.")
     temperature: float = Field(default=1.0, gt=0, description="T of the teacher's term, which is multiplied by T².")
 
 
-class Fddml(_TaughtMutual):
+class Fddml(_TeacherAndPeer):
     """Full deep distillation mutual learning (Lukman & Yang 2022): two students learn from a teacher and each other."""
 
     method: Literal["fddml"] = Field(default="fddml", description="A teacher for both of two students.")
 
 
-class Hddml(_TaughtMutual):
+class Hddml(_TeacherAndPeer):
     """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the first student only."""
 
     method: Literal["hddml"] = Field(default="hddml", description="A teacher for the first of two students.")
 
 
-class Dcm(_Layered):
+class Dcm(LayerReader):
     """Dense cross-layer mutual distillation (Yao & Sun 2020): classifiers on hidden layers teach one another too."""
 
-    students: ClassVar[tuple[int, int]] = (2, _MANY)
+    student_limits: ClassVar[tuple[int, int]] = (2, UNLIMITED)
 
     method: Literal["dcm"] = Field(default="dcm", description="Mutual learning of classifiers at several stages.")
     auxiliary_weight: float = Field(default=1.0, ge=0, description="α, of the auxiliary classifiers' cross-entropies.")
@@ -255,60 +198,85 @@ class Dcm(_Layered):
 class Dml(Method):
     """Deep mutual learning (Zhang et al. 2018): every student mimics the others' probabilities."""
 
-    students: ClassVar[tuple[int, int]] = (2, _MANY)
+    student_limits: ClassVar[tuple[int, int]] = (2, UNLIMITED)
+    own_temperatures: ClassVar[bool] = False
 
     method: Literal["dml"] = Field(default="dml", description="Deep mutual learning.")
     weight: float = Field(default=1.0, ge=0, description="Weight of the mutual term.")
     temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
 
 
+@dataclass(frozen=True)
+class EnsembleSettings:
+    """The properties of a KDCL ensemble.
+
+    Attributes:
+        about: a phrase for the documentation on how the target is made.
+        heavy: whether one target takes milliseconds; the server then makes it beside its event loop.
+        held_out: whether weights are measured on held-out samples; `data.held_out` must then set some aside.
+    """
+
+    about: str
+    heavy: bool = False
+    held_out: bool = False
+
+
+KDCL_ENSEMBLES: Mapping[str, EnsembleSettings] = {
+    "naive": EnsembleSettings("the best student's logits"),
+    "linear": EnsembleSettings("the best combination", heavy=True),
+    "min_logit": EnsembleSettings("the least margins"),
+    "general": EnsembleSettings("weights measured on held-out samples", held_out=True),
+}
+"""The ensembles of KDCL, by name."""
+
+if TYPE_CHECKING:
+    EnsembleName = str
+else:  # A type checker cannot read the names from the table.
+    EnsembleName = Literal[tuple(KDCL_ENSEMBLES)]
+
+
 class Kdcl(Method):
     """Collaborative learning (Guo et al. 2020): every student learns from one ensemble's soft target."""
 
-    students: ClassVar[tuple[int, int]] = (2, _MANY)
+    student_limits: ClassVar[tuple[int, int]] = (2, UNLIMITED)
 
     method: Literal["kdcl"] = Field(default="kdcl", description="Collaborative learning with an ensemble.")
-    ensemble: Literal["naive", "linear", "min_logit", "general"] = Field(
+    ensemble: EnsembleName = Field(
         default="min_logit",
-        description="How the target is made: the best student's logits; the best combination; the least margins; weights measured on held-out samples.",
+        description=f"How the target is made: {'; '.join(row.about for row in KDCL_ENSEMBLES.values())}.",
     )
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of the distillation term.")
     temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")
 
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Return the settings that choose each ensemble, by title."""
+        return {f"{cls.method_name()}/{name}": {"ensemble": name} for name in KDCL_ENSEMBLES}
+
     @property
     def title(self) -> str:
-        """The method with its variant."""
+        """The method with its ensemble."""
         return f"{self.method}/{self.ensemble}"
 
-
-class _Sometimes(Method):
-    """A method that need not exchange in every round."""
-
-    every: int = Field(default=1, ge=1, description="One round in so many exchanges; the others learn from the labels.")
-    start_epoch: float = Field(default=0.0, ge=0, description="Epochs before the first exchange.")
-
-    def exchange_schedule(self, rounds_per_epoch: int) -> ExchangeSchedule:
-        """Returns which rounds exchange."""
-        return ExchangeSchedule(math.ceil(self.start_epoch * rounds_per_epoch), self.every)
-
-    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
-        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
-        yield from super().problems(students, teachers, epochs)
-        if self.start_epoch >= epochs:
+    def problems(self, experiment: ExperimentSections) -> Iterator[str]:
+        """Yield the needs not met, with that of held-out samples."""
+        yield from super().problems(experiment)
+        if KDCL_ENSEMBLES[self.ensemble].held_out and not experiment.data.held_out:
             yield (
-                f"distillation.start_epoch: {self.start_epoch:g} is not allowed; allowed is less than the {epochs} of "
-                "training.epochs, or nothing is ever exchanged"
+                f"data.held_out: 0, but the `{self.ensemble}` ensemble measures its weights on held-out samples; set it, for "
+                "example to 1000"
             )
 
 
-class CrossArchitecture(_Sometimes):
+class CrossArchitecture(Intermittent):
     """Cross-architecture distillation, after Gao et al. (2019): now and then the students learn from their mean.
 
     The term's weight rises from 0 at `start_epoch` to `weight` at `full_epoch`. Interval, curve and aggregation are this
     project's reading of 'discontinuous distillation with progressively enhanced constraints'.
     """
 
-    students: ClassVar[tuple[int, int]] = (2, _MANY)
+    student_limits: ClassVar[tuple[int, int]] = (2, UNLIMITED)
+    own_temperatures: ClassVar[bool] = False
 
     method: Literal["cross_architecture"] = Field(
         default="cross_architecture", description="Discontinuous distillation with a rising constraint."
@@ -323,9 +291,9 @@ class CrossArchitecture(_Sometimes):
         default=None, gt=0, description="The epoch at which the weight has risen; the last one's end by default."
     )
 
-    def problems(self, students: Sequence[str], teachers: Sequence[str], epochs: int) -> Iterator[str]:
-        """Yields what of the run does not meet the method's needs, each with its path in the experiment."""
-        yield from super().problems(students, teachers, epochs)
+    def problems(self, experiment: ExperimentSections) -> Iterator[str]:
+        """Yield the needs not met, with that of an epoch at which the weight has risen."""
+        yield from super().problems(experiment)
         if self.full_epoch is not None and self.full_epoch <= self.start_epoch:
             yield (
                 f"distillation.full_epoch: {self.full_epoch:g} is not allowed; allowed is more than the "
@@ -333,10 +301,11 @@ class CrossArchitecture(_Sometimes):
             )
 
 
-class Custom(_Sometimes):
+class Custom(Intermittent):
     """A pair of your own: `server` makes targets, `worker` the loss. See docs/methods.md."""
 
-    teachers: ClassVar[tuple[int, int]] = (0, _MANY)
+    teacher_limits: ClassVar[tuple[int, int]] = (0, UNLIMITED)
+    depends_on_models: ClassVar[bool] = True
 
     method: Literal["custom"] = Field(default="custom", description="A pair of your own.")
     server: str = Field(description="`package.module:callable` that is given `parameters` and returns a server half.")
@@ -346,9 +315,14 @@ class Custom(_Sometimes):
         description="Keyword arguments of both callables: text, finite numbers, lists, maps.",
     )
 
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Return nothing: an aggregator and an objective have no defaults."""
+        return {}
+
     @property
     def title(self) -> str:
-        """The method with its variant."""
+        """The method with the objective's name."""
         return f"{self.method}/{self.worker}"
 
     @field_validator("server", "worker")
@@ -361,7 +335,7 @@ class Custom(_Sometimes):
     @field_validator("parameters")
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return plain_values(value)
+        return require_json_values(value)
 
 
 Distillation = Annotated[
@@ -384,12 +358,7 @@ Distillation = Annotated[
 ]
 
 
-class DistillationOverrides(Section):
-    """What of `distillation` one student may have of its own."""
-
-    weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
-    temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
-
-
-def _at_least(least: int, most: int) -> str:
-    return f"{least}" if least == most else f"at least {least}"
+METHODS: Mapping[str, type[Method]] = {
+    settings.method_name(): settings for settings in get_args(get_args(Distillation)[0])
+}
+"""The settings of every method, by its name."""

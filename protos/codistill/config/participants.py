@@ -1,4 +1,4 @@
-"""The experiment file's `students` and `teachers`, what each may have of its own, and what comes of it."""
+"""The experiment file's `students` and `teachers`, and the settings that each may have of its own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from codistill.config.base import OPERATIONAL, Section, plain_values
-from codistill.config.data import Data
-from codistill.config.errors import DEVICE, NAME
-from codistill.config.methods import Distillation, DistillationOverrides
-from codistill.config.training import Training
+from codistill.config.base import OPERATIONAL, Section, require_json_values
+from codistill.config.errors import DEVICE_PATTERN, NAME_PATTERN
 
-__all__ = ["Student", "StudentPlan", "Teacher", "TeacherPlan"]
+__all__ = ["Student", "Teacher"]
 
 
 class TrainingOverrides(Section):
@@ -23,7 +20,7 @@ class TrainingOverrides(Section):
     clip_norm: float | None = Field(default=None, gt=0, description="As in `training`.")
     device: str | None = Field(
         default=None,
-        pattern=DEVICE,
+        pattern=DEVICE_PATTERN,
         description="As in `training`.",
         json_schema_extra=OPERATIONAL,
     )
@@ -38,11 +35,18 @@ class DataOverrides(Section):
     augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
 
 
+class DistillationOverrides(Section):
+    """What of `distillation` one student may have of its own."""
+
+    weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
+    temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
+
+
 class Student(Section):
     """One student: a model, and whatever it does differently from the others."""
 
     name: str = Field(
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
     )
     model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
@@ -60,14 +64,14 @@ class Student(Section):
     @field_validator("model_args")
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return plain_values(value)
+        return require_json_values(value)
 
 
 class TeacherTraining(Section):
     """What of `training` a teacher has of its own: how it is run, as it learns nothing."""
 
     device: str | None = Field(
-        default=None, pattern=DEVICE, description="As in `training`.", json_schema_extra=OPERATIONAL
+        default=None, pattern=DEVICE_PATTERN, description="As in `training`.", json_schema_extra=OPERATIONAL
     )
     precision: Literal["float32", "bfloat16"] | None = Field(default=None, description="As in `training`.")
     channels_last: bool | None = Field(default=None, description="As in `training`.")
@@ -78,7 +82,7 @@ class Teacher(Section):
     """One teacher: a model with weights that never change."""
 
     name: str = Field(
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have it.",
     )
     model: str = Field(description="As a student's.")
@@ -92,22 +96,4 @@ class Teacher(Section):
     @field_validator("model_args")
     @classmethod
     def _representable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return plain_values(value)
-
-
-class TeacherPlan(Section):
-    """One teacher's settings with every override applied; see :meth:`Experiment.teacher_plan`."""
-
-    teacher: Teacher
-    data: Data
-    training: Training
-    distillation: Distillation
-
-
-class StudentPlan(Section):
-    """One student's settings with every override applied; see :meth:`Experiment.plan`."""
-
-    student: Student
-    data: Data
-    training: Training
-    distillation: Distillation
+        return require_json_values(value)

@@ -9,17 +9,17 @@ __all__ = ["EVERY_STEP", "ExchangeSchedule"]
 
 @dataclass(frozen=True)
 class ExchangeSchedule:
-    """Round `start`, and from there one round in `every`, exchanges; in the others students learn from the labels alone.
+    """The steps that exchange: `start`, and from there one step in `every`. At all others students learn from labels alone.
 
-    A worker counts training steps, the server what is exchanged. Where every round exchanges the two are the same.
+    A worker counts training steps, the server counts exchanges. With the defaults the two counts are the same.
 
     Attributes:
-        start: the first round that exchanges.
-        every: rounds from one exchange to the next.
+        start: the first step that exchanges, counted from 0.
+        every: steps from one exchange to the next.
 
     Example:
         >>> schedule = ExchangeSchedule(start=4, every=3)
-        >>> [number for number in range(12) if schedule.exchanges(number)]
+        >>> [step for step in range(12) if schedule.exchanges(step)]
         [4, 7, 10]
         >>> schedule.exchanges_before(8), schedule.round(2)
         (2, 10)
@@ -28,16 +28,16 @@ class ExchangeSchedule:
     start: int = 0
     every: int = 1
 
-    def exchanges(self, number: int) -> bool:
-        """Returns whether a round exchanges."""
-        return number >= self.start and (number - self.start) % self.every == 0
+    def exchanges(self, step: int) -> bool:
+        """Return whether a step exchanges."""
+        return step >= self.start and (step - self.start) % self.every == 0
 
-    def exchanges_before(self, number: int) -> int:
-        """Returns how many rounds before this one exchange; of one that does, that is its number as an exchange."""
-        return max(0, -(-(number - self.start) // self.every))
+    def exchanges_before(self, step: int) -> int:
+        """Return the number of exchanges before a step. For a step that exchanges, this is the exchange's own number."""
+        return max(0, -(-(step - self.start) // self.every))
 
     def round(self, exchange: int) -> int:
-        """Returns the round in which an exchange takes place, both counted from 0."""
+        """Return the step at which an exchange takes place, both counted from 0."""
         return self.start + exchange * self.every
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from codistill.config.base import OPERATIONAL, Section
-from codistill.config.errors import DEVICE, InconsistentError
+from codistill.config.errors import DEVICE_PATTERN, SectionError
 
 __all__ = ["Optimizer", "Schedule", "Training"]
 
@@ -28,7 +28,7 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Optimizer:
         if self.name == "sgd" and self.nesterov and not self.momentum:
-            raise InconsistentError(["nesterov: true, but momentum is 0; leave it out, or set momentum above 0"])
+            raise SectionError(["nesterov: true, but momentum is 0; leave it out, or set momentum above 0"])
         return self
 
 
@@ -69,7 +69,7 @@ class Training(Section):
     )
     device: str = Field(
         default="auto",
-        pattern=DEVICE,
+        pattern=DEVICE_PATTERN,
         description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
         json_schema_extra=OPERATIONAL,
     )
@@ -107,7 +107,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Training:
         if self.schedule.warmup_epochs >= self.epochs:
-            raise InconsistentError(
+            raise SectionError(
                 [
                     (
                         f"schedule.warmup_epochs: {self.schedule.warmup_epochs:g} is not allowed; allowed is less than the "

@@ -1,11 +1,11 @@
-"""What a server half is: which outputs it takes, and the targets that it makes of a round's.
+"""The server's interface of a method: an :class:`Aggregator` turns the outputs of a round into targets.
 
-A half is a function of what the participants published and of its own small state, and of nothing else, so that the
-same round gives the same targets wherever and whenever it is computed. All that lies between it and the worker's half
-of the same name moves named arrays and knows none of their names.
+Targets depend on the outputs that the participants published and on the aggregator's own small state, and on nothing else.
+So the same round gives the same targets wherever and whenever they are computed. Outputs and targets are named arrays;
+nothing between the aggregator and the worker's objective knows their names.
 
-A round may have been closed without some students. What is made then is made of those that are there, and whoever was
-not, learns from all of them. Without the teacher there is nothing to be made.
+A round may close without some students. Its targets are then made of the outputs of the others, and a student that was
+absent learns from all of them. A round without its teacher has no targets.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ class Output:
     """The shape of a named output, without the samples.
 
     Attributes:
-        limits: for each dimension the largest that it may be, of which the first worker that joins settles the size; or
-            None where it is the number of classes.
+        limits: for each dimension its largest size, or None where it is the number of classes. The first worker that joins
+            settles the sizes.
     """
 
     limits: tuple[int | None, ...]
 
     def largest(self, classes: int) -> list[int]:
-        """Returns the largest shape, with so many classes."""
+        """Return the largest shape for a number of classes."""
         return [classes if limit is None else limit for limit in self.limits]
 
-    def takes(self, dims: list[int], classes: int) -> bool:
-        """Returns whether a shape is allowed."""
+    def accepts(self, dims: list[int], classes: int) -> bool:
+        """Return whether a shape is allowed."""
         return len(dims) == len(self.limits) and all(
             size == classes if limit is None else 1 <= size <= limit
             for size, limit in zip(dims, self.limits, strict=True)
         )
 
     def describe(self, classes: int) -> str:
-        """Returns what is allowed, for a message."""
+        """Return the allowed shapes, for a message."""
         return f"[{', '.join(str(classes) if limit is None else f'up to {limit}' for limit in self.limits)}]"
 
 
@@ -68,7 +68,7 @@ def _no_teachers() -> dict[str, Arrays]:
 
 @dataclass(frozen=True)
 class RoundInputs:
-    """What was published in a round, in the experiment's order.
+    """The outputs that were published in a round, in the experiment's order.
 
     Attributes:
         students: the names of the K students that contributed.
@@ -77,7 +77,7 @@ class RoundInputs:
         teachers: by the name of each teacher that contributed its named outputs, [B, ...], float32.
         held_out: each named output for the held-out samples, [K, N, ...], float32; empty in most rounds.
         held_out_labels: their classes, [N], int64; None in most rounds.
-        state: what the half returned with the round before; empty for the first.
+        state: the arrays that the aggregator returned with the round before; empty for the first.
         include_absent: whether students that did not contribute will ask for the targets.
     """
 
@@ -93,12 +93,12 @@ class RoundInputs:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a round's targets are. A student that is given no array learns from the labels alone.
+    """The targets of a round. A student without an array learns from the labels alone.
 
     Attributes:
+        shared: named arrays for every student that is not in `each`.
         each: named arrays by student, where they differ.
-        shared: named arrays for every student that has none of its own.
-        state: float32 arrays to be handed back with the next round; journalled with this one.
+        state: float32 arrays, journalled with this round and passed to the next.
     """
 
     shared: Arrays | None = None
@@ -107,14 +107,14 @@ class Targets:
 
 
 NOTHING = Targets(shared={})
-"""The targets of a round that nothing can be made of."""
+"""The targets of a round whose students learn from the labels alone."""
 
 
 class Aggregator(Protocol):
-    """The server half of a method.
+    """A method's part on the server.
 
     Attributes:
-        heavy: whether `targets` takes milliseconds, so that a server does it beside its event loop.
+        heavy: whether `targets` takes milliseconds. The server then calls it beside its event loop.
         student: the outputs that a student publishes, by name.
         teacher: the outputs that a teacher publishes, by name.
     """
@@ -123,6 +123,6 @@ class Aggregator(Protocol):
     student: Mapping[str, Output]
     teacher: Mapping[str, Output]
 
-    def targets(self, gathered: RoundInputs) -> Targets:
-        """Returns the targets of one round."""
+    def targets(self, inputs: RoundInputs) -> Targets:
+        """Return the targets of one round."""
         ...

@@ -1,11 +1,11 @@
-"""What a run writes down about itself: JSON lines that reports are made from.
+"""The records of a run: JSON lines that reports are made from.
 
-A run folder holds ``metrics.jsonl``, whose lines are :class:`Joined`, :class:`Measured`, :class:`Paced` and
-:class:`RoundsClosed`, and ``events.jsonl``, whose lines are :class:`Happened`; the server appends to both.
-``supervisor.jsonl`` holds :class:`Happened` lines of the process that starts and restarts the others: what it saw goes on
-where the server was not. A student that resumes repeats the
-rounds after its checkpoint, so a later line about the same student, split and round stands for the earlier one.
-A last line without its end, as a killed process leaves it, is passed over.
+The server appends to two files of a run's folder. ``metrics.jsonl`` holds :class:`Joined`, :class:`Measured`,
+:class:`Paced` and :class:`RoundsClosed`; ``events.jsonl`` holds :class:`Happened`. ``supervisor.jsonl`` holds
+:class:`Happened` lines of the process that starts and restarts the others, so it has events from when no server ran.
+
+A student that resumes repeats the rounds after its checkpoint. So of several lines about the same student, split and
+round, the last one counts. A last line without its end, as a killed process leaves it, is ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Joined(_Record):
 
 
 class Measured(_Record):
-    """How a student did on one split after `round` rounds."""
+    """A student's accuracy and loss on one split after `round` rounds."""
 
     kind: Literal["measured"] = "measured"
     student: str
@@ -52,7 +52,7 @@ class Measured(_Record):
 
 
 class Paced(_Record):
-    """How fast a student goes: medians since its last report, in seconds."""
+    """A student's speed: medians since its last report, in seconds."""
 
     kind: Literal["paced"] = "paced"
     student: str
@@ -62,14 +62,14 @@ class Paced(_Record):
 
 
 class StudentWait(BaseModel):
-    """What the other students waited for one, over a span of rounds."""
+    """How long the other students waited for one, over a span of rounds."""
 
     model_config = ConfigDict(frozen=True)
 
     rounds: int
-    """In how many of the rounds it was the last to contribute."""
+    """The number of rounds in which it was the last to contribute."""
     seconds: float
-    """For how long altogether it was the only one missing."""
+    """The total time for which it was the only one missing."""
 
 
 class RoundsClosed(_Record):
@@ -96,7 +96,7 @@ class RoundsClosed(_Record):
 
 
 class Happened(_Record):
-    """An event: a short stable word, whom it concerns, and a line for people."""
+    """An event: a short stable word, the student or teacher if any, and a line for people."""
 
     kind: Literal["event"] = "event"
     what: str
@@ -110,7 +110,7 @@ _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yields a file's records in order; none if there is no such file.
+    """Yield a file's records in order; none if there is no such file.
 
     Raises:
         ValueError: a line other than an unfinished last one is not a record.
@@ -118,19 +118,19 @@ def read(path: Path) -> Iterator[Record]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            yield parse(line, path, number)
+            yield parse(line, path, line_number)
 
 
-def parse(line: bytes, path: Path, number: int) -> Record:
-    """Returns the record that one line of a file holds.
+def parse(line: bytes, path: Path, line_number: int) -> Record:
+    """Return the record of one line of a file.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the line is not a record.
     """
     try:
         return _RECORD.validate_json(line)
     except ValidationError as error:
-        raise ValueError(f"{path}: line {number} is not a record of a run: {error.errors()[0]['msg']}") from error
+        raise ValueError(f"{path}: line {line_number} is not a record of a run: {error.errors()[0]['msg']}") from error

@@ -1,4 +1,4 @@
-"""Writes a run's records to its folder as JSON lines."""
+"""Writes the records of a run to its folder, as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _log = logging.getLogger(__name__)
 class RecordWriter:
     """Appends events to one file and everything else to another.
 
-    A record that cannot be written (a full disk) is logged, once until writing works again: records describe the
-    training, they must not end it.
+    A record that cannot be written, as on a full disk, is logged: once, until writing works again. Records describe the
+    training and must not end it.
 
     Args:
-        events: the file of the events.
-        metrics: the file of all other records; None drops those.
+        events: the file for events.
+        metrics: the file for all other records; None drops them.
 
     Raises:
         OSError: a file cannot be opened.
@@ -43,7 +43,7 @@ class RecordWriter:
             raise
 
     def write(self, record: Record) -> None:
-        """Appends one record and hands it to the operating system."""
+        """Append one record and hand it to the operating system."""
         file = self._files.get(self._events if isinstance(record, Happened) else self._metrics)
         if file is None:
             return
@@ -57,30 +57,30 @@ class RecordWriter:
             self._failing = False
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for file in self._files.values():
             file.close()
         self._files = {}
 
 
 def _append(file: BinaryIO, line: bytes) -> None:
-    """Writes a line, all of it or nothing: half a line would spoil the one that is written after it."""
-    whole = os.fstat(file.fileno()).st_size
+    """Write all of a line or nothing: a part of one would spoil the next line."""
+    complete = os.fstat(file.fileno()).st_size
     try:
         while line:
             line = line[file.write(line) :]
     except OSError:
         with contextlib.suppress(OSError):
-            file.truncate(whole)
+            file.truncate(complete)
         raise
 
 
 def _open(path: Path) -> BinaryIO:
-    """Opens for appending, unbuffered, after cutting off an unfinished last line that a killed process left."""
+    """Open for appending, unbuffered, after cutting off an unfinished last line that a killed process left."""
     if path.exists():
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
             with path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(complete)
     return path.open("ab", buffering=0)

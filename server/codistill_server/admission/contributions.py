@@ -1,4 +1,4 @@
-"""What students and teachers publish: how large it may be, its reading, and the gathering of a round's."""
+"""Contributions: the size limit, decoding and validation, and a round's inputs for its method."""
 
 from __future__ import annotations
 
@@ -11,43 +11,47 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.schedule import ExchangeSchedule
+from codistill.methods.aggregator import Output, RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import TensorError, check, decode, encoded_size
 from codistill_server import methods
 from codistill_server.errors import RequestRejected
-from codistill_server.rounds.events import Contribution, Decide, Samples, Status
+from codistill_server.rounds.actions import Decide, Status
+from codistill_server.rounds.events import Contribution, Samples
 
 __all__ = ["Contributions", "receive_limit"]
 
-_LARGEST_LOGIT = 1e30  # what the ensembles compute with; sums and differences stay finite in float32
+_LARGEST_LOGIT = 1e30  # sums and differences that the ensembles compute stay finite in float32
 
 
 def receive_limit(experiment: Experiment) -> int:
-    """Returns the size in bytes of the largest message that an experiment can need.
+    """Return the size in bytes of the largest message that an experiment can need.
 
     That is a contribution with its held-out samples and the largest outputs that the method takes, or a join with the
-    experiment's identity, and 64 KiB on top for names and lengths.
+    experiment's identity. 64 KiB are added for names and lengths.
     """
-    half = methods.create(experiment.distillation)
+    aggregator = methods.create(experiment.distillation)
     classes, dtype = experiment.data.class_count, experiment.exchange.dtype
     samples = [experiment.training.batch_size]
     if experiment.data.held_out:
         samples.append(experiment.data.held_out)
 
-    def contribution(outputs: Mapping[str, methods.Output]) -> int:
-        shapes = [each.largest(classes) for each in outputs.values()]
+    def contribution(outputs: Mapping[str, Output]) -> int:
+        shapes = [output.largest(classes) for output in outputs.values()]
         return sum(
             2 * encoded_size([size], "int64") + sum(encoded_size([size, *shape], dtype) for shape in shapes)
             for size in samples
         )
 
-    published = (half.student, half.teacher if experiment.teachers else {}) if half is not None else ()
+    published: list[Mapping[str, Output]] = []
+    if aggregator is not None:
+        published = [aggregator.student, aggregator.teacher if experiment.teachers else {}]
     return max(*map(contribution, published), len(identity(experiment)), 0) + 65536
 
 
 @dataclass(frozen=True)
 class _Payload:
-    """A contribution's decoded outputs."""
+    """A contribution's decoded outputs by name, [B, ...] each, and labels [B] int64; the same of its held-out samples."""
 
     outputs: Mapping[str, torch.Tensor]
     labels: torch.Tensor
@@ -56,7 +60,7 @@ class _Payload:
 
 
 class Contributions:
-    """Reads one run's contributions, and gathers those of a round for its method."""
+    """Decodes one run's contributions, and makes a round's inputs of them."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
@@ -64,26 +68,26 @@ class Contributions:
         self._dtype = experiment.exchange.dtype
         self._teachers = frozenset(experiment.teacher_names)
 
-    def read(
+    def decode(
         self,
         student: str,
         message: pb.Contribution,
         shapes: Mapping[str, list[int]],
-        exchange_schedule: ExchangeSchedule,
+        schedule: ExchangeSchedule,
     ) -> Contribution:
-        """Returns what a message holds, checked before anything is computed from it.
+        """Decode and validate a contribution.
 
         Args:
-            student: whose it is.
-            message: the contribution as it came in.
-            shapes: of what the student publishes, by name, without the samples.
-            exchange_schedule: which rounds exchange.
+            student: the student or teacher that sent it.
+            message: the contribution as it arrived.
+            shapes: the shapes of the student's outputs by name, without the samples.
+            schedule: which rounds exchange.
 
         Raises:
-            RequestRejected: something in it is not as the experiment has it.
+            RequestRejected: a value contradicts the experiment; the text names the field.
         """
         try:
-            samples, outputs, labels = self._read_samples(
+            samples, outputs, labels = self._decode_samples(
                 student, message.batch, "batch", message.round, self._experiment.training.batch_size, shapes
             )
             held_out: Samples | None = None
@@ -92,28 +96,28 @@ class Contributions:
             if message.HasField("held_out"):
                 if not self._experiment.data.held_out:
                     raise TensorError("held_out: some samples are not allowed; this run's experiment holds out none")
-                held_out, held_out_outputs, held_out_labels = self._read_samples(
+                held_out, held_out_outputs, held_out_labels = self._decode_samples(
                     student, message.held_out, "held_out", message.round, self._experiment.data.held_out, shapes
                 )
         except TensorError as error:
             raise RequestRejected(
                 Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}"
             ) from error
-        if not exchange_schedule.exchanges(message.round):
+        if not schedule.exchanges(message.round):
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
-                f"round {message.round} exchanges nothing; allowed: round {exchange_schedule.start} and one in "
-                f"{exchange_schedule.every} from there",
+                f"round {message.round} exchanges nothing; allowed: round {schedule.start} and one in "
+                f"{schedule.every} from there",
             )
         payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
-        return Contribution(exchange_schedule.exchanges_before(message.round), samples, held_out, payload)
+        return Contribution(schedule.exchanges_before(message.round), samples, held_out, payload)
 
-    def _read_samples(
+    def _decode_samples(
         self,
         student: str,
         message: pb.Samples,
         field: str,
-        number: int,
+        round_number: int,
         size: int,
         shapes: Mapping[str, list[int]],
     ) -> tuple[Samples, Mapping[str, torch.Tensor], torch.Tensor]:
@@ -139,27 +143,28 @@ class Contributions:
                 )
                 raise RequestRejected(
                     Status.INVALID_ARGUMENT,
-                    f"student {student!r}, round {number}: {field}.outputs.{name}{place} is "
+                    f"student {student!r}, round {round_number}: {field}.outputs.{name}{place} is "
                     f"{values[tuple(place)].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: {why}",
                 )
         return Samples(message.ids.data, message.labels.data), outputs, labels
 
-    def gather(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> methods.RoundInputs:
-        """Returns a round's contributions as its method takes them.
+    def round_inputs(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> RoundInputs:
+        """Return a round's contributions as its method's inputs, float32.
 
         Args:
             decide: the round.
-            state: the method's after the round before.
+            state: the method's state after the round before.
             include_absent: whether students that did not contribute will ask for the targets.
         """
-        payloads = {name: cast("_Payload", each.payload) for name, each in decide.contributions.items()}
+        payloads = {name: cast("_Payload", sent.payload) for name, sent in decide.contributions.items()}
         students = [payload for name, payload in payloads.items() if name not in self._teachers]
         first = next(iter(payloads.values()))
         of_students = students[0] if students else _Payload({}, first.labels, {}, None)
-        return methods.RoundInputs(
+        return RoundInputs(
             students=tuple(name for name in payloads if name not in self._teachers),
             outputs={
-                name: torch.stack([each.outputs[name] for each in students]).float() for name in of_students.outputs
+                name: torch.stack([student.outputs[name] for student in students]).float()
+                for name in of_students.outputs
             },
             labels=first.labels,
             teachers={
@@ -168,7 +173,8 @@ class Contributions:
                 if name in self._teachers
             },
             held_out={
-                name: torch.stack([each.held_out[name] for each in students]).float() for name in of_students.held_out
+                name: torch.stack([student.held_out[name] for student in students]).float()
+                for name in of_students.held_out
             },
             held_out_labels=of_students.held_out_labels,
             state=state,

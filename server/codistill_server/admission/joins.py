@@ -1,4 +1,4 @@
-"""What is checked of a worker that wants to join, and what the run is held to from then on."""
+"""Validation of a worker that asks to join, and the facts to which the first workers settle the run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import difference, identity
+from codistill.methods.aggregator import Aggregator, Output
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server import methods
 from codistill_server.errors import RequestRejected, printable
-from codistill_server.rounds.events import Status
+from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 
 __all__ = ["JoinAdmission"]
@@ -20,18 +20,20 @@ _LARGEST_ROUND = 2**53  # what JSON, the journal's 64-bit integers and float met
 
 
 class JoinAdmission:
-    """Lets in who computes the same run, and settles what the experiment does not say.
+    """Admits workers that compute the same run, and settles facts that the experiment leaves open.
+
+    Such facts are the data set's size and digest, the run's length, output shapes and teachers' weights.
 
     Args:
         experiment: the run's experiment.
-        journal: keeps what is settled.
-        half: the method's server half; None where nothing is exchanged.
+        journal: keeps the settled facts.
+        aggregator: the method's aggregator; None where nothing is exchanged.
     """
 
-    def __init__(self, experiment: Experiment, journal: Journal, half: methods.Aggregator | None) -> None:
+    def __init__(self, experiment: Experiment, journal: Journal, aggregator: Aggregator | None) -> None:
         self._experiment = experiment
         self._journal = journal
-        self._half = half
+        self._aggregator = aggregator
         self._identity = identity(experiment)
         self._classes = experiment.data.class_count
         self._participants = frozenset(experiment.participants)
@@ -41,15 +43,15 @@ class JoinAdmission:
 
     @property
     def train_samples(self) -> int:
-        """How many samples there are to train on; 0 until the first worker has said it."""
+        """The number of samples to train on; 0 until the first worker has joined."""
         return int(self._settled.get("data.train_samples", 0))
 
     def shapes_of(self, participant: str) -> Mapping[str, list[int]]:
-        """Returns the shapes of what a student or a teacher publishes, by name; none before it was let in."""
+        """Return the shapes of a participant's outputs by name, without the samples; empty before it has joined."""
         return self._shapes.get(participant, {})
 
     def check(self, request: pb.JoinRequest) -> None:
-        """Sees that a worker computes what the others do.
+        """Reject a worker that would not compute the same run as the others.
 
         Raises:
             RequestRejected: something differs from the run; the text names the field and both values.
@@ -80,44 +82,46 @@ class JoinAdmission:
                 Status.FAILED_PRECONDITION,
                 f"data.classes: the run has {self._classes}, this worker {request.data.classes}",
             )
-        theirs = _course(request)
+        facts = _facts(request)
         dataset = self._experiment.data.dataset
-        drawn = f"; {dataset!r} must return the same in every process: seed whatever it draws" if ":" in dataset else ""
+        seeding = (
+            f"; {dataset!r} must return the same in every process: seed whatever it draws" if ":" in dataset else ""
+        )
         for field, value in self._settled.items():
-            if theirs[field] != value:
+            if facts[field] != value:
                 raise RequestRejected(
                     Status.FAILED_PRECONDITION,
-                    f"{field}: the run has {value}, this worker {theirs[field]}; all students need the same data set, "
-                    f"in the same order{drawn}",
+                    f"{field}: the run has {value}, this worker {facts[field]}; all students need the same data set, "
+                    f"in the same order{seeding}",
                 )
         self._check_outputs(request)
         self._check_weights(request)
 
     def _check_outputs(self, request: pb.JoinRequest) -> None:
-        """Sees that a worker publishes what the method takes, in the shapes that were settled."""
-        who, outputs = request.student, _shapes(request)
-        expected, classes = self._expected(who), self._classes
-        if self._half is None:
+        """Reject a worker whose outputs are not those that the method takes, or not in the settled shapes."""
+        participant, outputs = request.student, _shapes(request)
+        expected, classes = self._expected_outputs(participant), self._classes
+        if self._aggregator is None:
             return
         if outputs.keys() != expected.keys() or not all(
-            each.takes(outputs[name], classes) for name, each in expected.items()
+            output.accepts(outputs[name], classes) for name, output in expected.items()
         ):
-            allowed = ", ".join(f"'{name}': {each.describe(classes)}" for name, each in sorted(expected.items()))
+            allowed = ", ".join(f"'{name}': {output.describe(classes)}" for name, output in sorted(expected.items()))
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"outputs: this worker publishes {outputs}, method {self._experiment.distillation.title} "
                 f"with {classes} classes takes {{{allowed}}}",
             )
-        settled = self._journal.settled(self._outputs_key(who))
+        settled = self._journal.settled(self._outputs_key(participant))
         if settled is not None and json.loads(settled) != outputs:
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
-                f"outputs: {who!r} publishes {outputs}, the run was settled to {json.loads(settled)}; its model must give "
+                f"outputs: {participant!r} publishes {outputs}, the run was settled to {json.loads(settled)}; its model must give "
                 "the same shapes as before, and all students the same",
             )
 
     def _check_weights(self, request: pb.JoinRequest) -> None:
-        """Sees that a teacher is the one that it was."""
+        """Reject a teacher whose weights changed since the run began."""
         settled = self._journal.settled(f"weights/{request.student}")
         if request.student in self._teachers and settled not in (None, request.weights):
             raise RequestRejected(
@@ -126,27 +130,31 @@ class JoinAdmission:
                 f"{printable(request.weights[:128])}; give its teachers.weights the file that the run began with",
             )
 
-    def _expected(self, participant: str) -> Mapping[str, methods.Output]:
-        """Returns the outputs that a student or a teacher publishes."""
-        if self._half is None:
+    def _expected_outputs(self, participant: str) -> Mapping[str, Output]:
+        """Return the outputs that the method takes from a participant, by name."""
+        if self._aggregator is None:
             return {}
-        return self._half.teacher if participant in self._teachers else self._half.student
+        return self._aggregator.teacher if participant in self._teachers else self._aggregator.student
 
     def _outputs_key(self, participant: str) -> str:
-        """Returns under which key shapes are settled: each teacher has its own, the students' are stacked."""
+        """Return the key under which shapes are settled: each teacher's own, as the students' outputs are stacked."""
         return f"outputs/{participant}" if participant in self._teachers else "outputs"
 
     def settle(self, request: pb.JoinRequest) -> None:
-        """Holds the run to the data of the first worker that is let in, and to what nobody else says of its models."""
+        """Settle the run to the facts of a worker that was admitted, where they are still open.
+
+        Raises:
+            JournalError: they cannot be journalled.
+        """
         if not self._settled:
-            self._settled = _course(request)
+            self._settled = _facts(request)
             self._journal.settle("data", json.dumps(self._settled))
-        who = request.student
-        self._shapes[who] = _shapes(request)
-        if any(any(each.limits) for each in self._expected(who).values()):
-            self._settle_once(self._outputs_key(who), json.dumps(self._shapes[who]))
-        if who in self._teachers:
-            self._settle_once(f"weights/{who}", printable(request.weights[:128]))
+        participant = request.student
+        self._shapes[participant] = _shapes(request)
+        if any(any(output.limits) for output in self._expected_outputs(participant).values()):
+            self._settle_once(self._outputs_key(participant), json.dumps(self._shapes[participant]))
+        if participant in self._teachers:
+            self._settle_once(f"weights/{participant}", printable(request.weights[:128]))
 
     def _settle_once(self, key: str, value: str) -> None:
         if self._journal.settled(key) is None:
@@ -154,12 +162,12 @@ class JoinAdmission:
 
 
 def _shapes(request: pb.JoinRequest) -> dict[str, list[int]]:
-    """Returns the shapes of what a worker publishes, by name."""
+    """Return the shapes of a worker's outputs, by name."""
     return {name: list(shape.dims) for name, shape in sorted(request.outputs.items())}
 
 
-def _course(request: pb.JoinRequest) -> dict[str, int | str]:
-    """Returns what every worker must say alike of the run's data and length, by the fields' names."""
+def _facts(request: pb.JoinRequest) -> dict[str, int | str]:
+    """Return the facts on data and length that every worker must agree on, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
         "data.digest": printable(request.data.digest[:128]),

@@ -9,23 +9,29 @@ Example:
 
 from __future__ import annotations
 
+from codistill_server.ensembles.dense import dense_probabilities, pooled_dense_probabilities
 from codistill_server.ensembles.kdcl import (
     error_covariance,
+    general,
     general_weights,
     linear,
     linear_weights,
-    mean_logits,
-    mean_probabilities,
     min_logit,
     naive,
-    peer_probabilities,
-    pooled_probabilities,
     weighted_sum,
     weights_from_covariance,
 )
+from codistill_server.ensembles.peers import (
+    mean_logits,
+    mean_probabilities,
+    peer_probabilities,
+    pooled_probabilities,
+)
 
 __all__ = [
+    "dense_probabilities",
     "error_covariance",
+    "general",
     "general_weights",
     "linear",
     "linear_weights",
@@ -34,6 +40,7 @@ __all__ = [
     "min_logit",
     "naive",
     "peer_probabilities",
+    "pooled_dense_probabilities",
     "pooled_probabilities",
     "weighted_sum",
     "weights_from_covariance",

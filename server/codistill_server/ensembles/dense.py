@@ -1,7 +1,7 @@
 """Soft targets for students with classifiers at several stages: pure functions of arrays.
 
 Logits are [K, S, B, C]: K students in the experiment file's order, S stages with the final classifier last, B samples,
-C classes. Dtypes, order of summation and errors are as in :mod:`.ensembles`. Targets are constants: no gradient flows
+C classes. Dtypes, order of summation and errors are as in :mod:`.kdcl`. Targets are constants: no gradient flows
 through these functions.
 
 Dense cross-layer mutual distillation (Yao & Sun 2020, 'Knowledge Transfer via Dense Cross-Layer Mutual-Distillation')
@@ -19,13 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codistill_server.ensembles import kdcl
+from codistill_server.ensembles import peers
 
 __all__ = ["dense_probabilities", "pooled_dense_probabilities"]
 
 
 def dense_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns, for each student and stage, the mean of its peers' probabilities there, and at the other stages.
+    """Return, for each student and stage, the mean of its peers' probabilities there, and at the other stages.
 
     Args:
         logits: [K, S, B, C], K ≥ 2 and S ≥ 2.
@@ -36,12 +36,12 @@ def dense_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `logits` are not such.
     """
-    same = torch.stack([kdcl.peer_probabilities(stage)[0] for stage in _stages(logits)])
+    same = torch.stack([peers.peer_probabilities(stage)[0] for stage in _stages(logits)])
     return same.transpose(0, 1), _mean_of_others(same).transpose(0, 1)
 
 
 def pooled_dense_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what :func:`dense_probabilities` would give to one more student: all K are its peers.
+    """Return what :func:`dense_probabilities` would give to one more student: all K are its peers.
 
     Args:
         logits: [K, S, B, C], S ≥ 2.
@@ -52,7 +52,7 @@ def pooled_dense_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `logits` are not such.
     """
-    same = torch.stack([kdcl.mean_probabilities(stage) for stage in _stages(logits)])
+    same = torch.stack([peers.mean_probabilities(stage) for stage in _stages(logits)])
     return same, _mean_of_others(same)
 
 
@@ -63,7 +63,7 @@ def _stages(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _mean_of_others(stages: Tensor) -> Tensor:
-    """Returns, for each stage, the mean of the others over the first dimension, summed from the first to the last."""
+    """Return, for each stage, the mean of the others over the first dimension, summed from the first to the last."""
     means: list[Tensor] = []
     for own in range(len(stages)):
         total = torch.zeros_like(stages[0])

@@ -49,7 +49,7 @@ class Solution:
 
 
 def solve(logits: Tensor, labels: Tensor) -> Solution:
-    """Returns, for each sample, weights on the simplex of least cross-entropy.
+    """Return, for each sample, weights on the simplex of least cross-entropy.
 
     The combined margins Σ_i α_i d_i of the minimum are unique, since G and CE are strictly convex in them; so is the
     softmax of the combined logits, at any temperature. The weights are unique where the students' margins are affinely
@@ -111,7 +111,7 @@ class _Model:
         return _Model(self.height[index], self.gradient[index], self.hessian[index], self.scale[index])
 
     def replaced(self, index: Tensor, other: _Model) -> _Model:
-        """Returns a copy that holds `other` at `index`."""
+        """Return a copy that holds `other` at `index`."""
         pairs = (
             (self.height, other.height),
             (self.gradient, other.gradient),
@@ -130,7 +130,7 @@ class _Problem:
         self._label_logits = logits.gather(2, labels.expand(len(logits), -1)[:, :, None])
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields slices of `rows` with their margins [n, K, C] and labels [n, 1, 1].
+        """Yield slices of `rows` with their margins [n, K, C] and labels [n, 1, 1].
 
         The margins lie in one buffer: they hold until the next block is asked for.
         """
@@ -148,7 +148,7 @@ class _Problem:
             yield block, margins, self._labels[some][:, None, None]
 
     def model(self, rows: Tensor, weights: Tensor) -> _Model:
-        """Returns G to second order at weights [n, K] of the samples `rows` [n]."""
+        """Return G to second order at weights [n, K] of the samples `rows` [n]."""
         n, K = weights.shape
         height, gradient, second = weights.new_empty(n), weights.new_empty(n, K), weights.new_empty(n, K, K)
         for block, margins, labels in self._blocks(rows):
@@ -165,7 +165,7 @@ class _Problem:
         return _Model(height, gradient, hessian, second.diagonal(dim1=1, dim2=2).amax(-1))
 
     def search(self, rows: Tensor, weights: Tensor, direction: Tensor, slope: Tensor) -> Tensor:
-        """Returns the step in (0, 1) of least G along `direction`, to a hundredth of the slope at 0.
+        """Return the step in (0, 1) of least G along `direction`, to a hundredth of the slope at 0.
 
         Newton's method on the slope, kept inside a shrinking bracket by bisection; G is convex along the line and
         must rise at its end.
@@ -193,7 +193,7 @@ class _Problem:
 
 
 def _step(problem: _Problem, rows: Tensor, at: Tensor, model: _Model) -> tuple[Tensor, _Model]:
-    """Returns the weights after one Newton step on the simplex, and G's model there."""
+    """Return the weights after one Newton step on the simplex, and G's model there."""
     goal = _model_minimum(model, at)
     direction = goal - at
     slope = (model.gradient * direction).sum(-1)
@@ -208,7 +208,7 @@ def _step(problem: _Problem, rows: Tensor, at: Tensor, model: _Model) -> tuple[T
 
 
 def _model_minimum(model: _Model, at: Tensor) -> Tensor:
-    """Returns the minimum over the simplex of the model around weights `at` [n, K].
+    """Return the minimum over the simplex of the model around weights `at` [n, K].
 
     A primal active-set method, all samples in step: solve on the free weights; if one of them would become negative,
     go as far as the first that does and fix it at 0, else free the fixed weight of the most negative multiplier.

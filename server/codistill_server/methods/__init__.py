@@ -1,33 +1,14 @@
-"""The server halves of the methods: each turns the outputs of a round into targets.
+"""The methods: each turns the outputs of a round into targets.
 
-Halves are chosen by the experiment's ``distillation.method``; the worker's half of the same name turns the targets into
-a loss. :mod:`.mechanism` says what a half is; a family of methods has a module of its own.
+The experiment's ``distillation.method`` names the module, :mod:`.kd` for example, and a module of the worker has the same
+name: it turns the targets into a loss. A method's module has one function, ``aggregator(settings, students, teachers)``. It
+returns the :class:`codistill.methods.aggregator.Aggregator` of a run with these settings and participants.
+
+:mod:`.relay` and :mod:`.teacher_and_peer` hold what several methods share.
 """
 
 from __future__ import annotations
 
-from codistill.methods.aggregator import (
-    EMBEDDING,
-    FEATURES,
-    LOGITS,
-    NOTHING,
-    Aggregator,
-    Arrays,
-    Output,
-    RoundInputs,
-    Targets,
-)
 from codistill_server.methods.registry import create
 
-__all__ = [
-    "EMBEDDING",
-    "FEATURES",
-    "LOGITS",
-    "NOTHING",
-    "Aggregator",
-    "Arrays",
-    "Output",
-    "RoundInputs",
-    "Targets",
-    "create",
-]
+__all__ = ["create"]

@@ -1,8 +1,8 @@
-"""A user's own server half, whose mistakes are told by the experiment's field."""
+"""A user's own aggregator; its mistakes are reported by the experiment's field."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,64 +13,66 @@ from codistill.methods.aggregator import Aggregator, Output, RoundInputs, Target
 from codistill.process import plugins
 from codistill.process.plugins import LoadError
 
-__all__ = ["load"]
+__all__ = ["aggregator"]
 
 _HERE = str(Path(__file__).parents[1])
-_NEEDED = ("heavy", "student", "teacher", "targets")
+_ATTRIBUTES = ("heavy", "student", "teacher", "targets")
 
 
-def load(settings: Custom) -> Aggregator:
-    """Returns what the experiment's callable makes of its parameters.
+def aggregator(settings: Custom, students: Sequence[str], teachers: Sequence[str]) -> Aggregator:
+    """Return the result of the experiment's callable, called with the experiment's parameters.
 
-    Its `targets` raises LoadError too, where the user's raises an error or returns what cannot be sent.
+    Its `targets` raises LoadError where the user's raises an error or returns what cannot be sent.
 
     Raises:
-        LoadError: it cannot be imported, does not take the parameters, or returns no server half.
+        LoadError: the callable cannot be imported, does not take the parameters, or returned something that is no
+            aggregator.
     """
-    half = plugins.call(settings.server, "distillation.server", settings.parameters)
-    missing = [name for name in _NEEDED if not hasattr(half, name)]
+    del students, teachers
+    made = plugins.call(settings.server, "distillation.server", settings.parameters)
+    missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
     if missing:
         raise LoadError(
-            f"distillation.server: {settings.server!r} returned {type(half).__name__}, which lacks {', '.join(missing)}; "
-            f"a server half has {', '.join(_NEEDED)}"
+            f"distillation.server: {settings.server!r} returned {type(made).__name__}, which lacks {', '.join(missing)}; "
+            f"an aggregator has {', '.join(_ATTRIBUTES)}"
         )
-    return _Told(cast("Aggregator", half), f"distillation.server: {settings.server!r}")
+    return _CheckedAggregator(cast("Aggregator", made), f"distillation.server: {settings.server!r}")
 
 
-class _Told:
-    """A half that names itself where it fails: nobody knows a user's code by its errors alone."""
+class _CheckedAggregator:
+    """A user's aggregator whose targets are checked, and whose errors name the experiment's field."""
 
-    def __init__(self, half: Aggregator, name: str) -> None:
-        self.heavy = half.heavy
-        self.student: Mapping[str, Output] = half.student
-        self.teacher: Mapping[str, Output] = half.teacher
-        self._half = half
-        self._name = name
+    def __init__(self, checked: Aggregator, field: str) -> None:
+        self.heavy = checked.heavy
+        self.student: Mapping[str, Output] = checked.student
+        self.teacher: Mapping[str, Output] = checked.teacher
+        self._checked = checked
+        self._field = field
 
-    def targets(self, gathered: RoundInputs) -> Targets:
-        """Returns the targets that the user's half makes of one round."""
+    def targets(self, inputs: RoundInputs) -> Targets:
+        """Return the user's targets of one round."""
         try:
-            targets = self._half.targets(gathered)
+            targets = self._checked.targets(inputs)
         except Exception as error:
-            raise LoadError(f"{self._name}: {plugins.explained(error, (_HERE,))}") from error
-        problem = next(_problems(targets, gathered), None)
+            raise LoadError(f"{self._field}: {plugins.explained(error, (_HERE,))}") from error
+        problem = next(_problems(targets, inputs), None)
         if problem is not None:
-            raise LoadError(f"{self._name}: {problem}")
+            raise LoadError(f"{self._field}: {problem}")
         return targets
 
 
-def _problems(targets: Any, gathered: RoundInputs) -> Iterator[str]:
-    """Yields why something cannot be sent."""
+def _problems(targets: Any, inputs: RoundInputs) -> Iterator[str]:
+    """Yield why targets cannot be sent."""
     if not isinstance(targets, Targets):
-        yield f"targets returned {type(targets).__name__}; expected codistill_server.methods.Targets"
+        yield f"targets returned {type(targets).__name__}; expected codistill.methods.Targets"
         return
     each = targets.each or {}
-    for student in gathered.students:
+    for student in inputs.students:
         if targets.shared is None and student not in each:
             yield f"there are targets for {', '.join(each) or 'nobody'}, and none for {student!r}; give it {{}} at least"
-    named = {"shared": targets.shared or {}, "state": targets.state}
-    named |= {f"each[{student!r}]": arrays for student, arrays in each.items()}
-    for place, arrays in named.items():
+    places = {"shared": targets.shared or {}, "state": targets.state}
+    places |= {f"each[{student!r}]": arrays for student, arrays in each.items()}
+    for place, arrays in places.items():
         for name, value in cast("Mapping[str, Any]", arrays).items():
             if not isinstance(value, torch.Tensor):
                 yield f"{place}[{name!r}] is a {type(value).__name__}; expected a torch.Tensor"

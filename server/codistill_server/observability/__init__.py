@@ -1,1 +1,1 @@
-"""Where a run stands, shown to Prometheus and to a browser."""
+"""The state of a run, for Prometheus and for a browser."""

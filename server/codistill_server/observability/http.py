@@ -1,8 +1,8 @@
 """The HTTP port: the live page, its data, and the metrics.
 
-It only ever tells: GET and HEAD, a handful of paths, one request for each connection, and every connection is bounded in
-number and time, so that whoever knocks holds up neither the others for long nor the run at all. On loopback it answers to
-this machine's names only: a web site that has its own name lead here would otherwise read it in a browser of this machine.
+It is read-only: GET and HEAD, a few paths, one request for each connection. Connections are bounded in number and time, so
+that no client holds up the others for long, or the run at all. On loopback it answers to this machine's names only.
+Otherwise a web site whose name leads here could read it in a browser of this machine.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ _log = logging.getLogger(__name__)
 _CONNECTIONS = 64
 _CONNECTION_SECONDS = 30.0
 _READ_SECONDS = 10.0
-_COMPRESSED = 1024
+_COMPRESS_FROM = 1024  # bytes
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _METHODS = "GET, HEAD"
-_OWN_NAME = "localhost"
-_NOBODY_ELSE = "default-src 'none'; frame-ancestors 'none'"
+_LOCAL_NAME = "localhost"
+_CLOSED_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Response:
     body: bytes
-    kind: str = _TEXT
+    content_type: str = _TEXT
     status: HTTPStatus = HTTPStatus.OK
     etag: str | None = None
-    policy: str = _NOBODY_ELSE
+    policy: str = _CLOSED_POLICY
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class HttpServer:
-    """Serves a run's page and metrics from threads of its own.
+    """Serves a run's page and metrics, in threads of its own.
 
     Args:
-        host: where to listen.
-        port: the port; 0 takes a free one.
+        host: the address to listen on.
+        port: the port; 0 chooses a free one.
         page: the data of the page.
         registry: the metrics.
 
@@ -72,8 +72,8 @@ class HttpServer:
         self._registry = registry
         html = render_live(page.title)
         body = html.text.encode()
-        self._html = _Answer(body, "text/html; charset=utf-8", etag=f'"{zlib.crc32(body):08x}"', policy=html.policy)
-        routes: dict[str, Callable[[str, str], _Answer]] = {
+        self._html = _Response(body, "text/html; charset=utf-8", etag=f'"{zlib.crc32(body):08x}"', policy=html.policy)
+        paths: dict[str, Callable[[str, str], _Response]] = {
             "/": self._serve_page,
             "/now.json": self._serve_now,
             "/run.json": self._serve_document,
@@ -81,13 +81,13 @@ class HttpServer:
         }
 
         class Handler(_Handler):
-            answers = routes
+            routes = paths
 
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         if ipaddress.ip_address(address[0]).is_loopback:
-            Handler.names = frozenset({_OWN_NAME, host.lower()})
+            Handler.names = frozenset({_LOCAL_NAME, host.lower()})
 
-        class Server(_Bounded):
+        class Server(_BoundedServer):
             address_family = family
 
         self._server = Server((str(address[0]), int(address[1])), Handler)
@@ -96,81 +96,81 @@ class HttpServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops listening; requests under way are not waited for."""
+        """Stop listening, without waiting for requests under way."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def _serve_page(self, query: str, accept: str) -> _Answer:
+    def _serve_page(self, query: str, accept: str) -> _Response:
         del query, accept
         return self._html
 
-    def _serve_now(self, query: str, accept: str) -> _Answer:
+    def _serve_now(self, query: str, accept: str) -> _Response:
         del query, accept
-        return _Answer(self._page.now().encode(), _JSON)
+        return _Response(self._page.now().encode(), _JSON)
 
-    def _serve_document(self, query: str, accept: str) -> _Answer:
+    def _serve_document(self, query: str, accept: str) -> _Response:
         del query, accept
         version, document = self._page.document()
-        return _Answer(document.encode(), _JSON, etag=f'"{version}"')
+        return _Response(document.encode(), _JSON, etag=f'"{version}"')
 
-    def _serve_metrics(self, query: str, accept: str) -> _Answer:
-        encode, kind = choose_encoder(accept)
+    def _serve_metrics(self, query: str, accept: str) -> _Response:
+        encode, content_type = choose_encoder(accept)
         names = parse_qs(query).get("name[]")
-        chosen: Any = self._registry.restricted_registry(names) if names else self._registry
-        return _Answer(encode(chosen), kind)
+        selected: Any = self._registry.restricted_registry(names) if names else self._registry
+        return _Response(encode(selected), content_type)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    answers: Mapping[str, Callable[[str, str], _Answer]]
-    names: frozenset[str] | None = None  # those that it answers to; None for whatever it is called
+    routes: Mapping[str, Callable[[str, str], _Response]]
+    names: frozenset[str] | None = None  # the host names to answer to; None for any
     timeout = _READ_SECONDS
 
     def do_GET(self) -> None:
-        """Answers with the body."""
-        self._send(self._answer())
+        """Respond with headers and body."""
+        self._send(self._respond())
 
     def do_HEAD(self) -> None:
-        """Answers without it."""
-        self._send(self._answer(), body=False)
+        """Respond with headers alone."""
+        self._send(self._respond(), body=False)
 
-    def _answer(self) -> _Answer:
-        if self.names is not None and not _is_called(self.headers.get("Host"), self.names):
+    def _respond(self) -> _Response:
+        if self.names is not None and not _names_this_host(self.headers.get("Host"), self.names):
             line = "this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
-            return _Answer(line.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
+            return _Response(line.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
         path, query = urlsplit(f"http://-{self.path}")[2:4] if self.path.startswith("/") else ("", "")
-        answer = self.answers.get(path)
-        if answer is None:
-            known = ", ".join(self.answers)
-            return _Answer(f"there is no such page here; there are {known}\n".encode(), status=HTTPStatus.NOT_FOUND)
+        route = self.routes.get(path)
+        if route is None:
+            known = ", ".join(self.routes)
+            return _Response(f"there is no such page here; there are {known}\n".encode(), status=HTTPStatus.NOT_FOUND)
         try:
-            made = answer(query, self.headers.get("Accept", ""))
-        except Exception as error:  # noqa: BLE001 - whatever keeps it from being told, the run goes on
+            response = route(query, self.headers.get("Accept", ""))
+        except Exception as error:  # noqa: BLE001 - the run goes on, whatever the error
             why = f"{path} cannot be told now: {str(error) or type(error).__name__}\n"
-            return _Answer(why.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
-        if made.etag is not None and self.headers.get("If-None-Match") == made.etag:
-            return _Answer(b"", made.kind, HTTPStatus.NOT_MODIFIED, made.etag, made.policy)
-        return made
+            return _Response(why.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
+        if response.etag is not None and self.headers.get("If-None-Match") == response.etag:
+            return _Response(b"", response.content_type, HTTPStatus.NOT_MODIFIED, response.etag, response.policy)
+        return response
 
-    def _send(self, answer: _Answer, *, body: bool = True) -> None:
-        content = answer.body
+    def _send(self, response: _Response, *, body: bool = True) -> None:
+        content = response.body
         headers = {
-            "Content-Type": answer.kind,
-            "Content-Security-Policy": answer.policy,
+            "Content-Type": response.content_type,
+            "Content-Security-Policy": response.policy,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-cache",
-            **answer.headers,
+            **response.headers,
         }
-        if answer.etag is not None:
-            headers["ETag"] = answer.etag
-        if len(content) > _COMPRESSED and "gzip" in self.headers.get("Accept-Encoding", ""):
+        if response.etag is not None:
+            headers["ETag"] = response.etag
+        if len(content) > _COMPRESS_FROM and "gzip" in self.headers.get("Accept-Encoding", ""):
             content = gzip.compress(content, 1)
             headers["Content-Encoding"] = "gzip"
-        if answer.status is not HTTPStatus.NOT_MODIFIED:
+        if response.status is not HTTPStatus.NOT_MODIFIED:
             headers["Content-Length"] = str(len(content))
-        self.send_response(answer.status)
+        self.send_response(response.status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -178,55 +178,55 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuses a request, in one plain line."""
+        """Reject a request in one plain line."""
         del message, explain
         if code == HTTPStatus.NOT_IMPLEMENTED:
-            refused = HTTPStatus.METHOD_NOT_ALLOWED
+            status = HTTPStatus.METHOD_NOT_ALLOWED
             line = f"this port only tells; use {_METHODS}\n"
         else:
-            refused = HTTPStatus(code)
-            line = f"{refused.phrase}\n"
+            status = HTTPStatus(code)
+            line = f"{status.phrase}\n"
         if not hasattr(self, "headers"):
             self.headers = self.MessageClass()
-        allow = {"Allow": _METHODS} if refused is HTTPStatus.METHOD_NOT_ALLOWED else {}
+        allow = {"Allow": _METHODS} if status is HTTPStatus.METHOD_NOT_ALLOWED else {}
         self.close_connection = True
-        self._send(_Answer(line.encode(), status=refused, headers=allow), body=self.command != "HEAD")
+        self._send(_Response(line.encode(), status=status, headers=allow), body=self.command != "HEAD")
 
     def version_string(self) -> str:
-        """Names the server, and no versions."""
+        """Return the server's name without versions."""
         return "codistill"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
-        """Writes nothing: whoever knocks must not fill the disk."""
+        """Write nothing: clients must not be able to fill the disk."""
 
 
-def _is_called(host: str | None, names: frozenset[str]) -> bool:
-    """Returns whether a request's Host is one of some names, or an address, which no web site can have as its name."""
-    if host is None:  # no browser leaves it out
+def _names_this_host(host: str | None, names: frozenset[str]) -> bool:
+    """Return whether a request's Host is one of `names`, or an address, which no web site can have as its name."""
+    if host is None:  # every browser sends it
         return True
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name in names or name.endswith(f".{_OWN_NAME}") or bool(ipaddress.ip_address(name))
+        return name in names or name.endswith(f".{_LOCAL_NAME}") or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
 
 
-class _Bounded(ThreadingHTTPServer):
+class _BoundedServer(ThreadingHTTPServer):
     request_queue_size = _CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._opened: dict[socket.socket, float] = {}
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Binds; the base class would look the host's name up, which can take long."""
+        """Bind, without the base class's look-up of the host's name, which can take long."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Gives a connection its thread, if there are not too many."""
-        with self._changing:
+        """Give a connection its thread, unless there are too many."""
+        with self._lock:
             full = len(self._opened) >= _CONNECTIONS
             if not full:
                 self._opened[request] = time.monotonic()
@@ -236,21 +236,21 @@ class _Bounded(ThreadingHTTPServer):
             super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Ends a connection."""
-        with self._changing:
+        """End a connection."""
+        with self._lock:
             self._opened.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Cuts off whoever takes too long; called twice a second."""
+        """Cut off connections that take too long; called twice a second."""
         now = time.monotonic()
-        with self._changing:
+        with self._lock:
             late = [request for request, opened in self._opened.items() if now - opened > _CONNECTION_SECONDS]
         for request in late:
             with suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Passes over a connection that broke."""
+        """Ignore a connection that broke."""
         del request
         _log.debug("the connection of %s broke", client_address, exc_info=True)

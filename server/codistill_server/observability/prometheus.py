@@ -1,14 +1,16 @@
-"""The run's metrics for Prometheus.
+"""The run's metrics for Prometheus: a table with one row for each metric.
 
-Gauges are read off the observations at the moment of a scrape, so a student that left without finishing takes its
-series along; one that finished keeps its final values until the server ends, as they are often scraped only then.
-Counters and histograms are the server's own and only ever grow; those of a student stay while it is away, as they count
-its absences.
+Gauges are read from the run's state at each scrape. A student that left without finishing takes its series along. One that
+finished keeps its final values until the server ends, as they are often scraped only then. Counters and histograms are the
+server's own and only ever grow. Those of a student stay while it is away, as they count its absences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -32,171 +34,251 @@ _STATES = {
 }
 
 
-def registry(observations: RunState, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
-    """Returns a registry that shows one run, and hooks its histograms up to the run's observations.
+@dataclass(frozen=True)
+class _Scrape:
+    """What one scrape reads: the server's own counts and a snapshot of the run."""
+
+    counts: RunState
+    run: pb.Run
+
+    @cached_property
+    def students(self) -> Sequence[pb.StudentStatus]:
+        """The students whose gauges are shown."""
+        return [student for student in self.run.students if student.state in _VISIBLE]
+
+
+_Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A row of the table.
+
+    Attributes:
+        name: without the prefix `codistill_`, and of a counter without `_total`.
+        text: its help.
+        samples: returns the values of the labels and the value of each series.
+        labels: the names of the labels besides `run`.
+        family: gauge or counter.
+    """
+
+    name: str
+    text: str
+    samples: Callable[[_Scrape], _Samples]
+    labels: Sequence[str] = ()
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily] = GaugeMetricFamily
+
+
+def _one(value: Callable[[_Scrape], float]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of one series without labels."""
+    return lambda scrape: [((), value(scrape))]
+
+
+def _by_student(value: Callable[[pb.Run, pb.StudentStatus], float]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of one series for each visible student, with the labels :data:`_STUDENT`."""
+    return lambda scrape: [((student.name, student.model), value(scrape.run, student)) for student in scrape.students]
+
+
+def _of_every_student(value: Callable[[pb.StudentStatus], float]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of one series for each student, visible or not, with the labels :data:`_STUDENT`."""
+    return lambda scrape: [((student.name, student.model), value(student)) for student in scrape.run.students]
+
+
+def _by_split(value: Callable[[pb.Measurement], float | None]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of each visible student's latest measurements, with the labels :data:`_SPLIT`."""
+
+    def samples(scrape: _Scrape) -> Iterator[tuple[Sequence[str], float]]:
+        for student in scrape.students:
+            for measurement in student.measurements:
+                found = value(measurement)
+                if found is not None:
+                    yield (student.name, student.model, _SPLITS[measurement.split]), found
+
+    return samples
+
+
+def _distillation_loss(measurement: pb.Measurement) -> float | None:
+    return measurement.distillation_loss if measurement.HasField("distillation_loss") else None
+
+
+def _ensemble_accuracy(scrape: _Scrape) -> _Samples:
+    return [(("train",), scrape.run.ensemble_accuracy)] if scrape.run.HasField("ensemble_accuracy") else []
+
+
+def _disagreements(scrape: _Scrape) -> _Samples:
+    visible = {student.name for student in scrape.students}
+    for pair in scrape.run.disagreements:
+        if pair.first in visible and pair.second in visible:
+            yield (pair.first, pair.second), pair.ratio
+
+
+def _count(state: pb.StudentState.ValueType) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of the number of students in a state."""
+    return _one(lambda scrape: sum(student.state == state for student in scrape.run.students))
+
+
+def _waited_for(scrape: _Scrape) -> _Samples:
+    for student in scrape.run.students:
+        yield (student.name,), float(student.name in scrape.run.waiting_for)
+
+
+def _states(scrape: _Scrape) -> _Samples:
+    for student in scrape.run.students:
+        for state, name in _STATES.items():
+            yield (student.name, name), float(student.state == state)
+
+
+def _rejected(scrape: _Scrape) -> _Samples:
+    for status, count in dict(scrape.counts.rejected).items():
+        yield (status.name.lower(),), count
+
+
+_STUDENT = ("student", "model")
+_SPLIT = (*_STUDENT, "split")
+_TABLE = (
+    _Metric(
+        "run_info",
+        "What runs; always 1.",
+        lambda scrape: [((scrape.counts.method, __version__), 1)],
+        ("method", "version"),
+    ),
+    _Metric(
+        "student_accuracy_ratio",
+        "Share of samples classified correctly.",
+        _by_split(lambda measurement: measurement.accuracy),
+        _SPLIT,
+    ),
+    _Metric("student_loss", "Mean cross-entropy, in nats.", _by_split(lambda measurement: measurement.loss), _SPLIT),
+    _Metric(
+        "student_distillation_loss",
+        "Mean of the method's term, weight included.",
+        _by_split(_distillation_loss),
+        _SPLIT,
+    ),
+    _Metric("round", "Rounds that a student has trained.", _by_student(lambda _, student: student.round), _STUDENT),
+    _Metric(
+        "student_behind_rounds",
+        "Rounds that a student is behind the frontier.",
+        _by_student(lambda run, student: max(0, run.frontier - student.round)),
+        _STUDENT,
+    ),
+    _Metric(
+        "student_parameters", "Trainable parameters.", _by_student(lambda _, student: student.parameters), _STUDENT
+    ),
+    _Metric(
+        "student_step_seconds",
+        "Median training step, waiting included.",
+        _by_student(lambda _, student: student.step_seconds),
+        _STUDENT,
+    ),
+    _Metric(
+        "student_wait_seconds",
+        "Median wait of a step for its targets.",
+        _by_student(lambda _, student: student.wait_seconds),
+        _STUDENT,
+    ),
+    _Metric(
+        "ensemble_accuracy_ratio",
+        "Share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.",
+        _ensemble_accuracy,
+        ("split",),
+    ),
+    _Metric(
+        "disagreement_ratio",
+        "Share of the last epoch's training samples on which two students differ.",
+        _disagreements,
+        ("first", "second"),
+    ),
+    _Metric("students_present", "Students whose session is open.", _count(pb.STUDENT_STATE_PRESENT)),
+    _Metric("students_expected", "Students of the experiment.", _one(lambda scrape: len(scrape.run.students))),
+    _Metric("students_finished", "Students that trained all rounds.", _count(pb.STUDENT_STATE_FINISHED)),
+    _Metric("frontier_round", "First round that is not closed.", _one(lambda scrape: scrape.run.frontier)),
+    _Metric("expected_rounds", "Rounds of the whole run.", _one(lambda scrape: scrape.run.total_rounds)),
+    _Metric(
+        "open_round_wait_seconds",
+        "How long the open round has waited.",
+        _one(lambda scrape: scrape.run.waiting_seconds),
+    ),
+    _Metric("waited_for", "1 for a student that the open round waits for, else 0.", _waited_for, ("student",)),
+    _Metric(
+        "student_state",
+        "1 for the state that a student is in, 0 for the others; failed is one that left with an error, as when it diverged.",
+        _states,
+        ("student", "state"),
+    ),
+    _Metric(
+        "rounds",
+        "Rounds closed by this server.",
+        _one(lambda scrape: scrape.counts.closed_rounds),
+        family=CounterMetricFamily,
+    ),
+    _Metric(
+        "rounds_without_target",
+        "Rounds trained on labels alone for want of a quorum.",
+        _one(lambda scrape: scrape.counts.rounds_without_targets),
+        family=CounterMetricFamily,
+    ),
+    _Metric(
+        "student_missed_rounds",
+        "Rounds closed without a student.",
+        _of_every_student(lambda student: student.missed_rounds),
+        _STUDENT,
+        CounterMetricFamily,
+    ),
+    _Metric(
+        "student_joins",
+        "Sessions opened by a student's workers; every one after the first is a restart or a reconnection.",
+        _of_every_student(lambda student: student.joins),
+        _STUDENT,
+        CounterMetricFamily,
+    ),
+    _Metric("contributions_rejected", "Contributions turned away.", _rejected, ("reason",), CounterMetricFamily),
+    _Metric(
+        "bytes",
+        "Bytes of contributions received and of replies sent.",
+        lambda scrape: [(("received",), scrape.counts.bytes_in), (("sent",), scrape.counts.bytes_out)],
+        ("direction",),
+        CounterMetricFamily,
+    ),
+)
+
+
+def registry(state: RunState, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
+    """Return a registry of one run's metrics, and connect its histograms to the run's state.
 
     Args:
-        observations: the run's.
-        snapshot: where the run stands; called from whatever thread serves a scrape.
+        state: the run's.
+        snapshot: returns the run's state as a message; called from the thread that serves a scrape.
     """
-    made = CollectorRegistry()
-    run = observations.name
-    wait = Histogram(
-        "codistill_round_wait_seconds",
-        "Time from a round's first contribution to its last.",
-        ["run"],
-        buckets=_BUCKETS,
-        registry=made,
-    ).labels(run)
-    seconds = Histogram(
-        "codistill_round_seconds",
-        "Time from the closing of one round to the closing of the next.",
-        ["run"],
-        buckets=_BUCKETS,
-        registry=made,
-    ).labels(run)
+    metrics = CollectorRegistry()
+
+    def histogram(name: str, text: str) -> Histogram:
+        family = Histogram(f"codistill_{name}", text, ["run"], buckets=_BUCKETS, registry=metrics)
+        return family.labels(state.name)
+
+    wait = histogram("round_wait_seconds", "Time from a round's first contribution to its last.")
+    seconds = histogram("round_seconds", "Time from the closing of one round to the closing of the next.")
 
     def on_round(waited: float, took: float) -> None:
         wait.observe(waited)
         seconds.observe(took)
 
-    observations.on_round = on_round
-    made.register(_RunCollector(observations, snapshot))
-    return made
+    state.on_round = on_round
+    metrics.register(_RunCollector(state, snapshot))
+    return metrics
 
 
 class _RunCollector(Collector):
-    """Reads the observations when Prometheus asks."""
+    """Reads the table's metrics at each scrape."""
 
-    def __init__(self, observations: RunState, snapshot: Callable[[], pb.Run]) -> None:
-        self._observations = observations
+    def __init__(self, state: RunState, snapshot: Callable[[], pb.Run]) -> None:
+        self._state = state
         self._snapshot = snapshot
 
     def collect(self) -> Iterable[Metric]:
-        observations = self._observations
-        run = observations.name
-        state = self._snapshot()
-        students = [student for student in state.students if student.state in _VISIBLE]
-
-        def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"codistill_{name}", text, labels=["run", *labels])
-
-        info = gauge("run_info", "What runs; always 1.", "method", "version")
-        info.add_metric([run, observations.method, __version__], 1)
-        yield info
-
-        accuracy = gauge(
-            "student_accuracy_ratio", "Share of samples classified correctly.", "student", "model", "split"
-        )
-        loss = gauge("student_loss", "Mean cross-entropy, in nats.", "student", "model", "split")
-        distillation = gauge(
-            "student_distillation_loss", "Mean of the method's term, weight included.", "student", "model", "split"
-        )
-        trained = gauge("round", "Rounds that a student has trained.", "student", "model")
-        behind = gauge("student_behind_rounds", "Rounds that a student is behind the frontier.", "student", "model")
-        parameters = gauge("student_parameters", "Trainable parameters.", "student", "model")
-        step = gauge("student_step_seconds", "Median training step, waiting included.", "student", "model")
-        waiting = gauge("student_wait_seconds", "Median wait of a step for its targets.", "student", "model")
-        for student in students:
-            who = [run, student.name, student.model]
-            for measurement in student.measurements:
-                split = _SPLITS[measurement.split]
-                accuracy.add_metric([*who, split], measurement.accuracy)
-                loss.add_metric([*who, split], measurement.loss)
-                if measurement.HasField("distillation_loss"):
-                    distillation.add_metric([*who, split], measurement.distillation_loss)
-            trained.add_metric(who, student.round)
-            behind.add_metric(who, max(0, state.frontier - student.round))
-            parameters.add_metric(who, student.parameters)
-            step.add_metric(who, student.step_seconds)
-            waiting.add_metric(who, student.wait_seconds)
-        yield from (accuracy, loss, distillation, trained, behind, parameters, step, waiting)
-
-        ensemble = gauge(
-            "ensemble_accuracy_ratio",
-            "Share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.",
-            "split",
-        )
-        if state.HasField("ensemble_accuracy"):
-            ensemble.add_metric([run, "train"], state.ensemble_accuracy)
-        yield ensemble
-        disagreement = gauge(
-            "disagreement_ratio",
-            "Share of the last epoch's training samples on which two students differ.",
-            "first",
-            "second",
-        )
-        shown = {student.name for student in students}
-        for pair in state.disagreements:
-            if pair.first in shown and pair.second in shown:
-                disagreement.add_metric([run, pair.first, pair.second], pair.ratio)
-        yield disagreement
-
-        yield _one(
-            gauge("students_present", "Students whose session is open."), run, _count(state, pb.STUDENT_STATE_PRESENT)
-        )
-        yield _one(gauge("students_expected", "Students of the experiment."), run, len(state.students))
-        yield _one(
-            gauge("students_finished", "Students that trained all rounds."),
-            run,
-            _count(state, pb.STUDENT_STATE_FINISHED),
-        )
-        yield _one(gauge("frontier_round", "First round that is not closed."), run, state.frontier)
-        yield _one(gauge("expected_rounds", "Rounds of the whole run."), run, state.total_rounds)
-        yield _one(gauge("open_round_wait_seconds", "How long the open round has waited."), run, state.waiting_seconds)
-        waited_for = gauge("waited_for", "1 for a student that the open round waits for, else 0.", "student")
-        for student in state.students:
-            waited_for.add_metric([run, student.name], float(student.name in state.waiting_for))
-        yield waited_for
-        states = gauge(
-            "student_state",
-            "1 for the state that a student is in, 0 for the others; failed is one that left with an error, as when it diverged.",
-            "student",
-            "state",
-        )
-        for student in state.students:
-            for number, name in _STATES.items():
-                states.add_metric([run, student.name, name], float(student.state == number))
-        yield states
-
-        rounds = CounterMetricFamily("codistill_rounds", "Rounds closed by this server.", labels=["run"])
-        rounds.add_metric([run], observations.closed_rounds)
-        yield rounds
-        alone = CounterMetricFamily(
-            "codistill_rounds_without_target", "Rounds trained on labels alone for want of a quorum.", labels=["run"]
-        )
-        alone.add_metric([run], observations.rounds_without_targets)
-        yield alone
-        missed = CounterMetricFamily(
-            "codistill_student_missed_rounds", "Rounds closed without a student.", labels=["run", "student", "model"]
-        )
-        joins = CounterMetricFamily(
-            "codistill_student_joins",
-            "Sessions opened by a student's workers; every one after the first is a restart or a reconnection.",
-            labels=["run", "student", "model"],
-        )
-        for student in state.students:
-            missed.add_metric([run, student.name, student.model], student.missed_rounds)
-            joins.add_metric([run, student.name, student.model], student.joins)
-        yield from (missed, joins)
-        rejected = CounterMetricFamily(
-            "codistill_contributions_rejected", "Contributions turned away.", labels=["run", "reason"]
-        )
-        for status, count in dict(observations.rejected).items():
-            rejected.add_metric([run, status.name.lower()], count)
-        yield rejected
-        traffic = CounterMetricFamily(
-            "codistill_bytes", "Bytes of contributions received and of replies sent.", labels=["run", "direction"]
-        )
-        traffic.add_metric([run, "received"], observations.bytes_in)
-        traffic.add_metric([run, "sent"], observations.bytes_out)
-        yield traffic
-
-
-def _count(state: pb.Run, wanted: pb.StudentState.ValueType) -> int:
-    return sum(student.state == wanted for student in state.students)
-
-
-def _one(family: GaugeMetricFamily, run: str, value: float) -> GaugeMetricFamily:
-    family.add_metric([run], value)
-    return family
+        scrape = _Scrape(self._state, self._snapshot())
+        for metric in _TABLE:
+            family = metric.family(f"codistill_{metric.name}", metric.text, labels=["run", *metric.labels])
+            for labels, value in metric.samples(scrape):
+                family.add_metric([self._state.name, *labels], value)
+            yield family

@@ -1,119 +1,148 @@
 """The rounds of one run as a pure state machine: `(state, event, now) -> actions`.
 
-There are no threads, clock, sockets or disk in here; time is an argument and the outside world is a list of actions
-for somebody else to carry out. So the same code is driven by the gRPC service, by the in-process loop, and by tests
-that crash, duplicate and reorder everything.
+There are no threads, clock, sockets or disk in here. Time is an argument, and the outside world is a list of actions that
+the caller carries out. So the gRPC service, the in-process loop, and tests that crash, duplicate and reorder everything
+drive the same code.
 
-The life of a round: every awaited student's contribution comes in (:class:`Contribute`), the machine says
-:class:`Decide`; whoever drives it makes the targets, **writes them to the journal**, and only then says
-:class:`Decided`; the machine answers everyone who waits (:class:`Answer`). From then on the round never changes: any
-contribution to it, however late or repeated, is answered again from the journal. So a duplicate, a retry and the
-replay of a student that came back from its checkpoint are one and the same thing.
+The life of a round. Every awaited student's contribution arrives (:class:`Contribute`), and the machine asks for
+:class:`Decide`. The caller makes the targets, **writes them to the journal**, and only then reports :class:`Decided`. The
+machine then answers every session that waits (:class:`Answer`). From then on the round never changes: a later or repeated
+contribution to it is answered again from the journal. So a duplicate, a retry and the replay of a student that came back
+from its checkpoint are one and the same thing.
 
-Who is awaited: every student; or, with :class:`codistill_server.rounds.stragglers.StragglerPolicy` rules, every student but those that
-missed a round's deadline or said goodbye. An absent student learns the rounds that it missed from the journal, at its
-own speed, and is awaited again once it is at the frontier and quick enough to keep up.
+Awaited is every student. With a :class:`codistill_server.rounds.stragglers.StragglerPolicy`, students that missed a
+round's deadline or left are not. Such an absent student learns the rounds that it missed from the journal, at its own
+speed. It is awaited again once it is at the frontier and quick enough to keep up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
-from codistill_server.rounds.events import (
+from codistill_server.rounds.actions import (
     Absent,
     Action,
     Admit,
     Answer,
     Complete,
+    Decide,
+    End,
+    Forget,
+    Notify,
+    Refuse,
+    Remember,
+    Returned,
+    Status,
+    Waiting,
+)
+from codistill_server.rounds.events import (
     Contribute,
     Contribution,
-    Decide,
     Decided,
     Disconnect,
-    End,
     Event,
-    Forget,
     Join,
     Leave,
     LeaveReason,
-    Notify,
-    Presence,
     Progress,
-    Refuse,
-    Remember,
     Restored,
-    Returned,
-    Status,
     StudentRecord,
     Tick,
-    Waiting,
 )
-from codistill_server.rounds.stragglers import ArrivalLags, Decision, StragglerPolicy, decide
+from codistill_server.rounds.stragglers import ArrivalLags, CloseDecision, StragglerPolicy, close_decision
 
-__all__ = ["Rounds", "Rules"]
+__all__ = ["Presence", "Rounds", "Rules"]
+
+
+class Presence(Enum):
+    """Whether a student takes part at the moment."""
+
+    EXPECTED = "expected"
+    PRESENT = "present"
+    ABSENT = "absent"
+    FINISHED = "finished"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What of an experiment the rounds depend on.
+    """The part of an experiment that the rounds depend on.
 
     Attributes:
         students: the expected students' names, in the experiment's order.
         exchanges: whether the method exchanges anything; if not, there are no rounds to close here.
         waiting_notice: seconds between two notices to a student that waits.
         keep_all: never forget a closed round.
-        absence: when a round goes on without a student; None waits for every student.
-        steps: training steps from one round here to the next, where not every step exchanges something.
+        stragglers: when a round closes without a student; None waits for every student.
+        steps_per_round: training steps from one round to the next.
     """
 
     students: tuple[str, ...]
     exchanges: bool = True
     waiting_notice: float = 5.0
     keep_all: bool = False
-    absence: StragglerPolicy | None = None
-    steps: int = 1
+    stragglers: StragglerPolicy | None = None
+    steps_per_round: int = 1
 
 
 @dataclass
-class _Open:
-    """The open round."""
+class _OpenRound:
+    """The round at the frontier.
+
+    Attributes:
+        contributions: by student.
+        arrived: by student, when its contribution arrived.
+        waiters: by session, the contribution that is to be answered.
+        opened_at: when the first contribution arrived; None before.
+        deciding: whether the targets are being made.
+        notified: by session, when it contributed or was last notified that it waits.
+    """
 
     contributions: dict[str, Contribution] = field(default_factory=dict[str, Contribution])
     arrived: dict[str, float] = field(default_factory=dict[str, float])
     waiters: dict[int, Contribution] = field(default_factory=dict[int, Contribution])
-    opened: float | None = None
+    opened_at: float | None = None
     deciding: bool = False
     notified: dict[int, float] = field(default_factory=dict[int, float])
 
 
 class Rounds:
-    """The state machine; see the module's text for how it is used.
+    """The state machine; the module's docstring says how it is driven.
 
-    Its memory is bounded by the number of students: only the open round's contributions are held.
+    Its memory is bounded by the number of students: it holds the open round's contributions only.
+
+    Args:
+        rules: the rules of the run.
+        restored: what the run's journal holds; None for a new run.
     """
 
     def __init__(self, rules: Rules, restored: Restored | None = None) -> None:
         restored = restored or Restored()
-        known = {record.student: record for record in restored.students}
+        records = {record.student: record for record in restored.students}
         self.rules = rules
         self._frontier = restored.frontier
         self._oldest = restored.oldest
-        self._open = _Open()
+        self._open_round = _OpenRound()
         self._sessions: dict[int, str] = {}
-        self._current: dict[str, int] = {}
-        self._last_session = max((record.session for record in restored.students), default=0)
-        self._last_sessions = {name: known[name].session if name in known else 0 for name in rules.students}
-        self._workers = {name: known[name].worker if name in known else 0 for name in rules.students}
-        self._durable = {name: known[name].durable_round if name in known else 0 for name in rules.students}
-        self._presence = {
-            name: Presence.FINISHED if name in known and known[name].finished else Presence.EXPECTED
-            for name in rules.students
-        }
+        self._session_of: dict[str, int] = {}
+        self._newest_session = max((record.session for record in restored.students), default=0)
+        self._last_sessions = dict.fromkeys(rules.students, 0)
+        self._workers = dict.fromkeys(rules.students, 0)
+        self._durable_rounds = dict.fromkeys(rules.students, 0)
+        self._presence = dict.fromkeys(rules.students, Presence.EXPECTED)
+        for student in rules.students:
+            if student in records:
+                record = records[student]
+                self._last_sessions[student] = record.session
+                self._workers[student] = record.worker
+                self._durable_rounds[student] = record.durable_round
+                self._presence[student] = Presence.FINISHED if record.finished else Presence.EXPECTED
         self._awaited = set(rules.students)
-        self._arrivals = ArrivalLags()
-        self._heard: dict[int, float] = {}
-        self._answered: dict[int, float] = {}
+        self._lags = ArrivalLags()
+        self._heard_at: dict[int, float] = {}  # by session: when it joined, or last contributed
+        self._answered_at: dict[int, float] = {}  # by session
 
     @property
     def frontier(self) -> int:
@@ -127,13 +156,13 @@ class Rounds:
 
     @property
     def presence(self) -> Mapping[str, Presence]:
-        """Where each student stands."""
+        """Whether each student takes part at the moment."""
         return self._presence
 
     @property
-    def durable(self) -> Mapping[str, int]:
+    def durable_rounds(self) -> Mapping[str, int]:
         """The first round that each student would need again after a restart."""
-        return self._durable
+        return self._durable_rounds
 
     @property
     def awaited(self) -> Collection[str]:
@@ -146,24 +175,29 @@ class Rounds:
         return all(presence is Presence.FINISHED for presence in self._presence.values())
 
     def student_of(self, session: int) -> str | None:
-        """Returns whose session this is, or None if it is over or never was."""
+        """Return the student of a session, or None if the session is over or never was."""
         return self._sessions.get(session)
 
     def waiting(self, now: float) -> Waiting | None:
-        """Returns whom the open round waits for, or None while no contribution to it is in, or all are."""
-        if self._open.opened is None or self._open.deciding:
+        """Return the students that the open round waits for; None before its first contribution and while it is decided."""
+        if self._open_round.opened_at is None or self._open_round.deciding:
             return None
         missing = tuple(
-            name for name in self.rules.students if name in self._awaited and name not in self._open.contributions
+            student
+            for student in self.rules.students
+            if student in self._awaited and student not in self._open_round.contributions
         )
-        return Waiting(self._frontier, missing, max(0.0, now - self._open.opened))
+        return Waiting(self._frontier, missing, max(0.0, now - self._open_round.opened_at))
 
     def apply(self, event: Event, now: float) -> list[Action]:
-        """Takes in one event and returns what must be done, in order.
+        """Apply one event and return the actions that it asks for, in the order in which to carry them out.
 
         Args:
-            event: what happened.
-            now: the time it happened, in seconds of a clock that never goes back.
+            event: the event.
+            now: the time of the event, in seconds of a clock that never goes back.
+
+        Raises:
+            ValueError: a round is reported as decided that is not being decided.
         """
         match event:
             case Join():
@@ -179,7 +213,7 @@ class Rounds:
             case Disconnect():
                 return self._disconnect(event, now)
             case Tick():
-                return [*self._evictions(now), *self._settle(now), *self._notices(now)]
+                return [*self._evictions(now), *self._close_if_due(now), *self._notices(now)]
 
     def _join(self, event: Join, now: float) -> list[Action]:
         student = event.student
@@ -214,31 +248,31 @@ class Rounds:
                 )
             ]
         actions: list[Action] = []
-        older = self._current.get(student)
-        if older is not None:
-            self._drop(older, Presence.ABSENT)
-            if holder and holder == event.worker:  # its own: an answer was lost, or a call of before came late
-                again = f"the worker of student {student!r} has joined again; join again"
-                actions.append(End(older, student, Status.ABORTED, again))
+        older_session = self._session_of.get(student)
+        if older_session is not None:
+            self._forget_session(older_session, Presence.ABSENT)
+            if holder and holder == event.worker:  # its own: an answer was lost, or an earlier call came late
+                joined_again = f"the worker of student {student!r} has joined again; join again"
+                actions.append(End(older_session, student, Status.ABORTED, joined_again))
             else:
-                actions.append(End(older, student, Status.SUPERSEDED, taken_over))
+                actions.append(End(older_session, student, Status.SUPERSEDED, taken_over))
         self._workers[student] = event.worker
-        self._last_session += 1
-        session = self._last_session
+        self._newest_session += 1
+        session = self._newest_session
         self._sessions[session] = student
-        self._current[student] = session
+        self._session_of[student] = session
         self._last_sessions[student] = session
         # A worker whose newest checkpoint was torn resumes an older one than it had reported; it needs those rounds.
-        self._durable[student] = min(self._durable[student], event.first_round)
+        self._durable_rounds[student] = min(self._durable_rounds[student], event.first_round)
         self._presence[student] = Presence.PRESENT
-        self._heard[session] = now
+        self._heard_at[session] = now
         return [*actions, Remember(self._record(student)), Admit(student, session, self._frontier)]
 
     def _contribute(self, event: Contribute, now: float) -> list[Action]:
         session, contribution = event.session, event.contribution
         student = self._sessions.get(session)
         if student is None:
-            return [Refuse(Status.ABORTED, f"session {session} is over or unknown to this server; join again")]
+            return [_session_is_over(session)]
         if not self.rules.exchanges:
             message = "this run's method exchanges nothing; a contribution is not allowed"
             return self._end(session, Status.FAILED_PRECONDITION, message)
@@ -251,179 +285,161 @@ class Rounds:
             message = (
                 f"round {contribution.round} is not kept any more; the journal keeps rounds from {self._oldest} on"
             )
-            return self._turn_away(session, message, now)
+            return self._reject(session, message, now)
         if contribution.round < self._frontier:
-            back = self._comes_back(student, contribution.round, session, now)
-            self._heard[session] = self._answered[session] = now
-            return [*back, Answer(session, student, contribution)]
-        opened = self._open
-        problem = self._mismatch(student, contribution)
-        if problem is not None:
-            peers = opened.contributions.keys() - {student}
-            if opened.deciding or any(self._current.get(peer) in opened.waiters for peer in peers):
-                return self._turn_away(session, problem, now)
-            # Those who sent it are gone; were it kept, it would turn away even them when they come back put right.
+            returned = self._await_again(student, contribution.round, session, now)
+            self._heard_at[session] = self._answered_at[session] = now
+            return [*returned, Answer(session, student, contribution)]
+        opened = self._open_round
+        mismatch = self._mismatch(student, contribution)
+        if mismatch is not None:
+            others = opened.contributions.keys() - {student}
+            if opened.deciding or any(self._session_of.get(other) in opened.waiters for other in others):
+                return self._reject(session, mismatch, now)
+            # The students that sent the others are gone. Kept, these would reject even them when they come back put right.
             opened.contributions.clear()
             opened.arrived.clear()
-            opened.opened = None
-        back = self._comes_back(student, contribution.round, session, now)
-        self._heard[session] = now
+            opened.opened_at = None
+        returned = self._await_again(student, contribution.round, session, now)
+        self._heard_at[session] = now
         opened.waiters[session] = contribution
         opened.notified[session] = now
         if opened.deciding:
-            return back
-        # A student that died and came back sends again what it has now; it takes the place of what it had then.
+            return returned
+        # A student that died and came back sends again; this takes the place of its earlier contribution.
         opened.contributions[student] = contribution
         opened.arrived[student] = now
-        opened.opened = now if opened.opened is None else opened.opened
-        return [*back, *self._settle(now)]
+        opened.opened_at = now if opened.opened_at is None else opened.opened_at
+        return [*returned, *self._close_if_due(now)]
 
-    def _comes_back(self, student: str, number: int, session: int, now: float) -> list[Action]:
-        """Awaits an absent student again when it has caught up and its last steps took no longer each than a round waits.
+    def _await_again(self, student: str, round_number: int, session: int, now: float) -> list[Action]:
+        """Await an absent student again if it has caught up and each of its last steps fits into a round's deadline.
 
-        A slower one may still contribute in time; were it awaited, every round would wait its whole deadline for it.
+        A slower student may still contribute in time. Were it awaited, every round would wait its whole deadline for it.
         """
-        absence = self.rules.absence
-        if absence is None or student in self._awaited or number < self._frontier - 1:
+        policy = self.rules.stragglers
+        if policy is None or student in self._awaited or round_number < self._frontier - 1:
             return []
-        took = now - self._answered.get(session, self._heard[session])
-        if took / self.rules.steps > self._arrivals.deadline(absence):
+        elapsed = now - self._answered_at.get(session, self._heard_at[session])
+        if elapsed / self.rules.steps_per_round > self._lags.deadline(policy):
             return []
         self._awaited.add(student)
         return [Returned(student, self._frontier)]
 
-    def _settle(self, now: float) -> list[Action]:
-        """Closes the open round if it waits for nobody any more."""
-        opened = self._open
-        if opened.opened is None or opened.deciding:
+    def _close_if_due(self, now: float) -> list[Action]:
+        """Close the open round if it waits for no student any more."""
+        opened = self._open_round
+        if opened.opened_at is None or opened.deciding:
             return []
-        verdict = self._judge(now, opened.opened)
-        self._awaited.difference_update(verdict.absent)
-        actions: list[Action] = [Absent(name, self._frontier, verdict.reason) for name in verdict.absent]
-        if not verdict.close:
+        decision = self._close_decision(now - opened.opened_at)
+        self._awaited.difference_update(decision.absent)
+        actions: list[Action] = [Absent(student, self._frontier, decision.reason) for student in decision.absent]
+        if not decision.close:
             return actions
         opened.deciding = True
-        ordered = {name: opened.contributions[name] for name in self.rules.students if name in opened.contributions}
-        decide = Decide(self._frontier, ordered, dict(opened.arrived), verdict.targets)
-        return [*actions, decide]
+        in_order = {
+            student: opened.contributions[student] for student in self.rules.students if student in opened.contributions
+        }
+        return [*actions, Decide(self._frontier, in_order, dict(opened.arrived), decision.targets)]
 
-    def _judge(self, now: float, opened: float) -> Decision:
-        contributed, absence = self._open.contributions, self.rules.absence
-        if absence is None:
-            return Decision(len(contributed) == len(self.rules.students), True, (), "every student is in")
-        return decide(
-            absence,
-            waited=now - opened,
-            deadline=self._arrivals.deadline(absence),
-            awaited=[name for name in self.rules.students if name in self._awaited],
-            expected=[name for name, presence in self._presence.items() if presence is Presence.EXPECTED],
+    def _close_decision(self, waited: float) -> CloseDecision:
+        contributed, policy = self._open_round.contributions, self.rules.stragglers
+        if policy is None:
+            return CloseDecision(len(contributed) == len(self.rules.students), True, (), "every student is in")
+        return close_decision(
+            policy,
+            waited=waited,
+            deadline=self._lags.deadline(policy),
+            awaited=[student for student in self.rules.students if student in self._awaited],
+            expected=[student for student, presence in self._presence.items() if presence is Presence.EXPECTED],
             contributed=contributed,
         )
 
     def _mismatch(self, student: str, contribution: Contribution) -> str | None:
-        opened = self._open
-        peers = {peer: other for peer, other in opened.contributions.items() if peer != student}
-        if not peers and opened.deciding:  # what is being decided cannot be changed by the only one who sent it
-            peers = opened.contributions
-        for peer, other in peers.items():
-            if other.samples != contribution.samples:
-                return (
-                    f"round {contribution.round}: student {student!r} has {other.samples.difference(contribution.samples)}, "
-                    f"from student {peer!r}: seed, data and batch size must be the same for all"
-                )
-            if (other.held_out is None) != (contribution.held_out is None):
-                ours, theirs = ("no", "some") if contribution.held_out is None else ("some", "no")
-                return (
-                    f"round {contribution.round}: student {student!r} sent {ours} held-out samples, "
-                    f"student {peer!r} sent {theirs}: data.held_out must be the same for all"
-                )
-            if (
-                other.held_out is not None
-                and contribution.held_out is not None
-                and other.held_out != contribution.held_out
-            ):
-                return (
-                    f"round {contribution.round}: student {student!r} has held out "
-                    f"{other.held_out.difference(contribution.held_out)}, from student {peer!r}: "
-                    "data.held_out and data.split_seed must be the same for all"
-                )
-            return None
-        return None
+        """Describe how a contribution contradicts the open round's; None where it does not."""
+        opened = self._open_round
+        # Once a round is being decided, even its only contributor cannot change what it sent.
+        peer = next((other for other in opened.contributions if other != student), student if opened.deciding else None)
+        return None if peer is None else _describe_mismatch(student, contribution, peer, opened.contributions[peer])
 
     def _decided(self, event: Decided, now: float) -> list[Action]:
-        if event.round != self._frontier or not self._open.deciding:
+        if event.round != self._frontier or not self._open_round.deciding:
             raise ValueError(f"round {event.round} is decided, but round {self._frontier} is the open one")
-        waiters, arrived = self._open.waiters, self._open.arrived.values()
+        waiters, arrived = self._open_round.waiters, self._open_round.arrived.values()
         if len(arrived) > 1:
-            self._arrivals.add(max(arrived) - min(arrived))
-        self._answered |= dict.fromkeys(waiters, now)
+            self._lags.add(max(arrived) - min(arrived))
+        self._answered_at |= dict.fromkeys(waiters, now)
         self._frontier += 1
-        self._open = _Open()
+        self._open_round = _OpenRound()
         return [Answer(session, self._sessions[session], contribution) for session, contribution in waiters.items()]
 
     def _progress(self, event: Progress) -> list[Action]:
         student = self._sessions.get(event.session)
         if student is None:
-            return [Refuse(Status.ABORTED, f"session {event.session} is over or unknown to this server; join again")]
+            return [_session_is_over(event.session)]
         durable = min(event.durable_round, self._frontier) if self.rules.exchanges else event.durable_round
-        if durable <= self._durable[student]:
+        if durable <= self._durable_rounds[student]:
             return []
-        self._durable[student] = durable
-        return [Remember(self._record(student)), *self._forget()]
+        self._durable_rounds[student] = durable
+        return [Remember(self._record(student)), *self._forget_rounds()]
 
     def _leave(self, event: Leave, now: float) -> list[Action]:
         student = self._sessions.get(event.session)
         if student is None:
-            return [Refuse(Status.ABORTED, f"session {event.session} is over or unknown to this server; join again")]
+            return [_session_is_over(event.session)]
         presence = {
             LeaveReason.FINISHED: Presence.FINISHED,
             LeaveReason.STOPPED: Presence.ABSENT,
             LeaveReason.FAILED: Presence.FAILED,
         }[event.reason]
-        self._drop(event.session, presence)
+        self._forget_session(event.session, presence)
         if presence is not Presence.FINISHED:
-            return self._give_up_on(student, f"student {student!r} {event.reason.value}", now)
-        self._durable[student] = max(self._durable[student], self._frontier)
-        actions: list[Action] = [Remember(self._record(student)), *self._forget()]
+            return self._stop_awaiting(student, f"student {student!r} {event.reason.value}", now)
+        self._durable_rounds[student] = max(self._durable_rounds[student], self._frontier)
+        actions: list[Action] = [Remember(self._record(student)), *self._forget_rounds()]
         return [*actions, Complete()] if self.complete else actions
 
     def _disconnect(self, event: Disconnect, now: float) -> list[Action]:
         student = self._sessions.get(event.session)
-        self._drop(event.session, Presence.ABSENT)
+        self._forget_session(event.session, Presence.ABSENT)
         if student is None or not event.lost:
             return []
-        return self._give_up_on(student, _of_no_use(student), now)
+        return self._stop_awaiting(student, _unusable(student), now)
 
-    def _turn_away(self, session: int, message: str, now: float) -> list[Action]:
-        """Ends a session because of what was sent on it, which would be sent again."""
+    def _reject(self, session: int, message: str, now: float) -> list[Action]:
+        """End a session because of what was sent on it: its student would send the same again."""
         student = self._sessions[session]
         ended = self._end(session, Status.FAILED_PRECONDITION, message)
-        return [*ended, *self._give_up_on(student, _of_no_use(student), now)]
+        return [*ended, *self._stop_awaiting(student, _unusable(student), now)]
 
-    def _give_up_on(self, student: str, reason: str, now: float) -> list[Action]:
-        """Stops waiting for a student that will send nothing, where the rules allow to go on without one."""
-        if self.rules.absence is None or not self.rules.exchanges or student not in self._awaited:
+    def _stop_awaiting(self, student: str, reason: str, now: float) -> list[Action]:
+        """Stop waiting for a student that will send nothing, if a policy allows rounds to close without one."""
+        if self.rules.stragglers is None or not self.rules.exchanges or student not in self._awaited:
             return []
         self._awaited.discard(student)
-        return [Absent(student, self._frontier, reason), *self._settle(now)]
+        return [Absent(student, self._frontier, reason), *self._close_if_due(now)]
 
     def _evictions(self, now: float) -> list[Action]:
-        """Ends the sessions of absent students that have been silent for too long."""
-        absence = self.rules.absence
-        if absence is None or not self.rules.exchanges:
+        """End the sessions of absent students that have been silent for too long."""
+        policy = self.rules.stragglers
+        if policy is None or not self.rules.exchanges:
             return []
         actions: list[Action] = []
-        for student, session in list(self._current.items()):
-            silent = now - self._heard[session]
-            if student not in self._awaited and silent >= absence.evict_after and session not in self._open.waiters:
+        for student, session in list(self._session_of.items()):
+            silent = now - self._heard_at[session]
+            if (
+                student not in self._awaited
+                and silent >= policy.evict_after
+                and session not in self._open_round.waiters
+            ):
                 message = f"nothing came from student {student!r} for {silent:.0f} s and rounds went on without it; join again"
                 actions += self._end(session, Status.ABORTED, message)
         return actions
 
-    def _forget(self) -> list[Action]:
+    def _forget_rounds(self) -> list[Action]:
         if self.rules.keep_all or not self.rules.exchanges:
             return []
-        needed = min(*self._durable.values(), self._frontier)
+        needed = min(*self._durable_rounds.values(), self._frontier)
         if needed <= self._oldest:
             return []
         self._oldest = needed
@@ -434,33 +450,60 @@ class Rounds:
         if waiting is None:
             return []
         actions: list[Action] = []
-        for session in self._open.waiters:
-            if now - self._open.notified[session] >= self.rules.waiting_notice:
-                self._open.notified[session] = now
+        for session in self._open_round.waiters:
+            if now - self._open_round.notified[session] >= self.rules.waiting_notice:
+                self._open_round.notified[session] = now
                 actions.append(Notify(session, waiting))
         return actions
 
     def _end(self, session: int, status: Status, message: str) -> list[Action]:
         student = self._sessions[session]
-        self._drop(session, Presence.ABSENT)
+        self._forget_session(session, Presence.ABSENT)
         return [End(session, student, status, message)]
 
-    def _drop(self, session: int, presence: Presence) -> None:
+    def _forget_session(self, session: int, presence: Presence) -> None:
         student = self._sessions.pop(session, None)
-        self._open.waiters.pop(session, None)
-        self._open.notified.pop(session, None)
-        self._heard.pop(session, None)
-        self._answered.pop(session, None)
+        self._open_round.waiters.pop(session, None)
+        self._open_round.notified.pop(session, None)
+        self._heard_at.pop(session, None)
+        self._answered_at.pop(session, None)
         if student is not None:
-            del self._current[student]
+            del self._session_of[student]
             self._presence[student] = presence
 
     def _record(self, student: str) -> StudentRecord:
         finished = self._presence[student] is Presence.FINISHED
         return StudentRecord(
-            student, self._last_sessions[student], self._durable[student], finished, self._workers[student]
+            student, self._last_sessions[student], self._durable_rounds[student], finished, self._workers[student]
         )
 
 
-def _of_no_use(student: str) -> str:
+def _describe_mismatch(student: str, contribution: Contribution, peer: str, theirs: Contribution) -> str | None:
+    """Describe how a student's contribution contradicts a peer's to the same round; None where it does not."""
+    round_number = contribution.round
+    if theirs.samples != contribution.samples:
+        return (
+            f"round {round_number}: student {student!r} has {theirs.samples.difference(contribution.samples)}, "
+            f"from student {peer!r}: seed, data and batch size must be the same for all"
+        )
+    if theirs.held_out == contribution.held_out:
+        return None
+    if theirs.held_out is None or contribution.held_out is None:
+        ours, others = ("no", "some") if contribution.held_out is None else ("some", "no")
+        return (
+            f"round {round_number}: student {student!r} sent {ours} held-out samples, "
+            f"student {peer!r} sent {others}: data.held_out must be the same for all"
+        )
+    return (
+        f"round {round_number}: student {student!r} has held out "
+        f"{theirs.held_out.difference(contribution.held_out)}, from student {peer!r}: "
+        "data.held_out and data.split_seed must be the same for all"
+    )
+
+
+def _session_is_over(session: int) -> Refuse:
+    return Refuse(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
+
+
+def _unusable(student: str) -> str:
     return f"what student {student!r} sends is of no use"

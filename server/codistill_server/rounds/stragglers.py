@@ -1,10 +1,10 @@
-"""Whom an open round waits for, and when it goes on without them: pure functions of time and arrivals.
+"""How long an open round waits, and for which students: pure functions of time and arrivals.
 
 Words. A student is *awaited* while the frontier waits for it, else it is *absent*. The *deadline* of a round counts from
-its first contribution; at the deadline, whoever is awaited and has not contributed becomes absent. A round closes as
-soon as every awaited student has contributed. The *quorum* is the number of contributions, of present and absent
-students alike, that a round must have to be given targets; below it the round closes without any and the students learn
-from the labels alone.
+its first contribution. At the deadline, every awaited student that has not contributed becomes absent. A round closes as
+soon as every awaited student has contributed. The *quorum* is the number of contributions that a round must have to be
+given targets; those of absent students count too. Below the quorum the round closes without targets, and the students
+learn from the labels alone.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["ArrivalLags", "Decision", "StragglerPolicy", "decide"]
+from codistill.config.experiment import Experiment
 
-_WINDOW = 64
-_ENOUGH = 8
+__all__ = ["ArrivalLags", "CloseDecision", "StragglerPolicy", "close_decision", "straggler_policy"]
+
+_REMEMBERED_ROUNDS = 64
+_ROUNDS_NEEDED = 8
 _SPREADS = 10.0
-_SHORTEST = 2.0
+_SHORTEST_DEADLINE = 2.0
 
 
 @dataclass(frozen=True)
 class StragglerPolicy:
-    """How a run goes on without a student (``exchange.on_absence: proceed``).
+    """How a run continues without a student (``exchange.on_absence: proceed``).
 
     Attributes:
         quorum: contributions that a round needs to be given targets.
         round_deadline: seconds from a round's first contribution until it no longer waits; None follows the arrivals.
-        evict_after: seconds of silence after which an absent student's session is ended; and that a student that has
-            not joined since the server started is waited for.
+        evict_after: seconds of silence after which an absent student's session is ended. A student that has not joined
+            since the server started is waited for as long.
     """
 
     quorum: int
@@ -38,35 +40,44 @@ class StragglerPolicy:
     evict_after: float
 
 
-class ArrivalLags:
-    """How late the last contribution of recent rounds was, from which the automatic deadline follows.
+def straggler_policy(experiment: Experiment) -> StragglerPolicy | None:
+    """Return how an experiment's run continues without a student; None where it waits for every one."""
+    exchange = experiment.exchange
+    if exchange.on_absence == "wait":
+        return None
+    deadline = None if exchange.round_deadline == "auto" else exchange.round_deadline
+    return StragglerPolicy(exchange.quorum, deadline, exchange.evict_after)
 
-    The deadline is median + 10·MAD of the last 64 rounds' lags, a lag being the time from a round's first contribution
-    to its last. It is at least 2 s, so that a pause (an evaluation, a checkpoint) costs nobody its place, and at most
+
+class ArrivalLags:
+    """How late the last contribution of recent rounds was; the automatic deadline follows from it.
+
+    A lag is the time from a round's first contribution to its last. The deadline is median + 10·MAD of the last 64 rounds'
+    lags. It is at least 2 s, so that a pause (an evaluation, a checkpoint) makes no student absent. It is at most
     `evict_after`, which also holds until 8 rounds are known.
     """
 
     def __init__(self) -> None:
-        self._lags: deque[float] = deque(maxlen=_WINDOW)
+        self._lags: deque[float] = deque(maxlen=_REMEMBERED_ROUNDS)
 
     def add(self, lag: float) -> None:
-        """Takes in a closed round's lag, in seconds."""
+        """Record a closed round's lag, in seconds."""
         self._lags.append(lag)
 
-    def deadline(self, absence: StragglerPolicy) -> float:
-        """Returns the seconds that a round waits after its first contribution."""
-        if absence.round_deadline is not None:
-            return absence.round_deadline
-        if len(self._lags) < _ENOUGH:
-            return absence.evict_after
+    def deadline(self, policy: StragglerPolicy) -> float:
+        """Return the seconds that a round waits after its first contribution."""
+        if policy.round_deadline is not None:
+            return policy.round_deadline
+        if len(self._lags) < _ROUNDS_NEEDED:
+            return policy.evict_after
         median = statistics.median(self._lags)
         spread = statistics.median(abs(lag - median) for lag in self._lags)
-        return min(max(median + _SPREADS * spread, _SHORTEST), absence.evict_after)
+        return min(max(median + _SPREADS * spread, _SHORTEST_DEADLINE), policy.evict_after)
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What becomes of an open round.
+class CloseDecision:
+    """Whether an open round closes.
 
     Attributes:
         close: whether it closes now.
@@ -81,31 +92,31 @@ class Decision:
     reason: str
 
 
-def decide(
-    absence: StragglerPolicy,
+def close_decision(
+    policy: StragglerPolicy,
     *,
     waited: float,
     deadline: float,
     awaited: Iterable[str],
     expected: Collection[str],
     contributed: Collection[str],
-) -> Decision:
-    """Returns what becomes of an open round.
+) -> CloseDecision:
+    """Return whether an open round closes.
 
     Args:
-        absence: the rules.
+        policy: how the run continues without a student.
         waited: seconds since the round's first contribution.
-        deadline: :meth:`ArrivalLags.deadline`.
+        deadline: seconds that the round waits; see :meth:`ArrivalLags.deadline`.
         awaited: the students that the round waits for, in the experiment's order.
         expected: the students that have not joined since the server started; they are given `evict_after`.
-        contributed: the students whose contribution is in.
+        contributed: the students whose contributions have arrived.
     """
-    missing = [name for name in awaited if name not in contributed]
-    late = tuple(name for name in missing if waited >= (absence.evict_after if name in expected else deadline))
-    left = [name for name in missing if name not in late]
-    count = f"{len(contributed)} contributions, quorum {absence.quorum}"
-    if left:
-        return Decision(False, False, late, f"waits for {', '.join(left)} since {waited:.1f} s; {count}")
+    missing = [student for student in awaited if student not in contributed]
+    late = tuple(student for student in missing if waited >= (policy.evict_after if student in expected else deadline))
+    still_awaited = [student for student in missing if student not in late]
+    count = f"{len(contributed)} contributions, quorum {policy.quorum}"
+    if still_awaited:
+        return CloseDecision(False, False, late, f"waits for {', '.join(still_awaited)} since {waited:.1f} s; {count}")
     why = f"without {', '.join(late)} after {waited:.1f} s" if late else "every awaited student is in"
-    enough = len(contributed) >= absence.quorum
-    return Decision(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))
+    enough = len(contributed) >= policy.quorum
+    return CloseDecision(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))

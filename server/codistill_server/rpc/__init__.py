@@ -1,1 +1,1 @@
-"""The coordinator on gRPC."""
+"""The coordinator on gRPC: service, stream, requests and statuses; tokens and quotas; the server and its port."""

@@ -1,4 +1,4 @@
-"""Lets nobody past without the token: calls are refused before anything of their message is read."""
+"""Token authentication: a call without the token is refused before any of its message is read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["OPEN_METHODS", "TokenInterceptor"]
 _log = logging.getLogger(__name__)
 
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check"})
-"""What is answered without a token: a probe of a load balancer or Kubernetes has none, and learns only that we serve.
+"""The methods that need no token: the probe of a load balancer or Kubernetes has none, and learns only that we serve.
 The health service's Watch is not among them: it holds a stream for as long as its caller likes."""
 
 _LOG_SECONDS = 10.0
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls whose metadata do not hold the token, whatever they call.
+    """Refuses every call whose metadata do not hold the token, except those of :data:`OPEN_METHODS`.
 
     Args:
         token: the token.
@@ -42,25 +42,25 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Returns the call's own handler, or one that refuses it."""
+        """Return the call's own handler, or one that refuses it."""
         if handler_call_details.method in OPEN_METHODS:
             return await continuation(handler_call_details)
         metadata = handler_call_details.invocation_metadata or ()
         given = [value for key, value in metadata if key == TOKEN_KEY]
         if len(given) == 1 and self._token.matches(given[0]):
             return await continuation(handler_call_details)
-        what = "the token given is not this server's" if given else "this server asks for a token, and none was given"
+        reason = "the token given is not this server's" if given else "this server asks for a token, and none was given"
 
         async def refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             del requests
-            self._note(context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{what}; {TOKEN_HELP}")
+            self._log_refusal(context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{reason}; {TOKEN_HELP}")
 
         # A stream's handler, whatever the call is: no message is read for it before it asks for one.
         return grpc.stream_stream_rpc_method_handler(refuse, None, None)
 
-    def _note(self, peer: str) -> None:
-        """Logs refusals, a line for many: whoever knocks must not fill the disk."""
+    def _log_refusal(self, peer: str) -> None:
+        """Log refusals, at most a line in 10 s: callers must not fill the disk."""
         self._refused += 1
         now = self._clock()
         if self._logged_at is None or now - self._logged_at >= _LOG_SECONDS:

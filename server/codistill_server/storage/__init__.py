@@ -1,1 +1,1 @@
-"""The journal of closed rounds, and what a round is in bytes."""
+"""The journal of closed rounds, and a round in bytes."""

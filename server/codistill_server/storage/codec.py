@@ -1,4 +1,4 @@
-"""What a closed round is in bytes: the answers to its students, and the method's state after it."""
+"""A closed round in bytes: the replies to its students, and the method's state after it."""
 
 from __future__ import annotations
 
@@ -6,45 +6,50 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from codistill.methods.aggregator import Arrays, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import decode, encode
-from codistill_server import methods
 
-__all__ = ["dump_state", "load_state", "make_replies"]
+__all__ = ["decode_state", "encode_replies", "encode_state"]
 
 
-def make_replies(number: int, targets: methods.Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
-    """Returns the answers to a round, serialised and sealed, as :class:`codistill_server.storage.journal.ClosedRound` has them.
+def encode_replies(round_number: int, targets: Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
+    """Return the serialised replies to a round, with their checksums.
+
+    They are keyed as in :class:`codistill_server.storage.journal.ClosedRound`: by student, and under "" for every student
+    that has no reply of its own.
 
     Args:
-        number: the round.
-        targets: what its students learn from.
-        teachers: the teachers' names; they learn nothing, and are answered nothing.
+        round_number: the round.
+        targets: its targets.
+        teachers: the teachers' names; a teacher learns nothing, so its reply has no targets.
         dtype: the element type of the targets on the wire.
     """
-    nothing: methods.Arrays = {}
-    by_student = {**(targets.each or {}), **dict.fromkeys(teachers, nothing)}
+    no_targets: Arrays = {}
+    by_student = {**(targets.each or {}), **dict.fromkeys(teachers, no_targets)}
     if targets.shared is not None:
         by_student[""] = targets.shared
     return {
         student: append_checksum(
             pb.ExchangeReply(
-                targets=pb.Targets(round=number, targets={name: encode(value, dtype) for name, value in arrays.items()})
+                targets=pb.Targets(
+                    round=round_number, targets={name: encode(value, dtype) for name, value in arrays.items()}
+                )
             )
         )
         for student, arrays in by_student.items()
     }
 
 
-def dump_state(number: int, state: Mapping[str, torch.Tensor]) -> bytes:
-    """Returns the method's state after a round, in the precision that it is used in."""
+def encode_state(round_number: int, state: Mapping[str, torch.Tensor]) -> bytes:
+    """Return the method's state after a round in bytes; float32, the precision in which it is used."""
     if not state:
         return b""
     arrays = {name: encode(value, "float32") for name, value in state.items()}
-    return pb.Targets(round=number, targets=arrays).SerializeToString(deterministic=True)
+    return pb.Targets(round=round_number, targets=arrays).SerializeToString(deterministic=True)
 
 
-def load_state(state: bytes) -> Mapping[str, torch.Tensor]:
-    """Returns what :func:`dump_state` was given."""
+def decode_state(state: bytes) -> Mapping[str, torch.Tensor]:
+    """Return the method's state of :func:`encode_state`; empty for no bytes."""
     return {name: decode(value) for name, value in pb.Targets.FromString(state).targets.items()}

@@ -1,11 +1,11 @@
 """The closed rounds of a run on disk, in SQLite.
 
-A round is written in one transaction before anybody is answered, so after the death of the process, at whatever
-instant, a round is either wholly there or was never told to anyone. Nothing in the journal is ever changed; rounds
-that no student needs any more are deleted from its old end.
+A round is written in one transaction before any student is answered. So whenever the process dies, a round is either wholly
+there or was never sent to anyone. Nothing in the journal is ever changed; rounds that no student needs any more are deleted
+from its old end.
 
-Disks damage what they hold, and SQLite notices only what concerns its own order of things. So every row has a checksum,
-and a journal is looked through when it is opened: it is used as it was written, or not at all.
+Disks damage what they hold, and SQLite notices only damage to its own structures. So every row has a checksum, and a
+journal is verified when it is opened: it is used as it was written, or not at all.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from codistill_server.rounds.events import Restored, Samples, StudentRecord
 __all__ = ["ClosedRound", "Journal", "JournalError", "holds_rounds"]
 
 _SCHEMA_VERSION = 2
-_LOOK = "check that it is a run's journal, whole and not locked, or choose another run folder"
-_FREE = "free disk space or check the folder's permissions, then resume the run"
+_CHECK_FILE = "check that it is a run's journal, whole and not locked, or choose another run folder"
+_MAKE_ROOM = "free disk space or check the folder's permissions, then resume the run"
 _REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
-# The second where what SQLite says of damage quotes it.
+# SQLite quotes damaged bytes in its messages, which sqlite3 then fails to decode.
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
@@ -52,14 +52,14 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class ClosedRound:
-    """A round as it was decided.
+    """A closed round: its samples, its replies and the method's state after it.
 
     Attributes:
         round: the round.
-        samples: the samples that it was about.
+        samples: the samples of its contributions.
         replies: the serialised ``ExchangeReply`` by student; under "" for every student that has none of its own.
         state: the method's serialised state after the round.
-        contributors: the students that the targets were made of, in the experiment's order.
+        contributors: the students whose contributions the targets were made of, in the experiment's order.
     """
 
     round: int
@@ -69,7 +69,7 @@ class ClosedRound:
     contributors: tuple[str, ...] = ()
 
     def reply_to(self, student: str) -> bytes | None:
-        """Returns what a student is answered; None if nothing was made for one that did not contribute."""
+        """Return the reply to a student; None if none was made, as it did not contribute."""
         return self.replies.get(student, self.replies.get(""))
 
 
@@ -84,24 +84,24 @@ class Journal:
         *,
         may_grow: bool = False,
     ) -> None:
-        """Opens a journal, or starts it.
+        """Open a journal, or create it.
 
         Args:
             path: the file; None keeps the journal in memory, for runs in one process.
             identity: the experiment's :func:`codistill.config.fingerprint.identity`; a journal of another experiment is refused.
-            durability: whether a closed round survives the processes' death only, or the machine's.
-            may_grow: take over the journal of an experiment to which students were added since.
+            durability: "process": a closed round survives the death of the process; "power": also the machine's.
+            may_grow: accept the journal of this experiment with fewer students.
 
         Raises:
             JournalError: the file cannot be used, or belongs to another experiment.
         """
-        self._where = str(path) if path is not None else ":memory:"
+        self._location = str(path) if path is not None else ":memory:"
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self._where, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(self._location, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
-            raise JournalError(f"journal {self._where} cannot be opened: {error}; {_LOOK}") from error
+            raise JournalError(f"journal {self._location} cannot be opened: {error}; {_CHECK_FILE}") from error
         try:
             self._prepare(identity, durability, may_grow)
         except BaseException:
@@ -116,14 +116,14 @@ class Journal:
             self._database.executescript(_SCHEMA)
         except _ERRORS as error:
             raise JournalError(
-                f"journal {self._where} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+                f"journal {self._location} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _CHECK_FILE}"
             ) from error
         stored: dict[str, str] = dict(self._query("SELECT key, value FROM run"))  # pyright: ignore[reportArgumentType]
         if stored and stored.get("schema") != str(_SCHEMA_VERSION):
             raise JournalError(
-                f"journal {self._where} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
+                f"journal {self._location} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
             )
-        self._look_through()
+        self._verify()
         if not stored:
             with self._transaction():
                 self._settle("schema", str(_SCHEMA_VERSION))
@@ -135,15 +135,15 @@ class Journal:
         elif stored.get("identity") != identity:
             reason = difference(stored.get("identity", ""), identity) or "identity"
             raise JournalError(
-                f"journal {self._where} belongs to another run: {reason.replace('this worker', 'this experiment')}; "
+                f"journal {self._location} belongs to another run: {reason.replace('this worker', 'this experiment')}; "
                 "choose another run folder"
             )
 
-    def _look_through(self) -> None:
-        """Sees that the file is in order, that no round is missing in between, and that what is not a round is whole."""
-        ((verdict,),) = self._query("PRAGMA quick_check(1)")
-        if verdict != "ok":
-            raise self._damaged(" ".join(str(verdict).split()))
+    def _verify(self) -> None:
+        """Verify SQLite's structures, that no round is missing in between, and the checksums of all other rows."""
+        ((result,),) = self._query("PRAGMA quick_check(1)")
+        if result != "ok":
+            raise self._damaged(" ".join(str(result).split()))
         ((oldest, newest, count),) = self._query("SELECT min(round), max(round), count(*) FROM rounds")
         if count and count != newest - oldest + 1:
             raise self._damaged(f"of its rounds {oldest} to {newest} it holds {count}")
@@ -157,7 +157,7 @@ class Journal:
                 raise self._damaged(f"what it says of student {row[0]!r} is not what was written")
 
     def restore(self) -> Restored:
-        """Returns what the rounds' state machine starts from."""
+        """Return the rounds that are kept and the students' records; the state machine starts from them."""
         ((oldest, newest),) = self._query("SELECT min(round), max(round) FROM rounds")
         frontier = newest + 1 if newest is not None else 0
         students = self._query("SELECT student, session, durable_round, finished, worker FROM students")
@@ -165,33 +165,33 @@ class Journal:
             oldest=frontier if oldest is None else oldest,
             frontier=frontier,
             students=tuple(
-                StudentRecord(name, session, durable, bool(done), int(worker))
-                for name, session, durable, done, worker in students
+                StudentRecord(student, session, durable_round, bool(finished), int(worker))
+                for student, session, durable_round, finished, worker in students
             ),
         )
 
     def settled(self, key: str) -> str | None:
-        """Returns what the run was settled to under a key, or None."""
+        """Return the value to which the run was settled under a key, or None."""
         rows = self._query("SELECT value FROM run WHERE key = ?", (key,))
         return rows[0][0] if rows else None
 
     def settle(self, key: str, value: str) -> None:
-        """Settles a value of the run, once and for all.
+        """Settle a value of the run, once and for all.
 
         Raises:
-            JournalError: the key is settled already, or it could not be written.
+            JournalError: the key is settled already, or the value could not be written.
         """
         with self._transaction():
             self._settle(key, value)
 
     def last_state(self) -> bytes:
-        """Returns the method's state after the newest closed round; empty before the first."""
+        """Return the method's state after the newest closed round; empty before the first."""
         ((newest,),) = self._query("SELECT max(round) FROM rounds")
         last = None if newest is None else self.read(newest)
         return b"" if last is None else last.state
 
     def append(self, closed: ClosedRound) -> None:
-        """Writes a closed round, all of it or nothing.
+        """Write a closed round, all of it or nothing.
 
         Raises:
             JournalError: it could not be written; nothing of it is there.
@@ -203,34 +203,42 @@ class Journal:
             for reply in replies:
                 self._write("INSERT INTO targets VALUES (?, ?, ?)", (closed.round, *reply))
 
-    def read(self, number: int) -> ClosedRound | None:
-        """Returns a closed round, or None if it is not kept.
+    def read(self, round_number: int) -> ClosedRound | None:
+        """Return a closed round, or None if it is not kept.
 
         Raises:
             JournalError: it cannot be read, or is not what was written.
         """
         rows = self._query(
-            "SELECT round, ids, labels, state, contributors, checksum FROM rounds WHERE round = ?", (number,)
+            "SELECT round, ids, labels, state, contributors, checksum FROM rounds WHERE round = ?", (round_number,)
         )
         if not rows:
             return None
         ((*row, checksum),) = rows
-        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (number,))
+        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (round_number,))
         if checksum != _checksum(*row, *chain(*replies)):
-            raise self._damaged(f"round {number} is not what was written")
+            raise self._damaged(f"round {round_number} is not what was written")
         _, ids, labels, state, contributors = row
         names = tuple(contributors.split(",")) if contributors else ()
-        return ClosedRound(number, Samples(ids, labels), dict(replies), state, names)
+        return ClosedRound(round_number, Samples(ids, labels), dict(replies), state, names)
 
     def remember(self, record: StudentRecord) -> None:
-        """Writes what must be remembered of a student."""
+        """Write a student's record in place of its earlier one.
+
+        Raises:
+            JournalError: it could not be written.
+        """
         with self._transaction():
             # 64 bits without a sign are more than an INTEGER holds.
             row = (record.student, record.session, record.durable_round, int(record.finished), str(record.worker))
             self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
 
     def forget(self, before: int) -> None:
-        """Drops the rounds before one; the newest round always stays, as it holds the method's state."""
+        """Drop the rounds before one; the newest round always stays, as it holds the method's state.
+
+        Raises:
+            JournalError: they could not be dropped.
+        """
         with self._transaction():
             ((newest,),) = self._query("SELECT max(round) FROM rounds")
             limit = min(before, newest if newest is not None else before)
@@ -238,7 +246,7 @@ class Journal:
             self._write("DELETE FROM targets WHERE round < ?", (limit,))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
 
@@ -247,14 +255,14 @@ class Journal:
             return self._database.execute(statement, values).fetchall()
         except _ERRORS as error:
             raise JournalError(
-                f"journal {self._where} cannot be read: {error}; {_REPLACE if _is_damage(error) else _LOOK}"
+                f"journal {self._location} cannot be read: {error}; {_REPLACE if _is_damage(error) else _CHECK_FILE}"
             ) from error
 
     def _settle(self, key: str, value: str) -> None:
         self._write("INSERT INTO run VALUES (?, ?, ?)", (key, value, _checksum(key, value)))
 
     def _damaged(self, how: str) -> JournalError:
-        return JournalError(f"journal {self._where} is damaged: {how}; {_REPLACE}")
+        return JournalError(f"journal {self._location} is damaged: {how}; {_REPLACE}")
 
     def _write(self, statement: str, values: tuple[object, ...]) -> None:
         self._database.execute(statement, values)
@@ -272,12 +280,12 @@ class Journal:
                 raise
         except _ERRORS as error:
             raise JournalError(
-                f"journal {self._where} cannot be written: {error}; {_REPLACE if _is_damage(error) else _FREE}"
+                f"journal {self._location} cannot be written: {error}; {_REPLACE if _is_damage(error) else _MAKE_ROOM}"
             ) from error
 
 
 def holds_rounds(path: Path) -> bool:
-    """Returns whether a journal holds a closed round, or may: nothing is thrown away that cannot be read."""
+    """Return whether a journal holds a closed round. It also may if it cannot be read, so that nothing is thrown away."""
     if not path.exists():
         return False
     try:
@@ -295,7 +303,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _checksum(*values: object) -> int:
-    """Returns a CRC-32 over values, their types and their lengths; a damaged row may hold any type anywhere."""
+    """Return a CRC-32 over values, their types and their lengths; a damaged row may hold any type anywhere."""
     checksum = 0
     for value in values:
         content = value if isinstance(value, bytes) else str(value).encode()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -11,34 +10,21 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from codistill.wire.security_settings import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
-from codistill_deploy.cli import app as command_line
 from codistill_deploy.cli.app import app
-
-
-@pytest.mark.parametrize("command", ["run", "serve", "work", "status", "health"])
-def test_what_protects_the_wire_is_an_option_and_a_variable_of_each_command_that_uses_it(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0
-    text = " ".join(shown.output.split()).lower()
-    for setting in (TLS_CERT, TLS_KEY, TLS_CA, TOKEN_FILE):
-        assert re.search(rf"{setting.option} <?path>? .*?{setting.variable.lower()}\b", text)
-    assert TOKEN_VARIABLE.lower() in text
-    assert "--token " not in text, "a token on a command line is read by everybody on the machine"
 
 
 def test_a_signal_while_the_process_ends_changes_nothing() -> None:
     program = textwrap.dedent("""
         import atexit, os, signal
         from codistill_deploy.cli import app as cli
-        from codistill_deploy.cli import run as running
+        from codistill_deploy.cli.process_setup import stop_on_signals
 
         def interrupt():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
 
         def command(**options):
-            running.stop_on_signals().set()
+            stop_on_signals().set()
             atexit.register(interrupt)
             raise SystemExit(7)
 
@@ -49,7 +35,7 @@ def test_a_signal_while_the_process_ends_changes_nothing() -> None:
     assert (ended.returncode, ended.stderr) == (7, "")
 
 
-def test_grpc_is_not_imported_before_it_is_told_to_be_quiet() -> None:
+def test_grpc_is_not_imported_before_its_verbosity_is_set() -> None:
     program = "import sys, codistill_deploy.cli.app; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -118,5 +104,5 @@ def test_a_child_follows_its_parent_before_anything_that_may_take_long(
         assert not stop.is_set()
         raise FollowedError
 
-    monkeypatch.setattr(command_line, "exit_with_parent", follow)
+    monkeypatch.setattr(f"codistill_deploy.cli.{arguments[0]}.exit_with_parent", follow)
     assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)

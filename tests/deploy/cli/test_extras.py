@@ -1,4 +1,4 @@
-"""What is said where an extra was not installed."""
+"""What an error says where an extra was not installed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.cli.app import _explain
-from codistill_deploy.cli.extras import _EXTRAS, missing
+from codistill_deploy.cli.app import _print_error
+from codistill_deploy.cli.extras import _EXTRAS, describe_missing
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,7 +33,7 @@ def test_a_server_without_its_extra_ends_with_a_line_that_says_how_to_get_it(
     monkeypatch.delitem(sys.modules, "codistill_server.app", raising=False)
     with pytest.raises(ModuleNotFoundError) as raised:
         import codistill_server.app  # noqa: F401
-    assert _explain(raised.value) is ExitCode.CONFIGURATION
+    assert _print_error(raised.value) is ExitCode.CONFIGURATION
     assert capsys.readouterr().err == (
         "error: grpc_reflection is not installed, which codistill's server needs; "
         "install it with: pip install 'codistill[server]'\n"
@@ -42,4 +42,4 @@ def test_a_server_without_its_extra_ends_with_a_line_that_says_how_to_get_it(
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError("no", name="mine"), ModuleNotFoundError(), ValueError("no")])
 def test_what_no_extra_brings_is_no_matter_of_extras(error: Exception) -> None:
-    assert missing(error) is None
+    assert describe_missing(error) is None

@@ -13,16 +13,16 @@ from rich.console import Console
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.cli.stdio import LossyStream
-from codistill_deploy.console.progress import LiveView, PlainView, make_view
+from codistill_deploy.console.progress import LiveProgress, PlainProgress, make_view
 
 PROGRAM = textwrap.dedent("""
     import sys
-    from codistill_deploy.cli import app as cli, stdio
-    from codistill_deploy.cli.run import console
+    from codistill_deploy.cli import app as cli
+    from codistill_deploy.cli.stdio import console, tolerate_lost_stdout
     from codistill_deploy.console.progress import make_view
 
     def command(**options):
-        stdio.outlive()
+        tolerate_lost_stdout()
         view = make_view(console)
         view.start("x")
         if sys.argv[1] == "pipe":
@@ -49,14 +49,14 @@ class Gone(io.StringIO):
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
-def test_a_view_whose_output_is_gone_goes_on_and_says_so_once(
+def test_a_view_without_its_output_goes_on_and_logs_it_once(
     terminal: bool, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream = Gone()
     stream.number = number
     console = Console(file=cast("Any", LossyStream(stream, "standard output")), force_terminal=terminal)
     view = make_view(console)
-    assert isinstance(view, LiveView if terminal else PlainView)
+    assert isinstance(view, LiveProgress if terminal else PlainProgress)
     view.start("x")
     view.note("a line")
     view.update(pb.Run(name="x", complete=True))
@@ -84,7 +84,7 @@ def test_a_pipe_that_nobody_reads_changes_no_exit_code() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_nor_does_a_full_disk_under_both() -> None:
+def test_a_full_disk_under_both_changes_no_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run([sys.executable, "-c", PROGRAM, "full"], check=False, stdout=full, stderr=full)
     assert ended.returncode == 7

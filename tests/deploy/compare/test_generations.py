@@ -1,4 +1,4 @@
-"""Generations in sequence: who teaches whom, from which files, and what is left after an interruption."""
+"""Generations in sequence: their teachers, the files of the weights, and what is trained after an interruption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.config.methods import BornAgain, Independent
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.compare import generations
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.in_process import run_in_process
 
@@ -32,36 +32,38 @@ def experiment(**distillation: Any) -> Experiment:
 
 
 def test_each_student_is_taught_by_its_own_predecessor(tmp_path: Path) -> None:
-    (first, at), (second, then), (third, _) = generations.planned(experiment(), tmp_path)
+    (first, at), (second, then), (third, _) = generations.generation_runs(experiment(), tmp_path)
     assert first.distillation == Independent()
     assert not first.teachers
     assert at.path == tmp_path / "generation-1"
     assert second.distillation == third.distillation == BornAgain(generations=1, temperature=2)
-    assert [(each.name, each.model, each.model_args, each.weights) for each in second.teachers] == [
+    assert [(teacher.name, teacher.model, teacher.model_args, teacher.weights) for teacher in second.teachers] == [
         ("mlp.1", "mlp", {"hidden": 8}, str(at.path / "students" / "mlp")),
         ("cnn.1", "cnn", {}, str(at.path / "students" / "cnn")),
     ]
-    assert [each.weights for each in third.teachers] == [str(then.path / "students" / name) for name in ("mlp", "cnn")]
-    assert len({first.seed, second.seed, third.seed}) == 3, "each begins from other weights"
+    assert [teacher.weights for teacher in third.teachers] == [
+        str(then.path / "students" / name) for name in ("mlp", "cnn")
+    ]
+    assert len({first.seed, second.seed, third.seed}) == 3, "every generation begins from other weights"
     assert first.seed == 4
 
 
 def test_what_has_teachers_is_one_run() -> None:
-    assert generations.in_sequence(experiment())
-    _, (second, _), _ = generations.planned(experiment(), Path("runs"))
-    assert not generations.in_sequence(second)
-    generations.refuse(second)
+    assert generations.has_generations(experiment())
+    _, (second, _), _ = generations.generation_runs(experiment(), Path("runs"))
+    assert not generations.has_generations(second)
+    generations.require_single_run(second)
     with pytest.raises(CommandError, match=r"^distillation\.generations: `codistill run` trains generations one after"):
-        generations.refuse(experiment())
+        generations.require_single_run(experiment())
 
 
 def test_what_is_trained_is_known(tmp_path: Path) -> None:
-    (first, place), *_ = generations.planned(experiment(), tmp_path)
+    (first, place), *_ = generations.generation_runs(experiment(), tmp_path)
     assert not generations.is_trained(place)
     place.start(first, mode="in-process", resume=False)
     stop = threading.Event()
     stop.set()
-    view = PlainView(Console(quiet=True))
+    view = PlainProgress(Console(quiet=True))
     assert run_in_process(first, place, view, stop) is ExitCode.INTERRUPTED
     assert not generations.is_trained(place)
     assert run_in_process(first, place, view, threading.Event()) is ExitCode.OK

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from codistill.config.experiment import Experiment, ExperimentError
-from codistill.config.methods import BornAgain, Distillation, Dml, Independent, Kd, Kdcl
+from codistill.config.method_base import Method
+from codistill.config.methods import KDCL_ENSEMBLES, METHODS, BornAgain, Distillation, Dml, Independent, Kd, Kdcl
 from codistill.rundir.records import Joined, Measured
 from codistill_deploy.compare import generations
-from codistill_deploy.compare.plan import METHODS, best_alone, choose
+from codistill_deploy.compare.plan import VARIANTS, best_alone, choose
+from codistill_deploy.compare.statistics import BASELINE
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
@@ -50,7 +53,7 @@ class TestSettings:
         ):
             choose(experiment(), ["custom"])
 
-    def test_a_pair_of_ones_own_is_compared_too(self) -> None:
+    def test_a_custom_pair_is_compared_too(self) -> None:
         pair = {"method": "custom", "server": "pairs:Server", "worker": "pairs:Worker"}
         own = experiment(distillation=pair)
         assert only("custom", own).distillation == own.distillation
@@ -59,7 +62,7 @@ class TestSettings:
 
     def test_none_is_chosen_twice_and_alone_comes_first(self) -> None:
         variants, _ = choose(experiment(), ["dml", "kdcl", "independent", "kdcl/naive", "dml"])
-        assert [each.title for each in variants] == ["independent", "dml", "kdcl/naive"]
+        assert [variant.title for variant in variants] == ["independent", "dml", "kdcl/naive"]
 
 
 class TestAll:
@@ -67,9 +70,9 @@ class TestAll:
         variants, left_out = choose(experiment(), ["all"])
         assert [*left_out] == ["kdcl/general"]
         assert "data.held_out: 0" in left_out["kdcl/general"]
-        assert {each.title for each in variants} == set(METHODS) - {"kdcl/general"}
+        assert {variant.title for variant in variants} == set(VARIANTS) - {"kdcl/general"}
         variants, left_out = choose(experiment(students=3, data={"dataset": "digits", "held_out": 9}), ["all"])
-        assert {each.title for each in variants} | set(left_out) == set(METHODS)
+        assert {variant.title for variant in variants} | set(left_out) == set(VARIANTS)
         assert left_out.keys() == {"fddml", "hddml"}
         assert left_out["fddml"] == "'fddml' is for 2 students, there are 3; remove some, or choose another method"
 
@@ -77,27 +80,44 @@ class TestAll:
         with pytest.raises(ExperimentError, match="'fddml' is for 2 students, there are 3"):
             choose(experiment(students=3), ["all", "fddml"])
 
-    def test_there_is_no_method_that_it_does_not_know(self) -> None:
-        union, *_ = get_args(Distillation)
-        known = {kind.model_fields["method"].default for kind in get_args(union)}
-        assert known == {method.partition("/")[0] for method in METHODS} | {"custom"}
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_with_defaults_is_in_it(self, name: str) -> None:
+        settings = METHODS[name]
+        needed = [key for key, field in settings.model_fields.items() if field.is_required()]
+        compared = [title for title in VARIANTS if title.partition("/")[0] == name]
+        assert bool(compared) == (not needed)
+
+    @pytest.mark.parametrize("title", VARIANTS)
+    def test_a_variant_is_listed_under_its_own_title(self, title: str) -> None:
+        distillation: Method = TypeAdapter[Any](Distillation).validate_python(VARIANTS[title])
+        assert distillation.title == title
+
+    def test_the_baseline_comes_first_and_the_others_follow_the_settings(self) -> None:
+        assert next(iter(VARIANTS)) == BASELINE
+        of_kdcl = [title for title in VARIANTS if title.startswith("kdcl/")]
+        assert of_kdcl == [f"kdcl/{ensemble}" for ensemble in KDCL_ENSEMBLES]
+        named = list(dict.fromkeys(title.partition("/")[0] for title in VARIANTS))
+        assert named == [name for name in METHODS if name != "custom"]
 
 
 class TestTeachers:
     def test_the_experiments_own_teaches_where_there_is_one(self) -> None:
         own = experiment(teachers=[TEACHER], distillation={"method": "kd", "temperature": 2})
         variants, _ = choose(own, ["independent", "kd", "vid", "dml", "born_again"])
-        by_title = {each.title: each for each in variants}
-        assert not any(each.finds_teacher for each in variants)
+        by_title = {variant.title: variant for variant in variants}
+        assert not any(variant.finds_teacher for variant in variants)
         assert by_title["kd"].experiment.distillation == Kd(temperature=2)
         assert by_title["vid"].experiment.teacher_names == ("old",)
         assert not by_title["dml"].experiment.teachers
         assert by_title["born_again"].experiment.distillation == BornAgain()
-        assert generations.in_sequence(by_title["born_again"].experiment)
+        assert generations.has_generations(by_title["born_again"].experiment)
 
     def test_without_one_the_best_of_the_students_alone_does(self, tmp_path: Path) -> None:
         variants, _ = choose(experiment(), ["kd", "independent"])
-        assert [(each.title, each.finds_teacher) for each in variants] == [("independent", False), ("kd", True)]
+        assert [(variant.title, variant.finds_teacher) for variant in variants] == [
+            ("independent", False),
+            ("kd", True),
+        ]
         alone = RunFolder(tmp_path)
         alone.start(variants[0].experiment, mode="grpc", resume=False)
         lines = [
@@ -111,11 +131,11 @@ class TestTeachers:
         alone.metrics_file.write_text("\n".join(lines) + "\n")
         teacher = best_alone(variants[1].experiment, alone)
         assert (teacher.name, teacher.model_args) == ("b.alone", {"hidden": 8})
-        assert teacher.weights == str(alone.student("b"))
-        taught = variants[1].taught(7, teacher)
+        assert teacher.weights == str(alone.student("b").path)
+        taught = variants[1].with_seed(7, teacher)
         assert (taught.seed, taught.teachers) == (7, (teacher,))
 
-    def test_without_anybody_who_could_it_says_what_to_add(self) -> None:
+    def test_without_a_possible_teacher_the_error_says_what_to_add(self) -> None:
         with pytest.raises(
             CommandError, match=r"'kd' needs a teacher, there is none; add `teachers` .* or independent to"
         ):

@@ -10,9 +10,9 @@ from rich.console import Console
 from codistill.config.experiment import Experiment, ExperimentError, load
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.compare import statistics
+from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.compare.runner import compare
-from codistill_deploy.compare.statistics import ComparisonIndex
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
@@ -66,7 +66,7 @@ def test_all_are_checked_before_the_first_is_run(experiment: Experiment, tmp_pat
         compare(
             experiment, ["kd", "independent", "dml"], [0], tmp_path, run, threading.Event(), check=check, resume=False
         )
-    assert checked == ["independent", "dml"], "who is to teach kd is not known yet"
+    assert checked == ["independent", "dml"], "the teacher of kd is not known yet"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,7 +89,7 @@ def test_every_method_runs_with_every_seed(experiment: Experiment, tmp_path: Pat
     ]
     index = ComparisonIndex.read(tmp_path)
     assert index.methods == ("independent", "kdcl/naive")
-    assert [(each.method, each.seed, each.path) for each in index.runs] == ran
+    assert [(one.method, one.seed, one.path) for one in index.runs] == ran
     with pytest.raises(CommandError, match="already holds a comparison; give --resume"):
         compare(experiment, ["independent"], [5], tmp_path, run, threading.Event(), check=fine, resume=False)
 
@@ -129,15 +129,13 @@ def test_a_stop_ends_it_between_two_runs(experiment: Experiment, tmp_path: Path)
     assert code is ExitCode.INTERRUPTED
 
 
-def test_who_is_best_alone_teaches_and_of_generations_the_last_is_compared(
-    experiment: Experiment, tmp_path: Path
-) -> None:
+def test_the_best_alone_teaches_and_of_generations_the_last_is_compared(experiment: Experiment, tmp_path: Path) -> None:
     ran: list[str] = []
 
     def run(variant: Experiment, folder: RunFolder, title: str) -> ExitCode:
         ran.append(re.sub(", .* to go", "", title))  # on a slow machine
         folder.start(variant, mode="in-process", resume=folder.experiment_file.exists())
-        return run_in_process(variant, folder, PlainView(Console(quiet=True)), threading.Event())
+        return run_in_process(variant, folder, PlainProgress(Console(quiet=True)), threading.Event())
 
     def go(*methods: str, resume: bool = False) -> None:
         stop = threading.Event()
@@ -156,7 +154,9 @@ def test_who_is_best_alone_teaches_and_of_generations_the_last_is_compared(
     assert not compared.incomplete
     for seed in (5, 6):
         [taught] = load(tmp_path / "kd" / f"seed-{seed}" / "experiment.yaml").teachers
-        accuracies = {each.name: each.results["independent"].accuracy.values[seed] for each in compared.students}
+        accuracies = {
+            student.name: student.results["independent"].accuracy.values[seed] for student in compared.students
+        }
         best = max(accuracies, key=lambda name: accuracies[name])
         assert taught.name == f"{best}.alone"
         assert taught.weights == str(tmp_path / "independent" / f"seed-{seed}" / "students" / best)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from codistill.config.experiment import Experiment
 from codistill.rundir.records import Joined, Measured
-from codistill_deploy.compare.statistics import ComparisonIndex, IndexedRun
+from codistill_deploy.compare.index import ComparisonIndex, IndexedRun
 from codistill_deploy.console.tables import comparison_table
 from codistill_deploy.run_folder import RunFolder
 

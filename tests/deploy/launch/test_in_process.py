@@ -32,12 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-class Shown:
-    """A view that keeps what it is shown, and may do something at a time."""
+class RecordingView:
+    """A view that keeps each state that it is shown, and calls a function after each round."""
 
-    def __init__(self, each: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, after_round: Callable[[], None] = lambda: None) -> None:
         self.runs: list[pb.Run] = []
-        self._each = each
+        self._after_round = after_round
 
     def start(self, title: str) -> None:
         pass
@@ -47,7 +47,7 @@ class Shown:
 
     def offer(self, snapshot: Callable[[], pb.Run]) -> None:
         del snapshot
-        self._each()
+        self._after_round()
 
     def note(self, line: str) -> None:
         pass
@@ -102,12 +102,17 @@ def experiment(method: str = "min_logit", **training: Any) -> Experiment:
     )
 
 
-def go(
-    run: Experiment, path: Path, view: Shown | None = None, stop: threading.Event | None = None, *, resume: bool = False
+def train(
+    tested: Experiment,
+    path: Path,
+    view: RecordingView | None = None,
+    stop: threading.Event | None = None,
+    *,
+    resume: bool = False,
 ) -> ExitCode:
     folder = RunFolder(path)
-    folder.start(run, mode="in-process", resume=resume)
-    return run_in_process(run, folder, view or Shown(), stop or threading.Event())
+    folder.start(tested, mode="in-process", resume=resume)
+    return run_in_process(tested, folder, view or RecordingView(), stop or threading.Event())
 
 
 def bits(path: Path) -> dict[str, Any]:
@@ -134,18 +139,18 @@ def measured(path: Path) -> dict[tuple[str, str, int], tuple[float, float, float
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert go(experiment(), path) is ExitCode.OK
+    assert train(experiment(), path) is ExitCode.OK
     return path
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_two_runs_give_the_same_bits(method: str, tmp_path: Path) -> None:
-    view = Shown()
-    assert go(experiment(method), tmp_path / "first", view) is ExitCode.OK
-    assert go(experiment(method), tmp_path / "second") is ExitCode.OK
+    view = RecordingView()
+    assert train(experiment(method), tmp_path / "first", view) is ExitCode.OK
+    assert train(experiment(method), tmp_path / "second") is ExitCode.OK
     ours = bits(tmp_path / "first")
     assert ours == bits(tmp_path / "second")
-    assert [number for number, _, _ in ours.values()] == [9, 9, 9]
+    assert [rounds for rounds, _, _ in ours.values()] == [9, 9, 9]
     run = view.runs[-1]
     assert run.complete
     assert (run.frontier, run.total_rounds) == (9, 9)
@@ -166,7 +171,7 @@ def test_every_method_runs_and_two_runs_give_the_same_bits(method: str, tmp_path
 def test_every_method_trains_differently(tmp_path: Path) -> None:
     seen = []
     for method in METHODS:
-        assert go(experiment(method, epochs=2), tmp_path / method) is ExitCode.OK
+        assert train(experiment(method, epochs=2), tmp_path / method) is ExitCode.OK
         seen.append(bits(tmp_path / method)["cnn"][1]["0.weight"])
     assert len(set(seen)) == len(METHODS)
 
@@ -181,11 +186,11 @@ def test_stopped_and_resumed(rounds: int, undisturbed: Path, tmp_path: Path) -> 
         if len(seen) == rounds:
             stop.set()
 
-    view = Shown(count)
-    assert go(experiment(), path, view, stop) is ExitCode.INTERRUPTED
+    view = RecordingView(count)
+    assert train(experiment(), path, view, stop) is ExitCode.INTERRUPTED
     assert {number for number, _, _ in bits(path).values()} == {rounds}
     assert {each.state for each in view.runs[-1].students} == {pb.STUDENT_STATE_ABSENT}
-    assert go(experiment(), path, resume=True) is ExitCode.OK
+    assert train(experiment(), path, resume=True) is ExitCode.OK
     assert bits(path) == bits(undisturbed)
     assert measured(path) == measured(undisturbed)
 
@@ -199,7 +204,7 @@ def test_students_that_resume_at_different_rounds_catch_up(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their checkpoints lie apart, and the run dies in the midst of a round; the closed rounds are in the journal."""
-    assert go(experiment(method), tmp_path / "undisturbed") is ExitCode.OK
+    assert train(experiment(method), tmp_path / "undisturbed") is ExitCode.OK
     save, begin = CheckpointStore.save, Trainer.begin
     due = {"cnn": (2, 7), "mlp": (4,), "adam": ()}
 
@@ -217,36 +222,36 @@ def test_students_that_resume_at_different_rounds_catch_up(
         patched.setattr(CheckpointStore, "save", some)
         patched.setattr(Trainer, "begin", die)
         with pytest.raises(Killed):
-            go(experiment(method, checkpoint_every=0), path)
+            train(experiment(method, checkpoint_every=0), path)
     assert sorted(each.parent.name for each in path.glob("students/*/checkpoint.safetensors")) == ["cnn", "mlp"]
-    assert go(experiment(method), path, resume=True) is ExitCode.OK
+    assert train(experiment(method), path, resume=True) is ExitCode.OK
     assert bits(path) == bits(tmp_path / "undisturbed")
     assert measured(path) == measured(tmp_path / "undisturbed")
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    assert go(experiment(), path) is ExitCode.OK
-    assert go(experiment(), path, resume=True) is ExitCode.OK
+    assert train(experiment(), path) is ExitCode.OK
+    assert train(experiment(), path, resume=True) is ExitCode.OK
     assert bits(path) == bits(undisturbed)
 
 
 def test_a_journal_of_another_experiment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    go(experiment("naive", epochs=1), path)
+    train(experiment("naive", epochs=1), path)
     (path / "experiment.yaml").unlink()
     with pytest.raises(PeerError, match=r"belongs to another run: experiment field distillation\.ensemble") as refused:
-        go(experiment("linear", epochs=1), path)
+        train(experiment("linear", epochs=1), path)
     assert refused.value.code is ExitCode.CONFIGURATION
 
 
 def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:
     path, stop = tmp_path / "run", threading.Event()
-    assert go(experiment(), path, Shown(stop.set), stop) is ExitCode.INTERRUPTED
+    assert train(experiment(), path, RecordingView(stop.set), stop) is ExitCode.INTERRUPTED
     for each in path.glob("journal.sqlite*"):
         each.unlink()
     with pytest.raises(PeerError, match="resumes at round 1, but this server's journal ends at round 0") as refused:
-        go(experiment(), path, resume=True)
+        train(experiment(), path, resume=True)
     assert refused.value.code is ExitCode.REFUSED
 
 
@@ -262,6 +267,6 @@ def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(
 
     monkeypatch.setattr(Journal, "append", fail)
     with pytest.raises(PeerError, match="journal x cannot be written: disk full"):
-        go(experiment(), tmp_path / "run")
+        train(experiment(), tmp_path / "run")
     monkeypatch.undo()
-    assert go(experiment(), tmp_path / "run", resume=True) is ExitCode.OK
+    assert train(experiment(), tmp_path / "run", resume=True) is ExitCode.OK

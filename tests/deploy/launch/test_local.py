@@ -12,7 +12,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.local import run_local
 from codistill_deploy.run_folder import RunFolder
@@ -31,5 +31,5 @@ def test_a_machine_that_can_start_nothing_ends_the_run_with_a_line(
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(CommandError, match=r"the server cannot be started: .*temporarily unavailable") as ended:
-        run_local(experiment, folder, PlainView(Console(quiet=True)), threading.Event())
+        run_local(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event())
     assert ended.value.code is ExitCode.WORKER_FAILED

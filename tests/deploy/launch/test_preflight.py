@@ -1,4 +1,4 @@
-"""What is found wrong with an experiment before anything is started."""
+"""The checks of an experiment before any process is started."""
 
 from __future__ import annotations
 

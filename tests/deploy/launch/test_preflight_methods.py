@@ -1,4 +1,4 @@
-"""What models and weights have not that a method needs is said before any process starts."""
+"""A model or weights that lack what a method needs are rejected before any process starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from codistill.config.experiment import Experiment, ExperimentError, parse
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill_deploy.console.progress import PlainView
+from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.launch.preflight import check
 from codistill_deploy.run_folder import RunFolder
@@ -71,7 +71,7 @@ def test_a_teacher_of_other_classes(tmp_path: Path) -> None:
     assert found.endswith("on data of as many classes and images of its size")
 
 
-class Stopping(PlainView):
+class Stopping(PlainProgress):
     """Stops a run when it first shows how far it is."""
 
     def __init__(self, stop: threading.Event) -> None:
@@ -101,14 +101,14 @@ def test_a_run_that_is_not_over_teaches_nobody_unless_a_checkpoint_is_named(give
             "checkpoints, a .safetensors file, to take that as it is"
         )
     ]
-    assert run_in_process(trained, run, PlainView(Console(quiet=True)), threading.Event()) is ExitCode.OK
+    assert run_in_process(trained, run, PlainProgress(Console(quiet=True)), threading.Event()) is ExitCode.OK
     check(taught)
 
 
-@pytest.mark.parametrize(("method", "who"), [("vid", "old"), ("vid", "mlp"), ("dcm", "cnn")])
-def test_a_layer_that_is_not_there_lists_those_that_are(method: str, who: str, tmp_path: Path) -> None:
-    (found,) = problems(experiment(tmp_path, {"method": method, "stages": 1, "layers": {who: ["layer1"]}}))
-    assert found.startswith(f"distillation.layers.{who}: hidden layers: 'layer1' is not there; ")
+@pytest.mark.parametrize(("method", "name"), [("vid", "old"), ("vid", "mlp"), ("dcm", "cnn")])
+def test_a_layer_that_is_not_there_lists_those_that_are(method: str, name: str, tmp_path: Path) -> None:
+    (found,) = problems(experiment(tmp_path, {"method": method, "stages": 1, "layers": {name: ["layer1"]}}))
+    assert found.startswith(f"distillation.layers.{name}: hidden layers: 'layer1' is not there; ")
     assert "The model has: 0, 1, 2" in found
 
 
@@ -123,8 +123,8 @@ def test_an_embedding_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "'old' has no embedding to compare: embedding: the model has no layer with weights" in found
 
 
-HALVES = """
-from codistill_server.methods import FEATURES, LOGITS, Targets
+PAIR = """
+from codistill.methods.aggregator import FEATURES, LOGITS, Targets
 from codistill_worker.methods import LogitsObjective, labels_alone
 
 class Server:
@@ -154,14 +154,14 @@ def nothing(subject):
             "Sever",
             "Worker",
             {},
-            "distillation.server: 'preflight_halves:Sever': module 'preflight_halves' has no 'Sever'",
+            "distillation.server: 'preflight_pair:Sever': module 'preflight_pair' has no 'Sever'",
         ),
-        ("Server", "nothing", {}, "distillation.worker: 'preflight_halves:nothing' returned int, which lacks network"),
+        ("Server", "nothing", {}, "distillation.worker: 'preflight_pair:nothing' returned int, which lacks network"),
         (
             "Server",
             "Worker",
             {"rate": 2},
-            "distillation.parameters.rate: 'preflight_halves:Server' has no such argument",
+            "distillation.parameters.rate: 'preflight_pair:Server' has no such argument",
         ),
         (
             "Maps",
@@ -174,18 +174,16 @@ def nothing(subject):
 def test_a_pair_that_does_not_fit(
     server: str, worker: str, parameters: Any, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "preflight_halves.py").write_text(HALVES)
+    (tmp_path / "preflight_pair.py").write_text(PAIR)
     monkeypatch.syspath_prepend(tmp_path)
-    pair = {"server": f"preflight_halves:{server}", "worker": f"preflight_halves:{worker}", "parameters": parameters}
+    pair = {"server": f"preflight_pair:{server}", "worker": f"preflight_pair:{worker}", "parameters": parameters}
     found = problems(experiment(tmp_path, {"method": "custom", **pair}))
     assert found[0].removeprefix("students.0: ").startswith(problem.removeprefix("students.0: "))
 
 
 def test_a_pair_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "preflight_halves.py").write_text(HALVES)
+    (tmp_path / "preflight_pair.py").write_text(PAIR)
     monkeypatch.syspath_prepend(tmp_path)
     check(
-        experiment(
-            tmp_path, {"method": "custom", "server": "preflight_halves:Server", "worker": "preflight_halves:Worker"}
-        )
+        experiment(tmp_path, {"method": "custom", "server": "preflight_pair:Server", "worker": "preflight_pair:Worker"})
     )

@@ -15,7 +15,7 @@ from codistill.rundir import history
 from codistill.rundir.records import Measured
 from codistill_deploy import report
 from codistill_deploy.compare import statistics
-from codistill_deploy.compare.statistics import ComparisonIndex, IndexedRun
+from codistill_deploy.compare.index import ComparisonIndex, IndexedRun
 from codistill_server.observability.dashboard import html
 from server.observability.dashboard.support import NASTY, Page, browser, loaded, number, root, write_run
 
@@ -69,7 +69,7 @@ def test_a_comparisons_document_holds_the_tables_numbers_unrounded(tmp_path: Pat
     assert shown["runs"][3]["report"] == "kdcl/seed-0/report.html"
     assert shown["runs"][3]["events"] == {"absent": 1, "finished": 1, "joined": 2}
     assert shown["runs"][3]["longest_wait"] == 4.2
-    assert json.loads(html.embedded(shown)) == shown
+    assert json.loads(html.embedded_json(shown)) == shown
 
 
 # ---- the folder

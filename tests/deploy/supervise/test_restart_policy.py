@@ -1,4 +1,4 @@
-"""Who is started again, after how long, how often, and why not."""
+"""What is restarted, after how long, how often, and why not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from codistill.process.exit_codes import ExitCode
 from codistill_deploy.supervise.restart_policy import RAN_WELL, Ending, GiveUp, Restart, decide
 
 KILLED = Ending(-signal.SIGKILL)
-STARTED_AGAIN = [
-    ExitCode.OK,  # the server, told to end by somebody else
+RESTARTED = [
+    ExitCode.OK,  # the server, ended by a signal of somebody else
     ExitCode.ERROR,
     ExitCode.UNREACHABLE,
     ExitCode.GAVE_UP,
@@ -23,7 +23,7 @@ STARTED_AGAIN = [
     ExitCode.NO_RESOURCES,  # a process does not end with it; the command does
     ExitCode.INTERRUPTED,
 ]
-NOT_STARTED_AGAIN = [
+NOT_RESTARTED = [
     ExitCode.USAGE,
     ExitCode.CONFIGURATION,
     ExitCode.REFUSED,
@@ -33,34 +33,34 @@ NOT_STARTED_AGAIN = [
 
 endings = st.builds(
     Ending,
-    code=st.sampled_from([-signal.SIGKILL, -signal.SIGSEGV, *STARTED_AGAIN]),
+    code=st.sampled_from([-signal.SIGKILL, -signal.SIGSEGV, *RESTARTED]),
     line=st.sampled_from(["one", "two"]),
     ran=st.sampled_from([0.0, RAN_WELL - 1, RAN_WELL, 10 * RAN_WELL]),
 )
 
 
 def test_every_exit_code_is_decided_about() -> None:
-    assert {*STARTED_AGAIN, *NOT_STARTED_AGAIN} == set(ExitCode)
+    assert {*RESTARTED, *NOT_RESTARTED} == set(ExitCode)
 
 
-@pytest.mark.parametrize("code", [-signal.SIGKILL, -signal.SIGSEGV, -64, *STARTED_AGAIN])
-def test_what_is_started_again(code: int) -> None:
+@pytest.mark.parametrize("code", [-signal.SIGKILL, -signal.SIGSEGV, -64, *RESTARTED])
+def test_what_is_restarted(code: int) -> None:
     assert decide(Ending(code, "line"), [], 10) == Restart(0.1, 1, 10)
 
 
-@pytest.mark.parametrize("code", NOT_STARTED_AGAIN)
-def test_what_is_not(code: ExitCode) -> None:
+@pytest.mark.parametrize("code", NOT_RESTARTED)
+def test_what_is_not_restarted(code: ExitCode) -> None:
     assert isinstance(decide(Ending(code, "line"), [], 10), GiveUp)
 
 
-def test_without_restarts_nothing_is_started_again() -> None:
+def test_without_restarts_nothing_is_restarted() -> None:
     assert decide(KILLED, [], 0) == GiveUp("restarts are turned off")
 
 
 def test_pauses_double_up_to_ten_seconds() -> None:
-    pauses = [decide(KILLED, [KILLED] * number, 2000) for number in range(2000)]
-    assert all(isinstance(each, Restart) for each in pauses)
-    seconds = [each.after for each in pauses if isinstance(each, Restart)]
+    decisions = [decide(KILLED, [KILLED] * count, 2000) for count in range(2000)]
+    assert all(isinstance(decision, Restart) for decision in decisions)
+    seconds = [decision.after for decision in decisions if isinstance(decision, Restart)]
     assert seconds[:8] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0])
     assert set(seconds[8:]) == {10.0}
 
@@ -89,8 +89,8 @@ def test_the_same_error_twice_in_a_row_is_enough() -> None:
     assert isinstance(decide(error, [error, KILLED], 10), Restart), "not in a row"
     assert isinstance(decide(Ending(ExitCode.ERROR, "ValueError: crash"), [error], 10), Restart), "another line"
     assert isinstance(decide(Ending(ExitCode.HUNG, error.line), [error], 10), Restart), "another code"
-    after_a_long_life = Ending(error.code, error.line, RAN_WELL)
-    assert isinstance(decide(after_a_long_life, [error], 10), Restart), "not at the same place"
+    after_a_good_run = Ending(error.code, error.line, RAN_WELL)
+    assert isinstance(decide(after_a_good_run, [error], 10), Restart), "not at the same place"
 
 
 def test_an_error_is_the_same_wherever_its_objects_lie() -> None:
@@ -99,7 +99,7 @@ def test_an_error_is_the_same_wherever_its_objects_lie() -> None:
     assert isinstance(decide(second, [first], 10), GiveUp)
 
 
-def test_what_a_server_meets_twice_it_need_not_meet_again() -> None:
+def test_an_error_of_a_server_may_not_come_back() -> None:
     error = Ending(ExitCode.ERROR, "gRPC stopped listening")
     assert isinstance(decide(error, [error], 10), GiveUp)
     assert isinstance(decide(error, [error], 10, deterministic=False), Restart)
@@ -107,7 +107,7 @@ def test_what_a_server_meets_twice_it_need_not_meet_again() -> None:
 
 
 @pytest.mark.parametrize("code", [ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE])
-def test_a_long_wait_is_no_long_life(code: ExitCode) -> None:
+def test_a_long_wait_is_no_good_run(code: ExitCode) -> None:
     """With the default limits a wait alone takes as long as a process must run to get its restarts back."""
     waited = Ending(code, "gave up after 600 s: round 7 still waits for cnn", ran=605.0)
     assert isinstance(decide(waited, [], 10), Restart)
@@ -130,19 +130,19 @@ def test_the_same_signal_twice_is_no_error_of_its_own() -> None:
 
 
 @given(st.lists(endings, max_size=40), st.integers(0, 12))
-def test_a_process_that_never_runs_well_is_started_at_most_so_often(script: list[Ending], limit: int) -> None:
-    history: list[Ending] = []
+def test_a_process_that_never_runs_well_is_restarted_at_most_so_often(script: list[Ending], limit: int) -> None:
+    earlier: list[Ending] = []
     since_well = 0
     for ending in script:
         waited = ending.code in (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)
         since_well = 0 if ending.ran >= RAN_WELL and not waited else since_well
-        decision = decide(ending, history, limit)
+        decision = decide(ending, earlier, limit)
         if isinstance(decision, GiveUp):
             break
         since_well += 1
         assert decision.number == since_well <= limit
         assert 0 < decision.after <= 10
-        history.append(ending)
+        earlier.append(ending)
     assert since_well <= limit
 
 
@@ -159,7 +159,7 @@ def test_how_it_ended_in_words(ending: Ending, text: str) -> None:
     assert str(ending) == text
 
 
-def test_what_its_machine_took_along_is_said_and_started_again() -> None:
+def test_a_process_lost_with_its_machine_is_restarted() -> None:
     lost = Ending(-signal.SIGKILL, lost="its node 10.0.0.7 died")
     assert str(lost) == "was lost: its node 10.0.0.7 died"
     assert decide(lost, [lost], 10) == Restart(0.2, 2, 10)

@@ -7,13 +7,11 @@ from typing import Any
 import yaml
 
 from codistill.config.experiment import Experiment, parse
+from codistill.config.methods import METHODS
 
 DATASET_NAMES = "digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, image_folder"
 TOP = "data, distillation, exchange, name, seed, students, teachers, training"
-METHOD_ALLOWED = (
-    "allowed: independent, kd, logit_regression, born_again, vid, rkd_distance, rkd_angle, rkd, fddml, hddml, dml, dcm, "
-    "kdcl, cross_architecture, custom"
-)
+METHOD_ALLOWED = f"allowed: {', '.join(METHODS)}"
 
 
 def document() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.config.experiment import ExperimentError, load, parse
+from codistill.config.methods import KDCL_ENSEMBLES
 from protos.config.support import DATASET_NAMES, METHOD_ALLOWED, TOP, changed, document
 
 A_NAME = "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit"
@@ -26,6 +27,7 @@ def problems(text: str) -> list[str]:
 OVERRIDES = "channels_last, clip_norm, device, optimizer, precision, schedule, threads"
 OPTIMIZER = "betas, decay_norm_and_bias, lr, momentum, name, nesterov, weight_decay"
 KDCL = {"method": "kdcl"}
+ENSEMBLES = ", ".join(map(repr, KDCL_ENSEMBLES)).rsplit(", ", 1)
 
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     # keys that are not known
@@ -175,7 +177,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"students": []}, ["students: [] is not allowed: input should have at least 1 item"]),
     (
         {"distillation": {**KDCL, "ensemble": "mean"}},
-        ["distillation.ensemble: 'mean' is not allowed: input should be 'naive', 'linear', 'min_logit' or 'general'"],
+        [f"distillation.ensemble: 'mean' is not allowed: input should be {ENSEMBLES[0]} or {ENSEMBLES[1]}"],
     ),
     (
         {"exchange.dtype": "int8"},
@@ -388,15 +390,6 @@ class TestBadInput:
                 "digits\n",
                 "is a str; expected the keys name, seed, data, training, distillation, exchange, students, teachers",
             ),
-            ("a: [1,\n", "is not YAML: expected the node content, but found '<stream end>' at line 2, column 1"),
-            ("a: 1\n\tb: 2\n", "is not YAML: found character '\\t' that cannot start any token at line 2, column 1"),
-            ("a: *b\n", "is not YAML: found undefined alias 'b' at line 1, column 4"),
-            ("a: \x00\n", "is not YAML: unacceptable character #x0000: special characters are not allowed"),
-            ("a: 0x_\n", "is not YAML: invalid literal for int() with base 16: ''"),
-            ("? [1]\n: 2\n", "is not YAML: found unhashable key at line 1, column 3"),
-            ("name: a\nseed: 1\nname: b\n", "is not YAML: key 'name' is given twice at line 3, column 1"),
-            ("name: a\n'name': b\n", "is not YAML: key 'name' is given twice at line 2, column 1"),
-            ("data: {root: a, root: a}\n", "is not YAML: key 'root' is given twice at line 1, column 17"),
             ("a: !!python/object/apply:os.getcwd []\n", None),
         ],
     )

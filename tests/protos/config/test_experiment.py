@@ -7,12 +7,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from codistill.config.data import DATASETS
+from codistill.config.datasets import DATASETS
 from codistill.config.experiment import Experiment, ExperimentError, load, parse
 from codistill.config.fingerprint import identity
 from codistill.config.methods import Dml, Independent, Kdcl
 from codistill.config.participants import Student
-from protos.config.support import DATASET_NAMES, METHOD_ALLOWED, TOP, changed, document, experiment
+from protos.config.support import DATASET_NAMES, METHOD_ALLOWED, TOP, changed, experiment
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "digits.yaml"
 
@@ -62,27 +62,6 @@ class TestDefaults:
 
         visit(Experiment)
         assert {Experiment, Student, Kdcl, Dml, Independent} <= seen
-
-    @pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-3", "+1e-3"])
-    def test_a_number_with_an_exponent_is_a_number(self, text: str) -> None:
-        small = parse(yaml.safe_dump(document()).replace("epochs: 2", f"epochs: 2\n  clip_norm: {text}"))
-        assert small.training.clip_norm == 0.001
-
-    def test_a_date_is_text(self) -> None:
-        assert parse(yaml.safe_dump(document()).replace("tiny", "2024-12-31")).name == "2024-12-31"
-        assert parse(yaml.safe_dump(document()).replace("tiny", "2024-31-12")).name == "2024-31-12"
-
-    def test_anchors_and_merges(self) -> None:
-        text = yaml.safe_dump({key: value for key, value in document().items() if key != "students"}) + (
-            "students:\n"
-            "- &one {name: ant, model: mlp, training: &t {threads: 2, device: cpu}}\n"
-            "- &two {<<: *one, name: bee, training: {<<: *t, threads: 3}}\n"
-            "- {<<: *two, name: cat}\n"
-        )
-        read = parse(text)
-        assert read.names == ("ant", "bee", "cat")
-        assert [student.training.threads for student in read.students] == [2, 3, 3]
-        assert [student.training.device for student in read.students] == ["cpu"] * 3
 
     @pytest.mark.parametrize("reference", ["torchvision:resnet18", "my_package.data:load"])
     def test_a_data_set_of_ones_own(self, reference: str) -> None:

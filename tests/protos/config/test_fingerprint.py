@@ -89,7 +89,7 @@ class TestIdentity:
             ("", "a", 'this worker has "a", the run has not'),
         ],
     )
-    def test_who_was_removed_or_added_is_named(self, section: str, had: str, has: str, expected: str) -> None:
+    def test_removed_and_added_participants_are_named(self, section: str, had: str, has: str, expected: str) -> None:
         ours, theirs = (
             json.dumps({section: [{"name": name, "model": f"m{name}"} for name in names], "training": names})
             for names in (had, has)

@@ -1,4 +1,4 @@
-"""What methods need of an experiment, and what is said where it is not there."""
+"""The needs of methods, and the errors of experiments that do not meet them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from codistill.config.experiment import ExperimentError, parse
-from codistill.config.schedule import ExchangeSchedule
 from protos.config.support import changed
 
 TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
@@ -34,7 +33,7 @@ def test_a_method_without_its_teacher_says_what_to_add(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["independent", "dml", "kdcl", "dcm", "cross_architecture"])
-def test_a_teacher_that_nobody_learns_from_is_refused(method: str) -> None:
+def test_a_teacher_without_a_use_is_rejected(method: str) -> None:
     assert problems(distillation={"method": method}, teachers=[TEACHER]) == [
         f"teachers: old, but method '{method}' has no use for a teacher; remove `teachers`"
     ]
@@ -63,7 +62,7 @@ def test_more_teachers_than_a_method_takes_are_refused() -> None:
     ]
 
 
-def test_a_teachers_name_is_nobody_elses() -> None:
+def test_a_teachers_name_is_not_a_students() -> None:
     assert problems(distillation={"method": "kd"}, teachers=[{**TEACHER, "name": "Bee"}]) == [
         "teachers.0.name: 'Bee' is the name of students.1 already, as file systems may tell no case apart; give each its own"
     ]
@@ -76,7 +75,7 @@ def test_a_teachers_name_is_nobody_elses() -> None:
         ({"ant": ["a"]}, "ant: 1 layers are not allowed; allowed are the 2 of distillation.stages"),
     ],
 )
-def test_layers_are_somebodys_and_as_many_as_there_are_stages(layers: dict[str, list[str]], problem: str) -> None:
+def test_layers_belong_to_a_participant_and_are_as_many_as_stages(layers: dict[str, list[str]], problem: str) -> None:
     found = problems(distillation={"method": "vid", "layers": layers}, teachers=[TEACHER])
     assert found == [f"distillation.layers.{problem}"]
 
@@ -95,7 +94,7 @@ def test_layers_are_somebodys_and_as_many_as_there_are_stages(layers: dict[str, 
         ({"every": 0}, "every: 0 is not allowed: input should be greater than or equal to 1"),
     ],
 )
-def test_a_rhythm_that_cannot_be_is_refused(changes: dict[str, Any], problem: str) -> None:
+def test_a_schedule_that_never_exchanges_is_rejected(changes: dict[str, Any], problem: str) -> None:
     found = problems(distillation={"method": "cross_architecture", **changes}, training={"epochs": 3, "batch_size": 2})
     assert found == [f"distillation.{problem}"]
 
@@ -104,7 +103,7 @@ def test_a_rhythm_that_cannot_be_is_refused(changes: dict[str, Any], problem: st
     ("epochs", "allowed"),
     [({"start_epoch": 2.7}, True), ({"start_epoch": 2.76}, False), ({"start_epoch": 2.99}, False)],
 )
-def test_a_start_that_no_round_comes_after_is_refused(epochs: dict[str, float], allowed: bool) -> None:
+def test_a_start_after_the_last_round_begins_is_rejected(epochs: dict[str, float], allowed: bool) -> None:
     """Of 4 rounds an epoch, the last of three begins at 2.75."""
     changes: dict[str, Any] = {
         "distillation": {"method": "cross_architecture", **epochs},
@@ -157,8 +156,8 @@ def test_generations_follow_one_another(changes: dict[str, Any], teachers: list[
     assert problems(distillation={"method": "born_again", **changes}, teachers=teachers) == [problem]
 
 
-def test_a_pair_of_ones_own_is_two_references() -> None:
-    assert problems(distillation={"method": "custom", "server": "mine", "worker": "mine:half"}) == [
+def test_a_custom_pair_is_two_references() -> None:
+    assert problems(distillation={"method": "custom", "server": "mine", "worker": "mine:objective"}) == [
         "distillation.server: 'mine': is not of the form package.module:callable"
     ]
     assert problems(
@@ -179,21 +178,8 @@ def test_where_a_teacher_teaches_all_see_the_same_view() -> None:
     assert shared(data={"dataset": "digits", "augment": {"view": "shared"}})
 
 
-def test_a_shared_view_is_nobodys_own() -> None:
+def test_with_a_shared_view_no_student_has_its_own() -> None:
     own = [{**TWO[0], "data": {"augment": {"flip": True}}}, TWO[1]]
     assert problems(distillation={"method": "kd"}, teachers=[TEACHER], students=own) == [
         "students.0.data.augment: flip, but all see the same view of a sample; set data.augment, or data.augment.view: own"
     ]
-
-
-class TestRhythm:
-    @pytest.mark.parametrize(
-        "rhythm", [ExchangeSchedule(), ExchangeSchedule(3, 1), ExchangeSchedule(0, 4), ExchangeSchedule(7, 3)]
-    )
-    def test_rounds_and_exchanges_count_each_other(self, exchange_schedule: ExchangeSchedule) -> None:
-        rounds = [number for number in range(50) if exchange_schedule.exchanges(number)]
-        assert rounds[0] == exchange_schedule.start
-        assert [exchange_schedule.round(exchange) for exchange in range(len(rounds))] == rounds
-        assert [exchange_schedule.exchanges_before(number) for number in rounds] == list(range(len(rounds)))
-        for number in range(50):
-            assert exchange_schedule.exchanges_before(number) == sum(each < number for each in rounds)

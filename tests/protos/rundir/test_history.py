@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codistill.config.experiment import Experiment, ExperimentError, parse
-from codistill.rundir import history
+from codistill.config.experiment import ExperimentError
+from codistill.rundir import history, spans
 from codistill.rundir.info import RunInfo
 from codistill.rundir.layout import RunLayout
-from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
-
-
-def experiment(epochs: int = 4) -> Experiment:
-    return parse(
-        f"name: tiny\ndata: {{dataset: digits}}\ntraining: {{epochs: {epochs}}}\n"
-        "students: [{name: a, model: mlp}, {name: b, model: cnn}]\n"
-    )
-
-
-def measured(student: str, at: int, accuracy: float, split: str = "test", time: float = 0.0) -> Measured:
-    return Measured.model_validate(
-        {
-            "time": time,
-            "student": student,
-            "split": split,
-            "round": at,
-            "epoch": at / 10,
-            "accuracy": accuracy,
-            "loss": 1 - accuracy,
-        }
-    )
-
-
-def joined(student: str, device: str = "cpu", time: float = 0.0) -> Joined:
-    return Joined(
-        time=time, student=student, model=f"model of {student}", parameters=1000, device=device, total_rounds=40
-    )
-
-
-def span(first: int, last: int, p50: float = 0.001, longest: float = 0.002, **waits: tuple[int, float]) -> RoundsClosed:
-    return RoundsClosed(
-        time=float(last),
-        first=first,
-        last=last,
-        seconds=1.0,
-        wait_p50=p50,
-        wait_max=longest,
-        waits={name: StudentWait(rounds=rounds, seconds=seconds) for name, (rounds, seconds) in waits.items()},
-    )
+from codistill.rundir.records import Happened, Paced, Record
+from protos.rundir.support import experiment, joined, measured, span
 
 
 def test_a_repeated_measurement_stands_in_its_place_with_its_later_value() -> None:
@@ -111,37 +72,6 @@ def test_students_come_in_the_experiments_order_and_are_there_without_records() 
     assert run.total_rounds == 40
     assert run.epoch(15) == 1.5
     assert history.collect(experiment(), []).epoch(15) is None
-
-
-def test_rounds_closed_again_replace_the_spans_they_overlap() -> None:
-    again = span(10, 24, 0.5)
-    run = history.collect(experiment(), [span(0, 9), span(10, 19), span(20, 29), again, span(30, 39)])
-    assert [(each.first, each.last) for each in run.rounds] == [(0, 9), (10, 24), (30, 39)]
-    assert run.rounds[1] == again
-    late = history.collect(experiment(), [span(10, 19), span(0, 9)])
-    assert [each.first for each in late.rounds] == [0, 10]
-
-
-def test_waits_are_summed_over_spans() -> None:
-    run = history.collect(experiment(), [span(0, 9, a=(4, 0.5), b=(6, 0.25)), span(10, 19, longest=3.0, a=(10, 1.5))])
-    assert run.waits == {"a": StudentWait(rounds=14, seconds=2.0), "b": StudentWait(rounds=6, seconds=0.25)}
-    assert run.closed_rounds == 20
-    assert history.longest_wait(run.rounds) == 3.0
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 10)), min_size=1, max_size=30))
-def test_the_median_wait_counts_a_span_once_for_each_of_its_rounds(spans: list[tuple[int, float]]) -> None:
-    closed: list[RoundsClosed] = []
-    for rounds, wait in spans:
-        first = closed[-1].last + 1 if closed else 0
-        closed.append(span(first, first + rounds - 1, wait))
-    every_round = [wait for rounds, wait in spans for _ in range(rounds)]
-    assert history.median_wait(closed) == statistics.median_low(every_round)
-
-
-def test_without_spans_there_is_no_wait() -> None:
-    assert history.median_wait([]) is None
-    assert history.longest_wait([]) is None
 
 
 def test_steps_that_are_unknown_are_not_in_the_medians() -> None:
@@ -240,29 +170,9 @@ def test_what_was_missed_is_summed_over_the_spans_that_stand() -> None:
     assert run.rounds_without_targets == 3
 
 
-def test_a_history_that_is_followed_is_the_one_that_is_read(tmp_path: Path) -> None:
-    (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
-    follower = history.Follower(experiment(), tmp_path)
-    assert follower.advance().students[0].test == ()
-    lines = [
-        joined("a"),
-        measured("a", 10, 0.5),
-        span(0, 9, a=(3, 0.5)),
-        measured("a", 20, 0.7),
-        measured("a", 10, 0.6),
-    ]
-    for line in lines:
-        with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write(line.model_dump_json() + "\n")
-        assert follower.version != follower.written
-        assert follower.advance() == history.read(tmp_path)
-        assert follower.version == follower.written
-    assert follower.advance().students[0].test_count == 2
-
-
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=300), st.integers(4, 12))
 def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[int], limit: int) -> None:
-    collected = history._Collected(experiment(), limit)
+    collected = history.Collector(experiment(), limit)
     for number, score in enumerate(scores):
         collected.add(measured("a", number, score / 40))
     student = collected.history(RunInfo()).students[0]
@@ -276,25 +186,16 @@ def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[i
     assert (student.best.accuracy, student.best.round) == (max(scores) / 40, scores.index(max(scores)))
 
 
-def test_a_bounded_series_takes_a_resumed_students_repetitions_for_what_they_are() -> None:
-    collected = history._Collected(experiment(), 8)
-    for number in (*range(40), *range(25, 60)):
-        collected.add(measured("a", number, 0.5))
-    student = collected.history(RunInfo()).students[0]
-    assert student.test_count == 60
-    assert len(student.test) <= 8
-
-
 def test_merged_spans_keep_totals_and_the_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "_UNMERGED", 2)
-    spans = [
+    closed = [
         span(
             5 * number, 5 * number + 4, 0.001 * number, 3.0 if number == 7 else 0.1, a=(2, 0.25), b=(3, 0.5)
         ).model_copy(update={"missed": {"b": 1}, "without_targets": 1, "ensemble_accuracy": number / 100})
         for number in range(60)
     ]
-    whole, bounded = history._Collected(experiment()), history._Collected(experiment(), 10)
-    for each in spans:
+    whole, bounded = history.Collector(experiment()), history.Collector(experiment(), 10)
+    for each in closed:
         whole.add(each)
         bounded.add(each)
     one, other = whole.history(RunInfo()), bounded.history(RunInfo())
@@ -303,12 +204,12 @@ def test_merged_spans_keep_totals_and_the_longest_wait(monkeypatch: pytest.Monke
     assert other.waits == one.waits
     for what in ("closed_rounds", "rounds_without_targets", "ensemble_accuracy"):
         assert getattr(other, what) == getattr(one, what)
-    assert history.longest_wait(other.rounds) == 3.0
+    assert spans.longest_wait(other.rounds) == 3.0
     assert [each.missed_rounds for each in other.students] == [0, 60]
 
 
 def test_of_events_a_bounded_history_keeps_the_newest_and_counts_all_restarts() -> None:
-    collected = history._Collected(experiment(), 5)
+    collected = history.Collector(experiment(), 5)
     for number in range(20):
         collected.add(Happened(time=number, what=history.RESTARTED, student="a" if number % 2 else ""))
     run = collected.history(RunInfo())

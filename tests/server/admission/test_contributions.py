@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codistill.config.fingerprint import identity
+from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server import methods
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.errors import RequestRejected
-from codistill_server.rounds.events import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from server.support import (
     BATCH,
     CLASSES,
@@ -72,12 +74,10 @@ class TestContribute:
         assert answers[0] == answers[1]
         targets = pb.ExchangeReply.FromString(answers[0]).targets
         assert targets.round == 0
-        half = methods.create(run.experiment.distillation)
-        assert half is not None
+        aggregator = methods.create(run.experiment.distillation)
+        assert aggregator is not None
         logits = torch.stack([logits_of(run.experiment, name, 0) for name in run.experiment.names])
-        expected = half.targets(
-            methods.RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0]))
-        )
+        expected = aggregator.targets(RoundInputs(run.experiment.names, {"logits": logits}, torch.tensor([0, 1, 2, 0])))
         assert expected.shared is not None
         assert torch.equal(decode(targets.targets["logits"]), expected.shared["logits"])
 

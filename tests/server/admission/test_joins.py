@@ -9,7 +9,8 @@ import pytest
 from codistill import PROTOCOL_VERSION
 from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.rounds.events import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from server.support import (
     TOTAL_ROUNDS,
     Run,

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.rounds.events import Presence, Status
+from codistill_server.rounds.actions import Status
+from codistill_server.rounds.machine import Presence
 from server.support import TOTAL_ROUNDS, Run, independent_experiment, make_experiment, refused
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,84 +9,27 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
 
 from codistill_server import ensembles
+from server.ensembles.support import Labelled, Problem, cross_entropies, probabilities, problems, quick
 
-Problem = tuple[Tensor, Tensor]
-Labelled = Callable[[Tensor, Tensor], Tensor]
 LABELLED: dict[str, Labelled] = {
     "naive": ensembles.naive,
     "linear": ensembles.linear,
     "min_logit": ensembles.min_logit,
-    "mean_logits": lambda logits, _labels: ensembles.mean_logits(logits),
 }
-PLAIN: dict[str, Callable[[Tensor], object]] = {
-    "mean_logits": ensembles.mean_logits,
-    "mean_probabilities": ensembles.mean_probabilities,
-    "peer_probabilities": ensembles.peer_probabilities,
-    "weighted_sum": lambda logits: ensembles.weighted_sum(logits, torch.full(logits.shape[:1], 0.5)),
-}
-NEEDS_LABELS: dict[str, Labelled] = {
-    "naive": ensembles.naive,
-    "linear": ensembles.linear,
-    "linear_weights": ensembles.linear_weights,
-    "min_logit": ensembles.min_logit,
-    "error_covariance": ensembles.error_covariance,
-    "general_weights": ensembles.general_weights,
-}
-quick = settings(max_examples=40)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As on the server: these batches are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@st.composite
-def problems(
-    draw: st.DrawFn,
-    scales: tuple[float, ...] = (1.0, 8.0, 100.0),
-    students: tuple[int, int] = (1, 5),
-    dtype: type[np.floating] = np.float64,
-    step: float | None = None,
-) -> Problem:
-    """Logits and labels; with `step`, logits are multiples of it, so that shifting them by others is exact."""
-    shape = draw(st.tuples(st.integers(*students), st.integers(1, 4), st.integers(1, 6)))
-    scale = draw(st.sampled_from(scales))
-    if step is None:
-        elements = st.floats(-scale, scale, width=32 if dtype is np.float32 else 64)
-    else:
-        elements = st.integers(-int(scale / step), int(scale / step)).map(lambda n: n * step)
-    logits = draw(arrays(dtype, shape, elements=elements))
-    labels = draw(arrays(np.int64, shape[1:2], elements=st.integers(0, shape[2] - 1)))
-    return torch.from_numpy(logits), torch.from_numpy(labels)
-
-
-def ce(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.double(), labels, reduction="none")
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits.double(), -1)
-
-
-# Properties.
 
 
 @quick
 @given(problems(scales=(1.0, 8.0, 100.0, 1e4)))
 def test_cross_entropies_are_ordered_per_sample(problem: Problem) -> None:
     logits, labels = problem
-    losses = {name: ce(ensemble(logits, labels), labels) for name, ensemble in LABELLED.items()}
+    losses = {name: cross_entropies(ensemble(logits, labels), labels) for name, ensemble in LABELLED.items()}
+    mean = cross_entropies(ensembles.mean_logits(logits), labels)
     assert bool((losses["min_logit"] <= losses["linear"] + 1e-9).all())
     assert bool((losses["linear"] <= losses["naive"] + 1e-6).all())
-    assert bool((losses["linear"] <= losses["mean_logits"] + 1e-6).all())
-    each = torch.stack([ce(z, labels) for z in logits])
+    assert bool((losses["linear"] <= mean + 1e-6).all())
+    each = torch.stack([cross_entropies(z, labels) for z in logits])
     torch.testing.assert_close(losses["naive"], each.amin(0), rtol=0, atol=1e-9)
 
 
@@ -103,16 +44,8 @@ def test_a_constant_on_a_students_row_changes_no_softmax(problem: Problem, data:
         # KL of linear's answer from the exact one is at most 5e-7, so their distance at most √(5e-7/2) each.
         torch.testing.assert_close(after, before, rtol=0, atol=1e-3 if name == "linear" else 1e-4)
     torch.testing.assert_close(
-        ensembles.mean_probabilities(shifted), ensembles.mean_probabilities(logits), rtol=0, atol=1e-5
-    )
-    torch.testing.assert_close(
         ensembles.error_covariance(shifted, labels), ensembles.error_covariance(logits, labels), rtol=0, atol=1e-9
     )
-    if len(logits) > 1:
-        for after, before in zip(
-            ensembles.peer_probabilities(shifted), ensembles.peer_probabilities(logits), strict=True
-        ):
-            torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
 @quick
@@ -124,20 +57,12 @@ def test_permuting_students_permutes_answers_and_leaves_shared_targets(problem: 
     scale = max(1.0, float(logits.abs().max()))
     assert torch.equal(ensembles.min_logit(moved, labels), ensembles.min_logit(logits, labels))
     atol = 1e-12 * scale
-    torch.testing.assert_close(ensembles.mean_logits(moved), ensembles.mean_logits(logits), rtol=0, atol=atol)
-    torch.testing.assert_close(
-        ensembles.mean_probabilities(moved), ensembles.mean_probabilities(logits), rtol=0, atol=atol
-    )
     torch.testing.assert_close(
         probabilities(ensembles.linear(moved, labels)),
         probabilities(ensembles.linear(logits, labels)),
         rtol=0,
         atol=1e-3,
     )
-    means, constants = ensembles.peer_probabilities(logits)
-    moved_means, moved_constants = ensembles.peer_probabilities(moved)
-    torch.testing.assert_close(moved_means, means[order], rtol=0, atol=atol)
-    torch.testing.assert_close(moved_constants, constants[order], rtol=0, atol=atol)
     covariance = ensembles.error_covariance(logits, labels)
     torch.testing.assert_close(
         ensembles.error_covariance(moved, labels), covariance[order][:, order], rtol=0, atol=atol
@@ -152,7 +77,7 @@ def test_permuting_students_permutes_answers_and_leaves_shared_targets(problem: 
 @given(problems(students=(2, 5)), st.data())
 def test_permuting_students_leaves_naive_where_no_two_tie(problem: Problem, data: st.DataObject) -> None:
     logits, labels = problem
-    ordered = torch.stack([ce(z, labels) for z in logits]).sort(0).values
+    ordered = torch.stack([cross_entropies(z, labels) for z in logits]).sort(0).values
     assume(bool((ordered[1] - ordered[0] > 1e-9).all()))
     order = torch.tensor(data.draw(st.permutations(range(len(logits)))))
     assert torch.equal(ensembles.naive(logits[order], labels), ensembles.naive(logits, labels))
@@ -166,13 +91,8 @@ def test_one_student_or_identical_ones_are_their_own_target(problem: Problem, co
     own = probabilities(one[0])
     for ensemble in LABELLED.values():
         torch.testing.assert_close(probabilities(ensemble(logits, labels)), own, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ensembles.mean_probabilities(logits), own, rtol=0, atol=1e-12)
     weights = ensembles.general_weights(logits, labels)
     torch.testing.assert_close(weights, torch.full((copies,), 1 / copies, dtype=torch.float64), rtol=0, atol=1e-9)
-    if copies > 1:
-        means, constants = ensembles.peer_probabilities(logits)
-        torch.testing.assert_close(means, own.expand(copies, -1, -1), rtol=0, atol=1e-12)
-        torch.testing.assert_close(constants, torch.zeros_like(constants), rtol=0, atol=1e-12)
 
 
 @quick
@@ -204,31 +124,21 @@ def test_general_in_chunks_gives_the_same_weights() -> None:
     torch.testing.assert_close(at_once, inverse / inverse.sum(), rtol=0, atol=1e-8)
 
 
-@quick
-@given(problems(students=(2, 5), scales=(1.0, 8.0, 30.0)), st.floats(0.5, 5.0), st.integers(0, 1000))
-def test_the_peers_mean_and_constant_give_the_pairwise_sum(problem: Problem, temperature: float, seed: int) -> None:
-    logits, _ = problem
-    K = len(logits)
-    q = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(seed)).double().log_softmax(-1)
-    p = torch.softmax(logits / temperature, -1)
-    means, constants = ensembles.peer_probabilities(logits, temperature)
-    for k in range(K):
-        pairwise = [kl_div(q, p[other], reduction="none").sum(-1) for other in range(K) if other != k]
-        together = kl_div(q, means[k], reduction="none").sum(-1) + constants[k]
-        torch.testing.assert_close(together, torch.stack(pairwise).mean(0), rtol=1e-9, atol=1e-9)
-        assert bool((constants[k] >= 0).all())
+def test_general_is_the_sum_by_the_weights_of_those_that_were_measured() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, held_out = torch.randn(3, 4, 5, generator=generator), torch.randn(2, 20, 5, generator=generator)
+    labels = torch.arange(20) % 5
+    target = ensembles.general(logits, ensembles.error_covariance(held_out, labels), (2, 0))
+    weights = ensembles.general_weights(held_out, labels)
+    torch.testing.assert_close(target, ensembles.weighted_sum(logits[[2, 0]], weights))
 
 
 @quick
 @given(problems(scales=(7.984375,), dtype=np.float32))
-def test_float16_on_the_wire_moves_probabilities_by_less_than_a_thousandth(problem: Problem) -> None:
+def test_float16_on_the_wire_moves_min_logit_by_less_than_a_thousandth(problem: Problem) -> None:
     logits, labels = problem
-    wire = logits.half()
-    for ensemble in (LABELLED["mean_logits"], LABELLED["min_logit"]):
-        before, after = ensemble(logits, labels), ensemble(wire, labels)
-        torch.testing.assert_close(probabilities(after / 2), probabilities(before / 2), rtol=0, atol=1e-3)
-    before, after = ensembles.mean_probabilities(logits, 2.0), ensembles.mean_probabilities(wire, 2.0)
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-3)
+    before, after = ensembles.min_logit(logits, labels), ensembles.min_logit(logits.half(), labels)
+    torch.testing.assert_close(probabilities(after / 2), probabilities(before / 2), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("K", [2, 4])
@@ -249,10 +159,6 @@ def test_extreme_logits_give_finite_targets(problem: Problem) -> None:
         assert bool(torch.isfinite(target).all())
         assert bool(torch.isfinite(torch.softmax(target, -1)).all())
     assert bool(torch.isfinite(ensembles.general_weights(logits, labels)).all())
-    means, constants = ensembles.peer_probabilities(logits)
-    assert bool(torch.isfinite(constants).all())
-    for rows in (means, ensembles.mean_probabilities(logits)):
-        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]), rtol=0, atol=1e-5)
 
 
 @quick
@@ -261,10 +167,6 @@ def test_the_same_inputs_give_the_same_bits(problem: Problem) -> None:
     logits, labels = problem
     for ensemble in LABELLED.values():
         assert torch.equal(ensemble(logits, labels), ensemble(logits.clone(), labels.clone()))
-    assert torch.equal(ensembles.peer_probabilities(logits)[0], ensembles.peer_probabilities(logits.clone())[0])
-
-
-# Values worked out by hand.
 
 
 def test_naive_takes_the_surest_student_of_each_sample() -> None:
@@ -296,7 +198,7 @@ def test_linear_by_hand() -> None:
     assert ensembles.linear_weights(logits, torch.tensor([0])).tolist() == [[0.5, 0.5]]
     target = ensembles.linear(logits, torch.tensor([0]))
     assert target.tolist() == [[0.0, 0.0, 0.0]]
-    assert float(ce(target, torch.tensor([0]))) == pytest.approx(math.log(3))
+    assert float(cross_entropies(target, torch.tensor([0]))) == pytest.approx(math.log(3))
 
 
 def test_linear_of_unequal_students_by_hand() -> None:
@@ -352,113 +254,12 @@ def test_weighted_sum_by_hand() -> None:
     assert ensembles.weighted_sum(logits, torch.tensor([1.5, -0.5]).double()).tolist() == [[-0.5, 4.0]]
 
 
-def test_means_by_hand() -> None:
-    logits = torch.tensor([[[math.log(3), 0.0]], [[0.0, 0.0]]])  # probabilities (¾, ¼) and (½, ½)
-    torch.testing.assert_close(ensembles.mean_logits(logits), torch.tensor([[math.log(3) / 2, 0.0]]))
-    torch.testing.assert_close(ensembles.mean_probabilities(logits), torch.tensor([[0.625, 0.375]]))
-    # At T = ½ the first becomes (9/10, 1/10).
-    torch.testing.assert_close(ensembles.mean_probabilities(logits, 0.5), torch.tensor([[0.7, 0.3]]))
-
-
-def test_peer_probabilities_by_hand() -> None:
-    # Probabilities (½, ½), (¼, ¾), (¾, ¼). The first's peers have the mean (½, ½) and each the entropy h(¼), so the
-    # constant is ln 2 − h(¼); the second's have the mean (⅝, ⅜) and the constant h(⅝) − (ln 2 + h(¼))/2.
-    logits = torch.tensor([[[0.0, 0.0]], [[0.0, math.log(3)]], [[math.log(3), 0.0]]])
-    means, constants = ensembles.peer_probabilities(logits)
-    torch.testing.assert_close(means, torch.tensor([[[0.5, 0.5]], [[0.625, 0.375]], [[0.375, 0.625]]]))
-
-    def h(p: float) -> float:
-        return -p * math.log(p) - (1 - p) * math.log(1 - p)
-
-    second = h(0.625) - (math.log(2) + h(0.25)) / 2
-    expected = torch.tensor([[math.log(2) - h(0.25)], [second], [second]])
-    torch.testing.assert_close(constants, expected, rtol=0, atol=1e-6)
-
-
-def test_a_pairs_peer_is_the_other_one_and_the_constant_zero() -> None:
-    logits = torch.randn(2, 300, 400, generator=torch.Generator().manual_seed(0)) * 5
-    means, constants = ensembles.peer_probabilities(logits, 3.0)
-    assert torch.equal(means, torch.softmax(logits / 3, -1).flip(0))
-    assert torch.equal(constants, torch.zeros(2, 300))
-
-
-# Shapes, dtypes and refusals.
-
-
-@pytest.mark.parametrize(
-    ("given_dtype", "dtype"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_dtypes_of_answers(given_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(given_dtype).requires_grad_()
-    labels = torch.tensor([0, 1, 2, 3])
-    targets = [ensemble(logits, labels) for ensemble in LABELLED.values()]
-    targets += [ensembles.mean_probabilities(logits), *ensembles.peer_probabilities(logits)]
-    targets.append(ensembles.weighted_sum(logits, torch.ones(3, dtype=torch.float64)))
-    assert all(target.dtype == dtype and not target.requires_grad for target in targets)
-    assert all(target.shape == (4, 5) for target in targets[:5])
-    for exact in (ensembles.linear_weights, ensembles.general_weights, ensembles.error_covariance):
-        assert exact(logits, labels).dtype == torch.float64
-
-
 @pytest.mark.parametrize("name", LABELLED)
 def test_answers_are_memory_of_their_own(name: str) -> None:
     logits = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     LABELLED[name](logits, torch.tensor([0, 1])).zero_()
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("function", [*NEEDS_LABELS.values(), *PLAIN.values()], ids=[*NEEDS_LABELS, *PLAIN])
-@pytest.mark.parametrize(
-    ("logits", "message"),
-    [
-        (torch.zeros(2, 3), r"logits: float32 \[2, 3\] is not allowed; allowed is a floating dtype \[K, B, C\]"),
-        (torch.zeros(2, 3, 4, dtype=torch.int64), r"logits: int64 \[2, 3, 4\]"),
-        (torch.zeros(0, 3, 4), r"logits: float32 \[0, 3, 4\]"),
-        (torch.zeros(2, 0, 4), r"at least one student, sample and class"),
-        (torch.zeros(2, 3, 4).index_fill_(1, torch.tensor(2), math.nan), r"student 0 has nan for sample 2, class 0"),
-        (torch.zeros(2, 3, 4).index_fill_(2, torch.tensor(3), -math.inf), r"student 0 has -inf for sample 0, class 3"),
-        (torch.zeros(2, 3, 4).index_fill_(0, torch.tensor(1), 2e30), r"finite values of magnitude up to 1e\+30"),
-    ],
-)
-def test_bad_logits_are_refused(function: Callable[..., object], logits: Tensor, message: str) -> None:
-    arguments = (logits, torch.zeros(3, dtype=torch.int64)) if function in NEEDS_LABELS.values() else (logits,)
-    with pytest.raises(ValueError, match=message):
-        function(*arguments)
-
-
-@pytest.mark.parametrize("function", NEEDS_LABELS.values(), ids=NEEDS_LABELS)
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (torch.zeros(2, dtype=torch.int64), r"labels: int64 \[2\] is not allowed; allowed is int64 \[3\]"),
-        (torch.zeros(3), r"labels: float32 \[3\]"),
-        (torch.zeros(3, 1, dtype=torch.int64), r"labels: int64 \[3, 1\]"),
-        (torch.tensor([0, 4, 0]), r"labels: 4 of sample 1 is not allowed; allowed are 0 to 3"),
-        (torch.tensor([0, 0, -1]), r"labels: -1 of sample 2"),
-    ],
-)
-def test_bad_labels_are_refused(function: Labelled, labels: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        function(torch.zeros(2, 3, 4), labels)
-
-
-@pytest.mark.parametrize("function", [ensembles.mean_probabilities, ensembles.peer_probabilities])
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_bad_temperatures_are_refused(function: Callable[[Tensor, float], object], temperature: float) -> None:
-    with pytest.raises(ValueError, match=rf"temperature: {temperature} is not allowed; allowed are positive"):
-        function(torch.zeros(2, 3, 4), temperature)
-
-
-def test_one_student_has_no_peers() -> None:
-    with pytest.raises(ValueError, match="logits: 1 student has no peers; allowed are 2 or more"):
-        ensembles.peer_probabilities(torch.zeros(1, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -488,29 +289,3 @@ def test_bad_weights_are_refused(weights: Tensor, message: str) -> None:
 def test_bad_covariances_are_refused(covariance: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ensembles.weights_from_covariance(covariance)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_pooled_probabilities_are_what_one_more_student_gets_of_its_peers(temperature: float) -> None:
-    logits = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(9))
-    one_more = torch.cat([logits, torch.zeros(1, 6, 4)])
-    m, constant = ensembles.pooled_probabilities(logits, temperature)
-    peers, constants = ensembles.peer_probabilities(one_more, temperature)
-    torch.testing.assert_close(m, peers[-1])
-    torch.testing.assert_close(constant, constants[-1], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(m.sum(-1), torch.ones(6))
-
-
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (lambda array: ensembles.naive(array, torch.zeros(2, dtype=torch.int64)), "logits"),
-        (lambda array: ensembles.min_logit(torch.zeros(3, 2, 5), array), "labels"),
-        (lambda array: ensembles.weighted_sum(torch.zeros(3, 2, 5), array), "weights"),
-        (ensembles.weights_from_covariance, "covariance"),
-    ],
-    ids=["logits", "labels", "weights", "covariance"],
-)
-def test_what_is_no_tensor_is_refused(call: Callable[[Any], object], name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: ndarray is not allowed; allowed is a torch.Tensor"):
-        call(np.zeros((3, 2, 5)))

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +10,8 @@ from codistill.config.methods import Independent
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.state import RunState
-from codistill_server.rounds.events import Presence, Status, Waiting
+from codistill_server.rounds.actions import Status, Waiting
+from codistill_server.rounds.machine import Presence
 from server.support import TOTAL_ROUNDS, Clock, join_request, make_experiment
 
 NAMES = ("ant", "bee", "cat")
@@ -222,88 +221,42 @@ class TestSpans:
 
 
 class TestAgreement:
-    VOTES = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1], [0, 2, 2, 0]])
-
-    def logits(self, votes: torch.Tensor) -> torch.Tensor:
-        return 5 * torch.nn.functional.one_hot(votes, 3).float()
-
-    def test_pairs_and_the_ensemble(self) -> None:
-        watched = Watched()
-        watched.it.agreement(0, NAMES, self.logits(self.VOTES), torch.tensor([0, 1, 2, 1]))
+    def test_it_is_shown_and_written_with_the_spans(self) -> None:
+        watched = Watched(rounds_per_epoch=1)
+        votes = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1], [0, 2, 2, 0]])
+        logits = 5 * torch.nn.functional.one_hot(votes, 3).float()
+        watched.it.agreement(0, NAMES, logits, torch.tensor([0, 1, 2, 1]))
         state = watched.snapshot()
         assert state.ensemble_accuracy == 0.75
-        assert [(each.first, each.second, each.ratio) for each in state.disagreements] == [
+        assert [(pair.first, pair.second, pair.ratio) for pair in state.disagreements] == [
             ("ant", "bee", 0.5),
             ("ant", "cat", 0.25),
             ("bee", "cat", 0.75),
         ]
-
-    def test_it_is_unknown_before(self) -> None:
-        state = Watched().snapshot()
-        assert not state.HasField("ensemble_accuracy")
-        assert list(state.disagreements) == []
-
-    def measure(self, watched: Watched, number: int, *, right: bool) -> None:
-        votes = self.VOTES[:1].expand(3, -1) if right else self.VOTES
-        watched.it.agreement(number, NAMES, self.logits(votes), self.VOTES[0])
-
-    def test_it_is_the_mean_over_one_epoch_whatever_was_before(self) -> None:
-        watched = Watched(rounds_per_epoch=4)
-        for number in range(5):
-            self.measure(watched, number, right=False)
-        assert watched.it.ensemble_accuracy == 1.0
-        assert watched.it.disagreement["ant", "bee"] == 0.5
-        for number in (5, 6):
-            self.measure(watched, number, right=True)
-        assert watched.it.disagreement["ant", "bee"] == 0.25, "two of the last four rounds"
-        for number in (7, 8):
-            self.measure(watched, number, right=True)
-        assert watched.it.disagreement["ant", "bee"] == 0.0, "nothing is left of the rounds before the epoch"
-
-    def test_it_does_not_depend_on_the_clock(self) -> None:
-        """Whether a round takes a microsecond or an hour, the same rounds are measured."""
-        found: list[tuple[float | None, dict[tuple[str, str], float]]] = []
-        for took in (1e-6, 3600.0):
-            watched = Watched(rounds_per_epoch=5)
-            for number in range(12):
-                watched.clock.now += took
-                self.measure(watched, number, right=number % 3 > 0)
-            found.append((watched.it.ensemble_accuracy, watched.it.disagreement))
-        assert found[0] == found[1]
-
-    def test_of_a_long_epoch_a_share_of_the_rounds_is_measured(self) -> None:
-        watched = Watched(rounds_per_epoch=640)
-        for number in range(1280):  # every tenth counts
-            self.measure(watched, number, right=number % 10 > 0 or number < 640)
-        assert watched.it.disagreement["ant", "bee"] == 0.5
-
-    def test_a_pair_is_compared_where_both_were(self) -> None:
-        watched = Watched(rounds_per_epoch=3)
-        watched.it.agreement(0, NAMES, self.logits(self.VOTES), self.VOTES[0])
-        watched.it.agreement(1, ("ant", "bee"), self.logits(self.VOTES[[0, 0]]), self.VOTES[0])
-        assert watched.it.disagreement == {("ant", "bee"): 0.25, ("ant", "cat"): 0.25, ("bee", "cat"): 0.75}
-        for number in (2, 3):
-            watched.it.agreement(number, ("ant", "bee"), self.logits(self.VOTES[[0, 0]]), self.VOTES[0])
-        assert watched.it.disagreement == {("ant", "bee"): 0.0}
-
-    def test_it_is_written_with_the_spans(self) -> None:
-        watched = Watched(rounds_per_epoch=1)
-        watched.it.agreement(0, NAMES, self.logits(self.VOTES), torch.tensor([0, 1, 2, 1]))
         watched.close(0)
         (span,) = watched.spans
         assert span.ensemble_accuracy == 0.75
         assert span.disagreement == {"ant|bee": 0.5, "ant|cat": 0.25, "bee|cat": 0.75}
 
-    def test_of_many_students_every_pair_is_counted(self) -> None:
-        names = tuple(f"s{number}" for number in range(40))
-        votes = torch.randint(3, (40, 16), generator=torch.Generator().manual_seed(1))
-        watched = Watched(make_experiment(names))
-        watched.it.agreement(0, names, self.logits(votes), torch.zeros(16, dtype=torch.int64))
-        expected = {
-            (names[one], names[other]): float((votes[one] != votes[other]).double().mean())
-            for one, other in itertools.combinations(range(40), 2)
-        }
-        assert watched.it.disagreement == expected
+    def test_it_does_not_depend_on_the_clock(self) -> None:
+        """Whether a round takes a microsecond or an hour, the same rounds are measured."""
+        votes = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1], [0, 2, 2, 0]])
+        found: list[tuple[float, list[pb.Disagreement]]] = []
+        for took in (1e-6, 3600.0):
+            watched = Watched(rounds_per_epoch=5)
+            for number in range(12):
+                watched.clock.now += took
+                right = 5 * torch.nn.functional.one_hot(votes[:1].expand(3, -1) if number % 3 else votes, 3).float()
+                watched.it.agreement(number, NAMES, right, votes[0])
+            state = watched.snapshot()
+            found.append((state.ensemble_accuracy, list(state.disagreements)))
+        assert found[0] == found[1]
+        assert [pair.ratio for pair in found[0][1]] == [0.5 * 1 / 5, 0.25 * 1 / 5, 0.75 * 1 / 5], "of rounds 7 to 11"
+
+    def test_it_is_unknown_before(self) -> None:
+        state = Watched().snapshot()
+        assert not state.HasField("ensemble_accuracy")
+        assert list(state.disagreements) == []
 
 
 class TestRate:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, settings
 
-from codistill_server.rounds.events import Admit, Contribution, Join, Samples
+from codistill_server.rounds.actions import Admit
+from codistill_server.rounds.events import Contribution, Join, Samples
 from codistill_server.rounds.machine import Rounds
 
 
@@ -18,10 +19,10 @@ def samples(ids: Sequence[int], labels: Sequence[int] | None = None) -> Samples:
     return Samples(np.array(ids, "<i8").tobytes(), np.array(classes, "<i8").tobytes())
 
 
-def contribution(number: int, payload: Any = "", **changes: Any) -> Contribution:
+def contribution(round_number: int, payload: Any = "", **changes: Any) -> Contribution:
     """Returns a contribution to a round, with three samples that are the round's own; those of round 0 are 7, 8, 9."""
-    own = samples(range(10 * number + 7, 10 * number + 10))
-    return Contribution(number, changes.pop("samples", own), payload=payload, **changes)
+    own = samples(range(10 * round_number + 7, 10 * round_number + 10))
+    return Contribution(round_number, changes.pop("samples", own), payload=payload, **changes)
 
 
 def joined(rounds: Rounds, student: str, first_round: int = 0, now: float = 0.0) -> int:

@@ -2,32 +2,33 @@ from __future__ import annotations
 
 import pytest
 
-from codistill_server.rounds.events import (
+from codistill_server.rounds.actions import (
     Admit,
     Answer,
     Complete,
-    Contribute,
     Decide,
-    Decided,
-    Disconnect,
     End,
     Forget,
+    Notify,
+    Refuse,
+    Remember,
+    Status,
+    Waiting,
+)
+from codistill_server.rounds.events import (
+    Contribute,
+    Decided,
+    Disconnect,
     Join,
     Leave,
     LeaveReason,
-    Notify,
-    Presence,
     Progress,
-    Refuse,
-    Remember,
     Restored,
     Samples,
-    Status,
     StudentRecord,
     Tick,
-    Waiting,
 )
-from codistill_server.rounds.machine import Rounds, Rules
+from codistill_server.rounds.machine import Presence, Rounds, Rules
 from server.rounds.support import contribution, joined, samples
 
 STUDENTS = ("ant", "bee")
@@ -393,7 +394,7 @@ class TestProgress:
         assert rounds.oldest == 0
         assert rounds.apply(Progress(bee, 3), 0.0) == [record("bee", bee, durable=3), Forget(3)]
         assert rounds.oldest == 3
-        assert rounds.durable == {"ant": 4, "bee": 3}
+        assert rounds.durable_rounds == {"ant": 4, "bee": 3}
 
     def test_a_report_that_says_nothing_new_changes_nothing(self) -> None:
         rounds, ant, bee = pair()
@@ -401,7 +402,7 @@ class TestProgress:
         rounds.apply(Progress(ant, 2), 0.0)
         assert rounds.apply(Progress(ant, 2), 0.0) == []
         assert rounds.apply(Progress(ant, 1), 0.0) == []
-        assert rounds.durable["ant"] == 2
+        assert rounds.durable_rounds["ant"] == 2
 
     def test_a_durable_round_past_the_frontier_counts_as_the_frontier(self) -> None:
         rounds, ant, bee = pair()
@@ -420,7 +421,7 @@ class TestProgress:
         rounds = Rounds(Rules(STUDENTS, exchanges=False))
         ant = joined(rounds, "ant")
         assert rounds.apply(Progress(ant, 50), 0.0) == [record("ant", ant, durable=50)]
-        assert rounds.durable == {"ant": 50, "bee": 0}
+        assert rounds.durable_rounds == {"ant": 50, "bee": 0}
 
 
 class TestWaiting:
@@ -454,7 +455,7 @@ class TestRestored:
         rounds = Rounds(RULES, Restored(2, 4, students))
         assert (rounds.oldest, rounds.frontier) == (2, 4)
         assert rounds.presence == {"ant": Presence.EXPECTED, "bee": Presence.FINISHED}
-        assert rounds.durable == {"ant": 2, "bee": 4}
+        assert rounds.durable_rounds == {"ant": 2, "bee": 4}
         assert rounds.student_of(5) is None
         assert rounds.apply(Contribute(5, contribution(4)), 0.0) == [unknown(5)]
         assert rounds.apply(Join("ant", 2), 0.0) == [record("ant", 10, durable=2), Admit("ant", 10, 4)]

@@ -13,34 +13,35 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from codistill_server.rounds.events import (
+from codistill_server.rounds.actions import (
     Action,
     Admit,
     Answer,
     Complete,
+    Decide,
+    End,
+    Forget,
+    Notify,
+    Refuse,
+    Remember,
+    Status,
+)
+from codistill_server.rounds.events import (
     Contribute,
     Contribution,
-    Decide,
     Decided,
     Disconnect,
-    End,
     Event,
-    Forget,
     Join,
     Leave,
     LeaveReason,
-    Notify,
-    Presence,
     Progress,
-    Refuse,
-    Remember,
     Restored,
     Samples,
-    Status,
     StudentRecord,
     Tick,
 )
-from codistill_server.rounds.machine import Rounds, Rules
+from codistill_server.rounds.machine import Presence, Rounds, Rules
 from server.rounds.support import contribution, machine_settings, samples
 
 TOTAL = 6
@@ -464,12 +465,12 @@ class RoundsMachine(RuleBasedStateMachine):
         session = data.draw(st.sampled_from(dead))
         number = data.draw(st.integers(0, TOTAL))
         core = self.core
-        before = (dict(core.presence), dict(core.durable), core.frontier, core.oldest)
+        before = (dict(core.presence), dict(core.durable_rounds), core.frontier, core.oldest)
         self.contribute(session, self.contribution(number))
         for event in (Progress(session, number), *(Leave(session, reason) for reason in LeaveReason)):
             self.expect_refusal(self.core.apply(event, self.now), session)
         assert self.core.apply(Disconnect(session), self.now) == []
-        assert before == (dict(core.presence), dict(core.durable), core.frontier, core.oldest)
+        assert before == (dict(core.presence), dict(core.durable_rounds), core.frontier, core.oldest)
 
     @rule(student=STUDENTS, number=st.none() | st.integers(0, TOTAL))
     def request_is_duplicated_late_or_early(self, student: int, number: int | None) -> None:
@@ -545,13 +546,13 @@ class RoundsMachine(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_bounded_by_the_students(self) -> None:
-        opened, count = self.core._open, len(self.names)
+        opened, count = self.core._open_round, len(self.names)
         assert set(opened.waiters) == set(opened.notified) == set(self.open.waiters)
         assert set(opened.waiters) <= set(self.core._sessions)
         assert set(opened.arrived) == set(opened.contributions)
         assert len(opened.contributions) <= count
-        assert len(self.core._sessions) == len(self.core._current) <= count
-        assert len(self.core._durable) == len(self.core._presence) == len(self.core._last_sessions) == count
+        assert len(self.core._sessions) == len(self.core._session_of) <= count
+        assert len(self.core._durable_rounds) == len(self.core._presence) == len(self.core._last_sessions) == count
         assert all(each.round == self.core.frontier for each in opened.contributions.values())
 
     @invariant()

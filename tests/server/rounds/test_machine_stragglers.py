@@ -9,38 +9,39 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from codistill_server.rounds.events import (
+from codistill_server.rounds.actions import (
     Absent,
     Action,
     Admit,
     Answer,
     Complete,
-    Contribute,
     Decide,
+    End,
+    Forget,
+    Notify,
+    Remember,
+    Returned,
+    Status,
+)
+from codistill_server.rounds.events import (
+    Contribute,
     Decided,
     Disconnect,
-    End,
     Event,
-    Forget,
     Join,
     Leave,
     LeaveReason,
-    Notify,
-    Presence,
     Progress,
-    Remember,
     Restored,
-    Returned,
-    Status,
     StudentRecord,
     Tick,
 )
-from codistill_server.rounds.machine import Rounds, Rules
+from codistill_server.rounds.machine import Presence, Rounds, Rules
 from codistill_server.rounds.stragglers import StragglerPolicy
 from server.rounds.support import contribution, joined, machine_settings
 
 NAMES = ("ant", "bee", "cat")
-RULES = Rules(NAMES, waiting_notice=5.0, absence=StragglerPolicy(quorum=2, round_deadline=3.0, evict_after=10.0))
+RULES = Rules(NAMES, waiting_notice=5.0, stragglers=StragglerPolicy(quorum=2, round_deadline=3.0, evict_after=10.0))
 
 
 class Driven:
@@ -142,7 +143,7 @@ def test_one_that_is_slower_than_the_deadline_is_not_waited_for_but_taken_in() -
 
 @pytest.mark.parametrize(("seconds", "back"), [(14.9, True), (15.1, False)])
 def test_where_one_step_in_five_exchanges_each_of_the_five_is_compared(seconds: float, back: bool) -> None:
-    run = Driven(replace(RULES, steps=5))
+    run = Driven(replace(RULES, steps_per_round=5))
     run.lose("cat")
     run.close("ant", "bee")
     run.send("cat", 0)
@@ -276,7 +277,7 @@ class AbsenceMachine(RuleBasedStateMachine):
 
     @initialize(quorum=st.integers(2, 3))
     def start(self, quorum: int) -> None:
-        self.rules_of_run = Rules(NAMES, absence=StragglerPolicy(quorum, 3.0, 10.0))
+        self.rules_of_run = Rules(NAMES, stragglers=StragglerPolicy(quorum, 3.0, 10.0))
         self.now = 0.0
         self.journal: dict[int, tuple[tuple[str, ...], bool]] = {}
         self.finished: set[str] = set()
@@ -302,7 +303,7 @@ class AbsenceMachine(RuleBasedStateMachine):
                     assert action.round == len(self.journal)
                     assert set(action.contributions) == self.contributed, "whoever is in time counts"
                     assert tuple(action.contributions) == tuple(name for name in NAMES if name in self.contributed)
-                    assert action.targets == (len(self.contributed) >= self.rules_of_run.absence.quorum)  # type: ignore[union-attr]
+                    assert action.targets == (len(self.contributed) >= self.rules_of_run.stragglers.quorum)  # type: ignore[union-attr]
                     assert self.core.awaited <= self.contributed, "closed although an awaited student is missing"
                     self.deciding = True
                     self.journal[action.round] = (tuple(action.contributions), action.targets)
@@ -396,8 +397,8 @@ class AbsenceMachine(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded_by_the_students(self) -> None:
         core = self.core
-        assert set(core._heard) == set(core._sessions)
-        assert set(core._answered) <= set(core._sessions)
+        assert set(core._heard_at) == set(core._sessions)
+        assert set(core._answered_at) <= set(core._sessions)
         assert set(core.awaited) <= set(NAMES)
 
     def teardown(self) -> None:

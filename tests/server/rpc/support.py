@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,8 @@ import pytest
 
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.config.methods import Distillation
+from codistill.methods.aggregator import Aggregator
 from codistill.rundir.records import Record
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
@@ -23,8 +25,9 @@ from codistill.wire.checksum import append_checksum, format_session
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
-from codistill_server.ratelimit import Limits
-from codistill_server.rpc.service import DistillationService, EventLoopSubmit
+from codistill_server.rpc.quotas import Limits
+from codistill_server.rpc.service import DistillationService
+from codistill_server.rpc.submit import EventLoopSubmit
 from codistill_server.storage.journal import Journal
 from server.support import contribution, join_request, make_experiment
 
@@ -188,3 +191,13 @@ async def relay(port: int) -> AsyncGenerator[tuple[int, Callable[[], None]]]:
         cut()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def returning(aggregator: Aggregator) -> Callable[..., Aggregator]:
+    """Returns what takes the place of `methods.create`."""
+
+    def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> Aggregator:
+        del distillation, students, teachers
+        return aggregator
+
+    return create

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import grpc
@@ -10,11 +8,11 @@ import grpc.aio
 import pytest
 
 from codistill.config.fingerprint import identity
-from codistill.config.methods import Distillation
+from codistill.methods.aggregator import LOGITS, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
-from server.rpc.support import PATIENCE, Student, drive, error_of, serving, until
+from server.rpc.support import PATIENCE, Student, drive, error_of, returning, serving, until
 from server.support import join_request, make_experiment
 
 
@@ -83,56 +81,6 @@ class TestRounds:
         drive(test)
 
 
-class TestHeavyWork:
-    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
-    def test_linear_is_made_beside_the_loop(self, monkeypatch: pytest.MonkeyPatch, ensemble: str) -> None:
-        """Its targets are held back: meanwhile the server answers. Lighter ensembles are made on the loop's thread."""
-        experiment = make_experiment(distillation={"ensemble": ensemble})
-        half = methods.create(experiment.distillation)
-        assert half is not None
-        release, threads = threading.Event(), list[str]()
-
-        class Held:
-            heavy, student, teacher = half.heavy, half.student, half.teacher
-
-            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
-                threads.append(threading.current_thread().name)
-                assert release.wait(PATIENCE)
-                return half.targets(gathered)
-
-        monkeypatch.setattr(methods, "create", _returning(Held()))
-        if not half.heavy:
-            release.set()
-
-        async def test() -> None:
-            async with serving(experiment) as served:
-                students = await served.students()
-                for student in students:
-                    await student.send(0)
-                if half.heavy:
-                    await until(lambda: len(threads) == 1)
-                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
-                    assert run.frontier == 0
-                    release.set()
-                answers = {await student.answer() for student in students}
-                assert len(answers) == 1
-
-        drive(test)
-        (thread,) = threads
-        assert thread.startswith("codistill-targets") == half.heavy
-
-    def test_a_real_linear_round(self) -> None:
-        async def test() -> None:
-            async with serving(make_experiment(distillation={"ensemble": "linear"})) as served:
-                students = await served.students()
-                for number in range(3):
-                    await asyncio.gather(*(student.send(number) for student in students))
-                    assert len({await student.answer() for student in students}) == 1
-                assert served.failures == []
-
-        drive(test)
-
-
 class TestWatchRun:
     @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
     def test_an_interval_that_is_not_allowed(self, interval: float) -> None:
@@ -174,16 +122,6 @@ class TestWatchRun:
                 await until(lambda: len(asyncio.all_tasks()) <= before)
 
         drive(test)
-
-
-def _returning(half: methods.Aggregator) -> Callable[..., methods.Aggregator]:
-    def create(
-        distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()
-    ) -> methods.Aggregator:
-        del distillation, students, teachers
-        return half
-
-    return create
 
 
 class _BrokenJournal(Journal):
@@ -261,17 +199,17 @@ class TestFaults:
         """Nobody is left to wait for a round that cannot be decided."""
 
         class Broken:
-            student: ClassVar = {"logits": methods.LOGITS}
+            student: ClassVar = {"logits": LOGITS}
             teacher: ClassVar = {}
 
             def __init__(self) -> None:
                 self.heavy = heavy
 
-            def targets(self, gathered: methods.RoundInputs) -> methods.Targets:
+            def targets(self, gathered: RoundInputs) -> Targets:
                 del gathered
                 raise ZeroDivisionError("a fault of the method")
 
-        monkeypatch.setattr(methods, "create", _returning(Broken()))
+        monkeypatch.setattr(methods, "create", returning(Broken()))
 
         async def test() -> None:
             async with serving() as served:

@@ -9,10 +9,11 @@ import pytest
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
-from codistill.wire import channel as channel_module
+from codistill.wire import channel
 from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
-from codistill_server.ratelimit import Limits, Rate
+from codistill_server.ratelimit import Rate
+from codistill_server.rpc.quotas import Limits
 from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, trailing, until
 from server.support import contribution, join_request
 
@@ -112,8 +113,8 @@ class TestLimits:
                     assert "3 WatchRun streams are open" in str(error.details())
                     for each in watching:
                         each.cancel()
-                    gate = served.service._gate
-                    await until(lambda gate=gate: gate.watching == 0)
+                    quotas = served.service._quotas
+                    await until(lambda quotas=quotas: quotas.watching == 0)
 
         drive(test)
 
@@ -126,9 +127,9 @@ class TestLimits:
             ):
                 unread = cast("Any", DistillationStub(channel)).WatchRun(pb.WatchRunRequest(interval_seconds=0.1))
                 await unread.initial_metadata()
-                await until(lambda: served.service._gate.watching == 1)
+                await until(lambda: served.service._quotas.watching == 1)
                 cut()
-                await until(lambda: served.service._gate.watching == 0)
+                await until(lambda: served.service._quotas.watching == 0)
 
         drive(test)
 
@@ -148,7 +149,7 @@ class TestLimits:
         drive(test)
 
     def test_streams_of_one_connection(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(channel_module, "_STREAMS_PER_CONNECTION", 4)
+        monkeypatch.setattr(channel, "_STREAMS_PER_CONNECTION", 4)
 
         async def test() -> None:
             async with serving() as served:
@@ -165,7 +166,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["nothing", "half a greeting"])
     def test_a_connection_that_does_not_speak_is_closed(self, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(channel_module, "_HANDSHAKE_MS", 300)
+        monkeypatch.setattr(channel, "_HANDSHAKE_MS", 300)
 
         async def test() -> None:
             async with serving() as served, asyncio.timeout(PATIENCE):
@@ -178,7 +179,7 @@ class TestLimits:
         drive(test)
 
     def test_a_connection_without_a_call_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(channel_module, "_IDLE_MS", 1000)
+        monkeypatch.setattr(channel, "_IDLE_MS", 1000)
 
         async def test() -> None:
             async with serving() as served, asyncio.timeout(PATIENCE):

@@ -2,16 +2,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import zlib
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 import pytest
 
+from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.channel import SESSION_KEY
+from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, format_session
+from codistill_server.coordinator import Coordinator
+from codistill_server.observability.state import RunState
+from codistill_server.rounds.actions import Status
 from codistill_server.rpc import service
-from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, until
+from codistill_server.rpc.service import DistillationService
+from codistill_server.storage.journal import Journal
+from server.rpc.support import EXCHANGE, PATIENCE, Student, as_sealed, drive, error_of, relay, serving, trailing, until
 from server.support import contribution, join_request, make_experiment
 
 
@@ -136,3 +145,150 @@ class TestStreams:
                         pass
 
         drive(test)
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            None,
+            "",
+            "1",
+            "one",
+            "-1",
+            "1.0",
+            "9" * 5000,
+            format_session(1)[:-1],
+            f"{format_session(1)} 2",
+            f"{'9' * 20}-{zlib.crc32(b'9' * 20):08x}",
+            format_session(2).replace("2-", "1-"),
+            format_session(0),
+            format_session(10**18),
+        ],
+    )
+    def test_a_stream_without_a_proper_session(self, value: str | None) -> None:
+        """It may have been damaged on the way, into another's number too; so its worker is to join again."""
+
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                metadata = () if value is None else ((SESSION_KEY, value),)
+                call = served.channel.stream_stream(EXCHANGE)(metadata=metadata)
+                error = await error_of(call.read())
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert SUPERSEDED_KEY not in dict(error.trailing_metadata())
+                assert "session" in (error.details() or "")
+                assert "join again" in (error.details() or "")
+                for student in (ant, bee):
+                    await student.contribute(contribution(served.experiment, student.name, 0))
+                for student in (ant, bee):
+                    assert await student.answer(), "and nobody's stream has ended"
+
+        drive(test)
+
+    @pytest.mark.parametrize("damage", ["a bit", "the tail", "no checksum", "another session"])
+    def test_a_damaged_contribution_is_sent_again_and_never_counted(self, damage: str) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                ant, bee = await served.students()
+                message = contribution(served.experiment, "ant", 0)
+                raw = append_checksum(message, str(ant.session))
+                raw = {
+                    "a bit": raw[:-40] + bytes([raw[-40] ^ 4]) + raw[-39:],
+                    "the tail": raw[:-1],
+                    "no checksum": message.SerializeToString(),
+                    "another session": append_checksum(message, str(bee.session)),
+                }[damage]
+                await bee.send(0)
+                await ant.write(raw)
+                error = await ant.ending()
+                assert error.code() is grpc.StatusCode.ABORTED
+                assert "damaged on the way" in (error.details() or "")
+                assert SUPERSEDED_KEY not in trailing(error), "it joins again"
+                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.coordinator.frontier == 0
+                assert served.coordinator.observations.rejected[Status.ABORTED] == 1
+                events = served.coordinator.snapshot().events
+                assert [event.student for event in events if event.kind == "damaged"] == ["ant"]
+                ant = Student(served, "ant")
+                await ant.start()
+                await ant.send(0)
+                assert await ant.answer() == await bee.answer()
+
+        drive(test)
+
+    def test_headers_that_are_under_way_do_not_lose_the_status(self) -> None:
+        """gRPC sends none then: the worker would be told UNKNOWN, and not what is wrong with what it sent."""
+
+        class Context:
+            headers = "not sent"
+            told: grpc.StatusCode | None = None
+
+            def __init__(self, session: int) -> None:
+                self.session = session
+
+            def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+                return ((SESSION_KEY, format_session(self.session)),)
+
+            async def send_initial_metadata(self, _: object) -> None:
+                self.headers = "under way"
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                self.headers = "sent"
+
+            async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+                assert self.headers == "sent"
+                self.told = code
+                raise asyncio.CancelledError  # as gRPC's ends the call
+
+        async def test() -> None:
+            experiment = make_experiment()
+            journal = Journal(None, identity(experiment))
+            coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
+            context = Context(coordinator.join(join_request(experiment, "ant")).session)
+
+            async def requests() -> AsyncGenerator[bytes]:
+                yield as_sealed(b"no message", context.session)
+
+            with contextlib.suppress(asyncio.CancelledError):
+                await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))
+            assert context.told is grpc.StatusCode.INVALID_ARGUMENT
+            coordinator.close()
+
+        drive(test)
+
+
+class _SlowHeaders:
+    """A stream's context whose headers take their time, as on a busy machine."""
+
+    def __init__(self, session: int) -> None:
+        self._session = session
+        self.sent: list[str] = []
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((SESSION_KEY, format_session(self._session)),)
+
+    async def send_initial_metadata(self, _: object) -> None:
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            self.sent.append("cancelled headers")
+            raise
+        self.sent.append("headers")
+
+
+def test_headers_are_sent_in_full_when_the_caller_ends_its_stream_at_once() -> None:
+    """Were they cancelled, gRPC could send no status either, and the caller would wait for it for ever."""
+
+    async def nothing() -> AsyncGenerator[bytes]:
+        return
+        yield
+
+    async def test() -> None:
+        async with serving() as served:
+            request = join_request(served.experiment, "ant")
+            session = (await served.stub.Join(request)).session
+            context = _SlowHeaders(session)
+            await cast("Any", served.service)._exchange(nothing(), context)
+            assert context.sent == ["headers"]
+            assert served.presence["ant"] == "absent"
+
+    drive(test)

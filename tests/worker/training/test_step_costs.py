@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from codistill_server.methods import RoundInputs, create
+from codistill.methods.aggregator import RoundInputs
+from codistill_server.methods import create
 from codistill_worker.methods import losses
 from codistill_worker.training.trainer import Published, Trainer
 

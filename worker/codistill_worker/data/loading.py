@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from codistill.config.data import DATASETS, Data
+from codistill.config.data import Data
+from codistill.config.datasets import DATASETS
 from codistill.peer.draws import derive, permutation
 from codistill_worker import plugins
 from codistill_worker.data.builtin import TORCHVISION, digits, imagenet, torchvision_set

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from codistill.config.experiment import Experiment
-from codistill.config.participants import StudentPlan
+from codistill.config.plans import StudentPlan
 from codistill.config.training import Optimizer, Schedule
 from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError

@@ -1,6 +1,6 @@
-"""The actor: runs one process of a run on the node that it came up on, and tells how that ended.
+"""The actor: runs one process of a run on the node that it came up on, and returns how that ended.
 
-Nothing here needs Ray but the node's address; an actor is light and imports neither torch nor gRPC, as its process does.
+It needs Ray only for its node's address. It is light: torch and gRPC are imported by its process, not here.
 """
 
 from __future__ import annotations
@@ -11,134 +11,76 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import locked
 from codistill.rundir.layout import RunLayout
-from codistill.wire.channel import format_address
 from codistill_deploy.errors import CommandError
+from codistill_deploy.launch.ray.task import ActorNode, ServerAddress, Task
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import Ending
 
-__all__ = ["ADVERTISE_VARIABLE", "Placement", "ProcessActor", "Serving", "Task"]
+__all__ = ["ADVERTISE_VARIABLE", "ProcessActor"]
 
 ADVERTISE_VARIABLE = "CODISTILL_ADVERTISE"
 """Set on a node, the host by which the others reach it."""
 
 _POLL_SECONDS = 0.05
 _ORPHAN_SECONDS = 0.5
-_SEEN_SECONDS = 15.0  # a network file system may show a new file late
+_SHARED_SECONDS = 15.0  # a network file system may show a new file late
 _PREDECESSOR_SECONDS = 90.0  # a node that was lost may live on, and a file server keeps a lost node's locks for a while
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Where a server listens: on its node's address, or on all where another host is advertised.
-
-    Attributes:
-        port: of the exchange; 0 for a free one.
-        metrics_port: of the metrics; None leaves them on the node's loopback.
-        advertise: the host by which the others reach it; None for the node's own.
-    """
-
-    port: int = 0
-    metrics_port: int | None = None
-    advertise: str | None = None
-
-    def options(self, node: str) -> list[str]:
-        """Returns what `codistill serve` is given on a node."""
-        host = "0.0.0.0" if self.advertise else node  # noqa: S104 - who sets it means another way to this node
-        metrics = "127.0.0.1:0" if self.metrics_port is None else format_address(host, self.metrics_port)
-        options = ["--listen", format_address(host, self.port), "--metrics", metrics]
-        return [*options, "--advertise", self.advertise] if self.advertise else options
-
-
-@dataclass(frozen=True)
-class Task:
-    """One life of a part of a run.
-
-    Attributes:
-        folder: the run's folder.
-        marker: what the marker file must hold.
-        arguments: the command line, after the Python.
-        log: the file for its output.
-        hang_after: seconds without a sign of life after which it is killed.
-        lock: the file that keeps its successor waiting for as long as it lives.
-        environment: what it needs besides what it inherits. It may hold the token, so it is never shown.
-        search_path: a folder with the user's own modules; one that is not absolute is looked for in the job's files.
-        serving: where it listens, if it is the server.
-    """
-
-    folder: Path
-    marker: str
-    arguments: Sequence[str]
-    log: Path
-    hang_after: float
-    lock: Path
-    environment: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
-    search_path: Path = Path()
-    serving: Serving | None = None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an actor came up."""
-
-    node: str
-    address: str
 
 
 class ProcessActor:
     """Runs one process, once.
 
     Args:
-        address: the node's, if it is not to be asked of Ray.
+        address: the node's host address; None asks Ray for it.
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self._given = address
+        self._given_address = address
         if address is None:
             _end_with_raylet()
         self._guard = threading.Lock()
         self._process: Process | None = None
         self._asked_to_end = False
 
-    def where(self) -> Placement:
-        """Returns on which node this is."""
+    def node(self) -> ActorNode:
+        """Return the node that this actor runs on."""
         import ray
 
-        return Placement(ray.get_runtime_context().get_node_id(), self._address())
+        return ActorNode(ray.get_runtime_context().get_node_id(), self._address())
 
     def run(self, task: Task) -> Ending:
-        """Runs a process to its end, and returns how that was; a task that cannot be begun ends as if it had failed."""
-        begun = time.monotonic()
+        """Run a process to its end, and return how it ended; a task that cannot be started ends as if it had failed."""
+        began = time.monotonic()
         try:
             self._check_shared(task)
             with locked(task.lock, _PREDECESSOR_SECONDS) as lock:
-                return self._live(task, lock.fileno(), begun)
+                return self._run_process(task, lock.fileno(), began)
         except CommandError as error:
-            return Ending(error.code, str(error), time.monotonic() - begun)
+            return Ending(error.code, str(error), time.monotonic() - began)
         except TimeoutError:
             line = f"{task.lock} is held by a predecessor, on a node that was lost perhaps; end it, and start the run again"
-            return Ending(ExitCode.ERROR, line, time.monotonic() - begun)
+            return Ending(ExitCode.ERROR, line, time.monotonic() - began)
         except OSError as error:
             line = f"{task.folder} cannot be used on node {self._address()}: {error.strerror or error}"
-            return Ending(ExitCode.ERROR, line, time.monotonic() - begun)
+            return Ending(ExitCode.ERROR, line, time.monotonic() - began)
 
-    def tell(self, number: int) -> None:
-        """Sends the process a signal; one that has not begun will not."""
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal; one that has not started will not."""
         with self._guard:
             self._asked_to_end = True
             if self._process is not None:
-                self._process.tell(signal.Signals(number))
+                self._process.send_signal(signal.Signals(number))
 
-    def _live(self, task: Task, lock: int, begun: float) -> Ending:
+    def _run_process(self, task: Task, lock: int, began: float) -> Ending:
         arguments = [sys.executable, *task.arguments]
-        if task.serving is not None:
-            arguments += _advertised(task.serving).options(self._address())
+        if task.server_address is not None:
+            arguments += _advertised(task.server_address).arguments(self._address())
         reading, writing = os.pipe()
         try:
             launch = Launch(_environment(task), reading, (lock,))
@@ -149,7 +91,7 @@ class ProcessActor:
             try:
                 while process.code is None:
                     time.sleep(_POLL_SECONDS)
-                return process.ending(time.monotonic() - begun)
+                return process.ending(time.monotonic() - began)
             finally:
                 process.close()
         finally:
@@ -157,8 +99,8 @@ class ProcessActor:
             os.close(reading)
 
     def _check_shared(self, task: Task) -> None:
-        """Checks that this node sees the run's folder as the driver does."""
-        deadline = time.monotonic() + _SEEN_SECONDS
+        """Check that this node sees the run's folder as the driver does."""
+        deadline = time.monotonic() + _SHARED_SECONDS
         while _read(RunLayout(task.folder).driver_file) != task.marker:
             if time.monotonic() >= deadline:
                 raise CommandError(
@@ -168,18 +110,18 @@ class ProcessActor:
             time.sleep(_POLL_SECONDS)
 
     def _address(self) -> str:
-        if self._given is not None:
-            return self._given
+        if self._given_address is not None:
+            return self._given_address
         import ray
 
-        here = ray.get_runtime_context().get_node_id()
-        return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
+        own_id = ray.get_runtime_context().get_node_id()
+        return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == own_id)
 
 
 def _end_with_raylet() -> None:
-    """Ends this actor when its node's Ray has died, of which the actor is a child.
+    """End this actor when its node's Ray, its parent process, has died.
 
-    Ray takes the actor for dead then, and yet lets it live for as long as a call of it runs. Its process follows it.
+    Ray counts the actor as dead then, and yet lets it live for as long as a call of it runs. Its process follows it.
     """
     raylet = os.getppid()
 
@@ -191,12 +133,10 @@ def _end_with_raylet() -> None:
     threading.Thread(target=wait, name="codistill-raylet", daemon=True).start()
 
 
-def _advertised(serving: Serving) -> Serving:
-    """Returns what is served, as this node wants it to be known unless the command said."""
-    named = os.environ.get(ADVERTISE_VARIABLE)
-    if serving.advertise is None and named:
-        return Serving(serving.port, serving.metrics_port, named)
-    return serving
+def _advertised(address: ServerAddress) -> ServerAddress:
+    """Return the server's address with the host that this node's environment advertises, unless the command gave one."""
+    host = os.environ.get(ADVERTISE_VARIABLE)
+    return replace(address, advertise=host) if address.advertise is None and host else address
 
 
 def _environment(task: Task) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a run's page shows, as one JSON document: pure, and the only thing that the page's script draws from.
+"""The content of a run's page as one JSON document: a pure function of the records, and the script's only source.
 
 A run's document:
 
@@ -7,15 +7,15 @@ A run's document:
 - ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
   (the last test measurement) or null; ``best`` (the one with the highest accuracy) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
   (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
-  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, those that closed
-  without it.
+  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, how many
+  closed without it.
 - ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
 - ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
   :data:`PAIRS` of them each student's mean over its pairs.
 - ``events``: oldest first; ``offset`` is in seconds since ``started``.
 
-Numbers that are not finite become null. A series is cut down to :data:`~codistill_server.observability.dashboard.downsample.LIMIT` points, of
-five significant digits but for the last, which is the tables' and rounds as theirs does.
+Numbers that are not finite become null. A series is thinned out to :data:`~codistill_server.observability.dashboard.downsample.LIMIT` points, of
+five significant digits. The last point is exact, as tables show it too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from codistill.rundir.history import History, StudentHistory, longest_wait, median_wait, waited_for
+from codistill.rundir.history import History, StudentHistory
 from codistill.rundir.records import Measured, RoundsClosed
-from codistill_server.observability.dashboard.downsample import column, grouped, number, short, thinned
+from codistill.rundir.spans import length, longest_wait, median_wait, waited_for
+from codistill_server.observability.dashboard.downsample import column, evenly_spaced, finite, neighbour_groups, rounded
 
 __all__ = ["PAIRS", "run_document"]
 
@@ -34,7 +35,7 @@ PAIRS = 10
 
 
 def run_document(history: History) -> dict[str, Any]:
-    """Returns the document of a run; see the module for its form."""
+    """Return the document of a run; see the module for its form."""
     experiment = history.experiment
     return {
         "kind": "run",
@@ -56,14 +57,14 @@ def run_document(history: History) -> dict[str, Any]:
             "versions": history.info.versions,
             "machine": {key: str(value) for key, value in history.info.machine.items()},
             "command": list(history.info.command),
-            "started": number(history.started),
-            "seconds": number(history.seconds),
+            "started": finite(history.started),
+            "seconds": finite(history.seconds),
             "total_rounds": history.total_rounds,
             "closed_rounds": history.closed_rounds,
-            "median_wait": number(median_wait(history.rounds)),
-            "longest_wait": number(longest_wait(history.rounds)),
+            "median_wait": finite(median_wait(history.rounds)),
+            "longest_wait": finite(longest_wait(history.rounds)),
             "without_targets": history.rounds_without_targets,
-            "ensemble_accuracy": number(history.ensemble_accuracy),
+            "ensemble_accuracy": finite(history.ensemble_accuracy),
             "server_restarts": history.server_restarts,
         },
         "students": [_student(student, history) for student in history.students],
@@ -71,8 +72,8 @@ def run_document(history: History) -> dict[str, Any]:
         "disagreement": _disagreement(history),
         "events": [
             {
-                "time": number(event.time),
-                "offset": number(event.time - (history.started or 0.0)),
+                "time": finite(event.time),
+                "offset": finite(event.time - (history.started or 0.0)),
                 "what": event.what,
                 "student": event.student,
                 "message": event.message,
@@ -94,10 +95,10 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
         "best": _point(student.best),
         "test": _series(student.test, student.test_count),
         "train": _series(student.train, student.train_count),
-        "step": number(student.step_seconds),
-        "wait": number(student.wait_seconds),
+        "step": finite(student.step_seconds),
+        "wait": finite(student.wait_seconds),
         "last": blocked.rounds if blocked else 0,
-        "missed": number(blocked.seconds) if blocked else 0.0,
+        "missed": finite(blocked.seconds) if blocked else 0.0,
         "restarts": student.restarts,
         "joins": student.joins,
         "missed_rounds": student.missed_rounds,
@@ -107,37 +108,38 @@ def _student(student: StudentHistory, history: History) -> dict[str, Any]:
 def _point(measured: Measured | None) -> dict[str, Any] | None:
     if measured is None:
         return None
-    return {"epoch": measured.epoch, "accuracy": number(measured.accuracy), "loss": number(measured.loss)}
+    return {"epoch": measured.epoch, "accuracy": finite(measured.accuracy), "loss": finite(measured.loss)}
 
 
-def _series(series: Sequence[Measured], measured: int) -> dict[str, Any]:
-    kept = [series[index] for index in thinned(len(series))]
+def _series(series: Sequence[Measured], count: int) -> dict[str, Any]:
+    kept = [series[index] for index in evenly_spaced(len(series))]
     return {
-        "count": measured,
-        "epoch": [short(each.epoch) for each in kept],
-        "accuracy": column(each.accuracy for each in kept),
-        "loss": column(each.loss for each in kept),
-        "distillation": column(each.distillation_loss for each in kept)
-        if any(each.distillation_loss is not None for each in kept)
+        "count": count,
+        "epoch": [rounded(measured.epoch) for measured in kept],
+        "accuracy": column(measured.accuracy for measured in kept),
+        "loss": column(measured.loss for measured in kept),
+        "distillation": column(measured.distillation_loss for measured in kept)
+        if any(measured.distillation_loss is not None for measured in kept)
         else [],
     }
 
 
 def _rounds(history: History) -> dict[str, Any]:
     spans = history.rounds
-    groups = [spans[group.start : group.stop] for group in grouped(len(spans))]
+    groups = [spans[group.start : group.stop] for group in neighbour_groups(len(spans))]
     known = [span for span in spans if span.ensemble_accuracy is not None]
-    drawn = [known[index] for index in thinned(len(known))]
-    blocked = [(waited_for(group), _length(group)) for group in groups]
+    drawn = [known[index] for index in evenly_spaced(len(known))]
+    blocked = [(waited_for(group), sum(map(length, group))) for group in groups]
     return {
         "x": _axis(history),
         "spans": len(spans),
         "round": [group[-1].last + 1 for group in groups],
-        "median": [short(median_wait(group)) for group in groups],
-        "longest": [short(longest_wait(group)) for group in groups],
+        "median": [rounded(median_wait(group)) for group in groups],
+        "longest": [rounded(longest_wait(group)) for group in groups],
         "blocked": {
             student.name: [
-                short(waits[student.name].seconds / length) if student.name in waits else 0 for waits, length in blocked
+                rounded(waits[student.name].seconds / rounds) if student.name in waits else 0
+                for waits, rounds in blocked
             ]
             for student in history.students
         },
@@ -163,18 +165,18 @@ def _disagreement(history: History) -> dict[str, Any]:
         lines = {pairs[pair]: [pair] for pair in shown}
     else:
         lines = {(name,): [pair for pair in shown if name in pairs[pair]] for name in order}
-    drawn = [known[index] for index in thinned(len(known))]
+    drawn = [known[index] for index in evenly_spaced(len(known))]
     return {
         "x": _axis(history),
         "pairs": [
-            {"first": pairs[pair][0], "second": pairs[pair][1], "latest": number(latest[pair])} for pair in shown
+            {"first": pairs[pair][0], "second": pairs[pair][1], "latest": finite(latest[pair])} for pair in shown
         ],
         "lines": [{"students": list(students), **_line(history, drawn, of)} for students, of in lines.items() if of],
     }
 
 
 def _line(history: History, spans: Sequence[RoundsClosed], pairs: Sequence[str]) -> dict[str, Any]:
-    """Returns the mean disagreement of some pairs over the spans that tell of one of them."""
+    """Return the mean disagreement of some pairs, at the spans that hold one of them."""
     points: list[tuple[int, float]] = []
     for span in spans:
         ratios = [span.disagreement[pair] for pair in pairs if pair in span.disagreement]
@@ -189,8 +191,4 @@ def _axis(history: History) -> str:
 
 def _position(history: History, last: int) -> float | None:
     epoch = history.epoch(last + 1)
-    return short(float(last + 1) if epoch is None else epoch)
-
-
-def _length(spans: Sequence[RoundsClosed]) -> int:
-    return sum(span.last - span.first + 1 for span in spans)
+    return rounded(float(last + 1) if epoch is None else epoch)

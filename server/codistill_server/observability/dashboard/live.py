@@ -1,9 +1,9 @@
-"""What the live page asks for, made at most as often as it does not disturb the run.
+"""The data of the live page, made so seldom that the run is not disturbed.
 
-Two JSON documents. ``now`` is small and asked for every two seconds: where the run stands. Its ``version`` names what was
-recorded by then; where that is not what the page has drawn, it asks for the other one, the run's document
-(:mod:`codistill_server.observability.dashboard.document`) with its ``version``. However many pages are open, the work is that of one: what
-was made is handed to all of them until it is old.
+There are two JSON documents. ``now`` is small, has the run's state, and is asked for every two seconds. Its ``version``
+names the records written so far. Where the page has drawn another version, it asks for the run's document
+(:mod:`codistill_server.observability.dashboard.document`), which has a ``version`` too. The work does not grow with the
+number of open pages: each document is cached until it is old.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config.experiment import Experiment
-from codistill.rundir.history import Follower
+from codistill.rundir.follower import Follower
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.dashboard.document import run_document
-from codistill_server.observability.dashboard.html import encoded
+from codistill_server.observability.dashboard.html import encoded_json
 
 __all__ = ["POLL_SECONDS", "LivePage"]
 
 POLL_SECONDS = 2.0
-"""How often a page asks; the script's own number is the same."""
+"""How often a page asks, in seconds; `assets/live.js` has the same number."""
 
 _NOW_SECONDS = 0.5
 _DOCUMENT_SECONDS = 1.0
-_SHARE = 20  # a new document no earlier than after 20 times what the last one took: 5 % of a core
+_PAUSE_FACTOR = 20  # a new document no earlier than 20 times the time of the last one: 5 % of a core
 _EVENTS = 6
 _SWITCH_SECONDS = 0.0005
 _STATES = {
@@ -47,8 +47,8 @@ class LivePage:
     Args:
         experiment: the run's.
         folder: the run's, to which its records are written.
-        snapshot: where the run stands.
-        clock: seconds that never go back.
+        snapshot: returns the run's state.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class LivePage:
         self._snapshot = snapshot
         self._clock = clock
         self._started = format(time.time_ns(), "x")
-        self._making_now = threading.Lock()
-        self._making_document = threading.Lock()
+        self._now_lock = threading.Lock()
+        self._document_lock = threading.Lock()
         self._now: str | Exception = ""
         self._now_until = 0.0
         self._asked = -POLL_SECONDS * 2
@@ -76,27 +76,27 @@ class LivePage:
 
     @property
     def watched(self) -> bool:
-        """Whether a page asked lately."""
+        """Whether a page asked in the last few seconds."""
         return self._clock() - self._asked < 2 * POLL_SECONDS
 
     def end(self) -> None:
-        """Has the pages told from now on that the server goes down."""
+        """Tell the pages from now on that the server is going down."""
         self._ending = True
         self._now_until = 0.0
 
     def now(self) -> str:
-        """Returns where the run stands.
+        """Return the run's state as JSON.
 
         Raises:
-            Exception: what kept that from being known; who waited meanwhile is told the same, and waits no second time.
+            Exception: the snapshot's error. Calls that waited meanwhile raise the same error and do not try again.
         """
-        with self._making_now:
+        with self._now_lock:
             self._asked = self._clock()
             if self._asked >= self._now_until:
                 try:
                     state = self._snapshot()
                     self._complete = state.complete
-                    self._now = encoded(self._about(state))
+                    self._now = encoded_json(self._state_now(state))
                 except Exception as error:  # noqa: BLE001 - raised below
                     self._now = error
                 self._now_until = self._clock() + _NOW_SECONDS
@@ -105,31 +105,31 @@ class LivePage:
             return self._now
 
     def document(self) -> tuple[str, str]:
-        """Returns the version of the run's document, and the document.
+        """Return the version of the run's document, and the document as JSON.
 
         Raises:
-            ValueError: what is recorded cannot be read.
+            ValueError: a record cannot be read.
             OSError: a file cannot be read.
         """
-        with self._making_document:
-            # Nobody is disturbed any more once all have finished, and who watches should see the end.
+        with self._document_lock:
+            # Once all have finished nobody is disturbed any more, and open pages should show the end.
             if self._clock() >= self._document_until or self._complete:
-                self._make()
+                self._update_document()
             return self._version, self._document
 
-    def _make(self) -> None:
+    def _update_document(self) -> None:
         if self._document and self._follower.version == self._follower.written:
             return
-        with _in_small_turns():
+        with _short_switch_interval():
             history = self._follower.advance()
             began = time.thread_time()
             document = run_document(history)
             self._version = f"{self._started}-{self._follower.version}"
-            self._document = encoded({"version": self._version, **document})
+            self._document = encoded_json({"version": self._version, **document})
         took = time.thread_time() - began
-        self._document_until = self._clock() + max(_DOCUMENT_SECONDS, _SHARE * took)
+        self._document_until = self._clock() + max(_DOCUMENT_SECONDS, _PAUSE_FACTOR * took)
 
-    def _about(self, state: pb.Run) -> dict[str, Any]:
+    def _state_now(self, state: pb.Run) -> dict[str, Any]:
         return {
             "version": f"{self._started}-{self._follower.written}",
             "complete": state.complete,
@@ -163,12 +163,12 @@ def _student(student: pb.StudentStatus) -> dict[str, Any]:
 
 
 def _accuracy(student: pb.StudentStatus, split: pb.Split.ValueType) -> float | None:
-    return next((each.accuracy for each in student.measurements if each.split == split), None)
+    return next((measured.accuracy for measured in student.measurements if measured.split == split), None)
 
 
 @contextmanager
-def _in_small_turns() -> Generator[None]:
-    """Lets other threads in after half a millisecond instead of five: the rounds' event loop does not wait for a page."""
+def _short_switch_interval() -> Generator[None]:
+    """Let other threads run after half a millisecond instead of five, so that the rounds' event loop need not wait."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, _SWITCH_SECONDS))
     try:

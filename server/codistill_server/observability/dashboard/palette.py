@@ -17,5 +17,5 @@ DARK = ("#2f8fdd", "#ee7733", "#1fb088", "#e39ac6", "#f2c755", "#93d4ff")
 
 
 def declarations(colours: tuple[str, ...]) -> str:
-    """Returns CSS declarations that name the colours ``--c0``, ``--c1`` and so on."""
-    return "".join(f"--c{number}:{colour};" for number, colour in enumerate(colours))
+    """Return CSS declarations that name the colours ``--c0``, ``--c1`` and so on."""
+    return "".join(f"--c{index}:{colour};" for index, colour in enumerate(colours))

@@ -18,7 +18,8 @@ from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import locked
 from codistill.rundir.layout import RunLayout
 from codistill_deploy.launch.ray import actor
-from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, ProcessActor, Serving, Task
+from codistill_deploy.launch.ray.actor import ADVERTISE_VARIABLE, ProcessActor
+from codistill_deploy.launch.ray.task import ServerAddress, Task
 from codistill_deploy.supervise.restart_policy import Ending
 
 MARKER = "written by the driver"
@@ -27,7 +28,7 @@ SLEEP = "import time; print('up', flush=True); time.sleep(600)"
 
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[..., Task]:
-    (RunLayout(tmp_path).driver_file).write_text(MARKER)
+    RunLayout(tmp_path).driver_file.write_text(MARKER)
 
     def make(script: str, **changes: Any) -> Task:
         fields: dict[str, Any] = {
@@ -57,40 +58,40 @@ def test_a_process_is_run_to_its_end(task: Callable[..., Task], tmp_path: Path) 
     assert (tmp_path / "log.txt").read_text() == "error: no\n"
 
 
-def test_it_is_told_to_end(task: Callable[..., Task], tmp_path: Path) -> None:
+def test_a_signal_ends_it(task: Callable[..., Task], tmp_path: Path) -> None:
     actor, ended = ProcessActor("10.0.0.7"), list[Ending]()
     running = threading.Thread(target=lambda: ended.append(actor.run(task(SLEEP))))
     running.start()
     wait_for(lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text(), "it is up")
-    actor.tell(signal.SIGTERM)
+    actor.send_signal(signal.SIGTERM)
     running.join(60)
     assert str(ended[0]) == "was killed by SIGTERM"
 
 
-def test_one_that_was_told_to_end_before_does_not_begin(task: Callable[..., Task], tmp_path: Path) -> None:
+def test_after_a_signal_it_does_not_start(task: Callable[..., Task], tmp_path: Path) -> None:
     actor = ProcessActor("10.0.0.7")
-    actor.tell(signal.SIGTERM)
+    actor.send_signal(signal.SIGTERM)
     assert actor.run(task(SLEEP)).code == ExitCode.INTERRUPTED
     assert not (tmp_path / "log.txt").exists()
 
 
 @pytest.mark.parametrize("seen", [None, "of another run"])
-def test_a_folder_that_is_not_shared_is_said_to_be(
+def test_a_folder_that_is_not_shared_is_an_error(
     seen: str | None, task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor, "_SEEN_SECONDS", 0.2)
-    (RunLayout(tmp_path).driver_file).unlink()
+    monkeypatch.setattr(actor, "_SHARED_SECONDS", 0.2)
+    RunLayout(tmp_path).driver_file.unlink()
     if seen is not None:
-        (RunLayout(tmp_path).driver_file).write_text(seen)
+        RunLayout(tmp_path).driver_file.write_text(seen)
     ended = ProcessActor("10.0.0.7").run(task(SLEEP))
     assert ended.code == ExitCode.CONFIGURATION
     assert ended.line.startswith(f"run folder {tmp_path} is not shared: node 10.0.0.7 (")
     assert ended.line.endswith("give a --run-dir on storage that every node mounts at the same path")
 
 
-def test_what_the_driver_wrote_may_be_seen_late(task: Callable[..., Task], tmp_path: Path) -> None:
-    (RunLayout(tmp_path).driver_file).unlink()
-    late = threading.Timer(0.2, (RunLayout(tmp_path).driver_file).write_text, [MARKER])
+def test_the_marker_may_be_seen_late(task: Callable[..., Task], tmp_path: Path) -> None:
+    RunLayout(tmp_path).driver_file.unlink()
+    late = threading.Timer(0.2, RunLayout(tmp_path).driver_file.write_text, [MARKER])
     late.start()
     assert ProcessActor("10.0.0.7").run(task("")).code == 0
     late.join()
@@ -120,7 +121,7 @@ def test_its_process_holds_the_lock_too(task: Callable[..., Task], tmp_path: Pat
     assert str(tmp_path / "actor.lock") in (tmp_path / "log.txt").read_text()
 
 
-def test_what_it_is_given_is_in_its_environment_and_nowhere_else(
+def test_a_secret_is_in_the_environment_and_nowhere_else(
     task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -132,31 +133,31 @@ def test_what_it_is_given_is_in_its_environment_and_nowhere_else(
 
 
 @pytest.mark.parametrize(
-    ("serving", "node", "named", "expected"),
+    ("server_address", "node", "advertised", "expected"),
     [
-        (Serving(), "10.0.0.7", None, "--listen 10.0.0.7:0 --metrics 127.0.0.1:0"),
-        (Serving(50551, 9464), "fd00::7", None, "--listen [fd00::7]:50551 --metrics [fd00::7]:9464"),
-        (Serving(1), "10.0.0.7", "a", "--listen 0.0.0.0:1 --metrics 127.0.0.1:0 --advertise a"),
-        (Serving(1, 2, "b"), "10.0.0.7", "a", "--listen 0.0.0.0:1 --metrics 0.0.0.0:2 --advertise b"),
+        (ServerAddress(), "10.0.0.7", None, "--listen 10.0.0.7:0 --metrics 127.0.0.1:0"),
+        (ServerAddress(50551, 9464), "fd00::7", None, "--listen [fd00::7]:50551 --metrics [fd00::7]:9464"),
+        (ServerAddress(1), "10.0.0.7", "a", "--listen 0.0.0.0:1 --metrics 127.0.0.1:0 --advertise a"),
+        (ServerAddress(1, 2, "b"), "10.0.0.7", "a", "--listen 0.0.0.0:1 --metrics 0.0.0.0:2 --advertise b"),
     ],
 )
 def test_where_a_server_listens(
-    serving: Serving,
+    server_address: ServerAddress,
     node: str,
-    named: str | None,
+    advertised: str | None,
     expected: str,
     task: Callable[..., Task],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if named is not None:
-        monkeypatch.setenv(ADVERTISE_VARIABLE, named)
-    assert ProcessActor(node).run(task("import sys; print(*sys.argv[1:])", serving=serving)).code == 0
+    if advertised is not None:
+        monkeypatch.setenv(ADVERTISE_VARIABLE, advertised)
+    assert ProcessActor(node).run(task("import sys; print(*sys.argv[1:])", server_address=server_address)).code == 0
     assert (tmp_path / "log.txt").read_text().strip() == expected
 
 
 def test_it_ends_with_the_ray_of_its_node(tmp_path: Path) -> None:
-    actor = "import time; from codistill_deploy.launch.ray.actor import Host; Host(); print('up', flush=True); time.sleep(600)"
+    actor = "import time; from codistill_deploy.launch.ray.actor import ProcessActor; ProcessActor(); print('up', flush=True); time.sleep(600)"
     raylet = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {actor!r}]).pid, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", raylet], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

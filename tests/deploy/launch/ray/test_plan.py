@@ -1,4 +1,4 @@
-"""What an experiment asks of a Ray cluster, and how it is said what is missing."""
+"""What an experiment asks of a Ray cluster, and what the cluster lacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def experiment(*devices: str, threads: int = 1) -> Experiment:
         (("auto", "cuda"), 8, 0.25, [0.25, 0.25]),
     ],
 )
-def test_who_gets_how_much_of_a_gpu(
+def test_how_much_of_a_gpu_each_student_gets(
     devices: tuple[str, ...], gpus: float, given: float | None, expected: list[float]
 ) -> None:
     server, *students = bundles(experiment(*devices), gpus, given)
@@ -82,7 +82,7 @@ SERVER, SMALL, LARGE = Bundle("the server", 1), Bundle("student 'a'", 1, 1), Bun
 
 
 @pytest.mark.parametrize(
-    ("nodes", "free", "says"),
+    ("nodes", "free", "lack"),
     [
         (
             [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 2.0}],
@@ -115,15 +115,15 @@ SERVER, SMALL, LARGE = Bundle("the server", 1), Bundle("student 'a'", 1, 1), Bun
         ),
     ],
 )
-def test_what_is_missing_is_said(nodes: list[dict[str, float]], free: dict[str, float], says: str) -> None:
-    assert shortage([SERVER, SMALL, LARGE], nodes, free) == says
+def test_the_lack_in_words(nodes: list[dict[str, float]], free: dict[str, float], lack: str) -> None:
+    assert shortage([SERVER, SMALL, LARGE], nodes, free) == lack
 
 
 def test_the_largest_find_their_places_first() -> None:
     assert shortage([SMALL, LARGE], [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}], {}).startswith("others use")
 
 
-def test_what_the_run_itself_uses_is_not_called_others() -> None:
+def test_the_run_s_own_actors_are_not_called_others() -> None:
     nodes, free = [{"CPU": 2.0, "GPU": 1.0}], {"CPU": 0.0}
     assert shortage([SMALL], nodes, free, placed=[SERVER, Bundle("student 'c'", 1, 1)]) == (
         "student 'a' needs 1 CPU and 1 GPU, and no node has that left for it; the cluster has 2 CPUs and 1 GPU on 1 node, "

@@ -18,7 +18,7 @@ from codistill.rundir import history
 from codistill.rundir.records import Happened
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.dashboard.document import run_document
-from codistill_server.observability.dashboard.html import encoded
+from codistill_server.observability.dashboard.html import encoded_json
 from codistill_server.observability.dashboard.live import LivePage
 from codistill_server.observability.http import HttpServer
 from server.observability.dashboard.support import NASTY, Tab, browser, number, opened_browser, write_run
@@ -70,9 +70,9 @@ def test_the_document_is_the_reports(shown: Shown) -> None:
 
 def test_a_value_in_pieces_is_the_value() -> None:
     value = {"a": [1, {"b": [None, {"c": [[1.5, "<é\u2028"]]}]}], "d": {}, "e": []}
-    assert json.loads(encoded(value)) == value
+    assert json.loads(encoded_json(value)) == value
     with pytest.raises(ValueError, match="not JSON compliant"):
-        encoded({"a": [[[[[float("nan")]]]]]})
+        encoded_json({"a": [[[[[float("nan")]]]]]})
 
 
 def test_however_many_ask_the_state_is_asked_for_twice_a_second(shown: Shown) -> None:

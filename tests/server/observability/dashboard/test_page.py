@@ -37,7 +37,7 @@ from server.observability.dashboard.support import (
 
 @given(st.integers(0, 5000), st.integers(2, 600))
 def test_a_thinned_series_keeps_its_ends_its_order_and_its_limit(count: int, limit: int) -> None:
-    kept = downsample.thinned(count, limit)
+    kept = downsample.evenly_spaced(count, limit)
     assert len(kept) == min(count, limit)
     assert kept == sorted(set(kept))
     if count:
@@ -46,7 +46,7 @@ def test_a_thinned_series_keeps_its_ends_its_order_and_its_limit(count: int, lim
 
 @given(st.integers(0, 5000), st.integers(1, 600))
 def test_groups_cover_every_span_once(count: int, limit: int) -> None:
-    groups = downsample.grouped(count, limit)
+    groups = downsample.neighbour_groups(count, limit)
     assert len(groups) == min(count, limit)
     assert [index for group in groups for index in group] == list(range(count))
     assert all(groups)
@@ -127,7 +127,7 @@ def test_the_last_of_a_series_is_the_tables_number_unrounded(tmp_path: Path) -> 
     )
 )
 def test_what_is_embedded_reads_back_and_can_end_no_script(value: object) -> None:
-    text = html.embedded({"value": value})
+    text = html.embedded_json({"value": value})
     assert json.loads(text) == {"value": value}
     assert not set(text) & set("<>&\u2028\u2029")
 

@@ -1,0 +1,39 @@
+"""`codistill export`: a student's weights for plain PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codistill_deploy.cli.stdio import console
+from codistill_deploy.run_folder import RunFolder
+
+__all__ = ["export"]
+
+
+class Which(StrEnum):
+    """Which weights to export."""
+
+    last = "last"
+    best = "best"
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    student: Annotated[str, typer.Option(help="The student whose weights to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("exported"),
+    which: Annotated[Which, typer.Option(help="After the last round, or with the best test accuracy.")] = Which.last,
+) -> None:
+    """Write a student's weights for plain PyTorch."""
+    from codistill_deploy.export import export as write
+
+    folder = RunFolder(run_dir)
+    sys.path.insert(0, str(Path.cwd()))
+    written = write(folder, student, out, which.value)
+    console.print(f"weights: {written.weights}", soft_wrap=True)
+    console.print(f"program: {written.program}", soft_wrap=True)
+    console.print(f"about:   {written.about}", soft_wrap=True)

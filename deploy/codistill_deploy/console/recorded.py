@@ -1,0 +1,76 @@
+"""What the records in a run's folder say where no server does: of a run that ended, and of its processes."""
+
+from __future__ import annotations
+
+import shlex
+
+from codistill.rundir import records
+from codistill.rundir.history import History, read
+from codistill.rundir.layout import RunLayout
+from codistill.rundir.records import Happened
+from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.errors import CommandError
+from codistill_deploy.run_folder import RunFolder
+
+__all__ = ["add_supervisor_events", "describe_recorded"]
+
+
+def describe_recorded(folder: RunFolder) -> str | None:
+    """Return one line on the run in a folder that no server serves; None where there is none.
+
+    Raises:
+        ExperimentError: its experiment cannot be used.
+        CommandError: its records cannot be read.
+    """
+    if folder.has_server or not folder.experiment_file.exists() or not folder.metrics_file.exists():
+        return None
+    try:
+        history = read(folder.path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"run folder {folder.path} cannot be read: {error}") from error
+    reached = _rounds_reached(history)
+    of_total = f"round {reached} of {history.total_rounds or '?'}"
+    if history.complete:
+        stage = f"complete at round {reached}"
+    elif folder.in_use:
+        stage = f"under way without a server, at {of_total} when it last reported"
+    else:
+        stage = f"stopped at {of_total}; go on with: {_resume_command(history, folder)}"
+    return f"{history.experiment.name} ({history.experiment.distillation.title}): {stage}"
+
+
+def _rounds_reached(history: History) -> int:
+    reported = (
+        record.round for student in history.students for record in (*student.pace, *student.train, *student.test)
+    )
+    return max((*(span.last + 1 for span in history.rounds), *reported), default=0)
+
+
+def _resume_command(history: History, folder: RunFolder) -> str:
+    """Return the command that started the run, which knows where models and data are, made to resume it."""
+    command = list(history.info.command)
+    if command[1:2] not in (["run"], ["serve"], ["ray"]):
+        mode = ["--in-process"] if history.info.mode == "in-process" else []
+        command = ["codistill", "run", str(folder.experiment_file), *mode]
+    if not any(argument == "--run-dir" or argument.startswith("--run-dir=") for argument in command):
+        command += ["--run-dir", str(folder.path)]
+    if command[1] == "run" and "--resume" not in command:
+        command.append("--resume")
+    return shlex.join(command)
+
+
+def add_supervisor_events(run: pb.Run, folder: RunLayout) -> None:
+    """Add what `codistill run` recorded of its processes to the events of a run, in order of time.
+
+    Raises:
+        CommandError: the records cannot be read.
+    """
+    try:
+        for record in records.read(folder.supervisor_file):
+            if isinstance(record, Happened):
+                run.events.add(
+                    unix_seconds=record.time, kind=record.what, student=record.student, message=record.message
+                )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder.supervisor_file} cannot be read: {error}") from error
+    run.events.sort(key=lambda event: event.unix_seconds)

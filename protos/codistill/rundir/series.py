@@ -1,0 +1,66 @@
+"""One student's records of a kind, in bounded memory."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from codistill.rundir.records import Measured, Paced
+
+__all__ = ["Series", "better"]
+
+_R = TypeVar("_R", Measured, Paced)
+
+
+class Series(Generic[_R]):
+    """The records of one student and kind, one for each round.
+
+    Args:
+        limit: the most records that are kept: evenly spaced ones, the newest among them. None keeps all.
+
+    Attributes:
+        count: how many rounds there are records of, those included that are not kept.
+        best: of the measurements that are not kept, the one with the highest accuracy.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.count = 0
+        self.best: Measured | None = None
+        self._limit = limit
+        self._stride = 1
+        self._kept: dict[int, tuple[int, _R]] = {}  # by round: its place among all rounds, and the record
+        self._newest = -1
+
+    def add(self, record: _R) -> None:
+        """Add a record; it replaces an earlier one of the same round."""
+        known = self._kept.get(record.round)
+        if known is None:
+            if self._stride > 1 and record.round < self._newest:
+                return  # the round was dropped before
+            known = (self.count, record)
+            self.count += 1
+            if self._newest in self._kept and self._kept[self._newest][0] % self._stride:
+                self._drop(self._newest)
+        self._newest = max(self._newest, record.round)
+        self._kept[record.round] = (known[0], record)
+        if self._limit is not None and len(self._kept) > self._limit:
+            self._stride *= 2
+            for round_number in [number for number, (place, _) in self._kept.items() if place % self._stride]:
+                if round_number != self._newest:
+                    self._drop(round_number)
+
+    def _drop(self, round_number: int) -> None:
+        _, record = self._kept.pop(round_number)
+        if isinstance(record, Measured):
+            self.best = better(self.best, record)
+
+    @property
+    def records(self) -> tuple[_R, ...]:
+        """The records that are kept, in the order of their rounds."""
+        return tuple(self._kept[round_number][1] for round_number in sorted(self._kept))
+
+
+def better(one: Measured | None, other: Measured) -> Measured:
+    """Return the measurement of higher accuracy; of equal ones, the one of the earlier round."""
+    if one is None or other.accuracy > one.accuracy:
+        return other
+    return one if one.accuracy > other.accuracy or one.round <= other.round else other

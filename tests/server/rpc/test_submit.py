@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from codistill.methods.aggregator import RoundInputs, Targets
+from codistill.v1 import distillation_pb2 as pb
+from codistill_server import methods
+from server.rpc.support import PATIENCE, drive, returning, serving, until
+from server.support import make_experiment
+
+
+class TestHeavyWork:
+    @pytest.mark.parametrize("ensemble", ["linear", "min_logit"])
+    def test_linear_is_made_beside_the_loop(self, monkeypatch: pytest.MonkeyPatch, ensemble: str) -> None:
+        """Its targets are held back: meanwhile the server answers. Lighter ensembles are made on the loop's thread."""
+        experiment = make_experiment(distillation={"ensemble": ensemble})
+        aggregator = methods.create(experiment.distillation)
+        assert aggregator is not None
+        release, threads = threading.Event(), list[str]()
+
+        class Held:
+            heavy, student, teacher = aggregator.heavy, aggregator.student, aggregator.teacher
+
+            def targets(self, gathered: RoundInputs) -> Targets:
+                threads.append(threading.current_thread().name)
+                assert release.wait(PATIENCE)
+                return aggregator.targets(gathered)
+
+        monkeypatch.setattr(methods, "create", returning(Held()))
+        if not aggregator.heavy:
+            release.set()
+
+        async def test() -> None:
+            async with serving(experiment) as served:
+                students = await served.students()
+                for student in students:
+                    await student.send(0)
+                if aggregator.heavy:
+                    await until(lambda: len(threads) == 1)
+                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
+                    assert run.frontier == 0
+                    release.set()
+                answers = {await student.answer() for student in students}
+                assert len(answers) == 1
+
+        drive(test)
+        (thread,) = threads
+        assert thread.startswith("codistill-targets") == aggregator.heavy
+
+    def test_a_real_linear_round(self) -> None:
+        async def test() -> None:
+            async with serving(make_experiment(distillation={"ensemble": "linear"})) as served:
+                students = await served.students()
+                for number in range(3):
+                    await asyncio.gather(*(student.send(number) for student in students))
+                    assert len({await student.answer() for student in students}) == 1
+                assert served.failures == []
+
+        drive(test)
