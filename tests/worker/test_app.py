@@ -196,7 +196,7 @@ def test_a_worker_that_gives_up_has_saved_its_student(
     send = GrpcTransport.send
 
     def silent(self: GrpcTransport, contribution: Any) -> None:
-        if contribution.round == 4 and self._request.student == "mlp":  # type: ignore[union-attr]
+        if contribution.round == 4 and self._join_request.student == "mlp":  # type: ignore[union-attr]
             if gone == "the server":
                 server.stop()
             return
