@@ -7,8 +7,8 @@ loops cannot tell them apart: the targets of both are the same bits.
 A new transport is one file on each side:
 
 * here, a class that implements :class:`Transport`;
-* on the server, a class that implements ``codistill_server.coordinator.Outbox`` for each session, and a function
-  ``Submit`` that computes targets.
+* on the server, a class that implements ``codistill_server.coordinator.Outbox``, one object for each session, and a
+  ``codistill_server.coordinator.Submit``, which runs the work of a round.
 
 ``tests/protos/peer/test_transports.py`` holds every transport to what this page promises.
 """
@@ -33,7 +33,7 @@ class Transport(Protocol):
     on waiting come from the settings ``exchange.connect_timeout`` and ``exchange.give_up_after``. A call may exceed its
     limit by the seconds of one last attempt.
 
-    Every call but ``undelivered`` and ``close`` can raise two errors:
+    Calls that block can raise two errors; ``send`` can raise the first:
 
     * :class:`codistill.peer.errors.PeerError` ends the peer; its ``code`` is the exit code of the peer's process.
     * :class:`codistill.peer.errors.Interrupted` ends a wait because the peer was asked to stop. The session stays open, so

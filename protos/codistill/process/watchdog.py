@@ -1,8 +1,7 @@
-"""Ends a process that hangs, and says at what.
+"""End a process that hangs, and name what hung.
 
-The thread that is watched marks what it begins and how long that may take; a thread of the watchdog counts. It counts its
-own ticks and caps each of them, rather than reading how far the clock has moved: a process that was stopped for an hour,
-or whose machine slept, has not hung for an hour.
+The watched thread marks each activity with the time it may take; a thread of the watchdog counts. It counts capped ticks
+instead of reading the clock. A process that was stopped for an hour, or whose machine slept, has not hung for an hour.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ __all__ = ["Watchdog"]
 
 _INTERVAL = 0.25
 _LONGEST_TICK = 2 * _INTERVAL
-_TELL_SECONDS = 5.0
+_REPORT_SECONDS = 5.0
 
 
-@dataclass(frozen=True, eq=False)  # each mark is another one, whatever it says
+@dataclass(frozen=True, eq=False)  # two marks with the same text are different marks
 class _Mark:
     what: str
     seconds: float
 
 
 class Watchdog:
-    """Counts how long the thread that is watched has been at the same thing.
+    """Counts how long the watched thread has been at the same activity.
 
-    It starts to count when it is started, or entered as a context; without that, marks cost nothing and do nothing.
+    Counting begins with :meth:`start`, or when it is entered as a context. Before that, marks have no effect.
 
     Args:
-        end: called once with the line that says what hung. By default it prints the line and every thread's stack to
-            standard error and ends the process with :attr:`ExitCode.HUNG`.
+        end: called once with the line that names what hung. By default, it prints the line and every thread's stack to
+            standard error, and ends the process with :attr:`ExitCode.HUNG`.
     """
 
     def __init__(self, end: Callable[[str], None] | None = None) -> None:
@@ -62,19 +61,27 @@ class Watchdog:
             self._thread.join()
 
     def start(self) -> None:
-        """Begins to count, to the end of the process if this is used as no context."""
+        """Begin to count, until the context or the process ends."""
         self._thread = threading.Thread(target=self._watch, name="codistill-watchdog", daemon=True)
         self._thread.start()
 
     def begin(self, what: str, seconds: float) -> None:
-        """Marks what the thread begins, in place of what it was at, and how long that may take at most."""
+        """Mark the thread's next activity, which replaces the present one.
+
+        Args:
+            what: what it does, for people.
+            seconds: the longest time it may take.
+        """
         self._mark = _Mark(what, seconds)
 
     def tick(self, elapsed: float) -> str | None:
-        """Lets time go by.
+        """Count one tick.
+
+        Args:
+            elapsed: seconds since the tick before; capped.
 
         Returns:
-            What hangs and for how long, as a line for people; None while nothing does.
+            A line for people that names what hangs and for how long; None while nothing does.
         """
         mark = self._mark
         if mark is None or mark is not self._counted:
@@ -97,13 +104,13 @@ class Watchdog:
 
 
 def _end_process(line: str) -> None:
-    def tell() -> None:
+    def report() -> None:
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.write(f"error: {line}; the stacks of all threads are above; training.hang_after sets the limit\n")
         sys.stderr.flush()
 
-    # What hangs may be the writing of just these lines.
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    teller.join(_TELL_SECONDS)
+    # The write of these lines may hang too.
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    reporter.join(_REPORT_SECONDS)
     os._exit(ExitCode.HUNG)

@@ -55,7 +55,9 @@ def contribution(number: int, seed: int) -> pb.Contribution:
 
 
 def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
-    measurements = [pb.Measurement(split=pb.SPLIT_TEST, round=each, accuracy=0.5, loss=each) for each in rounds]
+    measurements = [
+        pb.Measurement(split=pb.SPLIT_TEST, round=measured, accuracy=0.5, loss=measured) for measured in rounds
+    ]
     return pb.ReportRequest(round=number, epoch=number / 3, durable_round=durable, measurements=measurements)
 
 
@@ -72,8 +74,8 @@ def exchange_round(number: int, transports: list[GrpcTransport]) -> list[pb.Targ
 
 def both(experiment: Experiment, address: str, connect: Connect, **settings: Any) -> list[GrpcTransport]:
     transports = [connect(address, **settings) for _ in experiment.names]
-    for name, each in zip(experiment.names, transports, strict=True):
-        each.join(request(experiment, name))
+    for name, transport in zip(experiment.names, transports, strict=True):
+        transport.join(request(experiment, name))
     return transports
 
 

@@ -50,10 +50,10 @@ def test_rounds_are_exchanged(tiny: Tiny, serving: Any, connect: Connect) -> Non
         assert ours.round == number
         sent = [decode(contribution(number, seed).batch.outputs["logits"]) for seed in (0, 1)]
         label = torch.arange(16)[:, None] % 10
-        least = torch.stack([each - each.gather(1, label) for each in sent]).min(0).values
+        least = torch.stack([logits - logits.gather(1, label) for logits in sent]).min(0).values
         assert torch.equal(decode(ours.targets["logits"]), least)
-    for each in (first, second):
-        each.leave(pb.LEAVE_REASON_FINISHED, "done")
+    for transport in (first, second):
+        transport.leave(pb.LEAVE_REASON_FINISHED, "done")
     server.wait()
     assert server.ended is ExitCode.OK
     assert server.events()[-3:] == [("finished", "cnn"), ("finished", "mlp"), ("complete", "")]
@@ -113,7 +113,7 @@ def test_a_server_that_comes_back_finds_the_workers_again(
     assert after[0] == after[1]
     sent = [decode(contribution(3, seed).batch.outputs["logits"]) for seed in (0, 1)]
     label = torch.arange(16)[:, None] % 10
-    least = torch.stack([each - each.gather(1, label) for each in sent]).min(0).values
+    least = torch.stack([logits - logits.gather(1, label) for logits in sent]).min(0).values
     assert torch.equal(decode(after[0].targets["logits"]), least)
     # A worker that resumes behind is answered what was decided before the restart, to the bit.
     again = connect(server.address)
@@ -148,20 +148,24 @@ def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: An
     transports = both(experiment, server.address, connect)
     for number in range(6):
         exchange_round(number, transports)
-    for each in transports:
-        each.report(report(6, 5, durable=6))
-    wait_for(lambda: not any(each.undelivered() for each in transports), "the reports arrive")
+    for transport in transports:
+        transport.report(report(6, 5, durable=6))
+    wait_for(lambda: not any(transport.undelivered() for transport in transports), "the reports arrive")
     server.stop()
     server.start()
-    transports[0].report(report(6, 6))  # nothing is open: only the report finds out, and mends
+    transports[0].report(report(6, 6))  # nothing is open: only the report finds out, and reconnects
     exchange_round(6, transports)
-    for each in transports:
-        each.leave(pb.LEAVE_REASON_FINISHED, "")
+    for transport in transports:
+        transport.leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
-    assert sorted((each.student, each.round) for each in server.measured()) == [("cnn", 5), ("cnn", 6), ("mlp", 5)]
+    assert sorted((measured.student, measured.round) for measured in server.measured()) == [
+        ("cnn", 5),
+        ("cnn", 6),
+        ("mlp", 5),
+    ]
 
 
-def test_a_student_that_finished_tells_a_server_that_came_back(tiny: Tiny, serving: Any, connect: Connect) -> None:
+def test_a_student_that_finished_leaves_at_a_server_that_came_back(tiny: Tiny, serving: Any, connect: Connect) -> None:
     experiment = tiny()
     server = serving(experiment)
     transports = both(experiment, server.address, connect)
@@ -173,7 +177,7 @@ def test_a_student_that_finished_tells_a_server_that_came_back(tiny: Tiny, servi
     transports[1].leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
     assert server.events()[-1] == ("complete", "")
-    assert {(each.student, each.round) for each in server.measured()} == {("cnn", 1)}
+    assert {(measured.student, measured.round) for measured in server.measured()} == {("cnn", 1)}
 
 
 def test_the_older_of_two_workers_ends(tiny: Tiny, serving: Any, connect: Connect) -> None:
@@ -251,7 +255,7 @@ def test_giving_up_names_who_was_waited_for(tiny: Tiny, serving: Any, connect: C
     assert server.events()[-1] == ("failed", "cnn")
 
 
-def test_a_stop_interrupts_the_wait_and_leaves_the_session_to_say_goodbye_on(
+def test_a_stop_interrupts_the_wait_and_the_session_stays_open_for_leave(
     tiny: Tiny, serving: Any, connect: Connect
 ) -> None:
     experiment = tiny()
@@ -270,7 +274,7 @@ def test_a_stop_interrupts_the_wait_and_leaves_the_session_to_say_goodbye_on(
     transport.report(report(3, 3))
     transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
     assert transport.undelivered() == []
-    assert [each.round for each in server.measured()] == [3]
+    assert [measured.round for measured in server.measured()] == [3]
     assert server.events()[-1] == ("left", "cnn")
 
 
@@ -297,7 +301,7 @@ def test_a_stop_while_the_server_is_away_is_no_error(waits_in: str, tiny: Tiny, 
     transport.report(report(3, 3))
     transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
     assert time.monotonic() - started < BOUND
-    assert [each.round for each in transport.undelivered()] == [3]
+    assert [measured.round for measured in transport.undelivered()] == [3]
 
 
 def test_a_stop_ends_the_search_for_a_server(connect: Connect) -> None:
@@ -322,29 +326,29 @@ def test_measurements_made_while_the_server_is_away_arrive_later_each_once(
     transport.join(request(experiment, outputs={}))
     expected: list[int] = []
 
-    def tell(number: int) -> None:
+    def report_round(number: int) -> None:
         expected.append(number)
         transport.report(report(number, number))
 
     for number in range(1, 4):
-        tell(number)
+        report_round(number)
     server.stop()
     wait_for(lambda: not transport._connected, "the connection breaks")
     # The first of these finds the connection broken and waits for the server, in a thread for this test's sake.
-    thread, _ = in_background(lambda: [tell(number) for number in range(4, 8)])
+    thread, _ = in_background(lambda: [report_round(number) for number in range(4, 8)])
     wait_for(lambda: transport._stream is None, "it noticed")
     server.start()
     thread.join(30)
     for number in range(8, 10):
-        tell(number)
+        report_round(number)
     transport.leave(pb.LEAVE_REASON_STOPPED, "")
     assert transport.undelivered() == []
-    measured = [(each.student, each.split, each.round) for each in server.measured()]
-    assert set(measured) == {("cnn", "test", number) for number in expected}
+    found = [(measured.student, measured.split, measured.round) for measured in server.measured()]
+    assert set(found) == {("cnn", "test", number) for number in expected}
     assert expected == list(range(1, 10))
     # The reader lets a later line stand for an earlier one; what was on its way when the server went may be there twice.
-    assert len(measured) <= len(expected) + 3
-    assert {each.loss == each.round for each in server.measured()} == {True}, "each its own values"
+    assert len(found) <= len(expected) + 3
+    assert {measured.loss == measured.round for measured in server.measured()} == {True}, "each its own values"
 
 
 # --- servers that cannot be reached, or are none
@@ -388,7 +392,7 @@ def test_a_server_that_went_away_for_good(tiny: Tiny, serving: Any, connect: Con
     assert ended.value.code is ExitCode.UNREACHABLE
 
 
-def test_another_grpc_server_is_not_taken_for_an_aggregation_server(connect: Connect) -> None:
+def test_another_grpc_server_is_no_aggregation_server(connect: Connect) -> None:
     with ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool)
         port = server.add_insecure_port("127.0.0.1:0")

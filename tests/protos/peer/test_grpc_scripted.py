@@ -50,10 +50,10 @@ class Script(DistillationServicer):
         session = parse_session(dict(context.invocation_metadata())[SESSION_KEY])
         assert session is not None
         context.send_initial_metadata(())
-        for each in request_iterator:
-            self.sent.append((session, each.round))
-            self.contributions.append(each)
-            yield from self.answer(session, each.round, context)
+        for received in request_iterator:
+            self.sent.append((session, received.round))
+            self.contributions.append(received)
+            yield from self.answer(session, received.round, context)
 
     def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:  # noqa: N802
         self.reports.append(request)
@@ -68,10 +68,10 @@ class Script(DistillationServicer):
 
 def reply(number: int) -> pb.ExchangeReply:
     values = {"logits": encode(torch.full((1, 1), float(number)), "float32")}
-    return sealed(pb.ExchangeReply(targets=pb.Targets(round=number, targets=values)))
+    return with_checksum(pb.ExchangeReply(targets=pb.Targets(round=number, targets=values)))
 
 
-def sealed(message: pb.ExchangeReply) -> pb.ExchangeReply:
+def with_checksum(message: pb.ExchangeReply) -> pb.ExchangeReply:
     return pb.ExchangeReply.FromString(append_checksum(message))
 
 
@@ -106,7 +106,7 @@ def test_a_lost_reply_is_asked_for_again(script: tuple[Script, str], connect: Co
         transport.send(contribution(number, 0))
         assert value(transport.receive(number)) == number
     assert server.sent == [(1, 4), (1, 5), (1, 6), (2, 6), (2, 7)], "what is open is sent again, in a new session"
-    assert [each.first_round for each in server.joins] == [4, 6], "rounds before it are not asked for"
+    assert [found.first_round for found in server.joins] == [4, 6], "rounds before it are not asked for"
 
 
 def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str], connect: Connect) -> None:
@@ -115,7 +115,7 @@ def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str],
     def stutter(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
         if number:
             yield reply(number - 1)
-        yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+        yield with_checksum(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
         yield reply(number)
         yield reply(number)
 
@@ -187,7 +187,7 @@ def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], con
     def notices(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
         for _ in range(10):
             time.sleep(0.1)
-            yield sealed(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+            yield with_checksum(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
         yield reply(number)
 
     server.answer = notices
@@ -201,14 +201,14 @@ def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], con
 @pytest.mark.parametrize(
     "code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED]
 )
-def test_what_grpc_makes_of_damaged_bytes_passes(
+def test_failures_that_damage_can_cause_pass(
     code: grpc.StatusCode, script: tuple[Script, str], connect: Connect
 ) -> None:
     server, address = script
-    strange = {1, 2, 4, 5}
+    damaged = {1, 2, 4, 5}
 
     def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
-        if session in strange:
+        if session in damaged:
             context.abort(code, "frame of unknown type")
         yield reply(number)
 
@@ -221,7 +221,7 @@ def test_what_grpc_makes_of_damaged_bytes_passes(
         if transport._stream is not None:
             transport._stream.cancel()
     transport.close()
-    strange |= set(range(100))
+    damaged |= set(range(100))
     again = connect(address)
     again.join(pb.JoinRequest(student="cnn"))
     again.send(contribution(5, 0))
@@ -230,7 +230,7 @@ def test_what_grpc_makes_of_damaged_bytes_passes(
     assert ended.value.code is ExitCode.REFUSED, "but not for ever"
 
 
-def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) -> None:
+def test_what_is_sent_has_a_checksum(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
     transport = connect(address)
     transport.join(pb.JoinRequest(student="cnn"))
@@ -239,11 +239,11 @@ def test_what_is_sent_is_sealed(script: tuple[Script, str], connect: Connect) ->
     transport.receive(3)
     transport.report(report(4, 4))
     transport.leave(pb.LEAVE_REASON_FINISHED, "done")
-    assert [each.checksum for each in server.contributions] == [
+    assert [found.checksum for found in server.contributions] == [
         pb.Contribution.FromString(append_checksum(sent, "1")).checksum,
     ]
-    for each in (*server.joins, *server.reports, *server.left):
-        assert verify_checksum(each.SerializeToString())
+    for message in (*server.joins, *server.reports, *server.left):
+        assert verify_checksum(message.SerializeToString())
 
 
 def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str], connect: Connect) -> None:
@@ -254,7 +254,7 @@ def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str
     assert transport.join(pb.JoinRequest(student="cnn")).session == 2
 
 
-def test_superseded_is_told_by_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:
+def test_superseded_is_read_from_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
     def supersede(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
@@ -315,14 +315,14 @@ def test_a_report_that_fails_goes_with_the_next(script: tuple[Script, str], conn
     transport.join(pb.JoinRequest())
     transport.report(report(1, 1))
     wait_for(lambda: server.reports, "the first report")
-    assert [each.round for each in transport.undelivered()] == [1]
+    assert [found.round for found in transport.undelivered()] == [1]
     transport.leave(pb.LEAVE_REASON_STOPPED, "")
     assert transport.undelivered() == []
-    assert [[each.round for each in one.measurements] for one in server.reports] == [[1], [1]]
-    assert [each.reason for each in server.left] == [pb.LEAVE_REASON_STOPPED]
+    assert [[found.round for found in one.measurements] for one in server.reports] == [[1], [1]]
+    assert [found.reason for found in server.left] == [pb.LEAVE_REASON_STOPPED]
 
 
-def test_a_session_that_exchanges_nothing_outlives_what_grpc_makes_of_damage(
+def test_a_session_without_rounds_survives_failures_that_damage_can_cause(
     script: tuple[Script, str], connect: Connect
 ) -> None:
     """Only its reports tell that the server is well in between."""
@@ -347,17 +347,17 @@ def test_one_report_is_under_way_at_a_time_and_none_waits(script: tuple[Script, 
     transport.join(pb.JoinRequest())
     for number in range(1, 6):
         transport.report(report(number, number, 10 + number))
-    assert sorted(each.round for each in transport.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
+    assert sorted(found.round for found in transport.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
     go_on.set()
     transport.leave(pb.LEAVE_REASON_FINISHED, "")
-    assert [[each.round for each in one.measurements] for one in server.reports] == [
+    assert [[found.round for found in one.measurements] for one in server.reports] == [
         [1, 11],
         [2, 12, 3, 13, 4, 14, 5, 15],
     ]
     assert server.reports[-1].round == 5, "of the state, the newest counts"
 
 
-def test_a_goodbye_that_fails_is_said_again_in_a_new_session(script: tuple[Script, str], connect: Connect) -> None:
+def test_a_leave_that_fails_is_repeated_in_a_new_session(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
     def not_yet(number: int, context: Any) -> None:
@@ -369,12 +369,12 @@ def test_a_goodbye_that_fails_is_said_again_in_a_new_session(script: tuple[Scrip
     transport.join(pb.JoinRequest())
     transport.report(report(9, 9))
     transport.leave(pb.LEAVE_REASON_FINISHED, "done")
-    assert [each.session for each in server.left] == [1, 2, 3]
-    assert [each.first_round for each in server.joins] == [0, 9, 9]
+    assert [found.session for found in server.left] == [1, 2, 3]
+    assert [found.first_round for found in server.joins] == [0, 9, 9]
     assert len(server.reports) == 1
 
 
-def test_a_goodbye_that_is_refused(script: tuple[Script, str], connect: Connect) -> None:
+def test_a_leave_that_is_refused(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
     server.on_leave = lambda _, context: context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no,\nnever")
     transport = connect(address)

@@ -50,7 +50,7 @@ def join(experiment: Experiment, address: str, security: Security, student: str 
         transport.close()
 
 
-# The server's certificate, CA and token; the worker's; what the worker is told.
+# The server's certificate, CA and token; the worker's; what its error says.
 REFUSED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], list[str]]] = {
     "no token": ((None, None, TOKEN), (None,), ["asks for a token, and none was given", "--token-file"]),
     "wrong token": (
@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_who_is_refused_is_told_what_to_give(
+def test_a_worker_that_is_refused_reads_what_to_change(
     case: str,
     tiny: Tiny,
     serving: Any,
@@ -164,7 +164,7 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
     assert caught.value.code is ExitCode.UNREACHABLE
 
 
-def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
+def test_a_worker_that_had_joined_waits_for_a_server_whose_certificate_is_renewed(
     tiny: Tiny, certificates: Certificates, serving: Any
 ) -> None:
     experiment = tiny()
@@ -180,20 +180,20 @@ def test_a_worker_that_was_in_waits_for_a_server_whose_certificate_is_renewed(
     server.stop()
     server.security = certificates.of("expired", None, TOKEN)
     server.start()
-    mending = threading.Thread(target=transport.leave, args=(pb.LEAVE_REASON_FINISHED, ""))
-    mending.start()
-    mending.join(1)
-    assert mending.is_alive(), "it goes on trying"
+    leaving = threading.Thread(target=transport.leave, args=(pb.LEAVE_REASON_FINISHED, ""))
+    leaving.start()
+    leaving.join(1)
+    assert leaving.is_alive(), "it keeps trying"
     server.stop()
     server.security = certificates.of("server", None, TOKEN)
     server.start()
-    mending.join(30)
-    assert not mending.is_alive()
+    leaving.join(30)
+    assert not leaving.is_alive()
     assert server.events()[-1] == ("finished", "mlp")
     transport.close()
 
 
-def test_a_worker_that_was_in_and_is_kept_out_for_too_long_says_why(
+def test_a_worker_that_had_joined_and_is_kept_out_for_too_long_says_why(
     tiny: Tiny, certificates: Certificates, serving: Any
 ) -> None:
     experiment = tiny()

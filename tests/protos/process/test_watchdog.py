@@ -17,14 +17,14 @@ from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 
 
-def ticks_until_it_bites(watchdog: Watchdog, elapsed: float, most: int = 1000) -> int:
+def ticks_until_it_ends(watchdog: Watchdog, elapsed: float, most: int = 1000) -> int:
     return next(count for count in range(1, most) if watchdog.tick(elapsed) is not None)
 
 
-def test_it_bites_after_the_time_allowed() -> None:
+def test_it_ends_the_process_after_the_time_allowed() -> None:
     watchdog = Watchdog()
     watchdog.begin("saving a checkpoint, round 7", 10)
-    assert ticks_until_it_bites(watchdog, 0.25) == 1 + 40, "the first tick sees the mark, the others count"
+    assert ticks_until_it_ends(watchdog, 0.25) == 1 + 40, "the first tick sees the mark, the others count"
     assert watchdog.tick(0.25) == "hung for 10 s: saving a checkpoint, round 7"
 
 
@@ -47,20 +47,20 @@ def test_a_jump_of_the_clock_counts_as_one_tick() -> None:
     watchdog.begin("waiting", 600)
     assert watchdog.tick(0.25) is None
     assert watchdog.tick(86400) is None, "a machine that slept for a day"
-    assert ticks_until_it_bites(watchdog, 0.25, 5000) == 2398
+    assert ticks_until_it_ends(watchdog, 0.25, 5000) == 2398
 
 
 def test_its_thread_counts_and_stops_when_the_context_ends() -> None:
     lines: list[str] = []
-    bitten = threading.Event()
+    ended = threading.Event()
 
     def end(line: str) -> None:
         lines.append(line)
-        bitten.set()
+        ended.set()
 
     with Watchdog(end) as watchdog:
         watchdog.begin("the first", 0.3)
-        assert bitten.wait(30)
+        assert ended.wait(30)
     assert lines == ["hung for 0.3 s: the first"]
     with Watchdog(end) as watchdog:
         watchdog.begin("the second", 1000)
@@ -140,6 +140,6 @@ def test_what_was_begun_last_counts(seconds: float) -> None:
     watchdog.begin("the first", 0.5)
     watchdog.tick(0.25)
     watchdog.begin("the second", seconds)
-    count = ticks_until_it_bites(watchdog, 0.25)
+    count = ticks_until_it_ends(watchdog, 0.25)
     assert count >= 1 + seconds / 0.25
     assert watchdog.tick(0.25) == f"hung for {seconds:g} s: the second"

@@ -19,7 +19,7 @@ from codistill.wire.checksum import (
 )
 from codistill.wire.tensors import encode
 
-SEALED = (pb.JoinRequest, pb.JoinResponse, pb.Contribution, pb.ExchangeReply, pb.ReportRequest, pb.LeaveRequest)
+WITH_CHECKSUM = (pb.JoinRequest, pb.JoinResponse, pb.Contribution, pb.ExchangeReply, pb.ReportRequest, pb.LeaveRequest)
 
 
 def contribution() -> pb.Contribution:
@@ -32,8 +32,8 @@ def contribution() -> pb.Contribution:
     return pb.Contribution(round=300, batch=samples)
 
 
-@pytest.mark.parametrize("message", SEALED, ids=lambda each: each.DESCRIPTOR.name)
-def test_the_checksum_is_the_last_field_of_every_sealed_message(message: type) -> None:
+@pytest.mark.parametrize("message", WITH_CHECKSUM, ids=lambda message: message.DESCRIPTOR.name)
+def test_the_checksum_is_the_last_field_of_every_message_that_has_one(message: type) -> None:
     fields = message.DESCRIPTOR.fields_by_name
     assert fields["checksum"].number == CHECKSUM_FIELD == max(field.number for field in fields.values())
     assert fields["checksum"].type == fields["checksum"].TYPE_FIXED32
@@ -52,7 +52,7 @@ def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
     assert not verify_checksum(raw)
 
 
-def test_a_parsed_message_serialises_to_the_sealed_bytes() -> None:
+def test_a_parsed_message_serialises_to_the_same_bytes() -> None:
     """So other programs may set the field instead of appending to the bytes."""
     raw = append_checksum(contribution())
     assert pb.Contribution.FromString(raw).SerializeToString() == raw
@@ -69,7 +69,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed() -> None:
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_a_sealed_session(session: int) -> None:
+def test_a_session_with_its_checksum(session: int) -> None:
     assert parse_session(format_session(session)) == session
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_session(value: str) -> None:
 
 
 @given(st.binary(max_size=40))
-def test_bytes_that_were_never_sealed(raw: bytes) -> None:
+def test_bytes_that_never_had_a_checksum(raw: bytes) -> None:
     assert verify_checksum(raw) is (has_checksum(raw) and raw[-4:] == zlib.crc32(raw[:-5]).to_bytes(4, "little"))
     assert len(raw) >= 5 or not has_checksum(raw)
 

@@ -1,3 +1,5 @@
+"""The proto file: every declaration has a sentence, and the generated code is that of the file."""
+
 from __future__ import annotations
 
 import re
