@@ -20,7 +20,7 @@ PACKAGE = Path("codistill/v1")
 
 
 def generator() -> Path:
-    """Returns the python of the generator's environment, made on first use."""
+    """Return the python of the generator's environment, made on first use."""
     python = ENVIRONMENT / "bin" / "python"
     stamp = ENVIRONMENT / "installed"
     if not stamp.exists() or stamp.read_text() != " ".join(GENERATOR):
@@ -31,7 +31,7 @@ def generator() -> Path:
 
 
 def generate(target: Path) -> None:
-    """Writes the stubs below `target`."""
+    """Write the stubs below `target`."""
     python = generator()
     command: list[str | Path] = [python, "-m", "grpc_tools.protoc", "-I", ROOT / "protos"]
     command += [f"--plugin=protoc-gen-mypy={python.parent / 'protoc-gen-mypy'}"]

@@ -27,7 +27,7 @@ class Addresses:
 
 
 def read_addresses(path: Path) -> Addresses | None:
-    """Returns what an address file says; None if there is none, or none that can be read."""
+    """Return what an address file says; None if there is none, or none that can be read."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         return Addresses(str(written["address"]), str(written["metrics"]))
@@ -36,7 +36,7 @@ def read_addresses(path: Path) -> Addresses | None:
 
 
 def write_addresses(path: Path, addresses: Addresses) -> None:
-    """Writes an address file; a reader meanwhile finds the one before, or none.
+    """Write an address file; a reader meanwhile finds the one before, or none.
 
     Raises:
         OSError: it cannot be written.

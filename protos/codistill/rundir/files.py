@@ -29,11 +29,11 @@ _POLL_SECONDS = 0.05
 
 
 def _do_nothing() -> None:
-    """Stands in where nobody wants to hear of a wait."""
+    """Stand in where nobody wants to hear of a wait."""
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Locks an open file if no other process holds its lock; returns whether it could."""
+    """Lock an open file if no other process holds its lock; returns whether it could."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -42,7 +42,7 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock on a file; there need be no such file."""
+    """Return whether a process holds the lock on a file; there need be no such file."""
     try:
         with path.open() as file:
             return not try_lock(file)
@@ -54,7 +54,7 @@ def is_locked(path: Path) -> bool:
 def locked(
     path: Path, seconds: float = math.inf, waiting: Callable[[], None] = _do_nothing, *, keep_content: bool = False
 ) -> Generator[IO[str], None, None]:
-    """Holds the lock on a file, which is made if need be; gives the file, whose descriptor a child may inherit.
+    """Hold the lock on a file, which is made if need be; gives the file, whose descriptor a child may inherit.
 
     Args:
         path: the file.
@@ -80,7 +80,7 @@ def locked(
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is either wholly there or not at all, whatever dies meanwhile.
+    """Write a file that is either wholly there or not at all, whatever dies meanwhile.
 
     Raises:
         OSError: it could not be written; what was there is still there.
@@ -96,7 +96,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def staged(path: Path, content: bytes, writer: str) -> Generator[Path, None, None]:
-    """Writes a file beside its place, durable and locked, for the caller to rename; what is not renamed is removed.
+    """Write a file beside its place, durable and locked, for the caller to rename; what is not renamed is removed.
 
     Two writers of the same place cannot mix what they write: each has a file of its own. A file of a writer that died
     has no lock, by which :func:`remove_abandoned_parts` knows it.
@@ -123,7 +123,7 @@ def staged(path: Path, content: bytes, writer: str) -> Generator[Path, None, Non
 
 
 def remove_abandoned_parts(folder: Path) -> None:
-    """Removes what writers of :func:`staged` files left that died."""
+    """Remove what writers of :func:`staged` files left that died."""
     for part in folder.glob("*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
             if try_lock(file):
@@ -131,7 +131,7 @@ def remove_abandoned_parts(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; without it a power cut may bring back the old ones."""
+    """Make the names in a folder durable; without it a power cut may bring back the old ones."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -37,7 +37,7 @@ class RunInfo(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> RunInfo:
-        """Reads a run's ``run.json``; all fields are missing where there is no such file.
+        """Read a run's ``run.json``; all fields are missing where there is no such file.
 
         Raises:
             ValueError: the file is not of this form.
@@ -53,7 +53,7 @@ class RunInfo(BaseModel):
 
 
 def write_info(path: Path, mode: Mode) -> None:
-    """Writes what is known of a run that this process starts.
+    """Write what is known of a run that this process starts.
 
     Raises:
         OSError: it could not be written.

@@ -159,11 +159,11 @@ class RunLayout:
         return self.path / _STUDENTS
 
     def student(self, name: str) -> ParticipantLayout:
-        """Returns the folder of one student."""
+        """Return the folder of one student."""
         return ParticipantLayout(self.students / name)
 
     def teacher(self, name: str) -> ParticipantLayout:
-        """Returns the folder of one teacher."""
+        """Return the folder of one teacher."""
         return ParticipantLayout(self.path / "teachers" / name)
 
 
@@ -189,10 +189,10 @@ class ComparisonLayout:
         return self.path / _REPORT
 
     def run(self, method: str, seed: int) -> Path:
-        """Returns the folder of the run of a method with a seed, or of those of its generations."""
+        """Return the folder of the run of a method with a seed, or of those of its generations."""
         return self.path / method.replace("/", "-") / f"seed-{seed}"
 
 
 def generation_folder(folder: Path, number: int) -> Path:
-    """Returns the folder of one generation of a run of several, counted from 1."""
+    """Return the folder of one generation of a run of several, counted from 1."""
     return folder / f"generation-{number}"
