@@ -1,15 +1,14 @@
 """The losses of the methods: pure functions of tensors, and one module of parameters that a loss learns.
 
-All of them hold to this:
+Common to all:
 
 * Logits are [B, C]: B samples, C classes. Labels are int64 [B].
-* float32 and float64 are computed in as they are, float16 and bfloat16 in float32. Softmax and log-softmax are taken
-  as such, so values and gradients are finite for any |z| up to 1e4 and far beyond.
-* What is named `target` is constant: no gradient flows into it, whatever it comes with.
-* KL(target ‖ student) is summed over classes and averaged over rows, in nats: the target is the first argument of
-  KL, the student's the second. With a temperature T both sides are softened and the term is multiplied by T², so that
-  its gradient is of the same size for every T.
-* Targets that are probabilities are divided by their sum, as rounding on the wire may have moved each by itself.
+* float32 and float64 are computed in themselves, float16 and bfloat16 in float32. Softmax and log-softmax are torch's own,
+  so values and gradients are finite for any |z| up to 1e4 and far beyond.
+* A `target` is constant: no gradient flows into it, even if it has a graph.
+* KL(target ‖ student) is summed over classes and averaged over rows, in nats; the target is KL's first argument. With a
+  temperature T both sides are softened, and T² keeps the size of the gradient for every T.
+* Targets that are probabilities are divided by their sum, as rounding on the wire may have changed each by itself.
 """
 
 from __future__ import annotations
@@ -117,10 +116,10 @@ def logit_regression(logits: Tensor, *, target: Tensor) -> Tensor:
 def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
     """Returns (1/B²)·Σ_i Σ_j h(ψ(x)[i,j] − ψ(t)[i,j]), the difference of two batches' distances among themselves.
 
-    ψ(x)[i,j] = ‖x_i − x_j‖/μ, with μ the mean of the distances that are above 0, and h the Huber loss, ½d² up to
-    |d| = 1 and |d| − ½ beyond. The mean is over all B² pairs, i = j among them, as in the authors' code. Scaling
-    either side changes nothing. Distances that are 0 stay 0 and have no gradient; where all are, ψ is 0: so one sample
-    alone, and two batches each of one repeated sample, lose 0.
+    ψ(x)[i,j] = ‖x_i − x_j‖/μ, with μ the mean of the distances above 0. h is the Huber loss, ½d² up to |d| = 1 and
+    |d| − ½ beyond. The mean is over all B² pairs, i = j among them, as in the authors' code. Scaling either side changes
+    nothing. Distances of 0 stay 0 and have no gradient. If all are 0, so is ψ: one sample alone, and two batches each of
+    one repeated sample, lose 0.
 
     Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-D.
 
@@ -154,10 +153,10 @@ def relational_angle(embedding: Tensor, *, target: Tensor) -> Tensor:
 class VariationalInformation(nn.Module):
     """The loss of one hidden layer: mean[½·((μ − t)²/σ² + log σ²)], the mean over all B·C'·H·W values.
 
-    μ is what three 1×1 convolutions with rectifiers between them, of the target's number of channels, make of the
-    student's map. σ² = softplus(α) + 1e-5, one for each of the target's channels, starting at 5. Both are learnt by the
-    student's optimiser and belong to no exported model. −log q(t | x) of a Gaussian q, without its constant ½·log 2π;
-    minimising it raises a lower bound on the information that the student's layer has of the teacher's.
+    μ is the student's map after three 1×1 convolutions, of the target's number of channels, with rectifiers between them.
+    σ² = softplus(α) + 1e-5, one for each of the target's channels, starting at 5. The student's optimiser learns both; no
+    exported model has them. The loss is −log q(t | x) of a Gaussian q, without its constant ½·log 2π. Minimising it raises a
+    lower bound on the information that the student's layer has of the teacher's.
 
     Source: Ahn et al. 2019, 'Variational Information Distillation for Knowledge Transfer', with the
     variance of each channel learnt.
@@ -191,12 +190,12 @@ class VariationalInformation(nn.Module):
 
         Args:
             features: the student's map, [B, C, H, W].
-            target: the teacher's, [B, C', H', W'], constant. Where sizes differ, averages over patches bring both to the
+            target: the teacher's, [B, C', H', W'], constant. If sizes differ, averages over patches bring both to the
                 smaller height and the smaller width.
         """
         features, target = _wide(features), _wide(target.detach())
         height, width = (min(sides) for sides in zip(features.shape[2:], target.shape[2:], strict=True))
-        features, target = (functional.adaptive_avg_pool2d(each, (height, width)) for each in (features, target))
+        features, target = (functional.adaptive_avg_pool2d(maps, (height, width)) for maps in (features, target))
         variance = self.variance()[:, None, None]
         return (0.5 * ((self.mean(features) - target) ** 2 / variance + variance.log())).mean()
 
@@ -213,8 +212,8 @@ def taught_mutual(
 ) -> Tensor:
     """Returns CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
-    Full deep distillation mutual learning has a teacher for both students, half for the first alone: the second is
-    given None, and learns from the labels and its peer.
+    FDDML has a teacher for both students, HDDML for the first alone. The second gets None, and learns from the labels and
+    its peer.
 
     Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as Wang 2023, 'Research on
     Knowledge Distillation Regularization Methods', eq. 12 to 16, gives it. There the losses of both students have

@@ -15,9 +15,9 @@ _LARGEST = 8
 def as_map(output: Tensor) -> Tensor:
     """Returns a layer's output as [B, channels, height, width].
 
-    Tokens are laid out as the square that they were cut from, without a class token before them; where their number
-    has no root they are a map of N×1. A vector is a map of 1×1. Images are square and so are maps of them, which tells
-    where the channels are.
+    Tokens are laid out as the square that they were cut from, without the class token before them; if their number has no
+    integer root, they are a map of N×1. A vector is a map of 1×1. Maps of square images are square, so the other side has
+    the channels.
 
     Args:
         output: [B, D], [B, N, D], [B, channels, height, width] or [B, height, width, channels].
@@ -35,10 +35,10 @@ def as_map(output: Tensor) -> Tensor:
 
 
 def pooled(output: Tensor) -> Tensor:
-    """Returns a layer's output as a map of at most 8×8, larger ones as averages over patches.
+    """Returns a layer's output as a map of at most 8×8; larger ones are averaged over patches.
 
     Args:
-        output: as :func:`as_map` takes it.
+        output: of a shape that :func:`as_map` takes.
     """
     maps = as_map(output)
     height, width = maps.shape[2:]
