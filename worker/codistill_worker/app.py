@@ -55,7 +55,7 @@ class WorkOptions:
 
 
 def check_student(experiment: Experiment, name: str) -> None:
-    """Checks that an experiment has a student, or a teacher.
+    """Check that an experiment has a student, or a teacher.
 
     Raises:
         ConfigurationError: it has no participant of that name.
@@ -67,7 +67,7 @@ def check_student(experiment: Experiment, name: str) -> None:
 
 
 def choose_device(wanted: str, position: int) -> torch.device:
-    """Returns the device to train on.
+    """Return the device to train on.
 
     Args:
         wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
@@ -94,13 +94,13 @@ def choose_device(wanted: str, position: int) -> torch.device:
 
 
 def use_deterministic_kernels() -> None:
-    """Sets cuDNN to algorithms that give the same bits each time."""
+    """Set cuDNN to algorithms that give the same bits each time."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
-    """Trains one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
+    """Train one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
     Raises:
         PeerError: the worker cannot continue; the text is one line, its code the exit code.

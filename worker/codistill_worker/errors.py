@@ -28,7 +28,7 @@ class ConfigurationError(PeerError, ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory ran out, on the device or in the machine."""
+    """Return whether an error says that memory ran out, on the device or in the machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

@@ -22,7 +22,7 @@ _declared: list[torch.library.Library] = []  # a library's declarations last as 
 
 
 def torchvision() -> Any:
-    """Returns the module torchvision, imported.
+    """Return the module torchvision, imported.
 
     Raises:
         ConfigurationError: it is not installed.
@@ -46,7 +46,7 @@ def torchvision() -> Any:
 
 
 def timm() -> Any:
-    """Returns the module timm, imported.
+    """Return the module timm, imported.
 
     Raises:
         ConfigurationError: it is not installed.

@@ -66,7 +66,7 @@ class Participant:
         self._reported_at = clock()
 
     def mark(self, activity: str, round_number: int, waiting: float = 0.0) -> None:
-        """Marks for the watchdog that an activity begins, which may wait for others for so many seconds."""
+        """Mark for the watchdog that an activity begins, which may wait for others for so many seconds."""
         self._watchdog.begin(
             f"{self._kind} {self.name!r} at {activity}, round {round_number}", waiting + self._hang_after
         )
@@ -82,7 +82,7 @@ class Participant:
         parameters: int,
         weights: str = "",
     ) -> pb.JoinResponse:
-        """Opens the session with the run.
+        """Open the session with the run.
 
         Args:
             dataset: the run's data.
@@ -114,7 +114,7 @@ class Participant:
         return self._transport.join(request)
 
     def publish(self, published: Published) -> None:
-        """Sends the outputs of a round, in the experiment's dtype; does not wait."""
+        """Send the outputs of a round, in the experiment's dtype; does not wait."""
         dtype = self._exchange.dtype
         held_out = published.held_out
         self._transport.send(
@@ -126,7 +126,7 @@ class Participant:
         )
 
     def receive(self, activity: str, round_number: int) -> pb.Targets:
-        """Returns the targets of the round published last, waiting for them.
+        """Return the targets of the round published last, waiting for them.
 
         Raises:
             PeerError: the wait is over.
@@ -135,7 +135,7 @@ class Participant:
         return self._transport.receive(round_number)
 
     def report_due(self, now: float) -> bool:
-        """Returns whether the last report is old enough for another; `now` is of the participant's clock."""
+        """Return whether the last report is old enough for another; `now` is of the participant's clock."""
         return now - self._reported_at >= _REPORT_SECONDS
 
     def report(
@@ -147,7 +147,7 @@ class Participant:
         step_seconds: float = 0.0,
         wait_seconds: float = 0.0,
     ) -> None:
-        """Sends the measurements and the progress; does not wait.
+        """Send the measurements and the progress; does not wait.
 
         Args:
             round_number: the next round.
@@ -171,11 +171,11 @@ class Participant:
         )
 
     def undelivered(self) -> list[pb.Measurement]:
-        """Returns the measurements that the server may not have yet."""
+        """Return the measurements that the server may not have yet."""
         return [*self._transport.undelivered(), *self.measurements]
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str, round_number: int) -> None:
-        """Delivers the rest of the reports and ends the session.
+        """Deliver the rest of the reports and end the session.
 
         Raises:
             PeerError: a student that finished cannot tell the server.
@@ -189,7 +189,7 @@ class Participant:
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns a device's name for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    """Return a device's name for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)

@@ -116,7 +116,7 @@ class StudentLoop:
         return self.round >= self.trainer.total_rounds
 
     def join(self) -> None:
-        """Opens the session with the run.
+        """Open the session with the run.
 
         Raises:
             PeerError: the run cannot be reached, or rejects this student.
@@ -142,7 +142,7 @@ class StudentLoop:
         )
 
     def begin_round(self) -> None:
-        """Runs the forward pass of the next round and publishes the outputs that the method needs."""
+        """Run the forward pass of the next round and publishes the outputs that the method needs."""
         self._step_started = self._clock()
         self._mark("the forward pass")
         published = self.trainer.begin()
@@ -150,7 +150,7 @@ class StudentLoop:
             self._participant.publish(published)
 
     def end_round(self) -> None:
-        """Waits for the round's targets and learns from them; measures, saves and reports where due."""
+        """Wait for the round's targets and learn from them; measure, save and report where due."""
         self.trainer.prepare()
         waited = 0.0
         targets: dict[str, torch.Tensor] = {}
@@ -167,7 +167,7 @@ class StudentLoop:
         self._after_round()
 
     def finish(self) -> None:
-        """Saves the trained student, and leaves as finished.
+        """Save the trained student, and leaves as finished.
 
         Raises:
             PeerError: it cannot be saved, or the server cannot be reached.
@@ -183,17 +183,17 @@ class StudentLoop:
         self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.round} rounds")
 
     def stop(self) -> None:
-        """Saves the student between two rounds and leaves; a later worker can resume here."""
+        """Save the student between two rounds and leaves; a later worker can resume here."""
         self.keep()
         self._report()
         self._leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.round} rounds")
 
     def fail(self, message: str) -> None:
-        """Leaves because of an error; the last checkpoint stays as it is."""
+        """Leave because of an error; the last checkpoint stays as it is."""
         self._leave(pb.LEAVE_REASON_FAILED, message)
 
     def keep(self) -> None:
-        """Saves the student in its state before the current round."""
+        """Save the student in its state before the current round."""
         self.trainer.abandon()
         self._save()
 

@@ -94,7 +94,7 @@ class TeacherLoop:
         return self.round >= self._total_rounds
 
     def join(self) -> None:
-        """Opens the session with the run, and begins at its frontier.
+        """Open the session with the run, and begins at its frontier.
 
         Raises:
             PeerError: the run cannot be reached, or rejects this teacher.
@@ -121,12 +121,12 @@ class TeacherLoop:
         self._evaluate()
 
     def begin_round(self) -> None:
-        """Publishes the outputs of the next round that exchanges."""
+        """Publish the outputs of the next round that exchanges."""
         self._prepare(self.round)
         self._participant.publish(self._ready.pop(self.round))
 
     def end_round(self) -> None:
-        """Computes the outputs of the next exchange, then waits for the end of the round."""
+        """Compute the outputs of the next exchange, then wait for the end of the round."""
         published = self.round
         following = self._exchange_schedule.round(self._exchange_schedule.exchanges_before(published) + 1)
         self._prepare(following)
@@ -136,24 +136,24 @@ class TeacherLoop:
             self._report()
 
     def finish(self) -> None:
-        """Leaves as finished, at the end of the run."""
+        """Leave as finished, at the end of the run."""
         self._report()
         self._leave(pb.LEAVE_REASON_FINISHED, f"taught {self._total_rounds} rounds")
 
     def stop(self) -> None:
-        """Leaves between two rounds; a later worker can resume here."""
+        """Leave between two rounds; a later worker can resume here."""
         self._report()
         self._leave(pb.LEAVE_REASON_STOPPED, f"stopped at round {self.round}")
 
     def fail(self, message: str) -> None:
-        """Leaves because of an error."""
+        """Leave because of an error."""
         self._leave(pb.LEAVE_REASON_FAILED, message)
 
     def keep(self) -> None:
-        """Does nothing, as a teacher has nothing to save."""
+        """Do nothing: a teacher has nothing to save."""
 
     def _prepare(self, round_number: int) -> None:
-        """Computes the outputs of a round, and of the rounds that go with it, unless they are there."""
+        """Compute the outputs of a round, and of the rounds that go with it, unless they are there."""
         if round_number in self._ready or round_number >= self._total_rounds:
             return
         self._mark("the forward pass")

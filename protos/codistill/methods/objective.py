@@ -113,7 +113,7 @@ class Objective(Protocol):
     measures_held_out: bool
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step."""
+        """Return the loss of one step."""
         ...
 
 
@@ -125,7 +125,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> Arrays:
-        """Returns `logits`, [B, C]."""
+        """Return `logits`, [B, C]."""
         return {"logits": self.model(images)}
 
 
@@ -141,6 +141,6 @@ class LogitsObjective:
 
 
 def label_loss(step: Step) -> Loss:
-    """Returns the cross-entropy with the labels: the loss of a round without targets."""
+    """Return the cross-entropy with the labels: the loss of a round without targets."""
     total = functional.cross_entropy(step.outputs["logits"], step.labels)
     return Loss(total, total.detach())

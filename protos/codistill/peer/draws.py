@@ -19,7 +19,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio, odd: i
 
 
 def derive(*parts: int | str) -> int:
-    """Returns a seed of 63 bits, a function of the parts alone.
+    """Return a seed of 63 bits, a function of the parts alone.
 
     The parts are hashed with SHA-256, each with its type and length, so different lists of parts never look alike to the
     hash.
@@ -38,7 +38,7 @@ def derive(*parts: int | str) -> int:
 
 
 def permutation(seed: int, size: int) -> torch.Tensor:
-    """Returns a permutation of 0..size-1 that follows from the seed.
+    """Return a permutation of 0..size-1 that follows from the seed.
 
     Every number gets a 64-bit key by counter-based mixing, and the numbers are sorted by key. The mixing is one-to-one, so
     no two keys are equal.
@@ -51,7 +51,7 @@ def permutation(seed: int, size: int) -> torch.Tensor:
 
 
 def uniforms(seed: int, ids: torch.Tensor, draws: int) -> torch.Tensor:
-    """Returns uniform numbers for samples; each depends on the seed, its sample's id and its draw's number alone.
+    """Return uniform numbers for samples; each depends on the seed, its sample's id and its draw's number alone.
 
     Counter-based: seed, id and draw are mixed by the finaliser of splitmix64 (Steele, Lea & Flood 2014, 'Fast
     splittable pseudorandom number generators'), and the upper 53 bits make the number.
@@ -71,13 +71,13 @@ def uniforms(seed: int, ids: torch.Tensor, draws: int) -> torch.Tensor:
 
 
 def _keys(seed: int, counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns a 64-bit key for each counter; different counters have different keys."""
+    """Return a 64-bit key for each counter; different counters have different keys."""
     start = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64))
     return _mix(start + counters * _GOLDEN)
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns splitmix64's finaliser of each word; it is one-to-one."""
+    """Return splitmix64's finaliser of each word; it is one-to-one."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -10,7 +10,7 @@ __all__ = ["Order", "epoch_order"]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
-    """Returns the order in which an epoch visits the training samples.
+    """Return the order in which an epoch visits the training samples.
 
     Args:
         seed: of the run.
@@ -52,11 +52,11 @@ class Order:
         return self._size // self._batch_size
 
     def epoch(self, round_number: int) -> int:
-        """Returns the epoch that a round belongs to, both counted from 0."""
+        """Return the epoch that a round belongs to, both counted from 0."""
         return round_number // self.rounds_per_epoch
 
     def samples(self, round_number: int) -> torch.Tensor:
-        """Returns the ids of a round's samples, int64 of shape [batch_size]."""
+        """Return the ids of a round's samples, int64 of shape [batch_size]."""
         epoch, position = divmod(round_number, self.rounds_per_epoch)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, epoch_order(self._seed, epoch, self._size))

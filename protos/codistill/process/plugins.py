@@ -33,12 +33,12 @@ class LoadError(ValueError):
 
 
 def is_reference(text: str) -> bool:
-    """Returns whether a text has the form `package.module:callable`."""
+    """Return whether a text has the form `package.module:callable`."""
     return _FORM.fullmatch(text) is not None
 
 
 def load(reference: str, field: str) -> Callable[..., Any]:
-    """Imports a callable by its name.
+    """Import a callable by its name.
 
     Args:
         reference: `package.module:callable`; Python looks for the module in installed packages and on PYTHONPATH.
@@ -78,7 +78,7 @@ def load(reference: str, field: str) -> Callable[..., Any]:
 
 
 def call(reference: str, field: str, arguments: Mapping[str, Any]) -> Any:
-    """Returns the result of a callable, called with an experiment's arguments.
+    """Return the result of a callable, called with an experiment's arguments.
 
     Raises:
         LoadError: as :func:`load`, or the callable does not take an argument, or raised an error.
@@ -98,7 +98,7 @@ def call(reference: str, field: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def explain_error(error: BaseException) -> str:
-    """Returns an error of a user's code as one line: its type, the user's line that raised it, and its text."""
+    """Return an error of a user's code as one line: its type, the user's line that raised it, and its text."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
@@ -115,14 +115,14 @@ def _is_users(frame: FrameType) -> bool:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Returns names for a message: all of a few, else the first ones and the number of the others."""
+    """Return names for a message: all of a few, else the first ones and the number of the others."""
     if len(names) <= 2 * _SHOWN:
         return ", ".join(names)
     return f"{', '.join(names[:_SHOWN])} and {len(names) - _SHOWN} more"
 
 
 def accepted_arguments(function: Callable[..., Any]) -> set[str] | None:
-    """Returns the names of the keyword arguments that a callable takes, or None if it takes any."""
+    """Return the names of the keyword arguments that a callable takes, or None if it takes any."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a built-in that has no signature to read

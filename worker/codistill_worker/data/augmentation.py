@@ -16,12 +16,12 @@ __all__ = ["augment", "normalise", "view_seed"]
 
 
 def view_seed(experiment: Experiment, participant: str, round_number: int) -> int:
-    """Returns the seed of a participant's augmentation in a round; where all share one view, that of all."""
+    """Return the seed of a participant's augmentation in a round; where all share one view, that of all."""
     return derive(experiment.seed, "augment", "" if experiment.shared_view else participant, round_number)
 
 
 def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: int) -> torch.Tensor:
-    """Returns images cropped at random after zero padding, and mirrored at random.
+    """Return images cropped at random after zero padding, and mirrored at random.
 
     With padding p, an image is surrounded by p zero pixels on every side and cut to its own size at one of (2p+1)²
     places, each as likely. With `flip` it is mirrored left to right with probability ½ (He et al. 2016, section 4.2). The
@@ -61,7 +61,7 @@ def normalise(
     *,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Returns (x/255 − mean)/std, computed in float32.
+    """Return (x/255 − mean)/std, computed in float32.
 
     Args:
         images: uint8 of shape [B, C, H, W], on any device.
@@ -81,6 +81,6 @@ def normalise(
 
 @lru_cache(maxsize=16)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns 1/(255·std) and −mean/std, float32 of shape [1, C, 1, 1]; cached for the next batches."""
+    """Return 1/(255·std) and −mean/std, float32 of shape [1, C, 1, 1]; cached for the next batches."""
     means, stds = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
     return (1 / (255 * stds)).to(device, torch.float32), (-means / stds).to(device, torch.float32)

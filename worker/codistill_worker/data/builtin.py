@@ -35,7 +35,7 @@ TORCHVISION: Mapping[str, str] = {
 
 
 def digits() -> Arrays:
-    """Returns scikit-learn's 1,797 handwritten digits, 8×8, values 0..16 scaled to 0..255; they have no test split.
+    """Return scikit-learn's 1,797 handwritten digits, 8×8, values 0..16 scaled to 0..255; they have no test split.
 
     Raises:
         ConfigurationError: scikit-learn is not installed.
@@ -52,7 +52,7 @@ def digits() -> Arrays:
 
 
 def _digits_of(package: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the pixels' values and the classes that a scikit-learn holds.
+    """Return the pixels' values and the classes that a scikit-learn holds.
 
     Importing scikit-learn and SciPy takes a second, by which a restarted worker would be late. So its file is read where it
     has always been, and scikit-learn is imported only if the file is not there.
@@ -69,7 +69,7 @@ def _digits_of(package: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def torchvision_set(data: Data) -> tuple[Arrays, Arrays]:
-    """Returns the training and test images of MNIST, Fashion-MNIST, CIFAR-10 or CIFAR-100.
+    """Return the training and test images of MNIST, Fashion-MNIST, CIFAR-10 or CIFAR-100.
 
     torchvision checks the files' MD5 sums before it reads them.
 
@@ -88,7 +88,7 @@ def torchvision_set(data: Data) -> tuple[Arrays, Arrays]:
 
 
 def imagenet(data: Data) -> tuple[Files, Files]:
-    """Finds ImageNet's 1,000 classes in `data.root`: train/WNID/* and val/WNID/*.
+    """Find ImageNet's 1,000 classes in `data.root`: train/WNID/* and val/WNID/*.
 
     If there are archives instead of folders and `data.download` is set, torchvision unpacks them. They are
     `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` and `ILSVRC2012_devkit_t12.tar.gz`, whose download needs an
@@ -105,7 +105,7 @@ def imagenet(data: Data) -> tuple[Files, Files]:
 
 
 def _read(data: Data, read: Callable[[], _T]) -> _T:
-    """Returns the result of `read`, with errors that say which setting to change.
+    """Return the result of `read`, with errors that say which setting to change.
 
     torchvision raises RuntimeError where files are missing or have another checksum, and OSError (URLError is one) where
     they cannot be fetched, read or written.
@@ -129,7 +129,7 @@ def _read(data: Data, read: Callable[[], _T]) -> _T:
 
 
 def _download_lock(root: Path) -> AbstractContextManager[object]:
-    """Locks the folder, as the workers of one machine start together and one of them is to download."""
+    """Lock the folder, as the workers of one machine start together and one of them is to download."""
     root.mkdir(parents=True, exist_ok=True)
     return locked(
         root / ".codistill-download.lock",

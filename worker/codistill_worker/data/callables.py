@@ -21,7 +21,7 @@ _WANTED = "(train_images, train_labels, test_images, test_labels)"
 
 
 def from_callable(data: Data) -> tuple[Arrays, Arrays]:
-    """Calls the callable that `data.dataset` names, and checks its result.
+    """Call the callable that `data.dataset` names, and check its result.
 
     It is called with the `data` section if it takes an argument, and returns (train_images, train_labels, test_images,
     test_labels), each a tensor or an array. Images are uint8 of shape [N, C, H, W] or [N, H, W], square. Labels are

@@ -36,7 +36,7 @@ class Split(ABC):
 
     @abstractmethod
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yields the images of each batch of ids, in order.
+        """Yield the images of each batch of ids, in order.
 
         Batches may be taken from `id_batches` before they are needed, to decode ahead. The stream begins and ends where the
         ids do. Close the iterator to stop early.
@@ -52,7 +52,7 @@ class Split(ABC):
         """
 
     def images(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns the images of some samples: uint8 of shape [B, C, H, W] on the split's device; see :meth:`stream`."""
+        """Return the images of some samples: uint8 of shape [B, C, H, W] on the split's device; see :meth:`stream`."""
         return next(self.stream([ids]))
 
 
@@ -71,7 +71,7 @@ class MemorySplit(Split):
         self._device = device
 
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yields the images of each batch of ids, in order; nothing is read ahead."""
+        """Yield the images of each batch of ids, in order; nothing is read ahead."""
         for ids in id_batches:
             yield self._images.index_select(0, ids.to(self._images.device)).to(self._device)
 
@@ -105,7 +105,7 @@ class StreamedSplit(Split):
         self._threads = threads
 
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yields the images of each batch of ids, in order, decoding two batches ahead of the one asked for."""
+        """Yield the images of each batch of ids, in order, decoding two batches ahead of the one asked for."""
         if not self._threads:
             for ids in id_batches:
                 batch = self._buffer(ids)
@@ -168,11 +168,11 @@ class Dataset:
     width: int
 
     def normalise(self, images: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
-        """Returns images, uint8 of shape [B, C, H, W], as float32 with the data set's statistics taken out."""
+        """Return images, uint8 of shape [B, C, H, W], as float32 with the data set's statistics taken out."""
         return normalise(images, self.mean, self.std, channels_last=channels_last)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 in hexadecimal, which two workers share if their sample ids mean the same samples.
+        """Return a SHA-256 in hexadecimal, which two workers share if their sample ids mean the same samples.
 
         It covers the training labels in order, the held-out ids and labels, the test labels, the number of classes and
         an image's shape. Pixels are not in it: decoders may differ in the last bit from machine to machine.
@@ -189,7 +189,7 @@ class Dataset:
 
 
 def check_batch(dataset: Dataset, batch_size: int) -> None:
-    """Checks that a round's batch can be taken from the training samples.
+    """Check that a round's batch can be taken from the training samples.
 
     Raises:
         ConfigurationError: the batch is larger than the training set.

@@ -17,7 +17,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 
 
 def image_folder(data: Data) -> tuple[Files, Files]:
-    """Finds the training and the test images below `data.root`.
+    """Find the training and the test images below `data.root`.
 
     Classes are numbered in the order of their folders' names, images in the order of their paths. Both are compared by code
     point, so that every machine counts alike. A class folder may have subfolders.
@@ -46,7 +46,7 @@ def image_folder(data: Data) -> tuple[Files, Files]:
 
 
 def splits(data: Data) -> tuple[Path, Path]:
-    """Returns the folders of the training and the test images.
+    """Return the folders of the training and the test images.
 
     Raises:
         ConfigurationError: one is not there.

@@ -31,7 +31,7 @@ _GIB = 2**30
 
 
 def load(data: Data, device: torch.device) -> Dataset:
-    """Loads a data set.
+    """Load a data set.
 
     Subsets are drawn without regard to class, by permutations that follow from `data.split_seed`, and keep the data
     set's own order; a smaller subset is part of a larger one of the same seed. Held-out samples come out of the
@@ -95,7 +95,7 @@ def load(data: Data, device: torch.device) -> Dataset:
 
 
 def image_of(data: Data) -> tuple[int, int]:
-    """Returns channels and size of a data set's images; loads the data set where only its images tell.
+    """Return channels and size of a data set's images; loads the data set where only its images tell.
 
     Raises:
         ConfigurationError, LoadError: as :func:`load`.
@@ -109,7 +109,7 @@ def image_of(data: Data) -> tuple[int, int]:
 
 
 def check(data: Data) -> None:
-    """Checks that a data set is where the section says, as far as this can be told without loading it.
+    """Check that a data set is where the section says, as far as this can be told without loading it.
 
     Raises:
         ConfigurationError: it is not there.
@@ -127,7 +127,7 @@ def check(data: Data) -> None:
 
 
 def _train_and_test(data: Data) -> tuple[Source, Source]:
-    """Returns the training and the test samples, each in the size that the section asks for."""
+    """Return the training and the test samples, each in the size that the section asks for."""
     if data.dataset == "digits":
         return _digits(data)
     train: Source
@@ -144,7 +144,7 @@ def _train_and_test(data: Data) -> tuple[Source, Source]:
 
 
 def _digits(data: Data) -> tuple[Source, Source]:
-    """Splits the digits, which come in one piece; three quarters are trained on if `train_size` does not say."""
+    """Split the digits, which come in one piece; three quarters are trained on if `train_size` does not say."""
     everything = digits()
     total = len(everything)
     train_size = data.train_size if data.train_size is not None else int(total * _DIGITS_TRAIN_SHARE)
@@ -177,7 +177,7 @@ def _subset(source: Source, field: str, wanted: int | None, data: Data) -> Sourc
 
 
 def _drawn(count: int, size: int, seed: int) -> torch.Tensor:
-    """Returns `count` of 0..size-1, at most all of them, in ascending order."""
+    """Return `count` of 0..size-1, at most all of them, in ascending order."""
     return permutation(seed, size)[:count].sort().values
 
 
@@ -190,7 +190,7 @@ def _statistics(data: Data, train: Split, shape: tuple[int, int, int]) -> tuple[
 
 
 def _measured(split: Split, shape: tuple[int, int, int], seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of each channel, of values scaled to 0..1.
+    """Return mean and standard deviation of each channel, of values scaled to 0..1.
 
     Pixels are counted by value, so every device and every order gives the same bits. A channel that is constant gets
     the deviation of one step of 255, as nothing can be divided by 0.

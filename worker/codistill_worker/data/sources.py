@@ -49,11 +49,11 @@ class Source(ABC):
 
     @abstractmethod
     def select(self, ids: torch.Tensor) -> Source:
-        """Returns some of the samples, in the ids' order."""
+        """Return some of the samples, in the ids' order."""
 
     @abstractmethod
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
-        """Returns the samples as a split.
+        """Return the samples as a split.
 
         Args:
             device: of the batches.
@@ -81,11 +81,11 @@ class Arrays(Source):
         return channels, height, width
 
     def select(self, ids: torch.Tensor) -> Arrays:
-        """Returns some of the samples, copied, in the ids' order."""
+        """Return some of the samples, copied, in the ids' order."""
         return Arrays(self.pixels[ids], self.labels[ids])
 
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:  # noqa: ARG002
-        """Returns the samples as a split in the device's memory, or in the host's."""
+        """Return the samples as a split in the device's memory, or in the host's."""
         pixels = self.pixels.contiguous()
         return MemorySplit(pixels.to(device) if on_device else pixels, self.labels, device)
 
@@ -110,12 +110,12 @@ class Files(Source):
         return 3, self.size, self.size
 
     def select(self, ids: torch.Tensor) -> Files:
-        """Returns some of the samples, in the ids' order."""
+        """Return some of the samples, in the ids' order."""
         chosen: list[int] = ids.tolist()
         return Files([self.paths[index] for index in chosen], self.labels[ids], self.size)
 
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
-        """Returns the samples as a split: all decoded now, or each when it is needed."""
+        """Return the samples as a split: all decoded now, or each when it is needed."""
         if on_device:
             return MemorySplit(self._decode_all().to(device), self.labels, device)
         return StreamedSplit(self._decode, self.shape, self.labels, device, threads)
@@ -130,7 +130,7 @@ class Files(Source):
         return stop - start
 
     def _decode_all(self) -> torch.Tensor:
-        """Returns all images, uint8 of shape [N, C, H, W] on the CPU; logs its progress every few seconds."""
+        """Return all images, uint8 of shape [N, C, H, W] on the CPU; logs its progress every few seconds."""
         total = len(self)
         out = torch.empty((total, *self.shape), dtype=torch.uint8)
         pixels = out.numpy()
@@ -153,7 +153,7 @@ class Files(Source):
 
 
 def decode_image(path: str, out: np.ndarray) -> None:
-    """Decodes a file to RGB; an image of another size is cut to its centred square and resized.
+    """Decode a file to RGB; an image of another size is cut to its centred square and resized.
 
     The result is that of resizing the shorter side and cutting out the centre, without resizing the rest.
 

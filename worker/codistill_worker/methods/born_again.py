@@ -10,5 +10,5 @@ __all__ = ["objective"]
 
 
 def objective(settings: BornAgain, context: StudentContext) -> Objective:
-    """Returns CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)); the paper has T = 1 and λ = 1."""
+    """Return CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)); the paper has T = 1 and λ = 1."""
     return SoftTargetObjective(context, weight=settings.weight, temperature=settings.temperature)

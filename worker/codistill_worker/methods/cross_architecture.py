@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: CrossArchitecture, context: StudentContext) -> Objective:
-    """Returns CE + w(e)·T²·KL(m ‖ softmax(z/T)), for the rounds that exchange."""
+    """Return CE + w(e)·T²·KL(m ‖ softmax(z/T)), for the rounds that exchange."""
     return _CrossArchitectureObjective(settings, context)
 
 
@@ -24,7 +24,7 @@ class _CrossArchitectureObjective(LogitsObjective):
         self._settings = settings
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the target is `probabilities`, [B, C]."""
+        """Return the loss of one step; the target is `probabilities`, [B, C]."""
         settings, logits = self._settings, step.outputs["logits"]
         weight = losses.rising_weight(
             step.epoch,

@@ -15,7 +15,7 @@ _ATTRIBUTES = ("network", "extra", "publishes", "measures_held_out", "loss")
 
 
 def objective(settings: Custom, context: StudentContext) -> Objective:
-    """Returns the result of the experiment's callable, called with `context` and the experiment's parameters.
+    """Return the result of the experiment's callable, called with `context` and the experiment's parameters.
 
     Its `loss` raises ConfigurationError where the user's raises an error or returns what cannot be minimised.
 
@@ -45,7 +45,7 @@ class _CheckedObjective:
         self._field = field
 
     def loss(self, step: Step) -> Loss:
-        """Returns the user's loss of one step."""
+        """Return the user's loss of one step."""
         try:
             loss: Any = self._checked.loss(step)
         except Exception as error:

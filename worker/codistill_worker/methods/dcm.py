@@ -13,7 +13,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: Dcm, context: StudentContext) -> Objective:
-    """Returns CE + α·Σ CE of the auxiliary classifiers + β·same stage + γ·other stages."""
+    """Return CE + α·Σ CE of the auxiliary classifiers + β·same stage + γ·other stages."""
     return _DcmObjective(settings, context)
 
 
@@ -32,7 +32,7 @@ class _DcmObjective:
         self._settings = settings
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the targets are `same` and `other`, [B, S, C], the final classifier last."""
+        """Return the loss of one step; the targets are `same` and `other`, [B, S, C], the final classifier last."""
         settings = self._settings
         total = losses.dense_cross_layer(
             [step.outputs[name] for name in self.publishes],

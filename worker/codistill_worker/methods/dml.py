@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: Dml, context: StudentContext) -> Objective:
-    """Returns CE_k + λ·T²·1/(K−1)·Σ_{l≠k} KL(p_l ‖ p_k), eq. 7 of the paper."""
+    """Return CE_k + λ·T²·1/(K−1)·Σ_{l≠k} KL(p_l ‖ p_k), eq. 7 of the paper."""
     return _DmlObjective(settings, context)
 
 
@@ -30,7 +30,7 @@ class _DmlObjective(LogitsObjective):
         self._temperature = settings.temperature
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the targets are `probabilities`, [B, C], and `divergence`, [B]."""
+        """Return the loss of one step; the targets are `probabilities`, [B, C], and `divergence`, [B]."""
         logits, temperature = step.outputs["logits"], self._temperature
         cross_entropy = losses.cross_entropy(logits, step.labels)
         term = self._weight * losses.mimicry(logits, target=step.targets["probabilities"], temperature=temperature)

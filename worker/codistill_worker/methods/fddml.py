@@ -10,5 +10,5 @@ __all__ = ["objective"]
 
 
 def objective(settings: Fddml, context: StudentContext) -> Objective:
-    """Returns the loss of the labels, the teacher and the other student."""
+    """Return the loss of the labels, the teacher and the other student."""
     return TaughtMutualObjective(settings, context)

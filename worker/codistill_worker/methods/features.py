@@ -94,14 +94,14 @@ class FeatureExtractor(nn.Module):
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(value.shape[1:]) for name, value in outputs.items()}
 
     def train(self, mode: bool = True) -> FeatureExtractor:
-        """Sets the mode of the student, of its traced form and of the classifiers."""
+        """Set the mode of the student, of its traced form and of the classifiers."""
         super().train(mode)
         if self._traced is not None:
             self._traced.module.train(mode)
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Returns all outputs, by name."""
+        """Return all outputs, by name."""
         embeddings: list[Tensor] = []
         handle = None
         if self._embedding_layer is not None:
@@ -134,12 +134,12 @@ class SelectedOutputs(nn.Module):
         self._prefix = prefix
 
     def forward(self, images: Tensor) -> Arrays:
-        """Returns the selected outputs, by name."""
+        """Return the selected outputs, by name."""
         return {name: value for name, value in self.network(images).items() if name.startswith(self._prefix)}
 
 
 def chosen_layers(context: StudentContext, named: Mapping[str, Sequence[str]], count: int) -> Sequence[str]:
-    """Returns the hidden layers that a method reads of one student or teacher.
+    """Return the hidden layers that a method reads of one student or teacher.
 
     Args:
         context: the student or teacher.

@@ -10,5 +10,5 @@ __all__ = ["objective"]
 
 
 def objective(settings: Hddml, context: StudentContext) -> Objective:
-    """Returns the loss of the labels and the other student, and of the teacher where its logits are sent."""
+    """Return the loss of the labels and the other student, and of the teacher where its logits are sent."""
     return TaughtMutualObjective(settings, context)

@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: Independent, context: StudentContext) -> Objective:
-    """Returns cross-entropy against the labels, smoothed: y' = (1−ε)·onehot + ε/C."""
+    """Return cross-entropy against the labels, smoothed: y' = (1−ε)·onehot + ε/C."""
     return _IndependentObjective(context, settings.label_smoothing)
 
 
@@ -20,7 +20,7 @@ class _IndependentObjective(LogitsObjective):
         self._label_smoothing = label_smoothing
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the reported cross-entropy has no smoothing."""
+        """Return the loss of one step; the reported cross-entropy has no smoothing."""
         logits, labels = step.outputs["logits"], step.labels
         total = losses.cross_entropy(logits, labels, self._label_smoothing)
         plain = losses.cross_entropy(logits.detach(), labels) if self._label_smoothing else total.detach()

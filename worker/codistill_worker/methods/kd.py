@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: Kd, context: StudentContext) -> Objective:
-    """Returns (1−λ)·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T))."""
+    """Return (1−λ)·CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T))."""
     return SoftTargetObjective(
         context, weight=settings.weight, temperature=settings.temperature, label_weight=1 - settings.weight
     )

@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: Kdcl, context: StudentContext) -> Objective:
-    """Returns CE + λ·T²·KL(softmax(target/T) ‖ softmax(z/T)), the loss of every student."""
+    """Return CE + λ·T²·KL(softmax(target/T) ‖ softmax(z/T)), the loss of every student."""
     made = SoftTargetObjective(context, weight=settings.weight, temperature=settings.temperature)
     made.publishes = ("logits",)
     made.measures_held_out = settings.ensemble == "general"

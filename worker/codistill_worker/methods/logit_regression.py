@@ -10,7 +10,7 @@ __all__ = ["objective"]
 
 
 def objective(settings: LogitRegression, context: StudentContext) -> Objective:
-    """Returns λ·mean (z − t)² over rows and classes, and μ·CE where the experiment asks for it."""
+    """Return λ·mean (z − t)² over rows and classes, and μ·CE where the experiment asks for it."""
     return _LogitRegressionObjective(settings, context)
 
 
@@ -21,7 +21,7 @@ class _LogitRegressionObjective(LogitsObjective):
         self._label_weight = settings.label_weight
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the target is `logits`, [B, C]."""
+        """Return the loss of one step; the target is `logits`, [B, C]."""
         logits = step.outputs["logits"]
         cross_entropy = losses.cross_entropy(logits, step.labels)
         term = self._weight * losses.logit_regression(logits, target=step.targets["logits"])

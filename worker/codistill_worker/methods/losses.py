@@ -46,7 +46,7 @@ _VARIANCE_AT_FIRST = 5.0
 
 
 def divergence(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    """Returns KL(target ‖ student) = (1/B)·Σ_b Σ_c t[b,c]·(log t[b,c] − log p[b,c]), in nats.
+    """Return KL(target ‖ student) = (1/B)·Σ_b Σ_c t[b,c]·(log t[b,c] − log p[b,c]), in nats.
 
     Args:
         target: probabilities, [B, C]; a class of probability 0 adds 0.
@@ -56,7 +56,7 @@ def divergence(target: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns −(1/B)·Σ_b Σ_c y'[b,c]·log softmax(z)[b,c] with y' = (1−ε)·onehot(y) + ε/C.
+    """Return −(1/B)·Σ_b Σ_c y'[b,c]·log softmax(z)[b,c] with y' = (1−ε)·onehot(y) + ε/C.
 
     Source: Szegedy et al. 2016, 'Rethinking the Inception Architecture', section 7.
 
@@ -69,7 +69,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
 
 def distillation(logits: Tensor, *, target: Tensor, temperature: float) -> Tensor:
-    """Returns T²·KL(softmax(t/T) ‖ softmax(z/T)).
+    """Return T²·KL(softmax(t/T) ‖ softmax(z/T)).
 
     Source: Hinton et al. 2015, 'Distilling the Knowledge in a Neural Network', section 2. They write the cross-entropy
     of the softened target; the divergence differs by a constant and is 0 where student and teacher agree. With T = 1 it
@@ -85,7 +85,7 @@ def distillation(logits: Tensor, *, target: Tensor, temperature: float) -> Tenso
 
 
 def mimicry(logits: Tensor, *, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns T²·KL(t ‖ softmax(z/T)), for a target that is a probability already.
+    """Return T²·KL(t ‖ softmax(z/T)), for a target that is a probability already.
 
     Source: Zhang et al. 2018, 'Deep Mutual Learning', the mimicry loss, at T = 1.
 
@@ -100,7 +100,7 @@ def mimicry(logits: Tensor, *, target: Tensor, temperature: float = 1.0) -> Tens
 
 
 def logit_regression(logits: Tensor, *, target: Tensor) -> Tensor:
-    """Returns (1/(B·C))·Σ_b Σ_c (z[b,c] − t[b,c])².
+    """Return (1/(B·C))·Σ_b Σ_c (z[b,c] − t[b,c])².
 
     Source: Ba & Caruana 2014, 'Do Deep Nets Really Need to be Deep?', eq. 1, which has ½ of a sum over classes; the
     mean over classes leaves the learning rate's meaning the same for any number of them. A constant on a row of logits
@@ -114,7 +114,7 @@ def logit_regression(logits: Tensor, *, target: Tensor) -> Tensor:
 
 
 def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
-    """Returns (1/B²)·Σ_i Σ_j h(ψ(x)[i,j] − ψ(t)[i,j]), the difference of two batches' distances among themselves.
+    """Return (1/B²)·Σ_i Σ_j h(ψ(x)[i,j] − ψ(t)[i,j]), the difference of two batches' distances among themselves.
 
     ψ(x)[i,j] = ‖x_i − x_j‖/μ, with μ the mean of the distances above 0. h is the Huber loss, ½d² up to |d| = 1 and
     |d| − ½ beyond. The mean is over all B² pairs, i = j among them, as in the authors' code. Scaling either side changes
@@ -133,7 +133,7 @@ def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
 
 
 def relational_angle(embedding: Tensor, *, target: Tensor) -> Tensor:
-    """Returns (1/B³)·Σ_i Σ_j Σ_k h(cos(x)[i,j,k] − cos(t)[i,j,k]), the difference of two batches' angles.
+    """Return (1/B³)·Σ_i Σ_j Σ_k h(cos(x)[i,j,k] − cos(t)[i,j,k]), the difference of two batches' angles.
 
     cos(x)[i,j,k] is that of the angle at x_j between x_i and x_k, 0 where one of them is x_j or coincides with it; h is
     the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
@@ -182,11 +182,11 @@ class VariationalInformation(nn.Module):
         self.alpha = nn.Parameter(torch.full((target_channels,), start))
 
     def variance(self) -> Tensor:
-        """Returns σ², [C']."""
+        """Return σ², [C']."""
         return functional.softplus(self.alpha) + _VARIANCE_FLOOR
 
     def forward(self, features: Tensor, *, target: Tensor) -> Tensor:
-        """Returns the loss of a batch, a scalar.
+        """Return the loss of a batch, a scalar.
 
         Args:
             features: the student's map, [B, C, H, W].
@@ -210,7 +210,7 @@ def taught_mutual(
     peer_weight: float,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Returns CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
+    """Return CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
     FDDML has a teacher for both students, HDDML for the first alone. The second gets None, and learns from the labels and
     its peer.
@@ -245,7 +245,7 @@ def dense_cross_layer(
     same_weight: float = 1.0,
     other_weight: float = 1.0,
 ) -> Tensor:
-    """Returns CE(z_Q, y) + α·Σ_{q<Q} CE(z_q, y) + β·Σ_q KL(s_q ‖ p_q) + γ·Q·Σ_q KL(o_q ‖ p_q): DCM of one student.
+    """Return CE(z_Q, y) + α·Σ_{q<Q} CE(z_q, y) + β·Σ_q KL(s_q ‖ p_q) + γ·Q·Σ_q KL(o_q ‖ p_q): DCM of one student.
 
     A student has Q auxiliary heads and a final one, z_Q; p_q = softmax(z_q). s_q is the mean probability of the peers'
     heads at the same stage, o_q that of their heads at the Q others. Q times the divergence from a mean has the
@@ -276,7 +276,7 @@ def dense_cross_layer(
 
 
 def rising_weight(epoch: float, *, start: float, end: float, highest: float, rise: Rise) -> float:
-    """Returns w(e), the weight of a distillation that grows during training.
+    """Return w(e), the weight of a distillation that grows during training.
 
     With u = (e − start)/(end − start), held within 0 and 1, and S the logistic function:
 
@@ -314,7 +314,7 @@ def _logistic(value: float) -> float:
 
 
 def _relative_distances(embedding: Tensor) -> Tensor:
-    """Returns ψ, [B, B]: distances over the mean of those above 0."""
+    """Return ψ, [B, B]: distances over the mean of those above 0."""
     distances = _lengths(embedding[:, None] - embedding[None]).squeeze(-1)
     apart = distances > 0
     total = distances.sum()
@@ -322,7 +322,7 @@ def _relative_distances(embedding: Tensor) -> Tensor:
 
 
 def _cosines(embedding: Tensor) -> Tensor:
-    """Returns the cosines at j between i and k, as [j, i, k]."""
+    """Return the cosines at j between i and k, as [j, i, k]."""
     differences = embedding[None] - embedding[:, None]
     lengths = _lengths(differences)
     directions = differences / torch.where(lengths > 0, lengths, 1)
@@ -330,7 +330,7 @@ def _cosines(embedding: Tensor) -> Tensor:
 
 
 def _lengths(vectors: Tensor) -> Tensor:
-    """Returns norms over the last dimension, which stays; the gradient of a norm of 0 is 0."""
+    """Return norms over the last dimension, which stays; the gradient of a norm of 0 is 0."""
     squares = vectors.square().sum(-1, keepdim=True)
     apart = squares > 0  # the root's slope at 0 is infinite, and infinity times 0 is no number
     return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)

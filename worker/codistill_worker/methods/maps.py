@@ -13,7 +13,7 @@ _LARGEST = 8
 
 
 def as_map(output: Tensor) -> Tensor:
-    """Returns a layer's output as [B, channels, height, width].
+    """Return a layer's output as [B, channels, height, width].
 
     Tokens are laid out as the square that they were cut from, without the class token before them; if their number has no
     integer root, they are a map of N×1. A vector is a map of 1×1. Maps of square images are square, so the other side has
@@ -35,7 +35,7 @@ def as_map(output: Tensor) -> Tensor:
 
 
 def pooled(output: Tensor) -> Tensor:
-    """Returns a layer's output as a map of at most 8×8; larger ones are averaged over patches.
+    """Return a layer's output as a map of at most 8×8; larger ones are averaged over patches.
 
     Args:
         output: of a shape that :func:`as_map` takes.

@@ -15,7 +15,7 @@ __all__ = ["create", "teacher_network"]
 
 
 def create(distillation: Distillation, context: StudentContext) -> Objective:
-    """Returns the objective of one student.
+    """Return the objective of one student.
 
     Args:
         distillation: the experiment's section, with the student's overrides applied.
@@ -31,7 +31,7 @@ def create(distillation: Distillation, context: StudentContext) -> Objective:
 
 
 def teacher_network(distillation: Distillation, context: StudentContext) -> nn.Module:
-    """Returns the network whose named outputs a teacher publishes.
+    """Return the network whose named outputs a teacher publishes.
 
     Raises:
         ConfigurationError: the teacher's model has no layer that is named.

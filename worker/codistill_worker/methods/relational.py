@@ -32,7 +32,7 @@ class RelationalObjective:
         self._angle_weight = angle_weight
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the target is `embedding`, [B, D]."""
+        """Return the loss of one step; the target is `embedding`, [B, D]."""
         cross_entropy = losses.cross_entropy(step.outputs["logits"], step.labels)
         embedding, target = step.outputs["embedding"], step.targets["embedding"]
         term = torch.zeros((), device=embedding.device)
@@ -44,7 +44,7 @@ class RelationalObjective:
 
 
 def embedding_network(context: StudentContext) -> nn.Module:
-    """Returns the network that gives a teacher's `embedding`, [B, D].
+    """Return the network that gives a teacher's `embedding`, [B, D].
 
     Raises:
         ConfigurationError: the model has no embedding.

@@ -12,10 +12,10 @@ __all__ = ["objective", "teacher"]
 
 
 def objective(settings: RkdAngle, context: StudentContext) -> Objective:
-    """Returns CE + λ_a·A."""
+    """Return CE + λ_a·A."""
     return RelationalObjective(context, angle_weight=settings.angle_weight)
 
 
 def teacher(settings: RkdAngle, context: StudentContext) -> nn.Module:  # noqa: ARG001
-    """Returns the network that gives the teacher's `embedding`, [B, D]."""
+    """Return the network that gives the teacher's `embedding`, [B, D]."""
     return embedding_network(context)

@@ -12,10 +12,10 @@ __all__ = ["objective", "teacher"]
 
 
 def objective(settings: RkdDistance, context: StudentContext) -> Objective:
-    """Returns CE + λ_d·D."""
+    """Return CE + λ_d·D."""
     return RelationalObjective(context, distance_weight=settings.distance_weight)
 
 
 def teacher(settings: RkdDistance, context: StudentContext) -> nn.Module:  # noqa: ARG001
-    """Returns the network that gives the teacher's `embedding`, [B, D]."""
+    """Return the network that gives the teacher's `embedding`, [B, D]."""
     return embedding_network(context)

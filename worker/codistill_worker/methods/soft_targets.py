@@ -27,7 +27,7 @@ class SoftTargetObjective(LogitsObjective):
         self._label_weight = label_weight
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the target is `logits`, [B, C]."""
+        """Return the loss of one step; the target is `logits`, [B, C]."""
         logits = step.outputs["logits"]
         cross_entropy = losses.cross_entropy(logits, step.labels)
         term = self._weight * losses.distillation(logits, target=step.targets["logits"], temperature=self._temperature)

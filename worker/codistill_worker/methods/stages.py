@@ -16,7 +16,7 @@ __all__ = ["evaluating", "last_layer_with_weights", "run_on_empty_images", "stag
 
 
 def stage_layers(model: nn.Module, count: int, *, channels: int, size: int) -> tuple[str, ...]:
-    """Returns the names of layers that divide a model's depth evenly, 1/3 and 2/3 of the way for two of them.
+    """Return the names of layers that divide a model's depth evenly, 1/3 and 2/3 of the way for two of them.
 
     Depth is counted in layers with weights, classifier included. Candidates are the steps of the trunk: the children of
     the model, of its Sequentials, and of any module with more than half of the depth. Of the steps after the same
@@ -59,7 +59,7 @@ def stage_layers(model: nn.Module, count: int, *, channels: int, size: int) -> t
 
 
 def last_layer_with_weights(model: nn.Module, *, channels: int, size: int) -> str:
-    """Returns the name of the last layer with weights that the model calls.
+    """Return the name of the last layer with weights that the model calls.
 
     Raises:
         ConfigurationError: the model has none.
@@ -73,7 +73,7 @@ def last_layer_with_weights(model: nn.Module, *, channels: int, size: int) -> st
 
 @contextmanager
 def _weights_called(model: nn.Module) -> Generator[list[str]]:
-    """Gives a list, to which each layer with weights adds its name when it is called."""
+    """Give a list, to which each layer with weights adds its name when it is called."""
     called: list[str] = []
     with ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -88,13 +88,13 @@ def _weights_called(model: nn.Module) -> Generator[list[str]]:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    """Returns whether a module counts for depth: linear and convolutional layers do, normalisation does not."""
+    """Return whether a module counts for depth: linear and convolutional layers do, normalisation does not."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.ndim > 1
 
 
 def _trunk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the steps of a model's trunk and their names, inner ones first."""
+    """Yield the steps of a model's trunk and their names, inner ones first."""
     half_of_the_depth = sum(map(_has_weights, model.modules())) / 2
 
     def inside(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -110,7 +110,7 @@ def _trunk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def run_on_empty_images(model: nn.Module, *, channels: int, size: int) -> tuple[Tensor, Tensor]:
-    """Returns two empty images on the model's device, and the logits of the model for them."""
+    """Return two empty images on the model's device, and the logits of the model for them."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, channels, size, size, device=device)
     with evaluating(model), torch.no_grad():
@@ -119,7 +119,7 @@ def run_on_empty_images(model: nn.Module, *, channels: int, size: int) -> tuple[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Sets a model to evaluation, and back to its mode at the end."""
+    """Set a model to evaluation, and back to its mode at the end."""
     training = model.training
     model.eval()
     try:

@@ -23,7 +23,7 @@ class TaughtMutualObjective(LogitsObjective):
         self._settings = settings
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the targets are `probabilities` and perhaps `logits`, [B, C]."""
+        """Return the loss of one step; the targets are `probabilities` and perhaps `logits`, [B, C]."""
         logits, settings = step.outputs["logits"], self._settings
         total = losses.taught_mutual(
             logits,

@@ -47,7 +47,7 @@ class TracedModel:
         )
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Returns the logits, [B, C], and the layers' outputs by name."""
+        """Return the logits, [B, C], and the layers' outputs by name."""
         outputs = self.module(images)
         return outputs[self._logits[0]], {name: outputs[train] for name, (train, _) in self._names.items()}
 
@@ -60,7 +60,7 @@ def _feature_extraction() -> Any:
 
 
 def _operation_names(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Returns the names of a model's operations in training and in evaluation; the last gives the logits."""
+    """Return the names of a model's operations in training and in evaluation; the last gives the logits."""
     extraction = _feature_extraction()
     try:
         modes = extraction.get_graph_node_names(model, suppress_diff_warning=True)
@@ -74,7 +74,7 @@ def _operation_names(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _find_operation(name: str, modes: tuple[list[str], list[str]]) -> tuple[str, str]:
-    """Returns the operation that gives a layer's output, in training and in evaluation."""
+    """Return the operation that gives a layer's output, in training and in evaluation."""
     found: list[str] = []
     for nodes in modes:
         inside = [node for node in nodes if node == name or node.startswith(f"{name}.")]

@@ -14,12 +14,12 @@ __all__ = ["objective", "teacher"]
 
 
 def objective(settings: Vid, context: StudentContext) -> Objective:
-    """Returns CE + λ·Σ_k mean[½·((μ_k − t_k)²/σ_k² + log σ_k²)] over the chosen layers k."""
+    """Return CE + λ·Σ_k mean[½·((μ_k − t_k)²/σ_k² + log σ_k²)] over the chosen layers k."""
     return _VidObjective(settings, context)
 
 
 def teacher(settings: Vid, context: StudentContext) -> nn.Module:
-    """Returns the network that gives the teacher's chosen layers, as maps of at most 8×8."""
+    """Return the network that gives the teacher's chosen layers, as maps of at most 8×8."""
     layers = chosen_layers(context, settings.layers, settings.stages)
     return SelectedOutputs(FeatureExtractor(context.model, **context.shape, features=layers), "features/")
 
@@ -41,7 +41,7 @@ class _VidObjective:
         self.extra: nn.Module = nn.ModuleList(self._terms)
 
     def loss(self, step: Step) -> Loss:
-        """Returns the loss of one step; the targets are `features/1` …, [B, channels, height, width]."""
+        """Return the loss of one step; the targets are `features/1` …, [B, channels, height, width]."""
         cross_entropy = losses.cross_entropy(step.outputs["logits"], step.labels)
         layer_losses = [
             term(step.outputs[name], target=step.targets[name])

@@ -45,12 +45,12 @@ _SHAPE = frozenset({"classes", "channels", "size"})
 
 
 def builtin_names() -> tuple[str, ...]:
-    """Returns the names of the built-in models."""
+    """Return the names of the built-in models."""
     return tuple(_BUILTIN)
 
 
 def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
-    """Checks a model's name without building it, and the names of its arguments where they can be known.
+    """Check a model's name without building it, and the names of its arguments where they can be known.
 
     Raises:
         ConfigurationError: there is no such model, its library is not installed, or it does not take an argument.
@@ -85,7 +85,7 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
 
 
 def build(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any], seed: int) -> nn.Module:
-    """Returns a participant's model; runs it on two empty images to check that it outputs logits.
+    """Return a participant's model; run it on two empty images to check that it outputs logits.
 
     Args:
         reference: a built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.
@@ -125,7 +125,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
 
 
 def _arguments(factory: partial[nn.Module]) -> list[str]:
-    """Returns the names of the arguments that an experiment may give a built-in model."""
+    """Return the names of the arguments that an experiment may give a built-in model."""
     parameters = inspect.signature(factory.func).parameters
     return [name for name in parameters if name not in _SHAPE and name not in factory.keywords]
 

@@ -10,7 +10,7 @@ __all__ = ["cnn"]
 
 
 def cnn(*, classes: int, channels: int, size: int, width: Width = 16, dropout: Rate = 0.0) -> nn.Module:
-    """Returns stages of a 3×3 convolution, batch normalisation and a rectifier, halving the image between two of them.
+    """Return stages of a 3×3 convolution, batch normalisation and a rectifier, halving the image between two of them.
 
     There are three stages below 64×64 pixels and one more for each doubling from there, so that the last sees less
     than 16×16. The first has `width` channels, each next one twice as many, up to eight times. The last map's mean,

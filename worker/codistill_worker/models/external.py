@@ -30,20 +30,20 @@ _PATCHES_ALONG_A_SIDE = 8
 
 
 def unknown_model(problem: str, name: str, names: list[str], allowed: str) -> ConfigurationError:
-    """Returns the error for an unknown name, with the closest known ones."""
+    """Return the error for an unknown name, with the closest known ones."""
     close = difflib.get_close_matches(name.lower(), names, 3)
     hint = f"did you mean {' or '.join(repr(known) for known in close)}? " if close else ""
     return ConfigurationError(f"model: {problem}; {hint}{allowed}")
 
 
 def torchvision_names() -> list[str]:
-    """Returns the names of torchvision's classification models."""
+    """Return the names of torchvision's classification models."""
     module = torchvision()
     return module.models.list_models(module=module.models)
 
 
 def from_torchvision(name: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
-    """Returns an untrained classifier of torchvision's, fitted to small images by :mod:`.stems`.
+    """Return an untrained classifier of torchvision's, fitted to small images by :mod:`.stems`.
 
     Raises:
         ConfigurationError: an argument is not one of the model's, or has a value that it refuses.
@@ -72,13 +72,13 @@ def from_torchvision(name: str, *, classes: int, channels: int, size: int, args:
 
 
 def _vit_patch(size: int) -> int:
-    """Returns the largest patch that divides a small image and leaves at least 8 along a side."""
+    """Return the largest patch that divides a small image and leaves at least 8 along a side."""
     largest = max(1, size // _PATCHES_ALONG_A_SIDE)
     return max(side for side in range(1, largest + 1) if size % side == 0)
 
 
 def check_timm_name(name: str) -> None:
-    """Checks that timm has a model of this name.
+    """Check that timm has a model of this name.
 
     Raises:
         ConfigurationError: it has none, or is not installed.
@@ -94,7 +94,7 @@ def check_timm_name(name: str) -> None:
 
 
 def from_timm(name: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
-    """Returns an untrained model of timm's, built for the image's size where it takes one.
+    """Return an untrained model of timm's, built for the image's size where it takes one.
 
     timm's stems stay as they are; the experiment can give a family's argument for small images.
 
@@ -114,7 +114,7 @@ def from_timm(name: str, *, classes: int, channels: int, size: int, args: Mappin
 
 
 def from_callable(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any]) -> nn.Module:
-    """Returns the model that a user's callable builds.
+    """Return the model that a user's callable builds.
 
     It is called with the model's arguments, and with those of `classes`, `channels` and `size` that its signature has.
 
@@ -141,7 +141,7 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
 
 
 def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
-    """Checks that a model takes the arguments of the experiment.
+    """Check that a model takes the arguments of the experiment.
 
     Raises:
         ConfigurationError: it does not take one; the text lists those that it takes.
@@ -156,7 +156,7 @@ def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
 
 
 def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
-    """Returns a library's model; if the arguments are refused, the error lists those that it takes.
+    """Return a library's model; if the arguments are refused, the error lists those that it takes.
 
     The libraries hand arguments down through several layers, so only a built model shows which it takes.
     """

@@ -12,7 +12,7 @@ __all__ = ["mlp"]
 def mlp(
     *, classes: int, channels: int, size: int, hidden: Width = 128, depth: Count = 2, dropout: Rate = 0.0
 ) -> nn.Module:
-    """Returns a perceptron of `depth` hidden layers of `hidden` rectified units, each followed by dropout."""
+    """Return a perceptron of `depth` hidden layers of `hidden` rectified units, each followed by dropout."""
     layers: list[nn.Module] = [nn.Flatten()]
     width = channels * size * size
     for _ in range(depth):

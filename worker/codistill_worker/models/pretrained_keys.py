@@ -18,7 +18,7 @@ _NUMBERED = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 
 def rename_keys(weights: Mapping[str, Tensor], reference: str) -> Mapping[str, Tensor]:
-    """Returns weights by the names of their model; for most models, the mapping itself.
+    """Return weights by the names of their model; for most models, the mapping itself.
 
     Args:
         weights: by the names in the file.

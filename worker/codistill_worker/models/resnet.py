@@ -13,7 +13,7 @@ __all__ = ["resnet", "wide_resnet"]
 
 
 def resnet(*, classes: int, channels: int, size: int, depth: Count, width: Width = 16) -> nn.Module:  # noqa: ARG001
-    """Returns a CIFAR ResNet (He et al. 2016, 'Deep residual learning', section 4.2).
+    """Return a CIFAR ResNet (He et al. 2016, 'Deep residual learning', section 4.2).
 
     A 3×3 convolution, three stages of (depth−2)/6 blocks with `width`, 2·`width` and 4·`width` channels, the mean of
     the last map and one linear layer. Shortcuts have no parameters ('option A'): where a stage begins they take every
@@ -56,7 +56,7 @@ def wide_resnet(
     width: Width = 2,
     dropout: Rate = 0.0,
 ) -> nn.Module:
-    """Returns a wide ResNet (Zagoruyko & Komodakis 2016, 'Wide residual networks', table 1), WRN-`depth`-`width`.
+    """Return a wide ResNet (Zagoruyko & Komodakis 2016, 'Wide residual networks', table 1), WRN-`depth`-`width`.
 
     Args:
         classes: outputs.
@@ -135,7 +135,7 @@ def _convolution(before: int, after: int, kernel: int, stride: int = 1) -> nn.Co
 
 
 def _initialised(model: nn.Module) -> nn.Module:
-    """Returns the model with its convolutions initialised after He et al. 2015, as both papers ask."""
+    """Return the model with its convolutions initialised after He et al. 2015, as both papers ask."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -25,7 +25,7 @@ Stem = Callable[[Any, int], None]
 
 
 def fit(model: nn.Module, name: str, size: int) -> None:
-    """Fits a torchvision model to images of `size`×`size` in place; larger images than `SMALL` need no change.
+    """Fit a torchvision model to images of `size`×`size` in place; larger images than `SMALL` need no change.
 
     Args:
         model: built by torchvision.
@@ -39,7 +39,7 @@ def fit(model: nn.Module, name: str, size: int) -> None:
 
 
 def set_channels(model: nn.Module, channels: int) -> None:
-    """Changes a torchvision model in place, to take images of another number of channels than 3."""
+    """Change a torchvision model in place, to take images of another number of channels than 3."""
     if channels == 3:
         return
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
@@ -47,7 +47,7 @@ def set_channels(model: nn.Module, channels: int) -> None:
 
 
 def _convolution(like: nn.Conv2d, **changes: Any) -> nn.Conv2d:
-    """Returns a new convolution that differs in some settings, initialised to keep the variance of its input."""
+    """Return a new convolution that differs in some settings, initialised to keep the variance of its input."""
     settings: dict[str, Any] = {
         "in_channels": like.in_channels,
         "out_channels": like.out_channels,
@@ -79,7 +79,7 @@ def _densenet(model: Any, size: int) -> None:  # noqa: ARG001
 
 
 def _vgg(model: Any, size: int) -> None:
-    """Drops the last halvings that an image under 32 pixels has no pixels for, and pools to 1×1 instead of 7×7."""
+    """Drop the last halvings that an image under 32 pixels has no pixels for, and pool to 1×1 instead of 7×7."""
     pools = [index for index, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
     for index in pools[size.bit_length() - 1 :]:
         model.features[index] = nn.Identity()
@@ -91,7 +91,7 @@ def _vgg(model: Any, size: int) -> None:
 
 
 def _alexnet(model: Any, size: int) -> None:  # noqa: ARG001
-    """Makes the first convolution 3×3 with stride 1, pools 2×2, and pools to 4×4 instead of 6×6 at the end."""
+    """Make the first convolution 3×3 with stride 1, pool 2×2, and pool to 4×4 instead of 6×6 at the end."""
     model.features[0] = _convolution(model.features[0], kernel_size=3, stride=1, padding=1)
     for index, layer in enumerate(model.features):
         if isinstance(layer, nn.MaxPool2d):
@@ -111,21 +111,21 @@ def _googlenet(model: Any, size: int) -> None:  # noqa: ARG001
 
 
 def _inception(model: Any, size: int) -> None:  # noqa: ARG001
-    """Leaves the three halvings out that come before the first inception block."""
+    """Leave the three halvings out that come before the first inception block."""
     model.Conv2d_1a_3x3.conv.stride = (1, 1)
     model.maxpool1 = nn.Identity()
     model.maxpool2 = nn.Identity()
 
 
 def _without_strides(model: Any, size: int, *, count: int) -> None:  # noqa: ARG001
-    """Sets the stride of the first `count` convolutions that have one to 1."""
+    """Set the stride of the first `count` convolutions that have one to 1."""
     strided = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.stride != (1, 1)]
     for convolution in strided[:count]:
         convolution.stride = (1, 1)
 
 
 def _patches(model: Any, size: int) -> None:
-    """Cuts 16 patches along a side instead of one every 4 pixels; as many as there are pixels in images under 32."""
+    """Cut 16 patches along a side instead of one every 4 pixels; as many as there are pixels in images under 32."""
     patch = max(1, size // 16)
     model.features[0][0] = _convolution(model.features[0][0], kernel_size=patch, stride=patch, padding=0)
 

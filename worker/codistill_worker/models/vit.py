@@ -23,7 +23,7 @@ def vit(
     heads: Count = 4,
     dropout: Rate = 0.0,
 ) -> nn.Module:
-    """Returns a transformer over square patches, with learnt positions; the last layer takes the mean of all tokens.
+    """Return a transformer over square patches, with learnt positions; the last layer takes the mean of all tokens.
 
     Args:
         classes: outputs.

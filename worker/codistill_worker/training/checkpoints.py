@@ -76,7 +76,7 @@ class CheckpointStore:
         return self._rounds[0] if len(self._rounds) > 1 else 0
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint, and keeps the one before it.
+        """Write a checkpoint, and keep the one before it.
 
         A checkpoint of a later round is not replaced. A newer worker of the student wrote it, and the server may have
         forgotten the rounds before it.
@@ -99,7 +99,7 @@ class CheckpointStore:
             self._rounds = [*self._rounds[-1:], checkpoint.round]
 
     def save_best(self, checkpoint: Checkpoint) -> None:
-        """Writes the best weights so far, without the optimiser's state.
+        """Write the best weights so far, without the optimiser's state.
 
         Raises:
             OSError: they could not be written; the weights before them stay.
@@ -110,7 +110,7 @@ class CheckpointStore:
             part.replace(best)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:
-        """Returns the newest checkpoint that can be read, or None without one; removes the files of dead processes.
+        """Return the newest checkpoint that can be read, or None without one; remove the files of dead processes.
 
         Raises:
             ConfigurationError: none of the checkpoints can be read, or they are of another student or experiment.
@@ -149,7 +149,7 @@ class CheckpointStore:
         return newest
 
     def load_best(self) -> Checkpoint | None:
-        """Returns the best weights, or None if there are none.
+        """Return the best weights, or None if there are none.
 
         Raises:
             ConfigurationError: the file cannot be read.
@@ -158,18 +158,18 @@ class CheckpointStore:
         return read(path) if path.exists() else None
 
     def _staged(self, path: Path, checkpoint: Checkpoint) -> contextlib.AbstractContextManager[Path]:
-        """Writes a checkpoint beside its place; safetensors itself would hide the disk's errors."""
+        """Write a checkpoint beside its place; safetensors itself would hide the disk's errors."""
         return staged(path, _serialize(checkpoint), self._process)
 
 
 def newest(folder: Path) -> Path | None:
-    """Returns the newest checkpoint of a student's folder, or None if there is none."""
+    """Return the newest checkpoint of a student's folder, or None if there is none."""
     layout = ParticipantLayout(folder)
     return next((path for path in (layout.checkpoint, layout.previous_checkpoint) if path.exists()), None)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a file was written as a checkpoint; :func:`read` tells whether it is whole."""
+    """Return whether a file was written as a checkpoint; :func:`read` tells whether it is whole."""
     try:
         with safe_open(path, framework="pt") as file:
             return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})
@@ -178,7 +178,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint.
+    """Read a checkpoint.
 
     Raises:
         ConfigurationError: it cannot be read, or is no checkpoint of codistill.
@@ -217,7 +217,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _round_of(path: Path) -> int | None:
-    """Returns a checkpoint's round from its header alone; None if it cannot be read."""
+    """Return a checkpoint's round from its header alone; None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             header = cast("dict[str, str] | None", file.metadata()) or {}
@@ -245,12 +245,12 @@ def _serialize(checkpoint: Checkpoint) -> bytes:
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors whose names begin with a prefix, by their names without it."""
+    """Return the tensors whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 over a checkpoint's header and tensors, in hexadecimal."""
+    """Return a SHA-256 over a checkpoint's header and tensors, in hexadecimal."""
     digest = hashlib.sha256(about.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -259,7 +259,7 @@ def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Returns `value` as JSON, and adds its tensors to `tensors` by their paths."""
+    """Return `value` as JSON, and add its tensors to `tensors` by their paths."""
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().contiguous()
         return {"tensor": path}

@@ -14,26 +14,26 @@ __all__ = ["autocast", "place_model", "set_threads", "to_cpu"]
 
 
 def place_model(model: nn.Module, device: torch.device, training: Training) -> nn.Module:
-    """Returns a model on its device, its weights in the memory layout that the experiment asks for."""
+    """Return a model on its device, its weights in the memory layout that the experiment asks for."""
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 def autocast(device: torch.device, training: Training) -> contextlib.AbstractContextManager[object]:
-    """Returns the context of a forward pass in the experiment's precision."""
+    """Return the context of a forward pass in the experiment's precision."""
     if training.precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def set_threads(training: Training) -> None:
-    """Sets a participant's own number of threads, as other numbers sum in other orders."""
+    """Set a participant's own number of threads, as other numbers sum in other orders."""
     if torch.get_num_threads() != training.threads:
         torch.set_num_threads(training.threads)
 
 
 def to_cpu(arrays: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns arrays of a device on the CPU, without their gradients."""
+    """Return arrays of a device on the CPU, without their gradients."""
     if device.type != "cuda":
         return {name: value.detach() for name, value in arrays.items()}
     copies: dict[str, torch.Tensor] = {}

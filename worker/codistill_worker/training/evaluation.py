@@ -32,7 +32,7 @@ def evaluate(
     device: torch.device,
     on_batch: Callable[[], None],
 ) -> Score:
-    """Returns a model's score on a split of a data set, without augmentation; calls `on_batch` before each batch."""
+    """Return a model's score on a split of a data set, without augmentation; call `on_batch` before each batch."""
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)

@@ -14,7 +14,7 @@ __all__ = ["build_optimizer", "learning_rate"]
 
 
 def build_optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Returns the optimiser of a module's trainable parameters."""
+    """Return the optimiser of a module's trainable parameters."""
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not settings.decay_norm_and_bias:  # biases and normalisation weights are the ones of one dimension or none
@@ -35,7 +35,7 @@ def build_optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Opti
 
 
 def learning_rate(peak: float, schedule: Schedule, round_number: int, rounds_per_epoch: int, epochs: int) -> float:
-    """Returns the learning rate of a round, a pure function of its number.
+    """Return the learning rate of a round, a pure function of its number.
 
     Args:
         peak: the highest rate.

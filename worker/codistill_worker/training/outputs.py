@@ -41,12 +41,12 @@ class Published:
 
 
 def image_shape(dataset: Dataset) -> ImageShape:
-    """Returns classes, channels and image size of a data set, from which models are built."""
+    """Return classes, channels and image size of a data set, from which models are built."""
     return {"classes": dataset.classes, "channels": dataset.channels, "size": dataset.height}
 
 
 def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a network's named outputs, without the samples, by running it on two empty images."""
+    """Return the shapes of a network's named outputs, without the samples, by running it on two empty images."""
     images = torch.zeros(2, shape["channels"], shape["size"], shape["size"], device=device)
     network.eval()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -
 
 
 def teacher_shapes(experiment: Experiment, shape: ImageShape) -> Mapping[str, tuple[int, ...]]:
-    """Returns the shapes of the outputs of the experiment's first teacher; builds its model, without its weights."""
+    """Return the shapes of the outputs of the experiment's first teacher; builds its model, without its weights."""
     plan = experiment.teacher_plan(experiment.teacher_names[0])
     model = models.build(plan.teacher.model, **shape, args=plan.teacher.model_args, seed=0)
     context = StudentContext(plan.teacher.name, model, shape, dict)

@@ -152,13 +152,13 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def prepare(self) -> None:
-        """Loads the batch of the next round to begin, while the targets of the current one are on their way."""
+        """Load the batch of the next round to begin, while the targets of the current one are on their way."""
         upcoming = self.round if self._begun is None else self.round + 1
         if upcoming < self.total_rounds and (self._prepared is None or self._prepared.round != upcoming):
             self._prepared = self._prepare(upcoming)
 
     def begin(self) -> Published | None:
-        """Runs the forward pass of the next round; returns what to publish, or None if the round exchanges nothing.
+        """Run the forward pass of the next round; return what to publish, or None if the round exchanges nothing.
 
         Raises:
             PeerError: the outputs are not finite any more.
@@ -184,7 +184,7 @@ class Trainer:
         return Published(self.round, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
-        """Runs the backward pass of the round that was begun and updates the weights.
+        """Run the backward pass of the round that was begun and updates the weights.
 
         Args:
             targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that
@@ -212,7 +212,7 @@ class Trainer:
         return StepLoss(correct, len(begun.labels), loss.cross_entropy, loss.distillation)
 
     def abandon(self) -> None:
-        """Undoes :meth:`begin`, so that this process or another can begin the round again."""
+        """Undo :meth:`begin`, so that this process or another can begin the round again."""
         if self._begun is None:
             return
         with torch.no_grad():
@@ -221,7 +221,7 @@ class Trainer:
         self._begun = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
-        """Returns the student's score on a split, without augmentation.
+        """Return the student's score on a split, without augmentation.
 
         Args:
             split: the samples.
@@ -237,7 +237,7 @@ class Trainer:
         return score
 
     def optimizer_state(self) -> Mapping[str, Any]:
-        """Returns the optimiser's state dict."""
+        """Return the optimiser's state dict."""
         return self._optimizer.state_dict()
 
     def restore(
@@ -247,7 +247,7 @@ class Trainer:
         optimizer: Mapping[str, Any],
         extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Restores the state of a checkpoint, which is copied.
+        """Restore the state of a checkpoint, which is copied.
 
         Raises:
             RuntimeError, ValueError, KeyError: the state is of another model or optimiser.
@@ -296,7 +296,7 @@ class Trainer:
         return Outputs(ids, split.labels, self._published(outputs))
 
     def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Returns the outputs to publish, on the CPU; raises PeerError if they are not finite."""
+        """Return the outputs to publish, on the CPU; raise PeerError if they are not finite."""
         arrays = to_cpu({name: outputs[name] for name in self._objective.publishes}, self.device)
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
@@ -311,7 +311,7 @@ class Trainer:
 
 
 def divergence_error(student: str, round_number: int, problem: str) -> PeerError:
-    """Returns the error of a student whose outputs or loss are not finite."""
+    """Return the error of a student whose outputs or loss are not finite."""
     return PeerError(
         f"student {student!r} has diverged in round {round_number}: {problem}; lower training.optimizer.lr, or set "
         "training.clip_norm",

@@ -32,7 +32,7 @@ _ALLOWED = (
 
 
 def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
-    """Reads weights, by their names in the model.
+    """Read weights, by their names in the model.
 
     Args:
         path: a run's folder, that of one of its students, a checkpoint, or a file of plain weights.
@@ -73,7 +73,7 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
 
 
 def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Loads weights into a model with the same names.
+    """Load weights into a model with the same names.
 
     A state dict carries the versions of the model's code beside its tensors, and other files do not. Without them
     torchvision's MNASNet takes no weights, so the model's own are used. Counters of batches, which old files lack, stay as
@@ -91,7 +91,7 @@ def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
-    """Loads a teacher's weights into a model, and freezes it.
+    """Load a teacher's weights into a model, and freezes it.
 
     Raises:
         ConfigurationError: the weights are of another model, or of other classes.
@@ -109,7 +109,7 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 over weights and their names, in hexadecimal."""
+    """Return a SHA-256 over weights and their names, in hexadecimal."""
     sha256 = hashlib.sha256()
     for name, value in sorted(weights.items()):
         sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -118,7 +118,7 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Returns weights by their names in the model, without the prefix of a wrapper."""
+    """Return weights by their names in the model, without the prefix of a wrapper."""
     for prefix in _WRAPPERS:
         if all(key.startswith(prefix) for key in weights):
             return {key.removeprefix(prefix): value for key, value in weights.items()}
@@ -126,7 +126,7 @@ def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor
 
 
 def _file_at(path: Path, name: str) -> Path:
-    """Returns the file that holds the weights."""
+    """Return the file that holds the weights."""
     if path.is_file():
         return path
     if not path.exists():
