@@ -38,8 +38,9 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
             continue
         for statement in body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.lineno, statement.value.value
+                text = statement.value.value
+                if isinstance(text, str):
+                    yield statement.lineno, text
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
