@@ -105,7 +105,7 @@ def problems() -> Iterator[str]:
                     where = f"{path.relative_to(ROOT)}:{start + offset}"
                     yield f"{where}: a sentence of {count} words; allowed are {MOST_WORDS}: {sentence[:60]}…"
     wanted = phrases()
-    for path in (*python_files(), *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for path in (*python_files(), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         if path == Path(__file__).resolve():
             continue
         for number, line in prose(path):
