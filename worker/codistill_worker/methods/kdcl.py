@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codistill.config.methods import Kdcl
+from codistill.config.methods import KDCL_ENSEMBLES, Kdcl
 from codistill.methods import Objective, StudentContext
 from codistill_worker.methods.soft_targets import SoftTargetObjective
 
@@ -13,5 +13,5 @@ def objective(settings: Kdcl, context: StudentContext) -> Objective:
     """Return CE + λ·T²·KL(softmax(target/T) ‖ softmax(z/T)), the loss of every student."""
     made = SoftTargetObjective(context, weight=settings.weight, temperature=settings.temperature)
     made.publishes = ("logits",)
-    made.measures_held_out = settings.ensemble == "general"
+    made.measures_held_out = KDCL_ENSEMBLES[settings.ensemble].held_out
     return made
