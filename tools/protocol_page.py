@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import (
@@ -131,9 +131,9 @@ class _Page:
         self._comments = comments
         self._prefix = f".{file.package}."
         rpcs = [method.name for service in file.service for method in service.method]
-        messages = [name for name, _ in self._messages()]
-        self._targets = {*rpcs, *messages, *(enum.name for enum in file.enum_type)}
-        values = [value.name for enum in file.enum_type for value in enum.value]
+        types = [name for name, _ in (*self._messages(), *self._enums())]
+        self._targets = {*rpcs, *types}
+        values = [value.name for _, enum in self._enums() for value in enum.value]
         statuses = [found[1] for found in map(_STATUS.match, comments[""]) if found]
         # FINISHED for LEAVE_REASON_FINISHED
         code = {*values, *(value.rpartition("_")[2] for value in values), *statuses, "authorization"}
@@ -158,8 +158,8 @@ class _Page:
         for name, message in self._messages():
             yield from self._message(name, message)
         yield "\n## Enums"
-        for enum in self._file.enum_type:
-            yield from self._enum(enum)
+        for name, enum in self._enums():
+            yield from self._enum(name, enum)
         yield "\n" + self._versions()
 
     def _head(self) -> Iterator[str]:
@@ -197,17 +197,15 @@ class _Page:
             own = message.oneof_decl[oneof].name
             yield f"\n`{own}`: {self._meaning(f'{name}.{own}')}"
         spans = [(span.start, span.end - 1) for span in message.reserved_range]
-        reserved = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
-        reserved += [f"`{each}`" for each in message.reserved_name]
-        if reserved:
-            yield f"\nReserved: {', '.join(reserved)}."
+        yield from _reserved(spans, message.reserved_name)
 
-    def _enum(self, enum: EnumDescriptorProto) -> Iterator[str]:
-        yield f"\n### {enum.name}\n"
-        yield "\n\n".join(self._paragraphs(enum.name))
+    def _enum(self, name: str, enum: EnumDescriptorProto) -> Iterator[str]:
+        yield f"\n### {name}\n"
+        yield "\n\n".join(self._paragraphs(name))
         yield "\n| value | number | meaning |\n|---|---|---|"
         for value in enum.value:
-            yield f"| `{value.name}` | {value.number} | {self._meaning(f'{enum.name}.{value.name}')} |"
+            yield f"| `{value.name}` | {value.number} | {self._meaning(f'{name}.{value.name}')} |"
+        yield from _reserved([(span.start, span.end) for span in enum.reserved_range], enum.reserved_name)
 
     def _messages(self) -> Iterator[tuple[str, DescriptorProto]]:
         """Yield all messages with their names, nested ones after those that hold them."""
@@ -217,6 +215,12 @@ class _Page:
             yield name, message
             nested = [each for each in message.nested_type if not each.options.map_entry]
             pending[:0] = [(f"{name}.{each.name}", each) for each in nested]
+
+    def _enums(self) -> Iterator[tuple[str, EnumDescriptorProto]]:
+        """Yield all enums with their names, those inside messages last."""
+        yield from ((enum.name, enum) for enum in self._file.enum_type)
+        for name, message in self._messages():
+            yield from ((f"{name}.{enum.name}", enum) for enum in message.enum_type)
 
     def _ends(self, method: MethodDescriptorProto) -> tuple[str, str]:
         """Return the request and the response of a call."""
@@ -296,6 +300,14 @@ class _Page:
 def _in_oneof(field: FieldDescriptorProto) -> bool:
     """Return whether a field is one of several that exclude each other; an optional field is not."""
     return field.HasField("oneof_index") and not field.proto3_optional
+
+
+def _reserved(spans: Iterable[tuple[int, int]], names: Iterable[str]) -> Iterator[str]:
+    """Yield a line on reserved numbers, as the first and last of each span, and names, if there are any."""
+    reserved = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    reserved += [f"`{name}`" for name in names]
+    if reserved:
+        yield f"\nReserved: {', '.join(reserved)}."
 
 
 def _split(lines: list[str]) -> Iterator[list[str]]:

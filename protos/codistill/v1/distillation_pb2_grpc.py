@@ -119,7 +119,7 @@ class DistillationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Ends a session.
+        """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
 
         The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
         that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.

@@ -116,7 +116,7 @@ class DistillationStub:
         codistill.v1.distillation_pb2.LeaveRequest,
         codistill.v1.distillation_pb2.LeaveResponse,
     ]
-    """Ends a session.
+    """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
 
     The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
     that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
@@ -191,7 +191,7 @@ class DistillationAsyncStub:
         codistill.v1.distillation_pb2.LeaveRequest,
         codistill.v1.distillation_pb2.LeaveResponse,
     ]
-    """Ends a session.
+    """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
 
     The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
     that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
@@ -274,7 +274,7 @@ class DistillationServicer(metaclass=abc.ABCMeta):
         request: codistill.v1.distillation_pb2.LeaveRequest,
         context: _ServicerContext,
     ) -> typing.Union[codistill.v1.distillation_pb2.LeaveResponse, collections.abc.Awaitable[codistill.v1.distillation_pb2.LeaveResponse]]:
-        """Ends a session.
+        """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
 
         The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
         that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
