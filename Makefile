@@ -64,7 +64,7 @@ protos: $(STAMP) ## regenerate the gRPC stubs
 protos-check: $(STAMP) ## compare the checked-in stubs with regenerated ones
 	@$(BIN)/python tools/make_protos.py --check
 
-docs: $(STAMP) ## regenerate docs/experiment-file.md and docs/exit-codes.md
+docs: $(STAMP) ## regenerate docs/experiment-file.md, docs/exit-codes.md and docs/protocol.md
 	@$(BIN)/python tools/make_docs.py
 
 docs-check: $(STAMP) ## compare the generated documentation with regenerated pages

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+import protocol_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -98,10 +99,15 @@ def exit_codes_page() -> str:
         "the token.",
         "",
         "Ctrl-C or SIGTERM is how `codistill serve` is ended: it lets calls under way finish, closes its journal, and ends with",
-        "0, whether the run is complete or not. Started again, it goes on with the journal.",
+        "0, whether the run is complete or not. Started again, it continues from the journal.",
         "",
     ]
     return "\n".join(lines)
+
+
+def protocol() -> str:
+    """Return docs/protocol.md, from the proto."""
+    return f"{NOTICE}\n{protocol_page.page()}"
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -176,7 +182,7 @@ def _image(known: DatasetInfo) -> str:
     return f"{size}, {'RGB' if known.channels == 3 else 'grey'}"
 
 
-PAGES = {"experiment-file.md": experiment_page, "exit-codes.md": exit_codes_page}
+PAGES = {"experiment-file.md": experiment_page, "exit-codes.md": exit_codes_page, "protocol.md": protocol}
 
 
 def main() -> int:

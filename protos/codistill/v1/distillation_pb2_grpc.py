@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DistillationStub(object):
-    """One aggregation server serves one run.
+    """An aggregation server answers these calls. One server serves one run.
     """
 
     def __init__(self, channel):
@@ -68,60 +68,77 @@ class DistillationStub(object):
 
 
 class DistillationServicer(object):
-    """One aggregation server serves one run.
+    """An aggregation server answers these calls. One server serves one run.
     """
 
     def Join(self, request, context):
-        """Join opens a session for one student. It is refused with FAILED_PRECONDITION if the protocol version, the
-        experiment, the data or the shapes differ from the run's, if the student is not one of the experiment's, or if
-        the journal no longer holds the first round that the worker needs. A second Join for a student ends its
-        earlier session: the newer worker wins, the older one's stream ends with ABORTED, and it is not let in again.
+        """Opens a session for one student or teacher.
+
+        FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
+        same if the run has no student of that name, or if the first round needed is neither in the journal nor the
+        frontier. INVALID_ARGUMENT if the rounds given are impossible.
+
+        A second Join for a student ends its earlier session with ABORTED: the newer worker wins, and the older one is
+        not let in again. The same worker may join as often as it needs to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Exchange(self, request_iterator, context):
-        """Exchange is the one long-lived stream of a session, named by the call's metadata: the key codistill-session holds
-        the session's number in decimal, a hyphen, and the CRC-32 of the decimal as 8 hexadecimal digits ("7-6abf4a82" is
-        session 7's); anything else ends the stream with ABORTED, as damage. A worker opens it right after Join, also for a
-        method that exchanges nothing: the stream's end is how the server notices that a worker died. Each contribution is
-        answered by the targets of its round, once that round is closed; until then a Waiting notice is sent every few
-        seconds. A contribution to a closed round is answered at once with the targets decided then. A contribution to a
-        round past the frontier ends the stream with ABORTED and names the round expected; one whose samples are not the
-        round's ends it with FAILED_PRECONDITION; one with values that are not finite, or of the wrong dtype or shape, ends
-        it with INVALID_ARGUMENT.
+        """Exchanges contributions for targets, on one long-lived stream for each session.
+
+        The call's metadata name the session. The key codistill-session holds its number in decimal, a hyphen, and the
+        CRC-32 of the decimal as 8 hexadecimal digits. For session 7 that is "7-6abf4a82". Anything else ends the stream
+        with ABORTED, as damage.
+
+        A worker opens the stream right after Join, within 30 s. It does so for a method that exchanges nothing, too: the
+        stream's end is how the server notices that a worker died. The server sends its initial metadata at once.
+
+        Each contribution is answered with the targets of its round, once that round is closed. Until then a Waiting
+        notice comes every few seconds. A contribution to a closed round is answered at once. A worker reads what it is
+        sent: with 64 unread messages its stream ends with ABORTED.
+
+        ABORTED for a damaged contribution, and for one to a round past the frontier; the text names the round expected.
+        FAILED_PRECONDITION if the samples are not the round's, if the journal keeps the round no more, or if the run
+        exchanges nothing in it. INVALID_ARGUMENT if a tensor has the wrong dtype, shape or length, or a value that is
+        not finite or beyond ±1e30.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Report tells the server how training goes: measurements, the round reached and the round from which the
-        student's durable checkpoint would resume. The server exposes the measurements to Prometheus, keeps them in the
-        run folder, and drops journalled rounds that no student can need any more. ABORTED if the session is over.
+        """Reports how training goes: measurements, the rounds trained, and the round that a restart would need first.
+
+        The server exposes the measurements to Prometheus and keeps them in the run folder. It drops journalled rounds
+        that no student can need any more. ABORTED if the session is over; INVALID_ARGUMENT if a number is out of range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """Leave ends a session. A student that left as FINISHED is not waited for any more; one that left as STOPPED or
-        FAILED is waited for until it joins again. ABORTED if the session is over already.
+        """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
+
+        The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
+        that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """GetRun returns where the run and each of its students stand now.
+        """Returns where the run and each of its students stand now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """WatchRun returns the same as GetRun again and again, until the client cancels or the server ends.
+        """Returns what GetRun returns, again and again, until the run is complete, the client cancels, or the server stops.
+
+        INVALID_ARGUMENT if the pace is out of range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,7 +186,7 @@ def add_DistillationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Distillation(object):
-    """One aggregation server serves one run.
+    """An aggregation server answers these calls. One server serves one run.
     """
 
     @staticmethod

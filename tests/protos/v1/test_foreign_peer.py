@@ -1,0 +1,385 @@
+"""A peer that another language could have: it has the generated stubs, protobuf's own library, and docs/protocol.md.
+
+Of codistill this file imports :mod:`codistill.v1` alone. The other student beside the peer is codistill's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import queue
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from codistill.v1 import distillation_pb2 as pb
+from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill_server.ensembles.kdcl import min_logit
+from protos.peer import support
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
+VERSION = int(re.findall(r"It is (\d+) now\.", PAGE)[0])
+SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+NAME, OTHER = "cnn", "mlp"
+BATCH, CLASSES, ROUNDS = 16, 10, 3
+LABELS = np.arange(BATCH) % CLASSES
+PATIENCE = 30.0
+
+
+# --- the foreign peer
+
+
+def with_checksum(message: Any, covered_first: str = "") -> bytes:
+    """Returns a message's bytes, then the tag of field 15 as a fixed32, then the CRC-32."""
+    raw: bytes = message.SerializeToString()
+    return raw + struct.pack("<BI", 0x7D, zlib.crc32(covered_first.encode() + raw))
+
+
+def undamaged(raw: bytes) -> bytes:
+    assert raw[-5:-4] == b"\x7d"
+    assert struct.unpack("<I", raw[-4:]) == (zlib.crc32(raw[:-5]),)
+    return raw
+
+
+def tensor(values: np.ndarray[Any, Any], little_endian: str, dtype: pb.DType.ValueType) -> pb.Tensor:
+    return pb.Tensor(dtype=dtype, shape=values.shape, data=values.astype(little_endian).tobytes())
+
+
+def logits_of(number: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng([number, 5]).standard_normal((BATCH, CLASSES)).astype(np.float32)
+
+
+def contribution(number: int) -> pb.Contribution:
+    samples = pb.Samples(
+        ids=tensor(np.arange(BATCH) + number, "<i8", pb.DTYPE_INT64),
+        labels=tensor(LABELS, "<i8", pb.DTYPE_INT64),
+        outputs={"logits": tensor(logits_of(number), "<f4", pb.DTYPE_FLOAT32)},
+    )
+    return pb.Contribution(round=number, batch=samples)
+
+
+class Foreigner:
+    """A peer with one stream at a time. Bytes go in and out as they are.
+
+    Args:
+        address: the server's.
+        experiment: the run's experiment as canonical JSON.
+        worker: what tells its process from others.
+    """
+
+    def __init__(self, address: str, experiment: str, worker: int = 11) -> None:
+        self.channel = grpc.insecure_channel(address)
+        self.stub = DistillationStub(self.channel)
+        self.experiment = experiment
+        self.worker = worker
+        self.session = 0
+        self.waited_for: list[str] = []
+        self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.stream: Any = None
+
+    def call(self, name: str, raw: bytes) -> bytes:
+        answer: bytes = self.channel.unary_unary(f"/{SERVICE}/{name}", None, None)(raw, timeout=PATIENCE)
+        return answer
+
+    def join_request(self, first_round: int = 0, **changes: Any) -> pb.JoinRequest:
+        fields: dict[str, Any] = {
+            "protocol_version": VERSION,
+            "student": NAME,
+            "experiment": self.experiment,
+            "data": pb.DataFingerprint(digest="d", train_samples=48, classes=CLASSES),
+            "outputs": {"logits": pb.Shape(dims=[CLASSES])},
+            "first_round": first_round,
+            "total_rounds": ROUNDS,
+            "parameters": 1234,
+            "device": "an abacus",
+            "worker": self.worker,
+            "session": self.session,
+        }
+        return pb.JoinRequest(**{**fields, **changes})
+
+    def join(self, first_round: int = 0, **changes: Any) -> pb.JoinResponse:
+        answer = self.call("Join", with_checksum(self.join_request(first_round, **changes)))
+        response = pb.JoinResponse.FromString(undamaged(answer))
+        assert response.session > self.session
+        self.session = response.session
+        return response
+
+    def open(self, metadata: str | None = None) -> None:
+        decimal = str(self.session)
+        value = f"{decimal}-{zlib.crc32(decimal.encode()):08x}" if metadata is None else metadata
+        self.outgoing = queue.SimpleQueue()
+        self.stream = self.channel.stream_stream(f"/{SERVICE}/Exchange", None, None)(
+            iter(self.outgoing.get, None), metadata=(("codistill-session", value),), timeout=PATIENCE
+        )
+
+    def send(self, number: int) -> None:
+        self.outgoing.put(with_checksum(contribution(number), str(self.session)))
+
+    def read(self) -> pb.ExchangeReply:
+        """Returns the next message of the stream."""
+        return pb.ExchangeReply.FromString(undamaged(next(self.stream)))
+
+    def receive(self) -> bytes:
+        """Returns the next targets as they came."""
+        for raw in self.stream:
+            reply = pb.ExchangeReply.FromString(undamaged(raw))
+            if reply.WhichOneof("kind") == "targets":
+                return bytes(raw)
+            self.waited_for = list(reply.waiting.students)
+        raise AssertionError("the stream ended")
+
+    def end_stream(self) -> None:
+        self.outgoing.put(None)
+
+    def ending(self) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
+        """Returns how the stream ends."""
+        return failure(self.receive)
+
+    def close(self) -> None:
+        self.end_stream()
+        self.channel.close()
+
+
+def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
+    """Returns the status of a call that fails, its text and its trailing metadata."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return error.code(), error.details(), dict(error.trailing_metadata() or ())
+
+
+# --- a run of it and one of codistill's students
+
+
+class Run:
+    """A real server, the foreign peer, and beside it codistill's own transport for the other student."""
+
+    def __init__(self, server: Any, experiment: Any, other: Any) -> None:
+        self.server = server
+        self.text = support.request(experiment).experiment
+        self.other = other
+        self.peers: list[Foreigner] = []
+        other.join(support.request(experiment, OTHER, total_rounds=ROUNDS))
+
+    def peer(self, **settings: Any) -> Foreigner:
+        self.peers.append(Foreigner(self.server.address, self.text, **settings))
+        return self.peers[-1]
+
+    def expected(self, number: int) -> bytes:
+        """Returns the ensemble of both students' logits, in the experiment's order."""
+        others = support.contribution(number, 1).batch.outputs["logits"].data
+        other = np.frombuffer(others, "<f4").reshape(BATCH, CLASSES)
+        logits = torch.from_numpy(np.stack([logits_of(number), other]))
+        target = min_logit(logits, torch.from_numpy(LABELS))
+        return target.numpy().astype("<f4").tobytes()
+
+    def close_round(self, number: int) -> bytes:
+        """Has the other student contribute too, and returns the targets that it gets."""
+        self.other.send(support.contribution(number, 1))
+        targets: pb.Targets = self.other.receive(number)
+        return targets.targets["logits"].data
+
+
+@pytest.fixture
+def run(tiny: Any, serving: Any, connect: Any) -> Iterator[Run]:
+    experiment = tiny(training__epochs=1, distillation={"method": "kdcl", "ensemble": "min_logit"})
+    server = serving(experiment)
+    made = Run(server, experiment, connect(server.address))
+    yield made
+    for peer in made.peers:
+        peer.close()
+
+
+def logits_in(raw: bytes, number: int) -> bytes:
+    targets = pb.ExchangeReply.FromString(raw).targets
+    assert targets.round == number
+    array = targets.targets["logits"]
+    assert (array.dtype, list(array.shape)) == (pb.DTYPE_FLOAT32, [BATCH, CLASSES])
+    return array.data
+
+
+def test_this_file_imports_nothing_else_of_codistill() -> None:
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {name for name in modules if name.split(".")[0] == "codistill"} == {
+        "codistill.v1",
+        "codistill.v1.distillation_pb2_grpc",
+    }
+
+
+def test_a_whole_run_with_a_reconnection_in_the_middle(run: Run) -> None:
+    peer = run.peer()
+    response = peer.join()
+    assert (response.run, response.frontier) == ("tiny", 0)
+    peer.open()
+
+    peer.send(0)
+    assert run.close_round(0) == run.expected(0)
+    assert logits_in(peer.receive(), 0) == run.expected(0)
+
+    # The stream breaks after the answer, and the peer does not know whether it came.
+    peer.send(1)
+    assert run.close_round(1) == run.expected(1)
+    before = peer.receive()
+    peer.stream.cancel()
+    peer.end_stream()
+    assert peer.join(first_round=1).frontier == 2
+    peer.open()
+    peer.send(1)
+    assert peer.receive() == before
+    assert logits_in(before, 1) == run.expected(1)
+
+    # The stream breaks before the answer, while the round is open.
+    peer.send(2)
+    while peer.read().waiting.students != [OTHER]:
+        pass
+    peer.stream.cancel()
+    peer.end_stream()
+    assert peer.join(first_round=2).frontier == 2
+    peer.open()
+    peer.send(2)
+    while peer.read().waiting.students != [OTHER]:
+        pass
+    assert run.close_round(2) == run.expected(2)
+    assert logits_in(peer.receive(), 2) == run.expected(2)
+
+    measured = pb.Measurement(split=pb.SPLIT_TEST, round=ROUNDS, accuracy=0.75, loss=1.5)
+    report = pb.ReportRequest(
+        session=peer.session, round=ROUNDS, epoch=1, durable_round=ROUNDS, measurements=[measured]
+    )
+    peer.call("Report", with_checksum(report))
+    status = {each.name: each for each in peer.stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).students}[NAME]
+    assert (status.state, status.round, status.joins) == (pb.STUDENT_STATE_PRESENT, ROUNDS, 3)
+    assert list(status.measurements) == [measured]
+    leave = pb.LeaveRequest(session=peer.session, reason=pb.LEAVE_REASON_FINISHED, message="done")
+    peer.call("Leave", with_checksum(leave))
+    peer.end_stream()
+    run.other.leave(pb.LEAVE_REASON_FINISHED, "done")
+    run.server.wait()
+    assert run.server.ended == 0
+    assert run.server.events()[-3:] == [("finished", NAME), ("finished", OTHER), ("complete", "")]
+    assert [(each.student, each.round, each.accuracy, each.loss) for each in run.server.measured()] == [
+        (NAME, ROUNDS, 0.75, 1.5)
+    ]
+
+
+def test_the_generated_stub_is_enough_where_fields_are_written_in_order(run: Run) -> None:
+    peer = run.peer()
+    request = peer.join_request()
+    peer.session = peer.stub.Join(request, timeout=PATIENCE).session  # the checksum may be left out here
+    message = contribution(0)
+    message.checksum = zlib.crc32(str(peer.session).encode() + message.SerializeToString())
+    assert message.SerializeToString() == with_checksum(contribution(0), str(peer.session))
+    decimal = str(peer.session)
+    metadata = (("codistill-session", f"{decimal}-{zlib.crc32(decimal.encode()):08x}"),)
+    outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    replies: Any = peer.stub.Exchange(iter(outgoing.get, None), metadata=metadata, timeout=PATIENCE)
+    outgoing.put(message)
+    run.close_round(0)
+    reply = next(each for each in replies if each.HasField("targets"))
+    assert reply.targets.targets["logits"].data == run.expected(0)
+    peer.stub.Leave(pb.LeaveRequest(session=peer.session, reason=pb.LEAVE_REASON_STOPPED), timeout=PATIENCE)
+    outgoing.put(None)
+
+
+def test_the_bytes_on_the_page_are_those_of_the_wire() -> None:
+    rows = [bytes.fromhex(row) for row in re.findall(r"`((?:[0-9a-f]{2} )+[0-9a-f]{2})`", PAGE)]
+    assert rows == [
+        with_checksum(pb.LeaveRequest(session=7, reason=pb.LEAVE_REASON_FINISHED)),
+        with_checksum(pb.Contribution(round=3), "7"),
+    ]
+    assert f'"7-{zlib.crc32(b"7"):08x}"' in PAGE
+
+
+# --- refusals that it must understand
+
+
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1])
+def test_another_version_is_refused_and_both_are_named(version: int, run: Run) -> None:
+    peer = run.peer()
+    code, details, trailing = failure(lambda: peer.join(protocol_version=version))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert f"protocol_version: the server speaks {VERSION}, this worker {version};" in details
+    assert "codistill-superseded" not in trailing
+    assert peer.join().frontier == 0  # nothing has changed
+
+
+def test_a_flipped_bit_ends_the_session_and_nothing_of_it_is_believed(run: Run) -> None:
+    peer = run.peer()
+    peer.join()
+    peer.open()
+    raw = bytearray(with_checksum(contribution(0), str(peer.session)))
+    raw[raw.index(logits_of(0).tobytes()) + 6] ^= 0x04  # in a logit: the message parses as before
+    assert pb.Contribution.FromString(bytes(raw)).round == 0
+    peer.outgoing.put(bytes(raw))
+    code, details, trailing = peer.ending()
+    assert code is grpc.StatusCode.ABORTED
+    assert "join again" in details
+    assert "codistill-superseded" not in trailing
+    peer.end_stream()
+    peer.join()
+    peer.open()
+    peer.send(0)
+    assert run.close_round(0) == run.expected(0)
+    assert logits_in(peer.receive(), 0) == run.expected(0)
+    assert ("damaged", NAME) in run.server.events()
+
+
+@pytest.mark.parametrize("covered", [None, "", "1"])
+def test_a_contribution_needs_the_checksum_of_its_own_session(covered: str | None, run: Run) -> None:
+    """None is no checksum at all, session 1 the other student's."""
+    peer = run.peer()
+    assert peer.join().session == 2
+    peer.open()
+    message = contribution(0)
+    peer.outgoing.put(message.SerializeToString() if covered is None else with_checksum(message, covered))
+    assert peer.ending()[0] is grpc.StatusCode.ABORTED
+
+
+@pytest.mark.parametrize("value", ["2", "2-00000000", "1-6abf4a82", ""])
+def test_a_stream_must_name_its_session(value: str, run: Run) -> None:
+    peer = run.peer()
+    peer.join()
+    peer.open(value)
+    code, details, _ = peer.ending()
+    assert code is grpc.StatusCode.ABORTED
+    assert "codistill-session" in details
+
+
+def test_a_damaged_unary_call_is_to_be_sent_again(run: Run) -> None:
+    peer = run.peer()
+    raw = bytearray(with_checksum(peer.join_request()))
+    raw[-1] ^= 0x80
+    assert failure(lambda: peer.call("Join", bytes(raw)))[0] is grpc.StatusCode.UNAVAILABLE
+    assert peer.join().session == 2
+
+
+def test_the_older_of_two_peers_learns_that_it_must_end(run: Run) -> None:
+    older, newer = run.peer(), run.peer(worker=12)
+    older.join()
+    older.open()
+    next(iter(older.stream.initial_metadata()), None)  # the stream stands
+    newer.join()
+    for code, _, trailing in (older.ending(), failure(older.join)):
+        assert code is grpc.StatusCode.ABORTED
+        assert "codistill-superseded" in trailing
+
+
+def test_what_is_wrong_in_a_contribution_is_named(run: Run) -> None:
+    peer = run.peer()
+    peer.join()
+    peer.open()
+    wrong = contribution(0)
+    wrong.batch.outputs["logits"].shape[1] = CLASSES + 1
+    peer.outgoing.put(with_checksum(wrong, str(peer.session)))
+    code, details, _ = peer.ending()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"batch.outputs.logits.shape: [{BATCH}, {CLASSES + 1}] is not allowed" in details
