@@ -105,7 +105,7 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
 
 def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(
-        CommandError, match="holds no run to go on with; give the --run-dir of one, or leave out --resume"
+        CommandError, match="holds no run to continue; give the --run-dir of one, or leave out --resume"
     ):
         RunFolder(tmp_path / "typo").start(experiment, mode="grpc", resume=True)
     assert not (tmp_path / "typo").exists()
