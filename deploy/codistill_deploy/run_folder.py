@@ -163,7 +163,7 @@ class RunFolder(RunLayout):
             except TimeoutError as error:
                 holder = self.start_lock.read_text().strip() or "unknown"
                 raise CommandError(
-                    f"run folder {self.path} has been kept for {seconds:g} s by another server or worker, which holds "
+                    f"run folder {self.path} has been held for {seconds:g} s by another server or worker, which holds "
                     f"{self.start_lock} (process {holder}); it is stopped, or its disk does not answer: end it, then start "
                     "this one again",
                     ExitCode.ERROR,

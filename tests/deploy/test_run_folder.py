@@ -165,7 +165,7 @@ def test_a_process_that_keeps_a_folder_is_waited_for_and_named(experiment: Exper
     path = tmp_path / "start.lock"
     with path.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        line = rf"kept for 0\.2 s by another server or worker, which holds {path} \(process {os.getpid()} on .*\); .* end it"
+        line = rf"held for 0\.2 s by another server or worker, which holds {path} \(process {os.getpid()} on .*\); .* end it"
         with pytest.raises(CommandError, match=line) as refused:
             folder.join(experiment, seconds=0.2)
         threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
