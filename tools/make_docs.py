@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import sys
 from pathlib import Path
 from types import UnionType
@@ -32,10 +33,11 @@ def experiment_page() -> str:
     lines = [
         NOTICE,
         "# The experiment file\n",
-        "An experiment is a YAML file. It decides everything about a run's numbers. Unknown keys are refused; every error",
-        "names the path, the value and what is allowed. Fields marked *operational* may differ between the processes of a",
-        "run (a device, a folder, a time-out); all others must be the same for every worker and the server, and a worker",
-        "whose experiment differs is refused with the field's name and both values.\n",
+        "An experiment is a YAML file. It decides everything about a run's numbers. Unknown keys are refused. Every error",
+        "names the path, the value and what is allowed.\n",
+        "Fields marked *operational* may differ between the processes of a run (a device, a folder, a time-out). All others",
+        "must be the same for every worker and the server. A worker whose experiment differs is refused, with the field's",
+        "name and both values.\n",
         "This page is generated from `protos/codistill/config/experiment.py` and the modules of its sections. A complete example:\n",
         "```yaml",
         (ROOT / "examples" / "digits.yaml").read_text(encoding="utf-8").strip(),
@@ -52,7 +54,7 @@ def experiment_page() -> str:
         if "method" in model.model_fields:
             title += f", method `{model.model_fields['method'].default}`"
         lines.append(f"## {title}\n")
-        lines.append(f"{(model.__doc__ or '').strip()}\n")
+        lines.append(f"{inspect.getdoc(model) or ''}\n")
         lines.append("| key | type | default | meaning |\n|---|---|---|---|")
         for name, field in model.model_fields.items():
             inner = _models(field.annotation)
@@ -88,18 +90,20 @@ def exit_codes_page() -> str:
     lines = [
         NOTICE,
         "# Exit codes\n",
-        "Every command ends with one of these, after one line for each thing wrong on standard error.\n",
+        "Every command ends with one of these codes. Before that, standard error has one line for each thing wrong.\n",
         "| code | name | when |\n|---|---|---|",
         *(f"| {code.value} | `{code.name}` | {texts[code.name]} |" for code in exit_codes.ExitCode),
         "",
-        "`codistill run` starts a process again that was killed, could not be started, or ended with 1, 5, 6, 9, 10, 11 or 130, and",
-        "a server that ended with 0 before the run did, up to `--restarts` times, unless the same error comes back at once. Where it gives up, it passes on the codes 3, 4, 5, 6, 7, 10 and 11 of",
-        "the process that failed first; any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
-        "`codistill ray` does the same with its actors; 5 is a cluster that does not answer too, and 4 one that does not take",
-        "the token.",
+        "`codistill run` restarts a process that was killed, could not be started, or ended with 1, 5, 6, 9, 10, 11 or 130.",
+        "It also restarts a server that ended with 0 before the run did. It does so up to `--restarts` times, unless the same",
+        "error comes back at once. If it gives up, it passes on the code of the first process that failed. It passes on only",
+        "3, 4, 5, 6, 7, 10 and 11. Any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
         "",
-        "Ctrl-C or SIGTERM is how `codistill serve` is ended: it lets calls under way finish, closes its journal, and ends with",
-        "0, whether the run is complete or not. Started again, it continues from the journal.",
+        "`codistill ray` does the same with its actors. There 5 is also a cluster that does not answer, and 4 is also one that",
+        "does not accept the token.",
+        "",
+        "End `codistill serve` with Ctrl-C or SIGTERM. It lets calls under way finish, closes its journal, and ends with 0,",
+        "whether the run is complete or not. Started again, it resumes from the journal.",
         "",
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Regenerates the gRPC stubs from the contract, or with --check compares them with what is checked in.
 
-The generator is the lowest grpcio-tools that pyproject.toml allows, in an environment of its own: stubs made by a
-newer one would refuse to load beside an older grpcio that the project still supports.
+The generator is the lowest grpcio-tools that pyproject.toml allows, in its own environment. Stubs made by a newer one
+would refuse to load beside an older grpcio that the project still supports.
 """
 
 from __future__ import annotations

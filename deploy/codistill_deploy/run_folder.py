@@ -40,8 +40,8 @@ class RunFolder(RunLayout):
     def hold(self, seconds: float = 15.0, waiting: Callable[[], None] = lambda: None) -> Generator[int, None, None]:
         """Keep every other run out of the folder, and yield the lock's descriptor.
 
-        A child that inherits the descriptor holds the lock too. So where the command was killed, the next one waits until
-        its last process has ended: two workers of one student would overwrite each other's checkpoints.
+        A child that inherits the descriptor holds the lock too. So if a command was killed, the next one waits until
+        its last process has ended. Otherwise two workers of one student would overwrite each other's checkpoints.
 
         Args:
             seconds: how long to wait for processes that are still ending.
@@ -102,13 +102,13 @@ class RunFolder(RunLayout):
         if not self.experiment_file.exists():
             if resume:
                 raise CommandError(
-                    f"run folder {self.path} holds no run to go on with; give the --run-dir of one, or leave out --resume "
+                    f"run folder {self.path} holds no run to continue; give the --run-dir of one, or leave out --resume "
                     "to start one there"
                 )
         elif self.has_progress:
             if not resume:
                 raise CommandError(
-                    f"run folder {self.path} already holds a run; give --resume to go on with it, or another --run-dir"
+                    f"run folder {self.path} already holds a run; give --resume to continue it, or another --run-dir"
                 )
             self._check_same(experiment)
 
@@ -163,7 +163,7 @@ class RunFolder(RunLayout):
             except TimeoutError as error:
                 holder = self.start_lock.read_text().strip() or "unknown"
                 raise CommandError(
-                    f"run folder {self.path} has been kept for {seconds:g} s by another server or worker, which holds "
+                    f"run folder {self.path} has been held for {seconds:g} s by another server or worker, which holds "
                     f"{self.start_lock} (process {holder}); it is stopped, or its disk does not answer: end it, then start "
                     "this one again",
                     ExitCode.ERROR,

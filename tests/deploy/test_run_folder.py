@@ -105,7 +105,7 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
 
 def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(
-        CommandError, match="holds no run to go on with; give the --run-dir of one, or leave out --resume"
+        CommandError, match="holds no run to continue; give the --run-dir of one, or leave out --resume"
     ):
         RunFolder(tmp_path / "typo").start(experiment, mode="grpc", resume=True)
     assert not (tmp_path / "typo").exists()
@@ -165,7 +165,7 @@ def test_a_process_that_keeps_a_folder_is_waited_for_and_named(experiment: Exper
     path = tmp_path / "start.lock"
     with path.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        line = rf"kept for 0\.2 s by another server or worker, which holds {path} \(process {os.getpid()} on .*\); .* end it"
+        line = rf"held for 0\.2 s by another server or worker, which holds {path} \(process {os.getpid()} on .*\); .* end it"
         with pytest.raises(CommandError, match=line) as refused:
             folder.join(experiment, seconds=0.2)
         threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()

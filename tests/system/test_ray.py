@@ -216,7 +216,7 @@ def test_a_ray_of_its_own_is_stopped_and_its_run_gone_on_with_on_a_cluster(
         own.kill()
         own.communicate()
     assert own.returncode == ExitCode.INTERRUPTED, output
-    assert f"stopped; go on with: codistill ray {path} --run-dir {folder}" in output
+    assert f"stopped; continue with: codistill ray {path} --run-dir {folder}" in output
     assert processes_of(folder) == {}
     wait_for(lambda: not processes_with(session), "its Ray is gone")
     assert not Path(session).exists()

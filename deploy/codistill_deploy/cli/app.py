@@ -55,7 +55,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options_of_all(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and debug messages; may stand anywhere.")
+        bool, typer.Option("--debug", help="Show tracebacks and debug messages; place it anywhere.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")

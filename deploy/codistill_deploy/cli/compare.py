@@ -29,15 +29,15 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas: independent, dml, kdcl, kdcl/linear …; or all.")
     ] = ("independent,kdcl"),
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds; from the experiment's own on.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, counted from the experiment's own.")] = 3,
     run_dir: RunDirOption = None,
     resume: ResumeOption = False,
     in_process: InProcessOption = False,
 ) -> None:
-    """Compare methods: who gains how much.
+    """Compare methods: how much each student gains.
 
-    Runs every method with every seed, then shows the table and writes a report. A method that needs a teacher, where the
-    experiment has none, is taught by the student that is best alone with the same seed.
+    Runs every method with every seed, then shows a table and writes a report. If a method needs a teacher and the
+    experiment has none, the student that is best alone with the same seed teaches.
     """
     from codistill_deploy.compare.runner import compare as run_comparison
     from codistill_deploy.launch.preflight import check
@@ -62,7 +62,7 @@ def compare(
     each_seed = range(loaded.seed, loaded.seed + seeds)
     code = run_comparison(loaded, chosen, each_seed, folder, run_variant, stop, check=check_variant, resume=resume)
     if code is ExitCode.INTERRUPTED:
-        console.print("stopped; go on with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
+        console.print("stopped; continue with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
         raise typer.Exit(code)
     from codistill_deploy.console.tables import comparison_table
 

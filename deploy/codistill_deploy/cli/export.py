@@ -24,9 +24,11 @@ class Which(StrEnum):
 
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
-    student: Annotated[str, typer.Option(help="The student whose weights to write.")],
+    student: Annotated[str, typer.Option(help="The student whose weights are written.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("exported"),
-    which: Annotated[Which, typer.Option(help="After the last round, or with the best test accuracy.")] = Which.last,
+    which: Annotated[
+        Which, typer.Option(help="The weights after the last round, or those with the best test accuracy.")
+    ] = Which.last,
 ) -> None:
     """Write a student's weights for plain PyTorch."""
     from codistill_deploy.export import export as write

@@ -17,11 +17,14 @@ def health(
     *,
     server: Annotated[str, typer.Option(help="The server's HOST:PORT.")] = DEFAULT_SERVER,
     student: Annotated[
-        str | None, typer.Option(help="Ask whether this student's worker is there, or has finished.")
+        str | None, typer.Option(help="Ask whether this student's worker is present, or has finished.")
     ] = None,
     security_files: SecurityFiles,
 ) -> None:
-    """End with 0 if the server serves, or if it has the student; for a container's healthcheck."""
+    """End with 0 if the server serves; for a container's healthcheck.
+
+    With --student, end with 0 if that student's worker is present at the server, or has finished.
+    """
     from codistill_deploy.supervise.health import check_server, check_student
 
     security = security_files.read()

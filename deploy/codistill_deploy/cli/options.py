@@ -31,11 +31,12 @@ DEFAULT_SERVER = "127.0.0.1:50551"
 ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
 LastingDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME by default.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run that the folder holds.")]
 InProcessOption = Annotated[
-    bool, typer.Option("--in-process", help="All students in one process, without a server: the same numbers.")
+    bool,
+    typer.Option("--in-process", help="Train all students in one process, without a server; the numbers are the same."),
 ]
-InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without protection.")]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Listen on other interfaces without a token or TLS.")]
 
 
 @dataclass(frozen=True)

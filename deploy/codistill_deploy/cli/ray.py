@@ -31,12 +31,12 @@ def ray(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            "--run-dir", help="The run's folder, on storage that all nodes share; runs/NAME-TIME on a Ray of its own."
+            "--run-dir", help="The run's folder, on storage that all nodes share; without a cluster, runs/NAME-TIME."
         ),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="The cluster's HOST:PORT, or auto; else RAY_ADDRESS; else a Ray of its own on this machine."),
+        typer.Option(help="The cluster's HOST:PORT, or auto; else RAY_ADDRESS; else start a new Ray on this machine."),
     ] = None,
     advertise: Annotated[
         str | None,
@@ -47,22 +47,25 @@ def ray(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="The Prometheus metrics' port; by default one on the node's loopback."),
+        typer.Option(
+            min=1, max=65535, help="The port of the Prometheus metrics; by default one on the node's loopback."
+        ),
     ] = None,
     wait_for_resources: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for CPUs and GPUs that are not there.")
+        float, typer.Option(min=0, help="Seconds to wait for missing CPUs and GPUs.")
     ] = 600.0,
     gpus_per_student: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="GPUs of each student that uses one; below 1 it shares one.")
+        float | None,
+        typer.Option(min=0.01, max=1, help="GPUs of each student that uses one; below 1, students share a GPU."),
     ] = None,
     security_files: SecurityFiles,
     restarts: Annotated[
-        int, typer.Option(min=0, max=1_000_000, help="How often each actor that dies is made anew.")
+        int, typer.Option(min=0, max=1_000_000, help="How often each actor that dies is started again.")
     ] = DEFAULT_RESTARTS,
 ) -> None:
-    """Run an experiment on a Ray cluster; a run that the folder holds is gone on with.
+    """Run an experiment on a Ray cluster, or continue the run that the folder holds.
 
-    A server and one worker per student in actors, each with its CPUs and GPUs, and a report at the end.
+    Starts actors for a server and one worker per student, each with its CPUs and GPUs. Writes a report at the end.
     """
     loaded = load(experiment)
     from codistill_deploy.compare import generations
@@ -93,10 +96,10 @@ def ray(
     folder.check(loaded, resume=resume)
 
     def run(view: ProgressView, lock: int) -> ExitCode:
-        del lock  # an actor holds one of its own, as no descriptor goes from machine to machine
+        del lock  # an actor holds its own, as no descriptor goes from machine to machine
         return run_on_ray(loaded, folder, view, stop, options)
 
     code = run_in_folder(loaded, folder, loaded.name, run, mode="grpc", resume=resume, report=True)
     if code is ExitCode.INTERRUPTED:
-        console.print(f"stopped; go on with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
+        console.print(f"stopped; continue with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
     raise typer.Exit(code)

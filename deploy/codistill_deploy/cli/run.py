@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Run an experiment on this machine.
 
-    A server and one worker process per student, a live table, and a report at the end.
+    Starts a server and one worker process per student, shows a live table, and writes a report at the end.
     """
     loaded = load(experiment)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
@@ -70,5 +70,5 @@ def run(
     if code is ExitCode.INTERRUPTED:
         command = f"codistill run {experiment} --run-dir {folder.path} --resume"
         command += " --in-process" if in_process else ""
-        console.print(f"stopped; go on with: {command}", soft_wrap=True)
+        console.print(f"stopped; continue with: {command}", soft_wrap=True)
     raise typer.Exit(code)

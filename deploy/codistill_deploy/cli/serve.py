@@ -38,14 +38,14 @@ def serve(
     ] = None,
     insecure: InsecureOption = False,
     reflection: Annotated[bool, typer.Option("--reflection", help="Serve gRPC reflection.")] = False,
-    stay: Annotated[bool, typer.Option("--stay", help="Serve on after the run is complete.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep serving after the run is complete.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report once the run is complete.")] = False,
     advertise: Annotated[
-        str | None, typer.Option(help="The host by which others reach the server, written into the run's folder.")
+        str | None, typer.Option(help="The host by which others reach the server; it is written into the run's folder.")
     ] = None,
     security_files: SecurityFiles,
 ) -> None:
-    """Run one aggregation server. A journal in the run's folder is gone on with."""
+    """Run one aggregation server. It resumes from the journal in the run's folder, if any."""
     stop = threading.Event()
     exit_with_parent(stop)
     loaded = load(experiment)

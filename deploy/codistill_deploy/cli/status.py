@@ -25,7 +25,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
     security_files: SecurityFiles,
 ) -> None:
-    """Show who is at which round, and who is waited for; or where a run ended that no server serves any more."""
+    """Show each student's round and for whom the run waits.
+
+    If no server serves the run any more, show where it ended.
+    """
     from codistill_deploy.console.recorded import add_supervisor_events, describe_recorded
     from codistill_deploy.console.status import print_status
     from codistill_deploy.supervise.status_client import fetch_status

@@ -24,12 +24,15 @@ def work(
     *,
     student: Annotated[str, typer.Option(help="The student to train, or the teacher to run.")],
     server: Annotated[
-        str | None, typer.Option(help="The server's HOST:PORT; by default the one that runs in --run-dir.")
+        str | None, typer.Option(help="The server's HOST:PORT; by default that of the server in --run-dir.")
     ] = None,
     run_dir: LastingDirOption = None,
     security_files: SecurityFiles,
 ) -> None:
-    """Train one student, or run one teacher, against an aggregation server. A checkpoint in the run's folder is gone on with."""
+    """Train one student, or run one teacher, against an aggregation server.
+
+    A student resumes from the checkpoint in the run's folder, if any.
+    """
     stop = threading.Event()
     exit_with_parent(stop)
     loaded = load(experiment)

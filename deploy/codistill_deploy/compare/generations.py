@@ -31,8 +31,8 @@ def require_single_run(experiment: Experiment) -> None:
     """
     if has_generations(experiment):
         raise CommandError(
-            "distillation.generations: `codistill run` trains generations one after the other; for one of them alone give "
-            "its `teachers`, and generations: 1"
+            "distillation.generations: `codistill run` trains generations one after the other; to train one alone, give "
+            "its `teachers` and generations: 1"
         )
 
 

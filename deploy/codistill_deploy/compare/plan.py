@@ -76,7 +76,7 @@ def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Varian
     allowed = (*every, *named, ALL)
     for method in methods:
         if method not in allowed:
-            hint = f"; `{method}` is for an experiment with a pair of its own" if method in METHODS else ""
+            hint = f"; `{method}` is for an experiment that has its own pair" if method in METHODS else ""
             raise CommandError(f"--methods: {method!r} is not a method; allowed: {', '.join(allowed)}{hint}")
     wanted = [method for method in methods if method != ALL]
     rest = [method for method in every if method not in wanted] if ALL in methods else []

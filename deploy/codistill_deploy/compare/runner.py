@@ -62,7 +62,7 @@ def compare(
         left_out=left_out,
     )
     if ComparisonIndex.path(folder).exists() and not resume:
-        raise CommandError(f"{folder} already holds a comparison; give --resume to go on with it, or another --run-dir")
+        raise CommandError(f"{folder} already holds a comparison; give --resume to continue it, or another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     index.write(folder)
     began, trained = time.monotonic(), 0

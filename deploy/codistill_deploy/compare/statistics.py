@@ -143,8 +143,8 @@ class Comparison:
 def summarise(runs: Iterable[MethodRun], left_out: Mapping[str, str] | None = None) -> Comparison:
     """Return the comparison of runs: the accuracies, gains and curves of every student with every method.
 
-    A student without a measurement after the last epoch has no value for that method and seed; its run is named in
-    `incomplete`, and the other students of the run keep their values.
+    A student without a measurement after the last epoch has no value for that method and seed. Its run is named in
+    `incomplete`. The other students of the run keep their values.
 
     Args:
         runs: the runs.

@@ -35,7 +35,7 @@ def describe_recorded(folder: RunFolder) -> str | None:
     elif folder.in_use:
         stage = f"under way without a server, at {of_total} when it last reported"
     else:
-        stage = f"stopped at {of_total}; go on with: {_resume_command(history, folder)}"
+        stage = f"stopped at {of_total}; continue with: {_resume_command(history, folder)}"
     return f"{history.experiment.name} ({history.experiment.distillation.title}): {stage}"
 
 

@@ -181,7 +181,7 @@ def _train(
                 loop.stop()
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
-        # Students resume at the rounds of their own checkpoints; those behind catch up from the journal.
+        # Students resume at the rounds of their checkpoints; those behind catch up from the journal.
         round_number = min(loop.round for loop in loops)
         behind = [loop for loop in loops if loop.round == round_number]
         for loop in behind:

@@ -87,8 +87,8 @@ def _check_trained(path: Path, name: str) -> None:
         return
     if not trained.get(student_name, all(trained.values())):
         raise ConfigurationError(
-            f"weights: the run in {run.path} is not trained to its end; go on with it, or name one of its checkpoints, a "
-            ".safetensors file, to take that as it is"
+            f"weights: the run in {run.path} is not trained to its end; continue it, or name one of its checkpoints, a "
+            ".safetensors file, to use that as it is"
         )
 
 

@@ -1,9 +1,15 @@
 """The JSON document of a comparison: pure, and all that the script of its page draws from.
 
-``kind`` is ``"comparison"``; ``methods``, ``baseline``, ``many`` (whether methods stand one below the other), ``seeds``,
-``students`` and ``means`` with a result for each method, ``incomplete``, ``left_out``, ``runs`` with a summary of each, and
-``pictures`` (SVG of the gains). :mod:`codistill_server.observability.dashboard.document` makes the document of a run, with
-numbers and series of the same form.
+Its fields:
+
+- ``kind``: ``"comparison"``.
+- ``methods``, ``baseline``, ``seeds``; ``many``: whether methods stand one below the other.
+- ``students`` and ``means``: each with a result for each method.
+- ``incomplete``, ``left_out``; ``runs``: a summary of each.
+- ``pictures``: SVG of the gains.
+
+:mod:`codistill_server.observability.dashboard.document` makes the document of a run, with numbers and series of the same
+form.
 """
 
 from __future__ import annotations

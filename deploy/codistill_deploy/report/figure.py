@@ -76,7 +76,7 @@ def _rows(groups: Sequence[_Group], width: int, *, several: bool) -> str:
     """Draw one axis for all: a group of rows for each student, in it a row for each method."""
     narrow = width < _NARROW
     low, high, step = _range([edge for _, rows in groups for edge in _edges(rows)], 4 if narrow else 8)
-    heads = several or narrow  # the name has a line of its own above the rows
+    heads = several or narrow  # the name has its own line above the rows
     longest = max(
         (len(text) for name, rows in groups for text in ([] if heads else [name]) + [m for m, _, _ in rows if several]),
         default=0,

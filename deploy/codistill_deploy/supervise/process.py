@@ -66,7 +66,7 @@ class Process:
         try:
             os.set_blocking(self._beats, False)
             self._log_start = log.stat().st_size
-            # A session of its own keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
+            # Its own session keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
             self._process = subprocess.Popen(
                 [*arguments],
                 stdin=subprocess.DEVNULL,

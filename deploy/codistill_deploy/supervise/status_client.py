@@ -34,7 +34,7 @@ def fetch_status(address: str, security: Security | None = None) -> pb.Run:
         security: TLS and token.
 
     Raises:
-        CommandError: no server of ours answers at the address, or it refuses the caller.
+        CommandError: no codistill server answers at the address, or it refuses the caller.
         SecurityError: a certificate or key cannot be used.
     """
     security = security or Security()

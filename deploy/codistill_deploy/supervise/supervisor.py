@@ -154,7 +154,7 @@ class Supervisor:
         for worker in workers:
             if worker.running:
                 self._view.note(
-                    f"{worker.title} did not save itself within {_END_SECONDS:g} s and is killed; it goes on from its last "
+                    f"{worker.title} did not save itself within {_END_SECONDS:g} s and is killed; it resumes from its last "
                     "checkpoint"
                 )
         server.send_signal(signal.SIGTERM)
@@ -200,7 +200,7 @@ class Supervisor:
         reason = f"; not started again: {child.given_up}" if child.given_up and child.given_up != RESTARTS_OFF else ""
         if ending.code <= 0:
             return CommandError(
-                f"{child.title} {ending}{reason}; its log: {child.log}; `{self._resume_command}` goes on",
+                f"{child.title} {ending}{reason}; its log: {child.log}; continue with: {self._resume_command}",
                 ExitCode.WORKER_FAILED,
             )
         code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED

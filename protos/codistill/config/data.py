@@ -21,12 +21,12 @@ class Augment(Section):
         default=0,
         ge=0,
         le=16,
-        description="Pixels of zero padding around an image before a random crop of its own size; 0 for none.",
+        description="Pixels of zero padding around an image, before a random crop to the image's size; 0 for none.",
     )
     flip: bool = Field(default=False, description="Mirror an image left to right with probability ½.")
     view: Literal["auto", "own", "shared"] = Field(
         default="auto",
-        description="`own`: every student draws its own crop and flip of the same sample; `shared`: all see the same; `auto`: `shared` where a teacher teaches, `own` elsewhere.",
+        description="`own`: every student draws its own crop and flip of the same sample. `shared`: all see the same. `auto`: `shared` if a teacher teaches, otherwise `own`.",
     )
 
 
@@ -51,7 +51,7 @@ class Data(Section):
     dataset: str = Field(
         description="One of `"
         + "`, `".join(DATASETS)
-        + "`, or `package.module:callable`, which every process calls and which must return the same in each: seed whatever it draws."
+        + "`, or `package.module:callable`. Every process calls it, and it must return the same in each: seed everything that it draws at random."
     )
     root: str = Field(
         default="data",
@@ -70,12 +70,12 @@ class Data(Section):
         description="Number of classes; known for the built-in sets, needed for the others.",
     )
     image_size: int | None = Field(
-        default=None, ge=4, le=1024, description="Height and width that images of files are resized and cropped to."
+        default=None, ge=4, le=1024, description="Height and width to which images from files are resized and cropped."
     )
     train_size: int | None = Field(
         default=None,
         ge=1,
-        description="Train on this many samples, drawn by `split_seed`; all by default. `digits` has no test split of its own: it trains on 1,347 by default and tests on the rest.",
+        description="Train on this many samples, drawn by `split_seed`; all by default. `digits` has no separate test split: it trains on 1,347 by default and tests on the rest.",
     )
     test_size: int | None = Field(
         default=None, ge=1, description="Test on this many samples, drawn by `split_seed`; all by default."
@@ -83,13 +83,13 @@ class Data(Section):
     held_out: int = Field(
         default=0,
         ge=0,
-        description="Training samples set aside, on which `kdcl` with the `general` ensemble measures its weights once an epoch.",
+        description="Training samples set aside. `kdcl` with the `general` ensemble measures its weights on them once an epoch.",
     )
     split_seed: int = Field(
         default=0,
         ge=0,
         lt=2**63,
-        description="Seed of `train_size`, `test_size` and `held_out`; apart from `seed`, so that runs with other seeds use the same split.",
+        description="Seed of `train_size`, `test_size` and `held_out`. It is separate from `seed`, so that runs with other seeds use the same split.",
     )
     augment: Augment = Field(default_factory=Augment, description="How training images are varied.")
     normalize: Normalize | None = Field(
@@ -99,14 +99,14 @@ class Data(Section):
     memory_limit_gib: float = Field(
         default=4.0,
         gt=0,
-        description="Decoded images up to this size are kept on the device as uint8; a larger set streams from disk.",
+        description="Decoded images up to this size are kept on the device as uint8. A larger set streams from disk.",
         json_schema_extra=OPERATIONAL,
     )
     loader_workers: int = Field(
         default=2,
         ge=0,
         le=256,
-        description="Threads that decode images where the set streams from disk.",
+        description="Threads that decode images if the set streams from disk.",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -20,66 +20,66 @@ class Journal(Section):
 
     durability: Literal["process", "power"] = Field(
         default="process",
-        description="`process`: a closed round survives the death of every process; `power`: of the machine too, at the cost of a sync per round.",
+        description="`process`: a closed round survives the death of every process. `power`: it also survives the death of the machine, at the cost of a sync per round.",
     )
     keep: Literal["needed", "all"] = Field(
         default="needed",
-        description="`needed`: rounds back to the oldest that a student's checkpoint still needs; `all`: every round, so that students added at the end of `students` later learn the whole run from the journal.",
+        description="`needed`: rounds back to the oldest that a student's checkpoint still needs. `all`: every round. Students that are added later, at the end of `students`, then learn the whole run from the journal.",
     )
 
 
 class Exchange(Section):
-    """How workers and server speak."""
+    """How workers and server communicate."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32",
-        description="Element type of logits and targets on the wire. `float16` halves the traffic and moves a target's probabilities by less than 1e-3 while logits are within ±8.",
+        description="Element type of logits and targets on the wire. `float16` halves the traffic. It moves a target's probabilities by less than 1e-3 while logits are within ±8.",
     )
     connect_timeout: float = Field(
         default=30.0,
         gt=0,
-        description="Seconds that a worker tries to reach a server that it has never reached.",
+        description="Seconds that a worker tries to reach a server for the first time.",
         json_schema_extra=OPERATIONAL,
     )
     give_up_after: float = Field(
         default=600.0,
         gt=0,
-        description="Seconds that a worker waits for one round's targets, or for a server that went away, before it ends.",
+        description="Seconds that a worker waits for one round's targets, or for a server that went away. Then it ends.",
         json_schema_extra=OPERATIONAL,
     )
     on_absence: Literal["wait", "proceed"] = Field(
         default="wait",
-        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits; `proceed`: it closes at its deadline without those that are away, and they catch up from the journal.",
+        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits. `proceed`: a round closes at its deadline without the absent students, which catch up from the journal.",
         json_schema_extra=OPERATIONAL,
     )
     quorum: int = Field(
         default=2,
         ge=2,
-        description="With `proceed`: contributions that a round needs to be given targets; below it the students learn from the labels alone for that round.",
+        description="With `proceed`: contributions that a round needs to get targets. Below that number the students learn from the labels alone for that round.",
         json_schema_extra=OPERATIONAL,
     )
     round_deadline: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default="auto",
-        description="With `proceed`: seconds from a round's first contribution until it goes on without the absent; `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
+        description="With `proceed`: seconds from a round's first contribution until it closes without the absent. `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
         json_schema_extra=OPERATIONAL,
     )
     evict_after: float = Field(
         default=30.0,
         gt=0,
-        description="With `proceed`: seconds of silence after which an absent student's session is ended, and for which a student that has not joined yet is waited for.",
+        description="With `proceed`: seconds of silence after which an absent student's session is ended. Also the seconds to wait for a student that has not joined yet.",
         json_schema_extra=OPERATIONAL,
     )
     keepalive: float = Field(
         default=30.0,
         ge=5,
         le=240,
-        description="Seconds between the pings that find a peer which vanished without a word; it has 10 s to answer.",
+        description="Seconds between the pings that detect a vanished peer. The peer has 10 s to answer.",
         json_schema_extra=OPERATIONAL,
     )
     waiting_notice: float = Field(
         default=5.0,
         gt=0,
-        description="Seconds between the server's notices to those who wait.",
+        description="Seconds between the server's notices to waiting workers.",
         json_schema_extra=OPERATIONAL,
     )
     journal: Journal = Field(

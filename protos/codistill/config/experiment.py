@@ -50,17 +50,17 @@ class Experiment(Section):
     data: Data = Field(description="What the students learn.")
     training: Training = Field(description="How they learn.")
     distillation: Distillation = Field(
-        default_factory=Kdcl, description="How they teach one another; `method` chooses which keys there are."
+        default_factory=Kdcl, description="How they teach one another. `method` decides which keys there are."
     )
-    exchange: Exchange = Field(default_factory=Exchange, description="How workers and server speak.")
+    exchange: Exchange = Field(default_factory=Exchange, description="How workers and server communicate.")
     students: tuple[Student, ...] = Field(
         min_length=1,
         max_length=256,
         strict=False,
-        description="Who learns. The order is that of every table, and of an ensemble's reduction.",
+        description="Who learns. Every table and an ensemble's reduction keep this order.",
     )
     teachers: tuple[Teacher, ...] = Field(
-        default=(), max_length=256, strict=False, description="Whom they learn from, where the method has teachers."
+        default=(), max_length=256, strict=False, description="From whom they learn, if the method has teachers."
     )
 
     @model_validator(mode="after")
@@ -94,8 +94,8 @@ class Experiment(Section):
         for path, name in named:
             first_path, first_name = seen.setdefault(name.casefold(), (path, name))
             if first_path != path:
-                reason = "" if name == first_name else ", as file systems may tell no case apart"
-                yield f"{path}.name: {name!r} is the name of {first_path} already{reason}; give each its own"
+                reason = "" if name == first_name else ", because file systems may ignore case"
+                yield f"{path}.name: {name!r} is already the name of {first_path}{reason}; give each its own"
 
     def _quorum_problems(self) -> Iterator[str]:
         participants, quorum = len(self.participants), self.exchange.quorum

@@ -106,7 +106,7 @@ def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
 
 
 def _missing_names(ours: Any, theirs: Any) -> str | None:
-    """Return a text on the named items that only one of two lists has, or None where each has some of its own.
+    """Return a text on the named items that only one of two lists has, or None if each has some that the other lacks.
 
     A comparison by position would name the first field of the item after a missing one.
     """

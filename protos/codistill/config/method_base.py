@@ -57,7 +57,7 @@ class Method(Section):
         teacher_limits: how many teachers.
         depends_on_models: whether only the built models show that the method can have what it needs. The checks before a
             run then build every student.
-        own_temperatures: whether a student may have a temperature of its own.
+        own_temperatures: whether a student may have its own temperature.
     """
 
     student_limits: ClassVar[tuple[int, int]] = (1, UNLIMITED)
@@ -140,7 +140,7 @@ class LayerReader(Method):
     stages: int = Field(default=2, ge=1, le=8, description="How many hidden layers of each model are read.")
     layers: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="By the name of a student or teacher, the names of its layers, shallow ones first; of one that is not named, layers that divide its depth evenly.",
+        description="For each student or teacher by name, the names of its layers, shallow ones first. By default, layers that divide a model's depth evenly.",
     )
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
@@ -149,7 +149,7 @@ class LayerReader(Method):
         participants = [participant.name for participant in (*experiment.students, *experiment.teachers)]
         for name, layers in self.layers.items():
             if name not in participants:
-                yield f"distillation.layers.{name}: there is nobody of this name; allowed: {', '.join(participants)}"
+                yield f"distillation.layers.{name}: no student or teacher has this name; allowed: {', '.join(participants)}"
             elif len(layers) != self.stages:
                 yield (
                     f"distillation.layers.{name}: {len(layers)} layers are not allowed; allowed are the {self.stages} of "
@@ -160,7 +160,9 @@ class LayerReader(Method):
 class Intermittent(Method):
     """A method that need not exchange at every step."""
 
-    every: int = Field(default=1, ge=1, description="One round in so many exchanges; the others learn from the labels.")
+    every: int = Field(
+        default=1, ge=1, description="One round in this many exchanges. In the others, students learn from the labels."
+    )
     start_epoch: float = Field(default=0.0, ge=0, description="Epochs before the first exchange.")
 
     def exchange_schedule(self, steps_per_epoch: int) -> ExchangeSchedule:
@@ -174,12 +176,12 @@ class Intermittent(Method):
         if self.start_epoch >= epochs:
             yield (
                 f"distillation.start_epoch: {self.start_epoch:g} is not allowed; allowed is less than the {epochs} of "
-                "training.epochs, or nothing is ever exchanged"
+                "training.epochs, as otherwise nothing is exchanged"
             )
         elif steps_per_epoch and self.exchange_schedule(steps_per_epoch).start >= epochs * steps_per_epoch:
             steps = epochs * steps_per_epoch
             yield (
                 f"distillation.start_epoch: {self.start_epoch:g} is not allowed; allowed is up to "
-                f"{(steps - 1) * 1000 // steps_per_epoch / 1000:g}, where the last of {steps} rounds begins, or nothing is "
-                "ever exchanged"
+                f"{(steps - 1) * 1000 // steps_per_epoch / 1000:g}, where the last of {steps} rounds begins, as otherwise "
+                "nothing is exchanged"
             )

@@ -78,16 +78,16 @@ class LogitRegression(Method):
 class BornAgain(Method):
     """Born-again networks (Furlanello et al. 2018): every student learns from its own previous generation.
 
-    Without `teachers`, `codistill run` trains the generations one after the other: the first on the labels alone, each
-    later one taught by the one before. With `teachers`, one for each student in the students' order and of the same
-    model, it is one generation.
+    Without `teachers`, `codistill run` trains the generations one after the other. The first learns from the labels alone,
+    each later one from the one before. With `teachers` there is a single generation. Give one teacher for each student,
+    in the students' order and with the same model.
     """
 
     teacher_limits: ClassVar[tuple[int, int]] = (0, UNLIMITED)
 
     method: Literal["born_again"] = Field(default="born_again", description="Generations that teach the next.")
     generations: int = Field(
-        default=2, ge=1, le=100, description="How many are trained in sequence; 1 where `teachers` are given."
+        default=2, ge=1, le=100, description="How many generations are trained in sequence; 1 if `teachers` are given."
     )
     weight: float = Field(default=1.0, ge=0, description="Weight of the divergence from the teacher.")
     temperature: float = Field(default=1.0, gt=0, description="T of the softmax; the term is multiplied by T².")
@@ -135,7 +135,7 @@ class _Relational(Method):
         if batch_size < 3:
             yield (
                 f"training.batch_size: {batch_size} is not allowed; allowed is 3 or more, as `{self.method_name()}` compares "
-                "the relations among a batch's samples, and fewer all have the same"
+                "the relations among a batch's samples, and in smaller batches all are the same"
             )
 
 
@@ -190,9 +190,11 @@ class Dcm(LayerReader):
     student_limits: ClassVar[tuple[int, int]] = (2, UNLIMITED)
 
     method: Literal["dcm"] = Field(default="dcm", description="Mutual learning of classifiers at several stages.")
-    auxiliary_weight: float = Field(default=1.0, ge=0, description="α, of the auxiliary classifiers' cross-entropies.")
-    same_weight: float = Field(default=1.0, ge=0, description="β, of the divergences at the same stage.")
-    other_weight: float = Field(default=1.0, ge=0, description="γ, of the divergences from other stages.")
+    auxiliary_weight: float = Field(
+        default=1.0, ge=0, description="α, the weight of the auxiliary classifiers' cross-entropies."
+    )
+    same_weight: float = Field(default=1.0, ge=0, description="β, the weight of the divergences at the same stage.")
+    other_weight: float = Field(default=1.0, ge=0, description="γ, the weight of the divergences from other stages.")
 
 
 class Dml(Method):
@@ -243,7 +245,7 @@ class Kdcl(Method):
     method: Literal["kdcl"] = Field(default="kdcl", description="Collaborative learning with an ensemble.")
     ensemble: EnsembleName = Field(
         default="min_logit",
-        description=f"How the target is made: {'; '.join(row.about for row in KDCL_ENSEMBLES.values())}.",
+        description=f"How the target is made: {'; '.join(f'`{name}`: {row.about}' for name, row in KDCL_ENSEMBLES.items())}.",
     )
     weight: float = Field(default=1.0, ge=0, description="λ, the weight of the distillation term.")
     temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")
@@ -281,14 +283,16 @@ class CrossArchitecture(Intermittent):
     method: Literal["cross_architecture"] = Field(
         default="cross_architecture", description="Discontinuous distillation with a rising constraint."
     )
-    every: int = Field(default=5, ge=1, description="One round in so many exchanges; the others learn from the labels.")
+    every: int = Field(
+        default=5, ge=1, description="One round in this many exchanges. In the others, students learn from the labels."
+    )
     weight: float = Field(default=1.0, ge=0, description="Weight of the distillation term once it has risen.")
     temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")
     rise: Literal["linear", "sigmoid", "step"] = Field(
         default="linear", description="How the weight rises: evenly; slowly at both ends; in four steps."
     )
     full_epoch: float | None = Field(
-        default=None, gt=0, description="The epoch at which the weight has risen; the last one's end by default."
+        default=None, gt=0, description="The epoch at which the weight has risen; by default the end of training."
     )
 
     def problems(self, experiment: ExperimentSections) -> Iterator[str]:
@@ -302,14 +306,14 @@ class CrossArchitecture(Intermittent):
 
 
 class Custom(Intermittent):
-    """A pair of your own: `server` makes targets, `worker` the loss. See docs/methods.md."""
+    """Your own pair: `server` makes targets, `worker` the loss. See docs/methods.md."""
 
     teacher_limits: ClassVar[tuple[int, int]] = (0, UNLIMITED)
     depends_on_models: ClassVar[bool] = True
 
-    method: Literal["custom"] = Field(default="custom", description="A pair of your own.")
-    server: str = Field(description="`package.module:callable` that is given `parameters` and returns an aggregator.")
-    worker: str = Field(description="`package.module:callable` that is given `parameters` and returns an objective.")
+    method: Literal["custom"] = Field(default="custom", description="Your own pair.")
+    server: str = Field(description="`package.module:callable` that gets `parameters` and returns an aggregator.")
+    worker: str = Field(description="`package.module:callable` that gets `parameters` and returns an objective.")
     parameters: dict[str, Any] = Field(
         default_factory=dict,
         description="Keyword arguments of both callables: text, finite numbers, lists, maps.",

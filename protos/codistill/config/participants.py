@@ -1,4 +1,4 @@
-"""The experiment file's `students` and `teachers`, and the settings that each may have of its own."""
+"""The experiment file's `students` and `teachers`, and the settings that each may override."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Student", "Teacher"]
 
 
 class TrainingOverrides(Section):
-    """What of `training` one student may have of its own."""
+    """The keys of `training` that one student may override."""
 
     optimizer: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.optimizer`.")
     schedule: dict[str, Any] = Field(default_factory=dict, description="Keys of `training.schedule`.")
@@ -30,20 +30,20 @@ class TrainingOverrides(Section):
 
 
 class DataOverrides(Section):
-    """What of `data` one student may have of its own."""
+    """The keys of `data` that one student may override."""
 
     augment: dict[str, Any] = Field(default_factory=dict, description="Keys of `data.augment`.")
 
 
 class DistillationOverrides(Section):
-    """What of `distillation` one student may have of its own."""
+    """The keys of `distillation` that one student may override."""
 
     weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
     temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
 
 
 class Student(Section):
-    """One student: a model, and whatever it does differently from the others."""
+    """One student: a model, and the settings in which it differs from the others."""
 
     name: str = Field(
         pattern=NAME_PATTERN,
@@ -54,11 +54,11 @@ class Student(Section):
         default_factory=dict, description="Keyword arguments of the model: text, finite numbers, lists, maps."
     )
     training: TrainingOverrides = Field(
-        default_factory=TrainingOverrides, description="What this student trains differently."
+        default_factory=TrainingOverrides, description="Overrides of `training` for this student."
     )
-    data: DataOverrides = Field(default_factory=DataOverrides, description="What this student sees differently.")
+    data: DataOverrides = Field(default_factory=DataOverrides, description="Overrides of `data` for this student.")
     distillation: DistillationOverrides = Field(
-        default_factory=DistillationOverrides, description="What this student distils differently."
+        default_factory=DistillationOverrides, description="Overrides of `distillation` for this student."
     )
 
     @field_validator("model_args")
@@ -68,7 +68,7 @@ class Student(Section):
 
 
 class TeacherTraining(Section):
-    """What of `training` a teacher has of its own: how it is run, as it learns nothing."""
+    """The keys of `training` that a teacher may override. They say how it is run, because it learns nothing."""
 
     device: str | None = Field(
         default=None, pattern=DEVICE_PATTERN, description="As in `training`.", json_schema_extra=OPERATIONAL
@@ -83,7 +83,7 @@ class Teacher(Section):
 
     name: str = Field(
         pattern=NAME_PATTERN,
-        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have it.",
+        description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have the same name.",
     )
     model: str = Field(description="As a student's.")
     model_args: dict[str, Any] = Field(default_factory=dict, description="As a student's.")

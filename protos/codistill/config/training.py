@@ -33,7 +33,7 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """How the learning rate moves, per round."""
+    """How the learning rate changes from round to round."""
 
     name: Literal["constant", "cosine", "steps"] = Field(
         default="cosine", description="`constant`; `cosine` down to `min_lr`; `steps`: times `gamma` at each milestone."
@@ -60,17 +60,17 @@ class Training(Section):
         default=64,
         ge=1,
         le=1_000_000,
-        description="Samples of a round; the same for every student. What is left of an epoch is dropped.",
+        description="Samples of a round; the same for every student. An incomplete batch at the end of an epoch is dropped.",
     )
     optimizer: Optimizer = Field(default_factory=Optimizer, description="The optimiser.")
-    schedule: Schedule = Field(default_factory=Schedule, description="The learning rate's course.")
+    schedule: Schedule = Field(default_factory=Schedule, description="How the learning rate changes.")
     clip_norm: float | None = Field(
         default=None, gt=0, description="Scale gradients down to this norm; off by default."
     )
     device: str = Field(
         default="auto",
         pattern=DEVICE_PATTERN,
-        description="`auto` (a GPU where there is one, spread over the students), `cpu`, `cuda` or `cuda:N`.",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one; students are spread over the GPUs.",
         json_schema_extra=OPERATIONAL,
     )
     precision: Literal["float32", "bfloat16"] = Field(
@@ -83,7 +83,7 @@ class Training(Section):
         default=1,
         ge=1,
         le=256,
-        description="CPU threads of each worker. Part of the experiment, as another number gives other bits.",
+        description="CPU threads of each worker. Part of the experiment, because another number gives other bits.",
     )
     evaluate_every: int = Field(
         default=1,
@@ -100,7 +100,7 @@ class Training(Section):
     hang_after: float = Field(
         default=600.0,
         gt=0,
-        description="Seconds after which a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint counts as hung and the process is ended; the same for a turn of the server's event loop. Also seconds without any sign of life after which a process counts as hung to the command that started it, and is killed and started again.",
+        description="Seconds after which an activity counts as hung, and its process is ended. Such an activity is a forward or backward pass, a batch of an evaluation, or the writing of a checkpoint. A turn of the server's event loop is one too. A process without any heartbeat for this long also counts as hung. The command that started it then kills it and starts it again.",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -13,16 +13,16 @@ class ExitCode(IntEnum):
     OK = 0
     """Everything asked for was done."""
     ERROR = 1
-    """An error without a code of its own; ``--debug`` shows its traceback."""
+    """An error that has no other code; ``--debug`` shows its traceback."""
     USAGE = 2
     """The command line is wrong."""
     CONFIGURATION = 3
     """The experiment, a model, a data set or a checkpoint cannot be used as it is."""
     REFUSED = 4
-    """Server and worker do not fit: another experiment, other data, other shapes, another protocol version, a missing or
-    wrong token, or a certificate that one of them rejects."""
+    """Server and worker do not fit: another experiment, other data, other shapes or another protocol version. Or a token is
+    missing or wrong, or one of them rejects the other's certificate."""
     UNREACHABLE = 5
-    """The server, or the Ray cluster, could not be reached, or went away and did not come back within the time allowed."""
+    """The server, or the Ray cluster, could not be reached. Or it went away and did not come back within the time allowed."""
     GAVE_UP = 6
     """A round stayed open for longer than ``exchange.give_up_after``."""
     DIVERGED = 7
@@ -39,5 +39,5 @@ class ExitCode(IntEnum):
     NO_RESOURCES = 12
     """The Ray cluster did not have the resources of the experiment within ``--wait-for-resources``."""
     INTERRUPTED = 130
-    """Ctrl-C or SIGTERM. Every student was saved first. One that could not save within 30 s is named and killed, and resumes
-    from its last checkpoint. ``codistill serve`` ends with 0 instead."""
+    """Ctrl-C or SIGTERM. Every student was saved first, except one that could not do so within 30 s. That one is named and
+    killed, and resumes from its last checkpoint. ``codistill serve`` ends with 0 instead."""

@@ -49,7 +49,7 @@ class TestSettings:
         ):
             choose(experiment(), ["kdlc"])
         with pytest.raises(
-            CommandError, match=r"'custom' is not a method; .*is for an experiment with a pair of its own"
+            CommandError, match=r"'custom' is not a method; .*is for an experiment that has its own pair"
         ):
             choose(experiment(), ["custom"])
 

@@ -85,7 +85,7 @@ def test_a_complete_run(tmp_path: Path) -> None:
 def test_a_stopped_run_and_the_command_that_resumes_it(command: list[str], resume_command: str, tmp_path: Path) -> None:
     line = left_by(RunFolder(tmp_path), command, rounds=20, epoch=2)
     wanted = resume_command.replace("{}", str(tmp_path))
-    assert line == f"tiny (independent): stopped at round 20 of 40; go on with: {wanted}"
+    assert line == f"tiny (independent): stopped at round 20 of 40; continue with: {wanted}"
 
 
 def test_a_run_without_a_server_is_not_taken_for_a_stopped_one(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def test_a_run_that_is_not_over_teaches_nobody_unless_a_checkpoint_is_named(give
         return
     assert problems(taught) == [
         (
-            f"teachers.0.weights: the run in {run.path} is not trained to its end; go on with it, or name one of its "
-            "checkpoints, a .safetensors file, to take that as it is"
+            f"teachers.0.weights: the run in {run.path} is not trained to its end; continue it, or name one of its "
+            "checkpoints, a .safetensors file, to use that as it is"
         )
     ]
     assert run_in_process(trained, run, PlainProgress(Console(quiet=True)), threading.Event()) is ExitCode.OK

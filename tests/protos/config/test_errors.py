@@ -273,18 +273,18 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"students.1.name": "Ant"},
         [
             (
-                "students.1.name: 'Ant' is the name of students.0 already, as file systems may tell no case apart; give "
+                "students.1.name: 'Ant' is already the name of students.0, because file systems may ignore case; give "
                 "each its own"
             )
         ],
     ),
     (
         {"students.1.name": "ant"},
-        ["students.1.name: 'ant' is the name of students.0 already; give each its own"],
+        ["students.1.name: 'ant' is already the name of students.0; give each its own"],
     ),
     (
         {"students": [{"name": "ant", "model": "mlp"}] * 3},
-        [f"students.{at}.name: 'ant' is the name of students.0 already; give each its own" for at in (1, 2)],
+        [f"students.{at}.name: 'ant' is already the name of students.0; give each its own" for at in (1, 2)],
     ),
     *(
         (
@@ -331,7 +331,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"students.1": {"name": "ant", "model": "mlp", "training": {"optimizer": {"lr": 0}}}, "data.train_size": 1},
         [
-            "students.1.name: 'ant' is the name of students.0 already; give each its own",
+            "students.1.name: 'ant' is already the name of students.0; give each its own",
             "training.batch_size: 64 is larger than the 1 training samples (data.train_size less data.held_out)",
             "students.1.training.optimizer.lr: 0 is not allowed: input should be greater than 0",
         ],

@@ -64,14 +64,14 @@ def test_more_teachers_than_a_method_takes_are_refused() -> None:
 
 def test_a_teachers_name_is_not_a_students() -> None:
     assert problems(distillation={"method": "kd"}, teachers=[{**TEACHER, "name": "Bee"}]) == [
-        "teachers.0.name: 'Bee' is the name of students.1 already, as file systems may tell no case apart; give each its own"
+        "teachers.0.name: 'Bee' is already the name of students.1, because file systems may ignore case; give each its own"
     ]
 
 
 @pytest.mark.parametrize(
     ("layers", "problem"),
     [
-        ({"cat": ["a", "b"]}, "cat: there is nobody of this name; allowed: ant, bee, old"),
+        ({"cat": ["a", "b"]}, "cat: no student or teacher has this name; allowed: ant, bee, old"),
         ({"ant": ["a"]}, "ant: 1 layers are not allowed; allowed are the 2 of distillation.stages"),
     ],
 )
@@ -85,7 +85,7 @@ def test_layers_belong_to_a_participant_and_are_as_many_as_stages(layers: dict[s
     [
         (
             {"start_epoch": 3},
-            "start_epoch: 3 is not allowed; allowed is less than the 3 of training.epochs, or nothing is ever exchanged",
+            "start_epoch: 3 is not allowed; allowed is less than the 3 of training.epochs, as otherwise nothing is exchanged",
         ),
         (
             {"start_epoch": 1, "full_epoch": 1},
@@ -116,7 +116,7 @@ def test_a_start_after_the_last_round_begins_is_rejected(epochs: dict[str, float
         assert problems(**changes) == [
             (
                 f"distillation.start_epoch: {epochs['start_epoch']:g} is not allowed; allowed is up to 2.75, where the last of 12 "
-                "rounds begins, or nothing is ever exchanged"
+                "rounds begins, as otherwise nothing is exchanged"
             )
         ]
 
@@ -130,7 +130,7 @@ def test_batches_without_relations_are_refused(method: str, size: int) -> None:
     ) == [
         (
             f"training.batch_size: {size} is not allowed; allowed is 3 or more, as `{method}` compares the relations among a "
-            "batch's samples, and fewer all have the same"
+            "batch's samples, and in smaller batches all are the same"
         )
     ]
 

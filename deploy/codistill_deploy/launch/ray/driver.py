@@ -103,8 +103,8 @@ class _Driver:
         """Place the actors, and run them."""
         if self._experiment.exchange.journal.durability == "process" and self._placement.node_count > 1:
             self._view.note(
-                "exchange.journal.durability is process: a node that is lost may take the last rounds along, and the run could "
-                "not go on; set it to power"
+                "exchange.journal.durability is process: a lost node may take the last rounds with it, and the run could then "
+                "not continue; set it to power"
             )
         write_atomically(self._folder.driver_file, self._marker)
         try:
