@@ -143,10 +143,10 @@ class _Server:
     ) -> ExitCode:
         options = self._options
         writer, journal = self._open_files()
-        observations = RunState(self._experiment, writer.write)
+        run_state = RunState(self._experiment, writer.write)
         submit = EventLoopSubmit(self._fail)
         try:
-            coordinator = Coordinator(self._experiment, journal, observations, submit)
+            coordinator = Coordinator(self._experiment, journal, run_state, submit)
         except JournalError as error:
             journal.close()
             writer.close()
@@ -165,7 +165,7 @@ class _Server:
         tasks: list[asyncio.Task[None]] = []
         try:
             bound_port = server.bind(host, port, credentials)
-            http = self._serve_http(observations, coordinator)
+            http = self._serve_http(run_state, coordinator)
             await server.start()
             tasks = [
                 asyncio.create_task(service.tick()),
@@ -245,7 +245,7 @@ class _Server:
             journal.close()
             raise _unwritable(self._options.run_dir, error) from error
 
-    def _serve_http(self, observations: RunState, coordinator: Coordinator) -> HttpServer | None:
+    def _serve_http(self, run_state: RunState, coordinator: Coordinator) -> HttpServer | None:
         """Start the port of page and metrics, if it is wanted."""
         loop = asyncio.get_running_loop()
 
@@ -260,7 +260,7 @@ class _Server:
                 future.cancel()
                 raise TimeoutError(f"the rounds have not answered for {_SNAPSHOT_SECONDS:g} s") from None
 
-        metrics = registry(observations, snapshot_from_thread)
+        metrics = registry(run_state, snapshot_from_thread)
         if self._options.metrics is None:
             return None
         host, port = parse_address(self._options.metrics, "--metrics")
@@ -314,8 +314,8 @@ class _Server:
 
             threading.Thread(target=wait, name="codistill-stop", daemon=True).start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._end_on_signal, signal.Signals(number).name)
+            for signal_number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(signal_number, self._end_on_signal, signal_number.name)
 
     def _end_on_signal(self, name: str) -> None:
         _log.info("%s: going down", name)

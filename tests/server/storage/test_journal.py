@@ -325,7 +325,7 @@ class TestFaults:
     @pytest.mark.timeout(300)  # it is tried for each of its bytes
     def test_cut_short_anywhere_it_is_refused(self, path: Path) -> None:
         written(path).close()
-        # Of less than two bytes SQLite makes a new file; then it is the door that refuses students who are ahead.
+        # Of less than two bytes SQLite makes a new file; then the join of students that are ahead is rejected.
         for length in range(path.stat().st_size - 1, 1, -1):
             os.truncate(path, length)
             with pytest.raises(JournalError) as error:
