@@ -98,7 +98,7 @@ def exit_codes_page() -> str:
         "the token.",
         "",
         "Ctrl-C or SIGTERM is how `codistill serve` is ended: it lets calls under way finish, closes its journal, and ends with",
-        "0, whether the run is complete or not. Started again, it goes on with the journal.",
+        "0, whether the run is complete or not. Started again, it continues from the journal.",
         "",
     ]
     return "\n".join(lines)

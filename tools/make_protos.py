@@ -1,6 +1,6 @@
 """Regenerates the gRPC stubs from the contract, or with --check compares them with what is checked in.
 
-The generator is the lowest grpcio-tools that pyproject.toml allows, in an environment of its own: stubs made by a
+The generator is the lowest grpcio-tools that pyproject.toml allows, in an environment of its own. Stubs made by a
 newer one would refuse to load beside an older grpcio that the project still supports.
 """
 

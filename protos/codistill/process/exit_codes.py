@@ -19,8 +19,8 @@ class ExitCode(IntEnum):
     CONFIGURATION = 3
     """The experiment, a model, a data set or a checkpoint cannot be used as it is."""
     REFUSED = 4
-    """Server and worker do not fit: another experiment, other data, other shapes, another protocol version, a missing or
-    wrong token, or a certificate that one of them rejects."""
+    """Server and worker do not fit: they differ in experiment, data, shapes or protocol version. Or the token is missing or
+    wrong, or one of them rejects the other's certificate."""
     UNREACHABLE = 5
     """The server, or the Ray cluster, could not be reached, or went away and did not come back within the time allowed."""
     GAVE_UP = 6

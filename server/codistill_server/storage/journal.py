@@ -5,7 +5,7 @@ there or was never sent to anyone. Nothing in the journal is ever changed; round
 from its old end.
 
 Disks damage what they hold, and SQLite notices only damage to its own structures. So every row has a checksum, and a
-journal is verified when it is opened: it is used as it was written, or not at all.
+journal is verified when it is opened. It is used as it was written, or not at all.
 """
 
 from __future__ import annotations

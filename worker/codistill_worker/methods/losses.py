@@ -135,8 +135,8 @@ def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
 def relational_angle(embedding: Tensor, *, target: Tensor) -> Tensor:
     """Return (1/B³)·Σ_i Σ_j Σ_k h(cos(x)[i,j,k] − cos(t)[i,j,k]), the difference of two batches' angles.
 
-    cos(x)[i,j,k] is that of the angle at x_j between x_i and x_k, 0 where one of them is x_j or coincides with it; h is
-    the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
+    cos(x)[i,j,k] is the cosine of the angle at x_j between x_i and x_k, or 0 where one of them is x_j or coincides with
+    it. h is the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
     nothing; one sample alone, and two batches each of one repeated sample, lose 0. Takes memory for B²·D + B³ values.
 
     Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-A.
@@ -249,7 +249,7 @@ def dense_cross_layer(
 
     A student has Q auxiliary heads and a final one, z_Q; p_q = softmax(z_q). s_q is the mean probability of the peers'
     heads at the same stage, o_q that of their heads at the Q others. Q times the divergence from a mean has the
-    gradient of the sum over the Q others, Σ_{r≠q} KL(p'_r ‖ p_q), and is smaller by a constant. With Q = 0 it is deep
+    gradient of Σ_{r≠q} KL(p'_r ‖ p_q), the sum over the Q others. It is smaller by a constant. With Q = 0 it is deep
     mutual learning.
 
     Source: Yao & Sun 2020, 'Knowledge Transfer via Dense Cross-Layer Mutual-Distillation', the total loss, with weights
