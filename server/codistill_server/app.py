@@ -74,7 +74,7 @@ class ServeOptions:
         security: TLS and token.
         limits: how much one peer may ask for.
         on_complete: called in a thread of its own once the run is complete, before the server goes down.
-        advertise: the host by which others reach the server, where that is not the one that it listens on.
+        advertise: the host by which others reach the server, if it differs from the one listened on.
     """
 
     listen: str
@@ -246,7 +246,7 @@ class _Server:
             raise _unwritable(self._options.run_dir, error) from error
 
     def _serve_http(self, run_state: RunState, coordinator: Coordinator) -> HttpServer | None:
-        """Start the port of page and metrics, if it is wanted."""
+        """Start the HTTP port of page and metrics, if the options name one."""
         loop = asyncio.get_running_loop()
 
         async def snapshot() -> pb.Run:
@@ -303,7 +303,7 @@ class _Server:
         )
 
     def _end_on(self, stop: threading.Event | None) -> None:
-        """End the server once `stop` is set; also on SIGTERM and SIGINT, in the main thread."""
+        """End the server once `stop` is set and, in the main thread, on SIGTERM and SIGINT."""
         loop = asyncio.get_running_loop()
         if stop is not None:
 
@@ -326,7 +326,7 @@ class _Server:
         self._concluding = asyncio.get_running_loop().create_task(self._conclude(coordinator, service))
 
     async def _conclude(self, coordinator: Coordinator, service: DistillationService) -> None:
-        """Call `on_complete`, then end the server unless it is to stay; an error is logged, and fails no run."""
+        """Call `on_complete` and log its error, if any; then end the server unless it is to stay."""
         if self._options.on_complete is not None:
             try:
                 await asyncio.to_thread(self._options.on_complete)

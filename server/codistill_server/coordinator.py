@@ -72,7 +72,7 @@ _LEAVE_REASONS = {
 
 
 class Outbox(Protocol):
-    """Where the coordinator puts what a session is to receive. Neither call may block or call the coordinator."""
+    """Carries the coordinator's replies to one session. Neither call may block or call the coordinator."""
 
     def reply(self, reply: bytes) -> None:
         """Send an ``ExchangeReply``, serialised and with its checksum."""
@@ -84,7 +84,7 @@ class Outbox(Protocol):
 
 
 class Submit(Protocol):
-    """Runs work that may take milliseconds and hands its result to `done`, on the coordinator's own thread."""
+    """Runs work that may take milliseconds, and calls `done` with its result on the coordinator's thread."""
 
     def __call__(self, work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
         """Run `work`, beside the event loop if it is heavy and there is one."""
@@ -98,7 +98,7 @@ def run_inline(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: boo
 
 @dataclass
 class _Outcome:
-    """What came of an event for its own sender.
+    """What an event led to for its sender.
 
     Attributes:
         admitted: the session that a join was given.
@@ -114,7 +114,7 @@ class _Outcome:
 
 
 class Coordinator:
-    """The server of one run. All calls come from one thread.
+    """The core of one run's server, whatever the transport. Call it from one thread.
 
     Args:
         experiment: the run's experiment.
@@ -355,8 +355,8 @@ class Coordinator:
     def _process(self, event: Event) -> _Outcome:
         """Process an event and all that follow from it, one after the other; return the outcome for its sender.
 
-        Carrying out an action may lead to another event. Called for that one, this only queues it. So the machine is never
-        asked again before the actions of the event before are carried out.
+        Carrying out an action may lead to another event. A call for such an event only queues it. So all actions of one
+        event are carried out before the next event is applied.
 
         Raises:
             JournalError: the journal cannot be written or read. The queue is empty then, and the run cannot go on.
@@ -377,7 +377,7 @@ class Coordinator:
         return outcome
 
     def _carry_out(self, action: Action, event: Event, outcome: _Outcome) -> None:
-        """Carry out an action that an event asks for; a contribution is rejected by its outcome, not on its stream."""
+        """Carry out an action. A contribution that is rejected learns it from its outcome, not from its stream."""
         sender = event.session if isinstance(event, Contribute) else None
         match action:
             case Admit():

@@ -102,7 +102,7 @@ class RunState:
         self._record(happened)
 
     def record_rejection(self, what: str, student: str, message: str) -> None:
-        """Record a rejected call: as an event, or where there are many, in one a minute that counts the others."""
+        """Record a rejected call as an event; of many, record one a minute that counts the others."""
         if self._rejections.take(f"{what} {student}", self._clock()):
             self._suppressed[what, student] += 1
             return
@@ -196,7 +196,7 @@ class RunState:
             arrived: when each contribution arrived, by student.
             missing: the students without a contribution.
             targets: whether the round had any.
-            why: the reason why not.
+            why: the reason, if it had none.
         """
         now = self._clock()
         if self._span is None:

@@ -10,7 +10,7 @@ machine then answers every session that waits (:class:`Answer`). From then on th
 contribution to it is answered again from the journal. So a duplicate, a retry and the replay of a student that came back
 from its checkpoint are one and the same thing.
 
-Awaited is every student. With a :class:`codistill_server.rounds.stragglers.StragglerPolicy`, students that missed a
+Every student is awaited. With a :class:`codistill_server.rounds.stragglers.StragglerPolicy`, those that missed a
 round's deadline or left are not. Such an absent student learns the rounds that it missed from the journal, at its own
 speed. It is awaited again once it is at the frontier and quick enough to keep up.
 """

@@ -114,10 +114,10 @@ class FeatureExtractor(nn.Module):
             if handle is not None:
                 handle.remove()
         outputs = {"logits": logits}
-        for number, name in enumerate(self._features, 1):
-            outputs[f"features/{number}"] = pooled(layers[name])
-        for number, (name, head) in enumerate(zip(self._heads, self.heads, strict=True), 1):
-            outputs[f"logits/stage{number}"] = head(as_map(layers[name]))
+        for stage, name in enumerate(self._features, 1):
+            outputs[f"features/{stage}"] = pooled(layers[name])
+        for stage, (name, head) in enumerate(zip(self._heads, self.heads, strict=True), 1):
+            outputs[f"logits/stage{stage}"] = head(as_map(layers[name]))
         if embeddings:
             outputs["embedding"] = as_map(embeddings[-1]).mean((2, 3))
         return outputs

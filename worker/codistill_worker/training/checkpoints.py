@@ -169,7 +169,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file was written as a checkpoint; :func:`read` tells whether it is whole."""
+    """Return whether a file was written as a checkpoint; :func:`read` also verifies it."""
     try:
         with safe_open(path, framework="pt") as file:
             return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})
