@@ -9,7 +9,7 @@ SEED ?= 1
 SOURCES := protos server worker deploy tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast simulate fuzz soak lint format types imports protos protos-check docs docs-check bench check clean
+.PHONY: help install demo test test-fast simulate fuzz soak lint format types imports sentences protos protos-check docs docs-check bench check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ types: $(STAMP) ## pyright, strict on the source
 imports: $(STAMP) ## who may import whom
 	@$(BIN)/lint-imports
 
+sentences: $(STAMP) ## sentences of at most 25 words, and no phrase that has to be read twice
+	@$(BIN)/python tools/check_sentences.py
+
 protos: $(STAMP) ## regenerate the gRPC stubs
 	@$(BIN)/python tools/make_protos.py
 
@@ -74,7 +77,7 @@ bench: $(STAMP) ## round trips against gloo and Ray, and what a step costs
 	@$(BIN)/python benchmarks/exchange.py
 	@$(BIN)/python benchmarks/step.py
 
-check: lint types imports protos-check docs-check ## all checks that are not tests
+check: lint types imports sentences protos-check docs-check ## all checks that are not tests
 
 clean: ## remove the environments and caches; runs/ stays
 	@rm -rf $(VENV) .venv-protos .pytest_cache .ruff_cache .hypothesis .import_linter_cache

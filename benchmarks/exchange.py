@@ -1,14 +1,13 @@
 """Round trips of an exchange: codistill's service, gloo's all_gather and Ray actors, side by side.
 
-A round trip is what a training step waits for: it begins with a worker's logits [B, C] as a float32 tensor and ends
-with the target that all N workers' logits make (KDCL's min_logit) as a tensor in that worker. Three ways to get it:
+A round trip is what a training step waits for. It begins with a worker's logits [B, C], a float32 tensor. It ends with
+the target that all N workers' logits make (KDCL's min_logit), as a tensor in that worker. There are three contenders:
 
-codistill   a server process and N worker processes that speak gRPC, journal included;
-gloo        N processes in one torch.distributed group: all_gather, then each computes the target itself;
-ray         N worker actors that call an asyncio actor, which gathers, computes the target and returns it.
+* codistill: a server process and N worker processes that speak gRPC, journal included.
+* gloo: N processes in one torch.distributed group: all_gather, then each computes the target itself.
+* ray: N worker actors that call an asyncio actor, which gathers, computes the target and returns it.
 
-The contenders take turns in every repetition of every configuration, so that what else the machine does
-slows all of them alike. Every process has one torch thread, every wait a limit, and no process is left behind.
+They take turns in every repetition of every configuration, so that other load on the machine slows all of them alike. Every process has one torch thread, every wait a limit, and no process is left behind.
 """
 
 from __future__ import annotations
@@ -121,19 +120,21 @@ def _table(measurements: Sequence[Measurement], contenders: Sequence[str]) -> Ta
     others = [contender for contender in contenders if contender != "codistill"] if "codistill" in contenders else []
     for other in others:
         table.add_column(f"{other}/codistill", justify="right")
-    for configuration in dict.fromkeys(each.configuration for each in measurements):
+    for configuration in dict.fromkeys(measurement.configuration for measurement in measurements):
         mine = {
             contender: [
-                each for each in measurements if (each.configuration, each.contender) == (configuration, contender)
+                measurement
+                for measurement in measurements
+                if (measurement.configuration, measurement.contender) == (configuration, contender)
             ]
             for contender in contenders
         }
         cells: list[str] = []
         for repetitions in mine.values():
             cells += [
-                f"{statistics.median(each.rate for each in repetitions):,.0f}",
-                _milliseconds(statistics.median(each.p50 for each in repetitions)),
-                _milliseconds(statistics.median(each.p99 for each in repetitions)),
+                f"{statistics.median(measurement.rate for measurement in repetitions):,.0f}",
+                _milliseconds(statistics.median(measurement.p50 for measurement in repetitions)),
+                _milliseconds(statistics.median(measurement.p99 for measurement in repetitions)),
             ]
         for other in others:
             pairs = zip(mine[other], mine["codistill"], strict=True)
@@ -234,7 +235,7 @@ def main(
         raise typer.Exit(1) from None
     Console(width=200).print(_table(measurements, chosen))
     if json_file is not None:
-        written = {"machine": _machine(), "measurements": [asdict(each) for each in measurements]}
+        written = {"machine": _machine(), "measurements": [asdict(measurement) for measurement in measurements]}
         json_file.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """What the journal costs a round: rounds closed by the server's core, with and without one.
 
-Contributions of two students with random logits are put into coordinators that differ in their journal alone: none at
-all, one in memory, one on disk (`durability: process`, the default), and one that is synced each round (`power`). They
-take turns round by round, so that what else the machine does slows all alike. No socket and no training: a round
+Contributions of two students with random logits go to coordinators that differ in their journal alone. There is none at
+all, one in memory, one on disk (`durability: process`, the default), or one that is synced each round (`power`). They
+take turns round by round, so that other load on the machine slows all alike. No socket and no training: a round
 here is the decoding, the ensemble (KDCL's min_logit), the journal and the answers, as the server does them.
 """
 

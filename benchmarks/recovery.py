@@ -1,7 +1,7 @@
 """How long a run stands still when one of its processes dies.
 
 Faults strike a `codistill run`, one after the other. Recovery is the time from a signal to the closing of the
-second round after it: the round under way may close without the victim, the one after it cannot. It is given in seconds
+second round after it. The round under way may close without the victim; the one after it cannot. It is given in seconds
 and as a multiple of the median round before the fault. Most of it is the start of a Python process that imports torch.
 
 Linux only: the processes are found in /proc.
@@ -111,11 +111,11 @@ class _Run:
         self.await_closed(first + 5)
         return (time.monotonic() - started) / (self.closed() - first)
 
-    def strike(self, number: signal.Signals, *names: str) -> None:
+    def strike(self, signal_number: signal.Signals, *names: str) -> None:
         """Send a signal to the server ("server") or to workers, by student."""
         pids = self._pids()
         for name in names:
-            os.kill(pids[name], number)
+            os.kill(pids[name], signal_number)
 
     def end(self) -> None:
         """Stop the run."""
@@ -211,7 +211,7 @@ def main(
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
     if to is not None:
-        to.write_text(json.dumps([asdict(each) for each in found], indent=2) + "\n", encoding="utf-8")
+        to.write_text(json.dumps([asdict(recovery) for recovery in found], indent=2) + "\n", encoding="utf-8")
     Console(width=120).print(table(found))
 
 

@@ -1,10 +1,10 @@
 """What the exchange adds to a training step.
 
 Students train together through a server (KDCL's min_logit, in lockstep) and, on the same machine with as many
-processes, each alone. In lockstep nobody can be faster than the slowest, so a student's step together is compared with
-the slowest student's step alone: what is above 1 is the price of the exchange.
+processes, each alone. In lockstep nobody can be faster than the slowest. So a student's step together is compared with
+the slowest student's step alone. What their ratio has above 1 is the price of the exchange.
 
-Both are real `codistill run`s on images made up in memory, a thread for each worker. They take turns, and in each run
+Both are real `codistill run`s on images made up in memory, a thread for each worker. They take turns. In each run
 only the time counts in which all students train: after the first report of every one and before the last of any.
 """
 
@@ -73,7 +73,7 @@ class Repetition:
 
     def ratio(self, student: str) -> float:
         """Return a student's step together over the slowest student's step alone."""
-        return self.together.paces[student].step / max(each.step for each in self.alone.paces.values())
+        return self.together.paces[student].step / max(pace.step for pace in self.alone.paces.values())
 
 
 class BenchmarkError(RuntimeError):
@@ -105,13 +105,13 @@ def summarise(found: Iterable[records.Record]) -> Run:
     begin = max(reports[0].time for reports in by_student.values())
     end = min(reports[-1].time for reports in by_student.values())
     shared = {
-        student: [each for each in reports if begin < each.time <= end] for student, reports in by_student.items()
+        student: [report for report in reports if begin < report.time <= end] for student, reports in by_student.items()
     }
     overlapped = all(shared.values())
     paces = {
         student: Pace(
-            statistics.median(each.step_seconds for each in reports),
-            statistics.median(each.wait_seconds for each in reports),
+            statistics.median(report.step_seconds for report in reports),
+            statistics.median(report.wait_seconds for report in reports),
         )
         for student, reports in (shared if overlapped else by_student).items()
     }
@@ -180,10 +180,10 @@ def _table(repetitions: Sequence[Repetition]) -> Table:
     for student in sorted(repetitions[0].alone.paces):
         table.add_row(
             student,
-            _milliseconds(each.alone.paces[student].step for each in repetitions),
-            _milliseconds(each.together.paces[student].step for each in repetitions),
-            f"{statistics.median(each.ratio(student) for each in repetitions):.3f}",
-            _milliseconds(each.together.paces[student].wait for each in repetitions),
+            _milliseconds(repetition.alone.paces[student].step for repetition in repetitions),
+            _milliseconds(repetition.together.paces[student].step for repetition in repetitions),
+            f"{statistics.median(repetition.ratio(student) for repetition in repetitions):.3f}",
+            _milliseconds(repetition.together.paces[student].wait for repetition in repetitions),
         )
     return table
 
@@ -224,11 +224,11 @@ def main(
     except BenchmarkError as error:
         progress.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    if not all(run.overlapped for each in repetitions for run in (each.alone, each.together)):
+    if not all(run.overlapped for pair in repetitions for run in (pair.alone, pair.together)):
         progress.print("the runs are too short to count only the time in which all students train; raise --rounds")
     Console(width=200).print(_table(repetitions))
     if json_file is not None:
-        written = {"repetitions": [asdict(each) for each in repetitions]}
+        written = {"repetitions": [asdict(pair) for pair in repetitions]}
         json_file.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

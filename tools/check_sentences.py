@@ -59,13 +59,13 @@ def _items(lines: list[str]) -> Iterator[tuple[str, int]]:
     """Yield what stands together: a paragraph, or one entry of a list or of the arguments."""
     item, start = "", 0
     indent = len(lines[0]) - len(lines[0].lstrip())
-    for number, line in enumerate(lines):
+    for index, line in enumerate(lines):
         text = line.strip()
         own = len(line) - len(line.lstrip())
         if re.match(r"(?:[*-]|\d+\.) |\w+(?:, \w+)*: ", text) or own < indent:
             if item:
                 yield item, start
-            item, start, indent = text, number, own
+            item, start, indent = text, index, own
         else:
             item = f"{item} {text}".strip()
     if item:
@@ -108,11 +108,11 @@ def problems() -> Iterator[str]:
     for path in (*python_files(), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         if path == Path(__file__).resolve():
             continue
-        for number, line in prose(path):
+        for line_number, line in prose(path):
             for phrase in wanted:
                 found = phrase.search(line)
                 if found is not None:
-                    yield f"{path.relative_to(ROOT)}:{number}: {found.group()!r} is to be said in other words"
+                    yield f"{path.relative_to(ROOT)}:{line_number}: {found.group()!r} is to be said in other words"
 
 
 def main() -> None:

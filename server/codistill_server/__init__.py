@@ -1,6 +1,6 @@
 """The aggregation server of codistill.
 
-* :mod:`codistill_server.rounds.machine` is the heart: a pure state machine of one run's rounds.
+* :mod:`codistill_server.rounds.machine` is the core: a pure state machine of one run's rounds.
   :mod:`codistill_server.rounds.events` go in, :mod:`codistill_server.rounds.actions` come out, and
   :mod:`codistill_server.rounds.stragglers` says how long a round waits.
 * :mod:`codistill_server.ensembles` makes soft targets from students' logits, as pure functions.

@@ -74,7 +74,7 @@ class ServeOptions:
         security: TLS and token.
         limits: how much one peer may ask for.
         on_complete: called in a thread of its own once the run is complete, before the server goes down.
-        advertise: the host by which others reach the server, where that is not the one that it listens on.
+        advertise: the host by which others reach the server, if it differs from the one listened on.
     """
 
     listen: str
@@ -143,10 +143,10 @@ class _Server:
     ) -> ExitCode:
         options = self._options
         writer, journal = self._open_files()
-        observations = RunState(self._experiment, writer.write)
+        run_state = RunState(self._experiment, writer.write)
         submit = EventLoopSubmit(self._fail)
         try:
-            coordinator = Coordinator(self._experiment, journal, observations, submit)
+            coordinator = Coordinator(self._experiment, journal, run_state, submit)
         except JournalError as error:
             journal.close()
             writer.close()
@@ -165,7 +165,7 @@ class _Server:
         tasks: list[asyncio.Task[None]] = []
         try:
             bound_port = server.bind(host, port, credentials)
-            http = self._serve_http(observations, coordinator)
+            http = self._serve_http(run_state, coordinator)
             await server.start()
             tasks = [
                 asyncio.create_task(service.tick()),
@@ -245,8 +245,8 @@ class _Server:
             journal.close()
             raise _unwritable(self._options.run_dir, error) from error
 
-    def _serve_http(self, observations: RunState, coordinator: Coordinator) -> HttpServer | None:
-        """Start the port of page and metrics, if it is wanted."""
+    def _serve_http(self, run_state: RunState, coordinator: Coordinator) -> HttpServer | None:
+        """Start the HTTP port of page and metrics, if the options name one."""
         loop = asyncio.get_running_loop()
 
         async def snapshot() -> pb.Run:
@@ -260,7 +260,7 @@ class _Server:
                 future.cancel()
                 raise TimeoutError(f"the rounds have not answered for {_SNAPSHOT_SECONDS:g} s") from None
 
-        metrics = registry(observations, snapshot_from_thread)
+        metrics = registry(run_state, snapshot_from_thread)
         if self._options.metrics is None:
             return None
         host, port = parse_address(self._options.metrics, "--metrics")
@@ -303,7 +303,7 @@ class _Server:
         )
 
     def _end_on(self, stop: threading.Event | None) -> None:
-        """End the server once `stop` is set; also on SIGTERM and SIGINT, in the main thread."""
+        """End the server once `stop` is set and, in the main thread, on SIGTERM and SIGINT."""
         loop = asyncio.get_running_loop()
         if stop is not None:
 
@@ -314,8 +314,8 @@ class _Server:
 
             threading.Thread(target=wait, name="codistill-stop", daemon=True).start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._end_on_signal, signal.Signals(number).name)
+            for signal_number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(signal_number, self._end_on_signal, signal_number.name)
 
     def _end_on_signal(self, name: str) -> None:
         _log.info("%s: going down", name)
@@ -326,7 +326,7 @@ class _Server:
         self._concluding = asyncio.get_running_loop().create_task(self._conclude(coordinator, service))
 
     async def _conclude(self, coordinator: Coordinator, service: DistillationService) -> None:
-        """Call `on_complete`, then end the server unless it is to stay; an error is logged, and fails no run."""
+        """Call `on_complete` and log its error, if any; then end the server unless it is to stay."""
         if self._options.on_complete is not None:
             try:
                 await asyncio.to_thread(self._options.on_complete)

@@ -1,8 +1,8 @@
 """One run's aggregation server without a socket.
 
-The coordinator has messages checked, asks the rounds' state machine what to do, carries that out (targets, journal, answers),
-and feeds the observations. It knows no gRPC, no thread and no event loop. The gRPC service and the in-process loop both
-stand on it, which is why they give the same bits.
+The coordinator has messages checked and asks the rounds' state machine what to do. It carries that out (targets, journal,
+answers) and records it in the run's state. It knows no gRPC, no thread and no event loop. The gRPC service and the
+in-process loop both drive it, which is why they give the same bits.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _LEAVE_REASONS = {
 
 
 class Outbox(Protocol):
-    """Where the coordinator puts what a session is to receive. Neither call may block or call the coordinator."""
+    """Carries the coordinator's replies to one session. Neither call may block or call the coordinator."""
 
     def reply(self, reply: bytes) -> None:
         """Send an ``ExchangeReply``, serialised and with its checksum."""
@@ -84,7 +84,7 @@ class Outbox(Protocol):
 
 
 class Submit(Protocol):
-    """Runs work that may take milliseconds and hands its result to `done`, on the coordinator's own thread."""
+    """Runs work that may take milliseconds, and calls `done` with its result on the coordinator's thread."""
 
     def __call__(self, work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
         """Run `work`, beside the event loop if it is heavy and there is one."""
@@ -98,7 +98,7 @@ def run_inline(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: boo
 
 @dataclass
 class _Outcome:
-    """What came of an event for its own sender.
+    """What an event led to for its sender.
 
     Attributes:
         admitted: the session that a join was given.
@@ -114,12 +114,12 @@ class _Outcome:
 
 
 class Coordinator:
-    """The server of one run. All calls come from one thread.
+    """The core of one run's server, whatever the transport. Call it from one thread.
 
     Args:
         experiment: the run's experiment.
         journal: its journal, of the same experiment.
-        observations: the run's state as it is shown to the outside.
+        run_state: the run's state as it is shown to the outside.
         submit: runs work that takes time.
         clock: seconds that never go back.
 
@@ -131,12 +131,12 @@ class Coordinator:
         self,
         experiment: Experiment,
         journal: Journal,
-        observations: RunState,
+        run_state: RunState,
         submit: Submit = run_inline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.experiment = experiment
-        self.observations = observations
+        self.run_state = run_state
         self.on_complete: Callable[[], None] = lambda: None
         self._journal = journal
         self._submit = submit
@@ -162,12 +162,12 @@ class Coordinator:
         )
         self._rounds = Rounds(rules, restored)
         for record in restored.students:
-            if record.student in observations.students:
-                view = observations.students[record.student]
-                view.durable_round = view.round = self._schedule.round(record.durable_round)
+            if record.student in run_state.students:
+                status = run_state.students[record.student]
+                status.durable_round = status.round = self._schedule.round(record.durable_round)
         if restored.frontier:
             oldest, newest = self._schedule.round(restored.oldest), self._schedule.round(restored.frontier - 1)
-            observations.event("resumed", message=f"the journal holds rounds {oldest} to {newest}")
+            run_state.record_event("resumed", message=f"the journal holds rounds {oldest} to {newest}")
 
     @property
     def complete(self) -> bool:
@@ -201,19 +201,19 @@ class Coordinator:
             outcome.raise_if_rejected()
         except RequestRejected as rejected:
             student = request.student if request.student in self._rounds.presence else ""
-            self.observations.refusal("refused", student, str(rejected))
+            self.run_state.record_rejection("refused", student, str(rejected))
             raise
         admitted = outcome.admitted
         assert admitted is not None  # noqa: S101 - a join is either rejected or admitted
         self._admission.settle(request)
         self._schedule = schedule
-        self.observations.total_rounds = request.total_rounds
-        self.observations.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
+        self.run_state.total_rounds = request.total_rounds
+        self.run_state.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
         request.device = printable(request.device[:_LONGEST_DEVICE])
-        self.observations.joined(request)
+        self.run_state.record_join(request)
         where = f" on {request.device}" if request.device else ""
         resumed = f", from round {request.first_round}" if request.first_round else ""
-        self.observations.event("joined", request.student, f"joined{where}{resumed}")
+        self.run_state.record_event("joined", request.student, f"joined{where}{resumed}")
         return pb.JoinResponse(
             session=admitted.session, frontier=schedule.round(admitted.frontier), run=self.experiment.name
         )
@@ -257,7 +257,7 @@ class Coordinator:
             RequestRejected: the contribution is rejected; its session is over.
             JournalError: the round cannot be journalled; the run cannot go on.
         """
-        self.observations.bytes_in += size
+        self.run_state.bytes_in += size
         student = self._rounds.student_of(session)
         try:
             if student is None:
@@ -270,16 +270,16 @@ class Coordinator:
             contribution = self._contributions.decode(student, message, shapes, self._schedule)
             self._process(Contribute(session, contribution)).raise_if_rejected()
         except RequestRejected as rejected:
-            self.observations.reject(rejected.status)
-            self.observations.refusal("rejected", student or "", str(rejected))
+            self.run_state.count_rejection(rejected.status)
+            self.run_state.record_rejection("rejected", student or "", str(rejected))
             self._outboxes.pop(session, None)
             self._process(Disconnect(session, lost=True))
             raise
 
     def reject_damaged(self, session: int, message: str) -> None:
         """End the session of a contribution that was damaged on its way; its worker joins again."""
-        self.observations.reject(Status.ABORTED)
-        self.observations.event("damaged", self._rounds.student_of(session) or "", message)
+        self.run_state.count_rejection(Status.ABORTED)
+        self.run_state.record_event("damaged", self._rounds.student_of(session) or "", message)
         self._outboxes.pop(session, None)
         self._process(Disconnect(session))
 
@@ -292,12 +292,12 @@ class Coordinator:
         """
         student = self._rounds.student_of(request.session)
         if student is not None:  # else the machine rejects it
-            check_rounds(request, self.observations.total_rounds)
+            check_rounds(request, self.run_state.total_rounds)
         check_values(request)
         durable_round = self._schedule.exchanges_before(request.durable_round)
         self._process(Progress(request.session, durable_round)).raise_if_rejected()
         assert student is not None  # noqa: S101 - else it was rejected
-        self.observations.reported(student, request)
+        self.run_state.record_report(student, request)
 
     def leave(self, request: pb.LeaveRequest) -> None:
         """End a session because its student leaves.
@@ -315,7 +315,7 @@ class Coordinator:
         student = self._rounds.student_of(request.session)
         kind = "left" if reason is LeaveReason.STOPPED else reason.value
         if student is not None:  # before the run may complete
-            self.observations.event(kind, student, printable(request.message[:500]))
+            self.run_state.record_event(kind, student, printable(request.message[:500]))
         self._outboxes.pop(request.session, None)
         self._process(Leave(request.session, reason)).raise_if_rejected()
 
@@ -326,7 +326,7 @@ class Coordinator:
         if student is None:
             return
         self._process(Disconnect(session))
-        self.observations.event("disconnected", student, "its connection broke")
+        self.run_state.record_event("disconnected", student, "its connection broke")
 
     def tick(self) -> None:
         """Do what is due: notify students that wait, close rounds at their deadline, end silent sessions.
@@ -339,11 +339,11 @@ class Coordinator:
     def snapshot(self) -> pb.Run:
         """Return the state of the run."""
         waiting = self._rounds.waiting(self._clock())
-        return self.observations.snapshot(self._rounds.presence, self.frontier, waiting)
+        return self.run_state.snapshot(self._rounds.presence, self.frontier, waiting)
 
     def close(self) -> None:
-        """Write the observations that are left and close the journal."""
-        self.observations.flush()
+        """Record what the run's state still holds back, and close the journal."""
+        self.run_state.flush()
         self._journal.close()
 
     def _schedule_for(self, train_samples: int) -> ExchangeSchedule:
@@ -355,8 +355,8 @@ class Coordinator:
     def _process(self, event: Event) -> _Outcome:
         """Process an event and all that follow from it, one after the other; return the outcome for its sender.
 
-        Carrying out an action may lead to another event. Called for that one, this only queues it. So the machine is never
-        asked again before the actions of the event before are carried out.
+        Carrying out an action may lead to another event. A call for such an event only queues it. So all actions of one
+        event are carried out before the next event is applied.
 
         Raises:
             JournalError: the journal cannot be written or read. The queue is empty then, and the run cannot go on.
@@ -377,7 +377,7 @@ class Coordinator:
         return outcome
 
     def _carry_out(self, action: Action, event: Event, outcome: _Outcome) -> None:
-        """Carry out an action that an event asks for; a contribution is rejected by its outcome, not on its stream."""
+        """Carry out an action. A contribution that is rejected learns it from its outcome, not from its stream."""
         sender = event.session if isinstance(event, Contribute) else None
         match action:
             case Admit():
@@ -402,26 +402,26 @@ class Coordinator:
             case Notify():
                 self._notify(action.session, action.waiting)
             case Absent():
-                self.observations.absent(action.student, self._schedule.round(action.round), action.reason)
+                self.run_state.record_absence(action.student, self._schedule.round(action.round), action.reason)
             case Returned():
-                self.observations.returned(action.student, self._schedule.round(action.round))
+                self.run_state.record_return(action.student, self._schedule.round(action.round))
             case Remember():
                 self._journal.remember(action.record)
             case Forget():
                 self._journal.forget(action.before)
             case Complete():
-                self.observations.event("complete", message="every student has finished")
+                self.run_state.record_event("complete", message="every student has finished")
                 self.on_complete()
 
     def _end(self, action: End, kind: str) -> None:
         outbox = self._outboxes.pop(action.session, None)
-        self.observations.event(kind, action.student, action.message)
+        self.run_state.record_event(kind, action.student, action.message)
         if outbox is not None:
             outbox.end(action.status, action.message)
 
     def _reject_waiter(self, answer: Answer, rejected: RequestRejected) -> None:
         """End the session of a student that waits for a closed round and cannot be answered."""
-        self.observations.reject(rejected.status)
+        self.run_state.count_rejection(rejected.status)
         self._end(End(answer.session, answer.student, rejected.status, str(rejected)), "rejected")
         self._process(Disconnect(answer.session, lost=True))
 
@@ -452,10 +452,10 @@ class Coordinator:
             if len(self._recent) > _RECENT_ROUNDS:
                 self._recent.popitem(last=False)
             if "logits" in inputs.outputs:
-                self.observations.agreement(round_number, inputs.students, inputs.outputs["logits"], inputs.labels)
+                self.run_state.measure_agreement(round_number, inputs.students, inputs.outputs["logits"], inputs.labels)
             has_targets = bool(targets.shared or targets.each)
             why = "below the quorum" if not decide.targets else "without its teacher"
-            self.observations.round_closed(round_number, decide.arrived, missing, targets=has_targets, why=why)
+            self.run_state.record_round(round_number, decide.arrived, missing, targets=has_targets, why=why)
             self._process(Decided(closed.round))
 
         self._submit(make, close, heavy=aggregator.heavy)
@@ -496,7 +496,7 @@ class Coordinator:
     def _send(self, session: int, reply: bytes) -> None:
         outbox = self._outboxes.get(session)
         if outbox is not None:
-            self.observations.bytes_out += len(reply)
+            self.run_state.bytes_out += len(reply)
             outbox.reply(reply)
 
 

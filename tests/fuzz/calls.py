@@ -63,9 +63,9 @@ class Answer:
     replies: Sequence[bytes] = ()
 
 
-async def make(door: Endpoint, channel: grpc.aio.Channel, call: Call) -> Answer:
+async def make(endpoint: Endpoint, channel: grpc.aio.Channel, call: Call) -> Answer:
     """Makes a call and returns how it ends; a stream that goes on is ended after its first reply."""
-    options = {"metadata": (*call.metadata, *door.metadata), "compression": call.compression, "timeout": PATIENCE}
+    options = {"metadata": (*call.metadata, *endpoint.metadata), "compression": call.compression, "timeout": PATIENCE}
     ongoing: Any
     if call.hang_up is None and len(call.messages) == 1:
         # On the wire the same as any other kind of call; the client sends all of it at once.

@@ -108,12 +108,12 @@ class Campaign:
         self._seed = seed
         self._serving = serving
         self._students = [
-            Student(serving.doors[run], experiments[run], name, pause)
+            Student(serving.endpoints[run], experiments[run], name, pause)
             for run, pause in ((HEALTHY, 0.02), (LIMITED, 0.2))
             for name in experiments[run].names
         ]
         self._experiments = experiments
-        self._ports = {name: Port(door) for name, door in serving.doors.items()}
+        self._ports = {name: Port(endpoint) for name, endpoint in serving.endpoints.items()}
         self._tell: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
 
     async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
@@ -180,8 +180,8 @@ class Campaign:
         problems = [student.problem for student in self._students if student.problem]
         if complaints := self._serving.complaints():
             problems.append(f"the server's log says:\n{complaints[-3000:]}")
-        for name, door in self._serving.doors.items():
-            answer = await self._health(door.stranger)
+        for name, endpoint in self._serving.endpoints.items():
+            answer = await self._health(endpoint.stranger)
             check(OK, answer)
             if health_pb2.HealthCheckResponse.FromString(answer.replies[0]).status != 1:
                 problems.append(f"{name} is not SERVING")
@@ -209,9 +209,9 @@ class Campaign:
     def _events(self) -> int:
         return (self._serving.folder / HEALTHY / "events.jsonl").read_bytes().count(b"\n")
 
-    async def _health(self, door: Endpoint) -> Answer:
-        async with door.channel() as channel:
-            return await make(door, channel, Call("health", f"{HEALTH}Check", [b""], OK))
+    async def _health(self, endpoint: Endpoint) -> Answer:
+        async with endpoint.channel() as channel:
+            return await make(endpoint, channel, Call("health", f"{HEALTH}Check", [b""], OK))
 
     async def _settled(self) -> None:
         """Waits until the server has let go of every connection but the honest ones."""
@@ -231,21 +231,21 @@ class Campaign:
         for student in self._students:
             student.start()
         async with contextlib.AsyncExitStack() as stack:
-            doors = self._serving.doors
-            channels = [await stack.enter_async_context(doors[HEALTHY].channel()) for _ in range(3)]
+            endpoints = self._serving.endpoints
+            channels = [await stack.enter_async_context(endpoints[HEALTHY].channel()) for _ in range(3)]
             healthy = Model(self._experiments[HEALTHY], ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
             healthy.frontier = 2**40  # where exactly it is, a call from outside cannot depend on
             outsider = Outsider(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
 
             async def call(rng: random.Random) -> None:
-                door, drawn = doors[HEALTHY], outsider.draw(rng)
-                if door.token is not None and rng.random() < 0.5:
-                    _, token = door.token.metadata
-                    door, drawn = door.stranger, locked_out(rng, drawn, token)
+                endpoint, drawn = endpoints[HEALTHY], outsider.draw(rng)
+                if endpoint.token is not None and rng.random() < 0.5:
+                    _, token = endpoint.token.metadata
+                    endpoint, drawn = endpoint.stranger, locked_out(rng, drawn, token)
                 elif drawn.joins:
                     self.report.skipped += 1
                     return
-                answer = await make(door, rng.choice(channels), drawn)
+                answer = await make(endpoint, rng.choice(channels), drawn)
                 try:
                     check(drawn.verdict, answer)
                 except WrongError as error:
@@ -254,10 +254,10 @@ class Campaign:
                 self.report.seen[drawn.kind, "lost" if answer.text == LOST else answer.code.name] += 1
 
             async def tcp(rng: random.Random) -> None:
-                name = await self._ports[rng.choice(list(doors))].attack(rng)
+                name = await self._ports[rng.choice(list(endpoints))].attack(rng)
                 self.report.seen[f"tcp: {name}", "still serving"] += 1
 
-            flooder = Flooder(doors[LIMITED], self._experiments[LIMITED], self.report.seen)
+            flooder = Flooder(endpoints[LIMITED], self._experiments[LIMITED], self.report.seen)
             self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell, "flood": flooder.flood}
             try:
                 await self._progress(3)
@@ -269,8 +269,8 @@ class Campaign:
 
     async def _record(self) -> Sequence[tuple[str, bytes]]:
         """Has honest students train in the run `chaos` for a while, then go."""
-        experiment, door = self._experiments[CHAOS], self._serving.doors[CHAOS]
-        students = [Student(door, experiment, name, pause=0) for name in experiment.names]
+        experiment, endpoint = self._experiments[CHAOS], self._serving.endpoints[CHAOS]
+        students = [Student(endpoint, experiment, name, pause=0) for name in experiment.names]
         for student in students:
             student.start()
         await self._until(lambda: all(student.rounds >= 45 or student.problem for student in students))
@@ -278,7 +278,7 @@ class Campaign:
             await asyncio.to_thread(student.stop)
         traffic = [each for student in students for each in student.traffic]
         model = Model(experiment, ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
-        self._teller = Teller(door, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS))
+        self._teller = Teller(endpoint, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS))
         await self._teller.catch_up()
         return traffic
 

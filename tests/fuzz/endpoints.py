@@ -50,7 +50,7 @@ class Endpoint:
         """Returns a channel of its own connection; calls add `metadata` themselves."""
         return grpc.aio.insecure_channel(self.address, [*OPTIONS, *options])
 
-    def exchange(self, stop: threading.Event) -> GrpcTransport:
-        """Returns what an honest worker talks through."""
+    def transport(self, stop: threading.Event) -> GrpcTransport:
+        """Returns the transport of an honest worker."""
         security = Security(token=self.token)
         return GrpcTransport(self.address, connect_timeout=30, give_up_after=60, stop=stop, security=security)

@@ -29,13 +29,13 @@ class Flooder:
     """One flood per call of :meth:`flood`; what is over a limit must be told so, and nothing else may be refused for it.
 
     Args:
-        door: the server.
+        endpoint: the server.
         experiment: its run.
         seen: counts answers by (kind, status).
     """
 
-    def __init__(self, door: Endpoint, experiment: Experiment, seen: Counter[tuple[str, str]]) -> None:
-        self._door = door
+    def __init__(self, endpoint: Endpoint, experiment: Experiment, seen: Counter[tuple[str, str]]) -> None:
+        self._endpoint = endpoint
         self._experiment = experiment
         self._seen = seen
 
@@ -45,7 +45,7 @@ class Flooder:
         Raises:
             WrongError: more got through than the limit says, or an answer is wrong.
         """
-        async with self._door.channel() as channel:
+        async with self._endpoint.channel() as channel:
             await rng.choice((self._joins, self._bytes, self._watchers))(rng, channel)
 
     async def _joins(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
@@ -66,7 +66,7 @@ class Flooder:
     async def _send(self, channel: grpc.aio.Channel, call: Call, count: int, rate: Rate, amount: int) -> None:
         """Makes a call many times at once; each takes an amount of what the rate gives."""
         started = time.monotonic()
-        answers = await asyncio.gather(*(make(self._door, channel, call) for _ in range(count)))
+        answers = await asyncio.gather(*(make(self._endpoint, channel, call) for _ in range(count)))
         passed = self._passed(call, answers)
         if (passed - 1) * amount > rate.burst + rate.per_second * (time.monotonic() - started):
             raise WrongError(f"{passed} of {count} calls of a {call.kind} got past the limit")
@@ -75,7 +75,7 @@ class Flooder:
         raw = pb.WatchRunRequest(interval_seconds=60).SerializeToString()
         count = _LIMITS.watchers + rng.randint(1, 40)
         watch: Any = channel.unary_stream(f"{PREFIX}WatchRun")
-        ongoing = [watch(raw, metadata=self._door.metadata, timeout=PATIENCE) for _ in range(count)]
+        ongoing = [watch(raw, metadata=self._endpoint.metadata, timeout=PATIENCE) for _ in range(count)]
         call = Call("flood of watchers", f"{PREFIX}WatchRun", [raw], _or_later(Code.OK))
         try:
             passed = self._passed(call, await asyncio.gather(*(_first(each) for each in ongoing)))
@@ -85,7 +85,7 @@ class Flooder:
         if passed > _LIMITS.watchers:
             raise WrongError(f"{passed} WatchRun streams are open at a time")
         async with asyncio.timeout(PATIENCE):  # they are let go of
-            while (await make(self._door, channel, call)).code is not Code.OK:
+            while (await make(self._endpoint, channel, call)).code is not Code.OK:
                 pass
 
     def _passed(self, call: Call, answers: list[Answer]) -> int:

@@ -20,15 +20,15 @@ TOTAL_ROUNDS = 10**9
 _REPORT_EVERY = 20
 
 
-def targets(experiment: Experiment, number: int) -> bytes:
+def targets(experiment: Experiment, round_number: int) -> bytes:
     """Returns the data of a round's targets: a pure function of what the students publish in it."""
-    half = methods.create(experiment.distillation)
-    assert half is not None
+    aggregator = methods.create(experiment.distillation)
+    assert aggregator is not None
     labels = torch.frombuffer(
-        bytearray(contribution(experiment, experiment.names[0], number).batch.labels.data), dtype=torch.int64
+        bytearray(contribution(experiment, experiment.names[0], round_number).batch.labels.data), dtype=torch.int64
     )
-    outputs = torch.stack([logits_of(experiment, name, number) for name in experiment.names])
-    made = half.targets(RoundInputs(experiment.names, {"logits": outputs}, labels)).shared
+    outputs = torch.stack([logits_of(experiment, name, round_number) for name in experiment.names])
+    made = aggregator.targets(RoundInputs(experiment.names, {"logits": outputs}, labels)).shared
     assert made is not None
     return encode(made["logits"], experiment.exchange.dtype).data
 
@@ -43,11 +43,11 @@ class Student(threading.Thread):
         traffic: the first messages that it sent, by rpc, as they go over the wire.
     """
 
-    def __init__(self, door: Endpoint, experiment: Experiment, name: str, pause: float = 0.02) -> None:
+    def __init__(self, endpoint: Endpoint, experiment: Experiment, name: str, pause: float = 0.02) -> None:
         super().__init__(name=f"honest-{name}", daemon=True)
         self._experiment, self._student, self._pause = experiment, name, pause
         self._halt = threading.Event()
-        self._exchange = door.exchange(self._halt)
+        self._transport = endpoint.transport(self._halt)
         self.rounds = 0
         self.slowest = 0.0
         self.problem: str | None = None
@@ -63,28 +63,28 @@ class Student(threading.Thread):
     def stop(self) -> None:
         self._halt.set()
         self.join(30)
-        self._exchange.close()
+        self._transport.close()
 
     def _train(self) -> None:
         request = join_request(self._experiment, self._student)
         request.total_rounds = TOTAL_ROUNDS
         self._record("Join", request)
-        session = self._exchange.join(request).session
+        session = self._transport.join(request).session
         while not self._halt.is_set():
-            number, started = self.rounds, time.monotonic()
-            message = contribution(self._experiment, self._student, number)
+            round_number, started = self.rounds, time.monotonic()
+            message = contribution(self._experiment, self._student, round_number)
             self._record("Exchange", message, str(session))
-            self._exchange.send(message)
-            got = self._exchange.receive(number).targets["logits"].data
+            self._transport.send(message)
+            got = self._transport.receive(round_number).targets["logits"].data
             self.slowest = max(self.slowest, time.monotonic() - started)
-            if got != targets(self._experiment, number):
-                self.problem = f"student {self._student}, round {number}: the targets are not the pure function's"
+            if got != targets(self._experiment, round_number):
+                self.problem = f"student {self._student}, round {round_number}: the targets are not the pure function's"
                 return
             self.rounds += 1
             if self.rounds % _REPORT_EVERY == 0:
                 report = pb.ReportRequest(round=self.rounds, epoch=1, durable_round=self.rounds, step_seconds=0.1)
                 report.measurements.add(split=pb.SPLIT_TEST, round=self.rounds, accuracy=0.5, loss=1.0)
-                self._exchange.report(report)
+                self._transport.report(report)
                 self._record("Report", report)
                 self._record("Leave", pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED, message="bye"))
             self._halt.wait(self._pause)

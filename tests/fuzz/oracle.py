@@ -262,13 +262,13 @@ class Model:
         return answered
 
     def _targets(self) -> bytes:
-        half = methods.create(self.experiment.distillation)
-        assert half is not None
+        aggregator = methods.create(self.experiment.distillation)
+        assert aggregator is not None
         shape = (self.experiment.training.batch_size, self.experiment.data.class_count)
         outputs = [_floats(self.open[name].logits).reshape(shape) for name in self.experiment.names]
         labels = torch.frombuffer(bytearray(self.open[self.experiment.names[0]].labels), dtype=torch.int64)
         gathered = RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
-        made = half.targets(gathered).shared
+        made = aggregator.targets(gathered).shared
         assert made is not None
         return encode(made["logits"], "float32").data
 

@@ -34,7 +34,7 @@ class Teller:
     At a server that asks for a token, half of the calls are made once without it before: that may change nothing.
 
     Args:
-        door: the server.
+        endpoint: the server.
         model: its run; the teller is its only client.
         traffic: real messages of a run of the same experiment.
         seen: counts steps by (kind, status).
@@ -43,13 +43,13 @@ class Teller:
 
     def __init__(
         self,
-        door: Endpoint,
+        endpoint: Endpoint,
         model: Model,
         traffic: Sequence[tuple[str, bytes]],
         seen: Counter[tuple[str, str]],
         received: Callable[[], int],
     ) -> None:
-        self._door = door
+        self._endpoint = endpoint
         self._model = model
         self._limit = receive_limit(model.experiment)
         self._traffic = traffic
@@ -63,9 +63,9 @@ class Teller:
 
     async def catch_up(self) -> None:
         """Starts from the run as it is: rounds that others have closed, sessions that are over."""
-        async with self._door.channel() as channel:
+        async with self._endpoint.channel() as channel:
             while True:  # what they had under way has come in once the server knows that they are gone
-                answer = await calls.make(self._door, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
+                answer = await calls.make(self._endpoint, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
                 run = pb.Run.FromString(answer.replies[0])
                 if all(each.state != pb.STUDENT_STATE_PRESENT for each in run.students):
                     break
@@ -94,7 +94,7 @@ class Teller:
             WrongError: the server did not do what the model says; `steps` holds what led to it.
         """
         self.steps.clear()
-        self._channel = self._door.channel()
+        self._channel = self._endpoint.channel()
         try:
             for name in self._model.experiment.names:
                 await self._join(rng, name)
@@ -186,7 +186,7 @@ class Teller:
         assert self._channel is not None
         named = (SESSION_KEY, format_session(session))
         await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
-        metadata = (named, *self._door.metadata)
+        metadata = (named, *self._endpoint.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
         if session not in self._model.sessions:
             self._count("open", await self._end_of(stream), refusal(Code.ABORTED, "session"))
@@ -316,13 +316,13 @@ class Teller:
 
     async def _knock(self, rng: random.Random, call: Call) -> None:
         """Makes a call without the token, where there is one; that may change nothing."""
-        if self._door.token is None or rng.random() < 0.5:
+        if self._endpoint.token is None or rng.random() < 0.5:
             return
         assert self._channel is not None
-        _, token = self._door.token.metadata
+        _, token = self._endpoint.token.metadata
         made = locked_out(rng, call, token)
         self._say(made.kind, str(made.metadata))
-        self._count(made.kind, await calls.make(self._door.stranger, self._channel, made), made.verdict)
+        self._count(made.kind, await calls.make(self._endpoint.stranger, self._channel, made), made.verdict)
 
     async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
         if len(raw) > self._limit:
@@ -331,7 +331,7 @@ class Teller:
         assert self._channel is not None
         call = Call(rpc, PREFIX + rpc, [raw], verdict)
         await self._knock(rng, call)
-        answer = await calls.make(self._door, self._channel, call)
+        answer = await calls.make(self._endpoint, self._channel, call)
         self._count(rpc, answer, verdict)
         return answer
 
@@ -369,7 +369,7 @@ class Teller:
 
     async def _present(self, student: str) -> bool:
         assert self._channel is not None
-        answer = await calls.make(self._door, self._channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
+        answer = await calls.make(self._endpoint, self._channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
         states = {each.name: each.state for each in pb.Run.FromString(answer.replies[0]).students}
         return states[student] == pb.STUDENT_STATE_PRESENT
 

@@ -101,7 +101,7 @@ class Serving:
         self._names = tuple(experiments)
         self._token = Token(token, "the campaign") if token else None
         self._read = 0
-        self.doors: dict[str, Endpoint] = {}
+        self.endpoints: dict[str, Endpoint] = {}
 
     def __enter__(self) -> Serving:
         deadline = time.monotonic() + PATIENCE
@@ -112,7 +112,7 @@ class Serving:
                     assert self.code is None, self.log.read_text()
                     assert time.monotonic() < deadline, f"no server within {PATIENCE} s: {self.log.read_text()}"
                     time.sleep(0.02)
-                self.doors[name] = Endpoint(json.loads(path.read_text())["address"], self._token)
+                self.endpoints[name] = Endpoint(json.loads(path.read_text())["address"], self._token)
         except BaseException:
             self._process.kill()
             raise
@@ -222,7 +222,7 @@ def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
 
 
 def _received(coordinators: Mapping[str, Coordinator]) -> Mapping[str, int]:
-    return {name: each.observations.bytes_in for name, each in coordinators.items()}
+    return {name: coordinator.run_state.bytes_in for name, coordinator in coordinators.items()}
 
 
 def _usage(coordinators: Mapping[str, Coordinator]) -> Mapping[str, Any]:
@@ -232,8 +232,8 @@ def _usage(coordinators: Mapping[str, Coordinator]) -> Mapping[str, Any]:
         "fds": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - names alone, one of which is gone by then
         "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
         "tasks": len(asyncio.all_tasks()),
-        "sessions": {name: len(each._rounds._sessions) for name, each in coordinators.items()},
-        "outboxes": {name: len(each._outboxes) for name, each in coordinators.items()},
+        "sessions": {name: len(coordinator._rounds._sessions) for name, coordinator in coordinators.items()},
+        "outboxes": {name: len(coordinator._outboxes) for name, coordinator in coordinators.items()},
     }
 
 

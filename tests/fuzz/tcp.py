@@ -57,19 +57,19 @@ class Port:
     """One attack per call of :meth:`attack`; what is left open is bounded, the oldest is closed first.
 
     Args:
-        door: the server.
+        endpoint: the server.
         leave_open: how many connections at most stay open when an attack leaves one.
     """
 
-    def __init__(self, door: Endpoint, leave_open: int = 40) -> None:
-        self._door = door
+    def __init__(self, endpoint: Endpoint, leave_open: int = 40) -> None:
+        self._endpoint = endpoint
         self._left: deque[asyncio.StreamWriter] = deque()
         self._most = leave_open
 
     async def attack(self, rng: random.Random) -> str:
         """Sends one thing that is no call of a client, and returns its name."""
-        name, parts, pause = _draw(rng, self._door.metadata)
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._door.port)
+        name, parts, pause = _draw(rng, self._endpoint.metadata)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._endpoint.port)
         try:
             with contextlib.suppress(OSError):
                 for part in parts:

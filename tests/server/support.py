@@ -177,8 +177,8 @@ class Run:
         self.clock = Clock()
         self.records: list[Record] = []
         self.journal = journal or Journal(path, identity(self.experiment))
-        self.observations = RunState(self.experiment, self.records.append, self.clock, Clock(1.7e9))
-        self.coordinator = Coordinator(self.experiment, self.journal, self.observations, submit, self.clock)
+        self.run_state = RunState(self.experiment, self.records.append, self.clock, Clock(1.7e9))
+        self.coordinator = Coordinator(self.experiment, self.journal, self.run_state, submit, self.clock)
         self.completed = 0
         self.coordinator.on_complete = self._complete
         self.sessions: dict[str, int] = {}

@@ -86,7 +86,7 @@ class TestReplay:
             run.contribute("ant", number)
             assert run.inboxes["ant"].raw[-1] == answers[number]
         assert run.coordinator.frontier == 9
-        assert run.observations.closed_rounds == 9
+        assert run.run_state.closed_rounds == 9
 
     def test_dml_replays_each_students_own(self) -> None:
         run = Run(make_experiment().replace(distillation={"method": "dml"}))
@@ -298,5 +298,5 @@ class TestFaults:
         messages = [contribution(run.experiment, student, 0) for student in run.experiment.names]
         for student, message in zip(run.experiment.names, messages, strict=True):
             run.send(student, message)
-        assert run.observations.bytes_in == sum(message.ByteSize() for message in messages)
-        assert run.observations.bytes_out == sum(len(raw) for inbox in run.inboxes.values() for raw in inbox.raw)
+        assert run.run_state.bytes_in == sum(message.ByteSize() for message in messages)
+        assert run.run_state.bytes_out == sum(len(raw) for inbox in run.inboxes.values() for raw in inbox.raw)

@@ -142,7 +142,7 @@ class TestTeacher:
         run.learn("ant", 2)
         run.learn("bee", 2)
         run.clock.now += 20
-        text = generate_latest(registry(run.observations, run.coordinator.snapshot)).decode()
+        text = generate_latest(registry(run.run_state, run.coordinator.snapshot)).decode()
         assert 'codistill_student_accuracy_ratio{model="mlp",run="small",split="test",student="old"} 0.75' in text
         assert 'codistill_student_state{run="small",state="present",student="old"} 1.0' in text
         assert 'codistill_waited_for{run="small",student="old"} 1.0' in text
@@ -166,7 +166,7 @@ class TestTeacher:
         (reply,) = run.inboxes["ant"].replies
         assert reply.HasField("targets")
         assert not reply.targets.targets
-        assert run.observations.rounds_without_targets == 1
+        assert run.run_state.rounds_without_targets == 1
         assert [each.message for each in run.events("below quorum")] == [
             "round 0 closed with 2 contributions, without its teacher: no targets"
         ]

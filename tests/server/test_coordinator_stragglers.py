@@ -82,7 +82,7 @@ class TestAbsence:
         assert (returned.student, returned.message) == (
             "cat", "back at round 3; it missed rounds from 0 on, 3 rounds missed in all"
         )  # fmt: skip
-        run.observations.flush()
+        run.run_state.flush()
         spans = [record for record in run.records if record.kind == "rounds"]
         assert sum(span.missed.get("cat", 0) for span in spans) == 3
         assert sum(span.without_targets for span in spans) == 0
@@ -94,7 +94,7 @@ class TestAbsence:
         run.contribute("bee", 1)
         replies = [reply.targets for reply in run.inboxes["bee"].replies]
         assert [(each.round, len(each.targets)) for each in replies] == [(0, 0), (1, 0)]
-        assert run.observations.rounds_without_targets == 2
+        assert run.run_state.rounds_without_targets == 2
         (event,) = run.events("below quorum")
         assert event.message == "round 0 closed with 1 contributions, below the quorum: no targets"
         run.contribute("ant", 0)

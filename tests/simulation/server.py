@@ -121,10 +121,10 @@ class Server:
         generation = self.generation
         cluster = self.cluster
         cluster.kernel.note("server: starts")
-        observations = RunState(cluster.experiment, lambda _: None, cluster.kernel.clock, cluster.kernel.clock)
+        run_state = RunState(cluster.experiment, lambda _: None, cluster.kernel.clock, cluster.kernel.clock)
         try:
             coordinator = self.coordinator = cluster.plant.coordinator(
-                cluster.experiment, cluster.journal, observations, self._submit, cluster.kernel.clock
+                cluster.experiment, cluster.journal, run_state, self._submit, cluster.kernel.clock
             )
         except Crash:
             self.crash()

@@ -60,12 +60,12 @@ class Server:
         return list(records.read(self.folder / name))
 
     def measured(self) -> list[records.Measured]:
-        return [each for each in self.records() if isinstance(each, records.Measured)]
+        return [record for record in self.records() if isinstance(record, records.Measured)]
 
     def events(self) -> list[tuple[str, str]]:
         """Returns what happened to whom."""
         return [
-            (each.what, each.student) for each in self.records("events.jsonl") if isinstance(each, records.Happened)
+            (event.what, event.student) for event in self.records("events.jsonl") if isinstance(event, records.Happened)
         ]
 
 
@@ -111,13 +111,13 @@ def connect() -> Iterator[Connect]:
         return made[-1]
 
     yield make
-    for exchange in made:
-        exchange.close()
-        exchange.close()  # a second time does nothing
+    for transport in made:
+        transport.close()
+        transport.close()  # a second time does nothing
 
     def left() -> list[str]:
         # gRPC names its threads after nobody; the server under test has one of its asyncio flavour's for the whole process.
-        after = [each.name for each in set(threading.enumerate()) - before if "_poll_wrapper" not in each.name]
+        after = [thread.name for thread in set(threading.enumerate()) - before if "_poll_wrapper" not in thread.name]
         return [name for name in after if name.startswith(("codistill-replies", "Thread-"))]
 
-    wait_for(lambda: not left(), "the threads of a closed exchange end")
+    wait_for(lambda: not left(), "the threads of a closed transport end")

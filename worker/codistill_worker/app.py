@@ -100,7 +100,7 @@ def use_deterministic_kernels() -> None:
 
 
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
-    """Train one student, or runs one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
+    """Train one student, or run one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
     Raises:
         PeerError: the worker cannot continue; the text is one line, its code the exit code.
@@ -177,7 +177,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
 
 
 def _stopped() -> ExitCode:
-    _log.info("stopped, as it was told; the same command goes on from here")
+    _log.info("stopped on a signal; the same command resumes from here")
     return ExitCode.INTERRUPTED
 
 

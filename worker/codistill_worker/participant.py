@@ -66,7 +66,7 @@ class Participant:
         self._reported_at = clock()
 
     def mark(self, activity: str, round_number: int, waiting: float = 0.0) -> None:
-        """Mark for the watchdog that an activity begins, which may wait for others for so many seconds."""
+        """Mark for the watchdog that an activity begins, in which to wait for others for `waiting` seconds at most."""
         self._watchdog.begin(
             f"{self._kind} {self.name!r} at {activity}, round {round_number}", waiting + self._hang_after
         )
@@ -129,7 +129,7 @@ class Participant:
         """Return the targets of the round published last, waiting for them.
 
         Raises:
-            PeerError: the wait is over.
+            PeerError: they did not arrive; see :meth:`codistill.peer.base.Transport.receive`.
         """
         self.mark(activity, round_number, self._longest_exchange)
         return self._transport.receive(round_number)

@@ -12,7 +12,7 @@ __all__ = ["seed_forward"]
 def seed_forward(seed: int, student: str, round_number: int) -> None:
     """Seed torch's global generators, from which dropout draws, for one student's forward pass of one round.
 
-    The generators are seeded directly: `torch.manual_seed` also records a traceback where CUDA is not started yet, and
+    The generators are seeded directly. `torch.manual_seed` also records a traceback where CUDA is not started yet, and
     takes 80 times as long (110 µs against 1.3 µs). CUDA's generators exist once CUDA is started, as it is by a model on a
     GPU.
     """

@@ -142,7 +142,7 @@ class StudentLoop:
         )
 
     def begin_round(self) -> None:
-        """Run the forward pass of the next round and publishes the outputs that the method needs."""
+        """Run the forward pass of the next round and publish the outputs that the method needs."""
         self._step_started = self._clock()
         self._mark("the forward pass")
         published = self.trainer.begin()
@@ -167,7 +167,7 @@ class StudentLoop:
         self._after_round()
 
     def finish(self) -> None:
-        """Save the trained student, and leaves as finished.
+        """Save the trained student, and leave as finished.
 
         Raises:
             PeerError: it cannot be saved, or the server cannot be reached.
@@ -183,7 +183,7 @@ class StudentLoop:
         self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.round} rounds")
 
     def stop(self) -> None:
-        """Save the student between two rounds and leaves; a later worker can resume here."""
+        """Save the student between two rounds and leave; a later worker can resume here."""
         self.keep()
         self._report()
         self._leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.round} rounds")
@@ -230,7 +230,7 @@ class StudentLoop:
                 else torch.tensor(sums["distillation"], device=self.trainer.device, dtype=torch.float64),
             )
         self._saved_round = checkpoint.round
-        _log.info("student %s goes on from its checkpoint at round %d", self.trainer.student, checkpoint.round)
+        _log.info("student %s resumes from its checkpoint at round %d", self.trainer.student, checkpoint.round)
 
     def _after_round(self) -> None:
         trainer, training = self.trainer, self._plan.training

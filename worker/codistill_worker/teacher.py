@@ -94,7 +94,7 @@ class TeacherLoop:
         return self.round >= self._total_rounds
 
     def join(self) -> None:
-        """Open the session with the run, and begins at its frontier.
+        """Open the session with the run, and begin at its frontier.
 
         Raises:
             PeerError: the run cannot be reached, or rejects this teacher.

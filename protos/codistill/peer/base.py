@@ -10,7 +10,7 @@ A new transport is one file on each side:
 * on the server, a class that implements ``codistill_server.coordinator.Outbox``, one object for each session, and a
   ``codistill_server.coordinator.Submit``, which runs the work of a round.
 
-``tests/protos/peer/test_transports.py`` holds every transport to what this page promises.
+``tests/protos/peer/test_transports.py`` checks what is promised here of every transport.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Transport(Protocol):
         Blocks until the run accepts the peer, for at most ``connect_timeout``.
 
         Args:
-            request: who joins, with which experiment, data and outputs. The transport fills in ``worker`` and ``session``,
-                and may change ``first_round`` in a later join.
+            request: names the participant, its experiment, its data and its outputs. The transport fills in ``worker`` and
+                ``session``, and may change ``first_round`` in a later join.
 
         Returns:
             The session's id, and where the run stands.

@@ -53,8 +53,9 @@ def permutation(seed: int, size: int) -> torch.Tensor:
 def uniforms(seed: int, ids: torch.Tensor, draws: int) -> torch.Tensor:
     """Return uniform numbers for samples; each depends on the seed, its sample's id and its draw's number alone.
 
-    Counter-based: seed, id and draw are mixed by the finaliser of splitmix64 (Steele, Lea & Flood 2014, 'Fast
-    splittable pseudorandom number generators'), and the upper 53 bits make the number.
+    Counter-based: the finaliser of splitmix64 mixes seed, id and draw, and the upper 53 bits make the number.
+
+    Source: Steele, Lea & Flood 2014, 'Fast splittable pseudorandom number generators'.
 
     Args:
         seed: of 64 bits at most.

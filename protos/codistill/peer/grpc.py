@@ -200,10 +200,11 @@ class GrpcTransport:
         return True
 
     def _diagnose(self, failure: Failure, step: Join) -> Failure:
-        """Return a failure with what its port reveals, where its status says little and a person will read it.
+        """Return a failure, with what a probe of the port reveals if the status says little and people will read it.
 
         Raises:
-            PeerError: certificates keep a peer out that never joined. Those of a running server may be renewed in time.
+            PeerError: certificates keep out a peer that never joined. One that had joined tries again, as certificates may
+                be renewed in time.
         """
         never_joined = not self._session.session_id
         if not failure.temporary or not (never_joined or self._session.overdue(time.monotonic())):

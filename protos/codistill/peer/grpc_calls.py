@@ -87,7 +87,7 @@ def decode_reply(raw: bytes) -> pb.ExchangeReply:
 
 
 def read_failure(error: grpc.RpcError) -> Failure:
-    """Read how a call or a stream failed."""
+    """Return how a call or a stream failed."""
     status = cast("Any", error)
     code = status.code() if callable(getattr(error, "code", None)) else grpc.StatusCode.UNKNOWN
     details = status.details() if callable(getattr(error, "details", None)) else str(error)

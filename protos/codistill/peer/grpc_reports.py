@@ -78,7 +78,7 @@ class Reports:
         return [measurement for report in reports for measurement in report.measurements]
 
     def _settle(self) -> None:
-        """Make the report of a call that ended pending again if it did not arrive."""
+        """Settle a call that ended: if its report did not arrive, make it pending again."""
         if self._call is None:
             return
         failed = self._call.exception()

@@ -1,7 +1,7 @@
 """One Exchange call over gRPC, read by a thread.
 
-The thread puts what arrives into a queue. So every wait for a reply has a limit and ends when the peer is asked to stop,
-while the session stays open for the Leave that follows.
+The thread puts what arrives into a queue. So every wait for a reply has a limit, and ends when the peer is asked to stop.
+The session stays open meanwhile, for the Leave that follows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order of the samples: those of each round, a pure function of the seed."""
+"""The samples of each round, in order: a pure function of the seed."""
 
 from __future__ import annotations
 

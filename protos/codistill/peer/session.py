@@ -72,10 +72,10 @@ class _Abandoned:
 
 @dataclass(frozen=True)
 class _Goal:
-    """A session whose stream is open.
+    """A goal and its times. By itself, it is a session whose stream is open.
 
     Attributes:
-        since: when it was set.
+        since: when the goal was set.
         until: its deadline.
         away_since: since when the server is away, if it is.
     """
@@ -111,7 +111,7 @@ class _Leave(_Goal):
     finished: bool
 
 
-# The rest
+# Pauses and the open contribution
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Session:
         self._aim(_Receive(now, now + self._give_up_after, now, round_number, heard_at=now))
 
     def reconnect(self, now: float) -> None:
-        """Aim at a new session in place of one whose stream is over, unless how it ended forbids that."""
+        """Aim at a new session in place of one whose stream is over, unless the way it ended forbids joining again."""
         self._aim(_Goal(now, now + self._give_up_after, now))
         if isinstance(self._link, _Connected):
             self._link = _Abandoned()
@@ -345,7 +345,7 @@ class Session:
         self.silence(now)
 
     def silence(self, now: float) -> None:
-        """Record that the stream brought nothing of use; one that was silent for too long is abandoned.
+        """Record that the stream brought nothing of use; abandon it if it was silent for too long.
 
         Raises:
             PeerError: the wait is over.

@@ -1,6 +1,6 @@
 """Locks, and files that are either wholly there or not at all: how everything in a run's folder is written.
 
-Locks are the kernel's (flock): it lets go of them when their holder dies, however that was. A child that inherits the
+Locks are the kernel's (flock): it releases them when their holder dies, in whatever way. A child that inherits the
 descriptor holds the lock too.
 """
 
@@ -29,11 +29,11 @@ _POLL_SECONDS = 0.05
 
 
 def _do_nothing() -> None:
-    """Stand in where nobody wants to hear of a wait."""
+    """Do nothing: the default of `waiting`."""
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file if no other process holds its lock; returns whether it could."""
+    """Lock an open file if no other process holds its lock; return whether it could."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -54,11 +54,11 @@ def is_locked(path: Path) -> bool:
 def locked(
     path: Path, seconds: float = math.inf, waiting: Callable[[], None] = _do_nothing, *, keep_content: bool = False
 ) -> Generator[IO[str], None, None]:
-    """Hold the lock on a file, which is made if need be; gives the file, whose descriptor a child may inherit.
+    """Hold the lock on a file, made if need be; yield the open file, whose descriptor a child may inherit.
 
     Args:
         path: the file.
-        seconds: how long to wait for its holder to let go.
+        seconds: how long to wait for its holder to release it.
         waiting: called once if somebody else holds it.
         keep_content: leave what the file holds.
 
@@ -68,10 +68,10 @@ def locked(
     """
     with path.open("a+" if keep_content else "w") as file:
         deadline = time.monotonic() + seconds
-        told = False
+        announced = False
         while not try_lock(file):
-            if not told:
-                told = True
+            if not announced:
+                announced = True
                 waiting()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"{path} is locked by another process")
@@ -123,7 +123,7 @@ def staged(path: Path, content: bytes, writer: str) -> Generator[Path, None, Non
 
 
 def remove_abandoned_parts(folder: Path) -> None:
-    """Remove what writers of :func:`staged` files left that died."""
+    """Remove the files that dead writers of :func:`staged` left."""
     for part in folder.glob("*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
             if try_lock(file):

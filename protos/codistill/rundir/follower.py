@@ -1,4 +1,4 @@
-"""The history of a run that goes on."""
+"""The history of a run while it goes on."""
 
 from __future__ import annotations
 

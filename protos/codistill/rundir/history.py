@@ -47,7 +47,7 @@ class StudentHistory:
     best: Measured | None = None
     """The test measurement with the highest accuracy, the first of several."""
     train_count: int = 0
-    """How many measurements there were, those included that a bounded history does not keep."""
+    """The number of training measurements, including those that a bounded history does not keep."""
     test_count: int = 0
     """The same for the test measurements."""
     restarts: int = 0
@@ -100,7 +100,7 @@ class History:
 
     @property
     def closed_rounds(self) -> int:
-        """How many closed rounds there are records of."""
+        """The number of closed rounds with a record."""
         return sum(map(spans.length, self.rounds))
 
     @property
@@ -117,7 +117,7 @@ class History:
     def ensemble_accuracy(self) -> float | None:
         """The share of an epoch's training samples that the mean of the students' probabilities classifies correctly.
 
-        It is that of the last epoch that there are records of; None if there are none.
+        It is that of the last epoch with records; None without records.
         """
         known = (span.ensemble_accuracy for span in reversed(self.rounds) if span.ensemble_accuracy is not None)
         return next(known, None)

@@ -1,4 +1,4 @@
-"""``run.json``: what of a run is not in its experiment."""
+"""``run.json``: the facts of a run that its experiment does not hold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Mode: TypeAlias = Literal["grpc", "in-process"]
 
 
 class RunInfo(BaseModel):
-    """What of a run is not in its experiment. Every field may be missing."""
+    """The facts of a run that its experiment does not hold. Every field may be missing."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,7 +53,7 @@ class RunInfo(BaseModel):
 
 
 def write_info(path: Path, mode: Mode) -> None:
-    """Write what is known of a run that this process starts.
+    """Write the facts of a run that this process starts.
 
     Raises:
         OSError: it could not be written.

@@ -56,7 +56,7 @@ class ParticipantLayout:
 
     @property
     def host_lock(self) -> Path:
-        """What the actor of its worker holds on a Ray cluster."""
+        """The lock that its worker's actor holds on a Ray cluster."""
         return self.path / "host.lock"
 
     @property
@@ -78,7 +78,7 @@ class RunLayout:
 
     @property
     def info_file(self) -> Path:
-        """What of the run is not in its experiment: :class:`codistill.rundir.info.RunInfo`."""
+        """Facts of the run that its experiment does not hold: :class:`codistill.rundir.info.RunInfo`."""
         return self.path / "run.json"
 
     @property
@@ -105,12 +105,12 @@ class RunLayout:
 
     @property
     def supervisor_file(self) -> Path:
-        """What became of the processes, as the command saw it that started them."""
+        """What happened to the processes, as seen by the command that started them."""
         return self.path / "supervisor.jsonl"
 
     @property
     def record_files(self) -> tuple[Path, ...]:
-        """All that holds records, the measurements first."""
+        """All files of records, the measurements first."""
         return self.metrics_file, self.events_file, self.supervisor_file
 
     @property
@@ -125,7 +125,7 @@ class RunLayout:
 
     @property
     def driver_file(self) -> Path:
-        """By which the nodes of a Ray cluster see that they share the folder."""
+        """The file by which the nodes of a Ray cluster see that they share the folder."""
         return self.path / "driver.json"
 
     @property
@@ -155,7 +155,7 @@ class RunLayout:
 
     @property
     def students(self) -> Path:
-        """What the students' folders are in."""
+        """The folder that holds the students' folders."""
         return self.path / _STUDENTS
 
     def student(self, name: str) -> ParticipantLayout:
@@ -193,6 +193,6 @@ class ComparisonLayout:
         return self.path / method.replace("/", "-") / f"seed-{seed}"
 
 
-def generation_folder(folder: Path, number: int) -> Path:
+def generation_folder(folder: Path, generation: int) -> Path:
     """Return the folder of one generation of a run of several, counted from 1."""
-    return folder / f"generation-{number}"
+    return folder / f"generation-{generation}"

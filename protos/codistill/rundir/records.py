@@ -2,7 +2,7 @@
 
 The server appends to two files of a run's folder. ``metrics.jsonl`` holds :class:`Joined`, :class:`Measured`,
 :class:`Paced` and :class:`RoundsClosed`; ``events.jsonl`` holds :class:`Happened`. ``supervisor.jsonl`` holds
-:class:`Happened` lines of the process that starts and restarts the others, so it has events from when no server ran.
+:class:`Happened` lines of the process that starts and restarts the others, so it also has events of times without a server.
 
 A student that resumes repeats the rounds after its checkpoint. So of several lines about the same student, split and
 round, the last one counts. A last line without its end, as a killed process leaves it, is ignored.

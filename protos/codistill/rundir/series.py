@@ -18,7 +18,7 @@ class Series(Generic[_R]):
         limit: the most records that are kept: evenly spaced ones, the newest among them. None keeps all.
 
     Attributes:
-        count: how many rounds there are records of, those included that are not kept.
+        count: the number of rounds with a record, kept or not.
         best: of the measurements that are not kept, the one with the highest accuracy.
     """
 
@@ -44,7 +44,8 @@ class Series(Generic[_R]):
         self._kept[record.round] = (known[0], record)
         if self._limit is not None and len(self._kept) > self._limit:
             self._stride *= 2
-            for round_number in [number for number, (place, _) in self._kept.items() if place % self._stride]:
+            between = [round_number for round_number, (place, _) in self._kept.items() if place % self._stride]
+            for round_number in between:
                 if round_number != self._newest:
                     self._drop(round_number)
 

@@ -41,7 +41,7 @@ def encode(tensor: torch.Tensor, dtype: str) -> pb.Tensor:
     """Encode a tensor.
 
     Args:
-        tensor: any device, at most :data:`MAX_DIMENSIONS` dimensions. One elsewhere is copied to the CPU.
+        tensor: on any device, with at most :data:`MAX_DIMENSIONS` dimensions; copied to the CPU if need be.
         dtype: "float32", "float16", "bfloat16" or "int64". Finite values beyond the range of a narrower floating-point
             dtype (±65504 for float16) are clamped to it. So no finite logit becomes infinite on the way.
 

@@ -112,7 +112,7 @@ class _TokenInterceptor(
     grpc.UnaryStreamClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Add the token to every call. gRPC's own call credentials would refuse a channel without TLS."""
+    """Adds the token to every call. gRPC's own call credentials would refuse a channel without TLS."""
 
     def __init__(self, token: Token) -> None:
         self._token = token

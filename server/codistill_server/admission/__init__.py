@@ -1,1 +1,1 @@
-"""What is checked of a message before anything in it is believed."""
+"""The checks of a message, before anything in it is used."""

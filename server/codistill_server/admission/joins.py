@@ -137,11 +137,11 @@ class JoinAdmission:
         return self._aggregator.teacher if participant in self._teachers else self._aggregator.student
 
     def _outputs_key(self, participant: str) -> str:
-        """Return the key under which shapes are settled: each teacher's own, as the students' outputs are stacked."""
+        """Return the key under which shapes are settled; students share one, as their outputs are stacked."""
         return f"outputs/{participant}" if participant in self._teachers else "outputs"
 
     def settle(self, request: pb.JoinRequest) -> None:
-        """Settle the run to the facts of a worker that was admitted, where they are still open.
+        """Settle facts that are still open to those of an admitted worker.
 
         Raises:
             JournalError: they cannot be journalled.

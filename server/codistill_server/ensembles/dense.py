@@ -4,14 +4,16 @@ Logits are [K, S, B, C]: K students in the experiment file's order, S stages wit
 C classes. Dtypes, order of summation and errors are as in :mod:`.kdcl`. Targets are constants: no gradient flows
 through these functions.
 
-Dense cross-layer mutual distillation (Yao & Sun 2020, 'Knowledge Transfer via Dense Cross-Layer Mutual-Distillation')
-lets the classifier at stage q of student k mimic those of its peer at the same stage, and those at all other stages.
-With p[l,r] = softmax(z[l,r]) at T = 1, the two targets are
+In dense cross-layer mutual distillation, the classifier at stage q of student k mimics two targets. One is made of its
+peers' classifiers at the same stage, the other of those at all other stages. With p[l,r] = softmax(z[l,r]) at T = 1,
+they are
 
     s[k,q] = (1/(K−1))·Σ_{l≠k} p[l,q],    o[k,q] = (1/(S−1))·Σ_{r≠q} s[k,r].
 
-KL(s ‖ p) has the gradient of the mean over the peers of KL(p[l,q] ‖ p[k,q]), and (S−1)·KL(o ‖ p) that of the sum over
+KL(s ‖ p) has the gradient of KL(p[l,q] ‖ p[k,q]), averaged over the peers. (S−1)·KL(o ‖ p) has that of the sum over
 the other stages. The paper has two students; the mean over more peers than one is this project's choice.
+
+Source: Yao & Sun 2020, 'Knowledge Transfer via Dense Cross-Layer Mutual-Distillation'.
 """
 
 from __future__ import annotations

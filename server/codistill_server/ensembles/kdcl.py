@@ -12,8 +12,8 @@ Logits are [K, B, C]: K students in the experiment file's order, B samples, C cl
 in as they are, float16 and bfloat16 in float32. Labels are int64 [B]. Targets are constants: no gradient flows through
 any of these functions. Sums over students run from the first to the last, so the same inputs give the same bits.
 
-Every function raises ValueError for logits that are not [K, B, C] of a floating dtype with K, B, C ≥ 1, that are not
-finite or exceed 1e30 in magnitude, and for labels that are not int64 [B] from 0 to C − 1.
+Logits must have a floating dtype and K, B, C ≥ 1. They must be finite and at most 1e30 in magnitude. Labels must be
+from 0 to C − 1. Every function raises ValueError for others.
 
 Example:
     >>> import torch
@@ -51,8 +51,8 @@ _AGREEMENT = 1e-6
 def naive(logits: Tensor, labels: Tensor) -> Tensor:
     """Return, per sample, the logits of the student with the lowest cross-entropy at T = 1.
 
-    Students are compared by log Σ_{j≠y} exp(z[j] − z[y]), which orders them as the cross-entropy does and does not
-    round to 0 where all of them are sure of the label. A tie goes to the first student.
+    Students are compared by log Σ_{j≠y} exp(z[j] − z[y]), which orders them as the cross-entropy does. Unlike that, it
+    does not round to 0 where all of them are sure of the label. A tie goes to the first student.
 
     Source: Guo et al. 2020, KDCL-Naive.
 
@@ -98,13 +98,13 @@ def linear(logits: Tensor, labels: Tensor) -> Tensor:
 def linear_weights(logits: Tensor, labels: Tensor) -> Tensor:
     """Return, per sample, the weights that :func:`linear` combines logits with.
 
-    The optimality gap max_i ⟨∇CE(α), α − e_i⟩, which bounds CE(α) − min CE and the divergence KL(p* ‖ p) of the
-    answer's softmax p from the exact one p*, is under 1e-6 nats for |z| up to 1e4. Beyond, rounding in float64 limits
-    what can be shown, and the answer is the best found; no input makes the solver fail.
+    The optimality gap max_i ⟨∇CE(α), α − e_i⟩ is under 1e-6 nats for |z| up to 1e4. It bounds CE(α) − min CE. It also
+    bounds KL(p* ‖ p), the divergence of the answer's softmax p from the exact one p*. Beyond 1e4, rounding in float64
+    limits what can be shown, and the answer is the best found. No input makes the solver fail.
 
-    Where the students' logits are affinely dependent (up to a constant per row), as for identical students, α is not
-    unique; the answer is the one that the descent reaches from equal weights, and the target is the same for all. One
-    student has weight 1; with one class all weights are equal. A sample solved alone or within a batch has the same
+    α is not unique where the students' logits are affinely dependent (up to a constant per row), as for identical
+    students. The answer is then the one that the descent reaches from equal weights; the target is the same for all.
+    One student has weight 1; with one class all weights are equal. A sample solved alone or within a batch has the same
     cross-entropy to 1e-6 nats.
 
     Args:
@@ -121,8 +121,8 @@ def linear_weights(logits: Tensor, labels: Tensor) -> Tensor:
 def min_logit(logits: Tensor, labels: Tensor) -> Tensor:
     """Return, per sample and class j, the least margin: min over students i of z_i[j] − z_i[y].
 
-    The label's own entry is 0 and every other as low as any student has it, so no convex combination of the students
-    has a lower cross-entropy.
+    The label's own entry is 0, and every other entry is as low as any student has it. So no convex combination of the
+    students has a lower cross-entropy.
 
     Source: Guo et al. 2020, KDCL-MinLogit.
 
@@ -165,8 +165,8 @@ def general(logits: Tensor, covariance: Tensor, measured: Sequence[int]) -> Tens
 def general_weights(held_out_logits: Tensor, labels: Tensor) -> Tensor:
     """Return the weights that :func:`general` gives students by their errors on held-out samples.
 
-    The minimum of wᵀCw over Σ_i w_i = 1, where C_ij is the mean over samples of ⟨f_i − t, f_j − t⟩, f_i = softmax(z_i)
-    at T = 1 and t the one-hot label: w = C⁻¹1 / (1ᵀC⁻¹1). A round's target is then their :func:`weighted_sum`.
+    They minimise wᵀCw over Σ_i w_i = 1: w = C⁻¹1 / (1ᵀC⁻¹1). C_ij is the mean of ⟨f_i − t, f_j − t⟩ over samples, with
+    f_i = softmax(z_i) at T = 1 and t the one-hot label. A round's target is then the students' :func:`weighted_sum`.
 
     Source: Guo et al. 2020, KDCL-General; the formula is that of Perrone & Cooper 1993. That f is the probability and
     not the logit is this project's reading.
@@ -213,10 +213,9 @@ def weights_from_covariance(covariance: Tensor) -> Tensor:
     """Return the weights w, Σ_i w_i = 1, of least wᵀCw: C⁻¹1 / (1ᵀC⁻¹1) where C is invertible.
 
     They are taken from the pseudo-inverse of the equations Cw + ν1 = 0, 1ᵀw = 1. Where students agree, C is singular
-    and of all minima the one of least norm is returned: identical students get equal weights. This is C⁺1 / (1ᵀC⁺1)
-    except where some combination of students has no error at all; that combination is then returned, where C⁺ alone
-    would leave it out. Directions that have less than 1e-6 of the largest error count as agreement. Weights may be
-    negative. The scale of C does not matter: sums and means over samples give the same weights.
+    and of all minima the one of least norm is returned: identical students get equal weights. This is C⁺1 / (1ᵀC⁺1),
+    unless some combination of students has no error at all. Then that combination is returned, which C⁺ alone would
+    leave out. Directions that have less than 1e-6 of the largest error count as agreement. Weights may be negative. The scale of C does not matter: sums and means over samples give the same weights.
 
     Args:
         covariance: float64 [K, K], symmetric and positive semi-definite, finite.

@@ -58,7 +58,7 @@ def mean_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def peer_probabilities(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return, for each student, the mean of the others' probabilities and how far the others are from it.
 
-    With p_l = softmax(z_l/T), student k's target is m_k = (1/(K−1))·Σ_{l≠k} p_l, and its constant is the
+    With p_l = softmax(z_l/T), student k's target is m_k = (1/(K−1))·Σ_{l≠k} p_l. Its constant is the
     Jensen-Shannon divergence of the others, J_k = (1/(K−1))·Σ_{l≠k} KL(p_l ‖ m_k) per sample, in nats. For any q,
 
         (1/(K−1))·Σ_{l≠k} KL(p_l ‖ q) = KL(m_k ‖ q) + J_k,

@@ -4,13 +4,13 @@ For one sample with logits z_1 … z_K and label y, minimise over the simplex Δ
 
     CE(α) = −log softmax(Σ_i α_i z_i)[y] = log(1 + exp G(α)),   G(α) = log Σ_{j≠y} exp(Σ_i α_i d_i[j]),
 
-with the margins d_i[j] = z_i[j] − z_i[y]. CE grows with G, so both have the same minimisers. G is what is descended:
-unlike CE it does not flatten out where the label is already likely, so Newton's method needs a handful of passes over
-the logits whatever their scale.
+with the margins d_i[j] = z_i[j] − z_i[y]. CE grows with G, so both have the same minimisers. The solver
+descends G: unlike CE, it does not flatten out where the label is already likely. So Newton's method needs a handful of
+passes over the logits, whatever their scale.
 
-Each pass takes G, its gradient g and its Hessian at the samples' present weights, minimises the quadratic model over
-the simplex by an active-set method on [K, K] systems, and goes there; where that does not lower G, it goes to the
-least G on the way. A sample is done when its optimality gap
+Each pass computes G, its gradient g and its Hessian at the samples' present weights. It minimises the quadratic model
+over the simplex by an active-set method on [K, K] systems, and moves to that minimum. Where this does not lower G, it
+moves to the least G on the way. A sample is done when its optimality gap
 
     gap = (1 − p_y)·max_i ⟨g, α − e_i⟩ = max_i ⟨∇CE(α), α − e_i⟩
 
@@ -51,18 +51,17 @@ class Solution:
 def solve(logits: Tensor, labels: Tensor) -> Solution:
     """Return, for each sample, weights on the simplex of least cross-entropy.
 
-    The combined margins Σ_i α_i d_i of the minimum are unique, since G and CE are strictly convex in them; so is the
+    The combined margins Σ_i α_i d_i of the minimum are unique, since G and CE are strictly convex in them. So is the
     softmax of the combined logits, at any temperature. The weights are unique where the students' margins are affinely
-    independent. Where they are not, as with identical students, the weights are those that the descent reaches from
-    equal ones; no use should be made of which these are. KL(p* ‖ p) ≤ gap, with p the softmax of the returned
-    combination and p* that of the minimum.
+    independent. Otherwise, as with identical students, they are those that the descent reaches from equal ones; do not
+    rely on which these are. KL(p* ‖ p) ≤ gap, with p the softmax of the returned combination and p* that of the minimum.
 
-    A sample's weights do not depend on the other samples, except by the rounding of kernels that run on batches of
-    another size: its loss is within :data:`TOLERANCE` of the least in any batch.
+    A sample's weights do not depend on the other samples, except by rounding: kernels may round otherwise in batches of
+    another size. In any batch, its loss is within :data:`TOLERANCE` of the least.
 
     Rounding limits the gap that can be shown in float64, to about 1e-16·|z|²: up to |z| = 1e4 it reaches
-    :data:`TOLERANCE`. Beyond that the descent ends where neither loss nor gap improves any more, never with an error;
-    the weights of the least gap seen are returned, and `gap` says what it is.
+    :data:`TOLERANCE`. Beyond that, the descent ends where neither loss nor gap improves any more, never with an error.
+    The weights of the least gap seen are returned, and `gap` says what it is.
 
     Args:
         logits: float32 or float64 [K, B, C], finite, at most 1e30 in magnitude.
@@ -210,11 +209,12 @@ def _step(problem: _Problem, rows: Tensor, at: Tensor, model: _Model) -> tuple[T
 def _model_minimum(model: _Model, at: Tensor) -> Tensor:
     """Return the minimum over the simplex of the model around weights `at` [n, K].
 
-    A primal active-set method, all samples in step: solve on the free weights; if one of them would become negative,
-    go as far as the first that does and fix it at 0, else free the fixed weight of the most negative multiplier.
+    A primal active-set method, all samples in step. Each turn solves for the free weights. If one of them would become
+    negative, the turn goes as far as the first that does, and fixes it at 0. Otherwise it frees the fixed weight of the
+    most negative multiplier.
 
-    The model gets a little more curvature than G has, above the rounding of its Hessian, so that it has one minimum:
-    where G does not say how to share a weight, as between identical students, it is shared as it was.
+    The model gets a little more curvature than G has, above the rounding of its Hessian, so that it has one minimum.
+    Where G does not say how to share a weight, as between identical students, the weight stays shared as it was.
     """
     n, K = at.shape
     hessian = model.hessian.clone()

@@ -27,5 +27,5 @@ class _OwnTeachers:
     def targets(self, inputs: RoundInputs) -> Targets:
         """Return `logits` [B, C] for every student of the run: those that did not contribute may ask later."""
         nothing: Arrays = {}
-        each = {student: inputs.teachers.get(teacher, nothing) for student, teacher in self._teachers.items()}
-        return Targets(each=each)
+        by_student = {student: inputs.teachers.get(teacher, nothing) for student, teacher in self._teachers.items()}
+        return Targets(each=by_student)

@@ -64,12 +64,12 @@ def _problems(targets: Any, inputs: RoundInputs) -> Iterator[str]:
     if not isinstance(targets, Targets):
         yield f"targets returned {type(targets).__name__}; expected codistill.methods.Targets"
         return
-    each = targets.each or {}
+    by_student = targets.each or {}
     for student in inputs.students:
-        if targets.shared is None and student not in each:
-            yield f"there are targets for {', '.join(each) or 'nobody'}, and none for {student!r}; give it {{}} at least"
+        if targets.shared is None and student not in by_student:
+            yield f"there are targets for {', '.join(by_student) or 'nobody'}, and none for {student!r}; give it {{}} at least"
     places = {"shared": targets.shared or {}, "state": targets.state}
-    places |= {f"each[{student!r}]": arrays for student, arrays in each.items()}
+    places |= {f"each[{student!r}]": arrays for student, arrays in by_student.items()}
     for place, arrays in places.items():
         for name, value in cast("Mapping[str, Any]", arrays).items():
             if not isinstance(value, torch.Tensor):

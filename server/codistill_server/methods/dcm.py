@@ -41,8 +41,10 @@ class _StageMeans:
         if len(inputs.students) < 2:  # a single student has no peers; those that ask later learn from it
             return Targets(shared=shared or {}, each=dict.fromkeys(inputs.students, nothing))
         same, other = ensembles.dense_probabilities(logits)
-        each = {student: _arrays(same[position], other[position]) for position, student in enumerate(inputs.students)}
-        return Targets(each=each, shared=shared)
+        by_student = {
+            student: _arrays(same[position], other[position]) for position, student in enumerate(inputs.students)
+        }
+        return Targets(each=by_student, shared=shared)
 
 
 def _arrays(same: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -35,11 +35,11 @@ class _PeerMean:
         """Return `probabilities` [B, C] and `divergence` [B], in nats, for each student."""
         logits = inputs.outputs["logits"]
         probabilities, divergence = ensembles.peer_probabilities(logits, self._temperature)
-        each = {
+        by_student = {
             student: {"probabilities": probabilities[position], "divergence": divergence[position]}
             for position, student in enumerate(inputs.students)
         }
         if not inputs.include_absent:
-            return Targets(each=each)
+            return Targets(each=by_student)
         probabilities, divergence = ensembles.pooled_probabilities(logits, self._temperature)
-        return Targets(each=each, shared={"probabilities": probabilities, "divergence": divergence})
+        return Targets(each=by_student, shared={"probabilities": probabilities, "divergence": divergence})

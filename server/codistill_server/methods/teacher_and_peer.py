@@ -31,9 +31,9 @@ class TeacherAndPeer:
         if len(inputs.students) < 2:
             return NOTHING
         probabilities, _ = ensembles.peer_probabilities(inputs.outputs["logits"])
-        each: dict[str, Arrays] = {}
+        by_student: dict[str, Arrays] = {}
         for position, student in enumerate(inputs.students):
             teachers = list(inputs.teachers.values()) if student in self._taught else []
             of_teacher = {"logits": teachers[0]["logits"]} if teachers else {}
-            each[student] = {"probabilities": probabilities[position], **of_teacher}
-        return Targets(each=each)
+            by_student[student] = {"probabilities": probabilities[position], **of_teacher}
+        return Targets(each=by_student)

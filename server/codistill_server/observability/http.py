@@ -146,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             response = route(query, self.headers.get("Accept", ""))
         except Exception as error:  # noqa: BLE001 - the run goes on, whatever the error
-            why = f"{path} cannot be told now: {str(error) or type(error).__name__}\n"
+            why = f"{path} cannot be shown now: {str(error) or type(error).__name__}\n"
             return _Response(why.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
         if response.etag is not None and self.headers.get("If-None-Match") == response.etag:
             return _Response(b"", response.content_type, HTTPStatus.NOT_MODIFIED, response.etag, response.policy)

@@ -1,6 +1,6 @@
 """The run's metrics for Prometheus: a table with one row for each metric.
 
-Gauges are read from the run's state at each scrape. A student that left without finishing takes its series along. One that
+Gauges are read from the run's state at each scrape. The series of a student that left without finishing end. One that
 finished keeps its final values until the server ends, as they are often scraped only then. Counters and histograms are the
 server's own and only ever grow. Those of a student stay while it is away, as they count its absences.
 """

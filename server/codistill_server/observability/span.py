@@ -1,4 +1,4 @@
-"""Closed rounds on their way to one record."""
+"""Neighbouring closed rounds, gathered into one record."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The state of a run, as status, metrics, reports and the live table show it.
 
-The coordinator feeds :class:`RunState`. Nothing in here has any effect on training.
+The coordinator keeps :class:`RunState` up to date. Nothing in here has any effect on training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EVENTS = 200
 _RATE_MARKS = 20
 _RATE_INTERVAL = 0.5
 _SPAN_SECONDS = 30.0
-_REFUSALS = Rate(20, 1 / 60)  # events of a kind and a student: a stranger's calls must not fill the disk
+_REJECTIONS = Rate(20, 1 / 60)  # events of a kind and a student: a stranger's calls must not fill the disk
 
 # A number that a report and a status both have by one name is shown as last reported.
 _REPORTED = {
@@ -86,7 +86,7 @@ class RunState:
         self._wall = wall
         self._started = clock()
         self._events: deque[Happened] = deque(maxlen=_EVENTS)
-        self._refusals = TokenBuckets(_REFUSALS)
+        self._rejections = TokenBuckets(_REJECTIONS)
         self._suppressed: Counter[tuple[str, str]] = Counter()
         self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         self._last_closing: float | None = None
@@ -95,21 +95,21 @@ class RunState:
         self._span: Span | None = None
         self._agreement = Agreement()
 
-    def event(self, what: str, student: str = "", message: str = "") -> None:
+    def record_event(self, what: str, student: str = "", message: str = "") -> None:
         """Record an event."""
         happened = Happened(time=self._wall(), what=what, student=student, message=message)
         self._events.append(happened)
         self._record(happened)
 
-    def refusal(self, what: str, student: str, message: str) -> None:
-        """Record a rejected call: as an event, or where there are many, in one a minute that counts the others."""
-        if self._refusals.take(f"{what} {student}", self._clock()):
+    def record_rejection(self, what: str, student: str, message: str) -> None:
+        """Record a rejected call as an event; of many, record one a minute that counts the others."""
+        if self._rejections.take(f"{what} {student}", self._clock()):
             self._suppressed[what, student] += 1
             return
         others = self._suppressed.pop((what, student), 0)
-        self.event(what, student, f"{message} (and {others} more before it)" if others else message)
+        self.record_event(what, student, f"{message} (and {others} more before it)" if others else message)
 
-    def joined(self, request: pb.JoinRequest) -> None:
+    def record_join(self, request: pb.JoinRequest) -> None:
         """Record that a student or teacher joined."""
         status = self.students[request.student]
         status.parameters, status.device = request.parameters, request.device
@@ -126,7 +126,7 @@ class RunState:
             )
         )
 
-    def reported(self, student: str, report: pb.ReportRequest) -> None:
+    def record_report(self, student: str, report: pb.ReportRequest) -> None:
         """Record the progress that a student or teacher reports."""
         status = self.students[student]
         given = {field.name for field, _ in report.ListFields()}
@@ -164,23 +164,23 @@ class RunState:
                 )
             )
 
-    def reject(self, status: Status) -> None:
+    def count_rejection(self, status: Status) -> None:
         """Count a contribution that was rejected."""
         self.rejected[status] = self.rejected.get(status, 0) + 1
 
-    def absent(self, student: str, round_number: int, reason: str) -> None:
+    def record_absence(self, student: str, round_number: int, reason: str) -> None:
         """Record that the frontier no longer waits for a student."""
         self._absent_since[student] = round_number
-        self.event("absent", student, f"absent from round {round_number} on: {reason}")
+        self.record_event("absent", student, f"absent from round {round_number} on: {reason}")
 
-    def returned(self, student: str, round_number: int) -> None:
+    def record_return(self, student: str, round_number: int) -> None:
         """Record that the frontier waits for a student again."""
         since = self._absent_since.pop(student, round_number)
         missed = f"; it missed rounds from {since} on" if since < round_number else ""
         in_all = self.students[student].missed_rounds
-        self.event("returned", student, f"back at round {round_number}{missed}, {in_all} rounds missed in all")
+        self.record_event("returned", student, f"back at round {round_number}{missed}, {in_all} rounds missed in all")
 
-    def round_closed(
+    def record_round(
         self,
         round_number: int,
         arrived: Mapping[str, float],
@@ -196,7 +196,7 @@ class RunState:
             arrived: when each contribution arrived, by student.
             missing: the students without a contribution.
             targets: whether the round had any.
-            why: the reason why not.
+            why: the reason, if it had none.
         """
         now = self._clock()
         if self._span is None:
@@ -225,23 +225,23 @@ class RunState:
     def _closed_without_targets(self, round_number: int, contributions: int, why: str) -> None:
         if self._last_without_targets != round_number - 1:
             message = f"round {round_number} closed with {contributions} contributions, {why}: no targets"
-            self.event("below quorum", message=message)
+            self.record_event("below quorum", message=message)
         self._last_without_targets = round_number
         self.rounds_without_targets += 1
 
-    def agreement(
+    def measure_agreement(
         self, round_number: int, students: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor
     ) -> None:
         """Measure on a round's logits [K, B, C] how good the ensemble is and how far the students agree.
 
-        Call it before :meth:`round_closed`, so that a span's record covers its own last round.
+        Call it before :meth:`record_round`, so that a span's record covers its own last round.
         """
         self._agreement.measure(round_number, students, logits, labels, self.rounds_per_epoch)
 
     def flush(self) -> None:
         """Record the closed rounds, and the numbers of rejected calls, that are not recorded yet."""
         for (what, student), others in self._suppressed.items():
-            self.event(what, student, f"{others} more")
+            self.record_event(what, student, f"{others} more")
         self._suppressed.clear()
         self._record_span(self._clock())
 

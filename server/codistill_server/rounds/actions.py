@@ -32,7 +32,7 @@ class Status(Enum):
     ABORTED = "aborted"
     """The session is over; join again."""
     SUPERSEDED = "superseded"
-    """The session is over because a newer worker has taken the student over; do not join again."""
+    """The session is over, as a newer worker replaced this one; do not join again."""
     FAILED_PRECONDITION = "failed precondition"
     """The configuration differs; do not retry."""
     INVALID_ARGUMENT = "invalid argument"
@@ -56,7 +56,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Admit:
-    """Give the worker that asked its session."""
+    """Answer a join with the worker's new session."""
 
     student: str
     session: int

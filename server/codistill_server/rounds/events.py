@@ -79,7 +79,7 @@ class StudentRecord:
         session: the newest session that it was given.
         durable_round: the first round that it would need again after a restart.
         finished: whether it has finished.
-        worker: the worker of the newest session; 0 where none was named.
+        worker: the id of the newest session's worker; 0 if it sent none.
     """
 
     student: str
@@ -111,7 +111,7 @@ class Join:
     Attributes:
         student: the student that it trains.
         first_round: the first round that the worker needs.
-        worker: tells this worker from another one of the same student; 0 where none was named.
+        worker: the worker's id, which distinguishes workers of one student; 0 if it sent none.
         session: the session that this worker had last; 0 for none.
     """
 
@@ -158,7 +158,7 @@ class Disconnect:
 
     Attributes:
         session: the session.
-        lost: whether nothing more is to be expected of the student: what it sends cannot be used.
+        lost: whether to stop waiting for the student, as what it sends cannot be used.
     """
 
     session: int

@@ -10,7 +10,7 @@ machine then answers every session that waits (:class:`Answer`). From then on th
 contribution to it is answered again from the journal. So a duplicate, a retry and the replay of a student that came back
 from its checkpoint are one and the same thing.
 
-Awaited is every student. With a :class:`codistill_server.rounds.stragglers.StragglerPolicy`, students that missed a
+Every student is awaited. With a :class:`codistill_server.rounds.stragglers.StragglerPolicy`, those that missed a
 round's deadline or left are not. Such an absent student learns the rounds that it missed from the journal, at its own
 speed. It is awaited again once it is at the frontier and quick enough to keep up.
 """
@@ -235,7 +235,7 @@ class Rounds:
                     f"student {student!r} resumes at round {event.first_round}, but this server's journal ends at "
                     f"round {self._frontier}: start the server with the --run-dir of the run's whole journal; if its end is "
                     "lost (a power cut: see exchange.journal.durability), remove the student's checkpoint.safetensors, so "
-                    "that it goes on from the one before it",
+                    "that it resumes from the one before it",
                 )
             ]
         if self.rules.exchanges and event.first_round < self._oldest:

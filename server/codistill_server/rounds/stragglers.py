@@ -30,7 +30,7 @@ class StragglerPolicy:
 
     Attributes:
         quorum: contributions that a round needs to be given targets.
-        round_deadline: seconds from a round's first contribution until it no longer waits; None follows the arrivals.
+        round_deadline: seconds from a round's first contribution until it no longer waits; None derives them from recent arrivals.
         evict_after: seconds of silence after which an absent student's session is ended. A student that has not joined
             since the server started is waited for as long.
     """

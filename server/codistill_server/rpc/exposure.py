@@ -44,6 +44,6 @@ def protection(security: Security) -> str:
 
 
 def reachable_address(host: str, port: int) -> str:
-    """Return the address of a port; one on all interfaces by the loopback's, which a certificate can hold."""
+    """Return where to reach a port; if it is on all interfaces, by the loopback address, which a certificate can hold."""
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
     return format_address(loopback.get(host, host), port)

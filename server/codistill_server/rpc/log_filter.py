@@ -55,7 +55,7 @@ class RareRecordFilter(logging.Filter):
 
 @contextlib.contextmanager
 def limit_grpc_log() -> Generator[None, None, None]:
-    """Limit such records of gRPC's own logger."""
+    """Apply :class:`RareRecordFilter` to gRPC's own logger."""
     logger, rare = logging.getLogger(_LOGGER), RareRecordFilter()
     logger.addFilter(rare)
     try:

@@ -105,9 +105,9 @@ class Quotas:
         """
         seconds = self._joins.take(student, now)
         if seconds:
-            who = f"student {student!r}" if student else "students that the experiment does not have"
+            joining = f"student {student!r}" if student else "students that the experiment does not have"
             raise QuotaExceeded(
-                f"{who}: more than {self._limits.joins.per_second:g} joins a second; see that one worker runs, and why it "
+                f"{joining}: more than {self._limits.joins.per_second:g} joins a second; see that one worker runs, and why it "
                 "starts again",
                 seconds,
             )

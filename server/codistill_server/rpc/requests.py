@@ -1,4 +1,4 @@
-"""Requests from their bytes: parsed, with their checksums verified, each fault with a status that says so."""
+"""Parses requests and verifies their checksums; each fault gets a status that names it."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def has_checksum_field(message_type: type[Message]) -> bool:
 class ParsingInterceptor(grpc.aio.ServerInterceptor):
     """Parses the requests of gRPC's own services, health and reflection, so that malformed ones are rejected.
 
-    Those services let the error out: the call ends with UNKNOWN, and the log gets a traceback for each such call.
+    Without it, each such call would end with UNKNOWN and leave a traceback in the log.
     """
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
-        """Return the call's handler; it parses the requests itself if gRPC would."""
+        """Return the call's handler, which parses the requests itself where gRPC would have."""
         handler = await continuation(handler_call_details)
         deserializer = getattr(handler, "request_deserializer", None)
-        if deserializer is None:  # no such method, or one of ours
+        if deserializer is None:  # no such method, or one defined here
             return handler
         request_type: type[Message] = deserializer.__self__
 

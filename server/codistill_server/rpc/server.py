@@ -25,7 +25,7 @@ class GrpcServer:
 
     Args:
         service: the service.
-        receive_limit: the largest message taken, in bytes.
+        receive_limit: the largest message accepted, in bytes.
         keepalive: seconds between two pings.
         token: the token that every call must carry; None for none.
         reflect: serve gRPC reflection.
@@ -72,7 +72,7 @@ class GrpcServer:
             ) from error
 
     async def start(self) -> None:
-        """Start to answer calls."""
+        """Start answering calls."""
         await self._server.start()
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -82,9 +82,9 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
-        """Stop to answer calls; those under way have `grace` seconds."""
+        """Stop answering calls; those under way have `grace` seconds."""
         await self._server.stop(grace)
 
     async def wait_for_termination(self) -> None:
-        """Wait until the server has stopped; raises what gRPC's own loop ended with."""
+        """Wait until the server has stopped; raise the error, if any, that ended gRPC's own loop."""
         await self._server.wait_for_termination()

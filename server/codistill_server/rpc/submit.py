@@ -1,4 +1,4 @@
-"""Work of the coordinator that would hold up the event loop."""
+"""Runs the coordinator's heavy work beside the event loop."""
 
 from __future__ import annotations
 

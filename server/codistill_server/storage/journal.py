@@ -1,11 +1,11 @@
 """The closed rounds of a run on disk, in SQLite.
 
 A round is written in one transaction before any student is answered. So whenever the process dies, a round is either wholly
-there or was never sent to anyone. Nothing in the journal is ever changed; rounds that no student needs any more are deleted
-from its old end.
+there or was never sent to anyone. A closed round is never changed. Rounds that no student needs any more are deleted, oldest
+first.
 
 Disks damage what they hold, and SQLite notices only damage to its own structures. So every row has a checksum, and a
-journal is verified when it is opened: it is used as it was written, or not at all.
+journal is verified when it is opened. It is used as it was written, or not at all.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ class Journal:
 
 
 def holds_rounds(path: Path) -> bool:
-    """Return whether a journal holds a closed round. It also may if it cannot be read, so that nothing is thrown away."""
+    """Return whether a journal holds a closed round; True also if it cannot be read, so that nothing is thrown away."""
     if not path.exists():
         return False
     try:

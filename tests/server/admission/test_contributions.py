@@ -121,7 +121,7 @@ class TestContribute:
         for part in ["student 'ant', round 0", *parts]:
             assert part in str(error)
         assert run.coordinator.presence == {"ant": Presence.ABSENT, "bee": Presence.PRESENT}
-        assert run.observations.rejected[Status.INVALID_ARGUMENT] == 1
+        assert run.run_state.rejected[Status.INVALID_ARGUMENT] == 1
         assert [(event.student, event.message) for event in run.events("rejected")] == [("ant", str(error))]
         run.join("ant")  # and it did no harm to the round
         assert len(set(run.close_round(0))) == 1
@@ -161,7 +161,7 @@ class TestContribute:
         assert error.status is Status.FAILED_PRECONDITION
         assert "student 'bee' has at position 0 sample 20 with label 0" in str(error)
         assert "sample 0 with label 0, from student 'ant'" in str(error)
-        assert run.observations.rejected[Status.FAILED_PRECONDITION] == 1
+        assert run.run_state.rejected[Status.FAILED_PRECONDITION] == 1
         assert run.inboxes["ant"].ended is None
         run.join("bee")
         run.contribute("bee", 0)

@@ -11,7 +11,7 @@ from server.support import TOTAL_ROUNDS, Run, independent_experiment, make_exper
 
 
 class TestReports:
-    def test_measurements_reach_the_observations(self, run: Run) -> None:
+    def test_measurements_reach_the_run_state(self, run: Run) -> None:
         measured = pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.5, loss=1.25)
         run.report("ant", round=4, epoch=4 / 3, measurements=[measured], step_seconds=0.5, wait_seconds=0.1)
         (student, _) = run.coordinator.snapshot().students

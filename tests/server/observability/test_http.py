@@ -186,7 +186,7 @@ def test_a_state_that_cannot_be_had_is_said(tmp_path: Path) -> None:
 
     made = HttpServer("127.0.0.1", 0, LivePage(EXPERIMENT, tmp_path, snapshot), CollectorRegistry())
     try:
-        assert asked(made, "/now.json")[0::2] == (503, b"/now.json cannot be told now: TimeoutError\n")
+        assert asked(made, "/now.json")[0::2] == (503, b"/now.json cannot be shown now: TimeoutError\n")
     finally:
         made.close()
 

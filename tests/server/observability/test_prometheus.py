@@ -22,7 +22,7 @@ class Scraped:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._registry = registry(run.observations, run.coordinator.snapshot)
+        self._registry = registry(run.run_state, run.coordinator.snapshot)
 
     @property
     def text(self) -> str:
@@ -148,8 +148,8 @@ def test_values(scraped: Scraped) -> None:
         for reason in ("aborted", "failed_precondition", "invalid_argument")
     ]
     assert rejected == [0, 0, 1]
-    assert scraped.value("bytes_total", direction="received") == scraped.run.observations.bytes_in > 0
-    assert scraped.value("bytes_total", direction="sent") == scraped.run.observations.bytes_out > 0
+    assert scraped.value("bytes_total", direction="received") == scraped.run.run_state.bytes_in > 0
+    assert scraped.value("bytes_total", direction="sent") == scraped.run.run_state.bytes_out > 0
     disagreement = scraped.value("disagreement_ratio", first="ant", second="cat")
     assert disagreement is not None
     assert 0 <= disagreement <= 1

@@ -19,33 +19,33 @@ EVERYBODY = dict.fromkeys(NAMES, Presence.PRESENT)
 
 
 class Watched:
-    """Observations with a clock to turn, and what they wrote down."""
+    """A run's state with a clock to turn, and the records that it wrote."""
 
     def __init__(self, experiment: Experiment | None = None, rounds_per_epoch: int = 0) -> None:
         self.clock, self.wall = Clock(), Clock(1.7e9)
         self.records: list[Record] = []
         self.experiment = experiment or make_experiment(NAMES)
-        self.it = RunState(self.experiment, self.records.append, self.clock, self.wall)
-        self.it.rounds_per_epoch = rounds_per_epoch
+        self.run_state = RunState(self.experiment, self.records.append, self.clock, self.wall)
+        self.run_state.rounds_per_epoch = rounds_per_epoch
 
     def close(self, number: int, *, took: float = 1.0, **after: float) -> None:
         """Closes a round `took` seconds on; `after` says how long after its beginning each student came."""
         began = self.clock.now
         self.clock.now += took
-        self.it.round_closed(number, {name: began + after.get(name, 0.0) for name in self.experiment.names})
+        self.run_state.record_round(number, {name: began + after.get(name, 0.0) for name in self.experiment.names})
 
     @property
     def spans(self) -> list[RoundsClosed]:
         return [record for record in self.records if isinstance(record, RoundsClosed)]
 
     def snapshot(self, waiting: Waiting | None = None) -> pb.Run:
-        return self.it.snapshot(dict.fromkeys(self.experiment.names, Presence.PRESENT), 3, waiting)
+        return self.run_state.snapshot(dict.fromkeys(self.experiment.names, Presence.PRESENT), 3, waiting)
 
 
 class TestEvents:
     def test_they_are_written_down_and_shown(self) -> None:
         watched = Watched()
-        watched.it.event("failed", "ant", "out of memory")
+        watched.run_state.record_event("failed", "ant", "out of memory")
         expected = Happened(time=1.7e9, what="failed", student="ant", message="out of memory")
         assert watched.records == [expected]
         (shown,) = watched.snapshot().events
@@ -54,7 +54,7 @@ class TestEvents:
     def test_only_the_last_are_kept(self) -> None:
         watched = Watched()
         for number in range(500):
-            watched.it.event("joined", message=str(number))
+            watched.run_state.record_event("joined", message=str(number))
         assert [event.message for event in watched.snapshot().events] == [str(number) for number in range(300, 500)]
         assert len(watched.records) == 500
 
@@ -63,39 +63,41 @@ class TestRefusals:
     def test_the_first_are_told_one_by_one(self) -> None:
         watched = Watched()
         for number in range(20):
-            watched.it.refusal("refused", "ant", f"reason {number}")
+            watched.run_state.record_rejection("refused", "ant", f"reason {number}")
         assert [event.message for event in watched.snapshot().events] == [f"reason {number}" for number in range(20)]
 
     def test_many_become_a_line_a_minute_that_counts_them(self) -> None:
         watched = Watched()
         for _ in range(6000):
-            watched.it.refusal("refused", "", "no such student")
+            watched.run_state.record_rejection("refused", "", "no such student")
             watched.clock.now += 0.1
         messages = [event.message for event in watched.snapshot().events]
         assert 25 <= len(messages) == len(watched.records) <= 30
         assert messages[-1] == "no such student (and 599 more before it)"
-        watched.it.flush()
+        watched.run_state.flush()
         last = watched.snapshot().events[-1]
         assert (last.kind, last.student) == ("refused", "")
         told = sum(1 + int(each.partition("(and ")[2].partition(" ")[0] or 0) for each in messages)
         assert told + int(last.message.removesuffix(" more")) == 6000
-        watched.it.flush()
+        watched.run_state.flush()
         assert watched.snapshot().events[-1] == last, "it is told once"
 
     def test_each_student_and_each_kind_has_its_own(self) -> None:
         watched = Watched()
         for _ in range(100):
-            watched.it.refusal("refused", "ant", "no")
-        watched.it.refusal("refused", "bee", "its own")
-        watched.it.refusal("rejected", "ant", "another kind")
-        watched.it.event("joined", "ant", "no refusal")
+            watched.run_state.record_rejection("refused", "ant", "no")
+        watched.run_state.record_rejection("refused", "bee", "its own")
+        watched.run_state.record_rejection("rejected", "ant", "another kind")
+        watched.run_state.record_event("joined", "ant", "no refusal")
         assert [event.message for event in watched.snapshot().events[-3:]] == ["its own", "another kind", "no refusal"]
 
 
 class TestStudents:
     def test_a_join_tells_of_model_and_device(self) -> None:
         watched = Watched(rounds_per_epoch=4)
-        watched.it.joined(join_request(watched.experiment, "bee", 5, device="cuda:0 (NVIDIA H100)", parameters=1234))
+        watched.run_state.record_join(
+            join_request(watched.experiment, "bee", 5, device="cuda:0 (NVIDIA H100)", parameters=1234)
+        )
         assert watched.records == [
             Joined(
                 time=1.7e9,
@@ -113,7 +115,7 @@ class TestStudents:
         watched = Watched(rounds_per_epoch=4)
         train = pb.Measurement(split=pb.SPLIT_TRAIN, round=8, accuracy=0.75, loss=1.0, distillation_loss=0.0)
         test = pb.Measurement(split=pb.SPLIT_TEST, round=8, accuracy=0.5, loss=2.0)
-        watched.it.reported(
+        watched.run_state.record_report(
             "ant",
             pb.ReportRequest(
                 round=9, epoch=2.25, durable_round=7, measurements=[test, train], step_seconds=0.5, wait_seconds=0.25
@@ -141,14 +143,14 @@ class TestStudents:
         watched = Watched()
         for number in (1, 2):
             measured = pb.Measurement(split=pb.SPLIT_TEST, round=number, accuracy=number / 4)
-            watched.it.reported("ant", pb.ReportRequest(round=number, measurements=[measured]))
+            watched.run_state.record_report("ant", pb.ReportRequest(round=number, measurements=[measured]))
         (shown,) = watched.snapshot().students[0].measurements
         assert shown.round == 2
 
     def test_an_unknown_pace_leaves_the_known_one(self) -> None:
         watched = Watched()
-        watched.it.reported("ant", pb.ReportRequest(step_seconds=0.5, wait_seconds=0.1))
-        watched.it.reported("ant", pb.ReportRequest(round=1))
+        watched.run_state.record_report("ant", pb.ReportRequest(step_seconds=0.5, wait_seconds=0.1))
+        watched.run_state.record_report("ant", pb.ReportRequest(round=1))
         assert watched.snapshot().students[0].step_seconds == 0.5
         assert [type(record) for record in watched.records] == [Paced]
 
@@ -159,9 +161,9 @@ class TestSpans:
         for number in range(7):
             watched.close(number)
         assert [(span.first, span.last) for span in watched.spans] == [(0, 2), (3, 5)]
-        watched.it.flush()
+        watched.run_state.flush()
         assert [(span.first, span.last) for span in watched.spans] == [(0, 2), (3, 5), (6, 6)]
-        watched.it.flush()
+        watched.run_state.flush()
         assert len(watched.spans) == 3
 
     def test_an_epoch_that_takes_long_has_several(self) -> None:
@@ -202,7 +204,7 @@ class TestSpans:
         watched = Watched(rounds_per_epoch=per_epoch)
         for number, course in enumerate(courses):
             watched.close(number, **dict(zip(NAMES, course, strict=True)))
-        watched.it.flush()
+        watched.run_state.flush()
         covered = [number for span in watched.spans for number in range(span.first, span.last + 1)]
         assert covered == list(range(len(courses)))
         for span in watched.spans:
@@ -214,7 +216,7 @@ class TestSpans:
     def test_each_round_but_the_first_is_told_to_whoever_wants_to_know(self) -> None:
         watched = Watched()
         told: list[tuple[float, float]] = []
-        watched.it.on_round = lambda wait, seconds: told.append((wait, seconds))
+        watched.run_state.on_round = lambda wait, seconds: told.append((wait, seconds))
         for number in range(3):
             watched.close(number, took=2.0, bee=0.5)
         assert told == [(0.5, 2.0), (0.5, 2.0)]
@@ -225,7 +227,7 @@ class TestAgreement:
         watched = Watched(rounds_per_epoch=1)
         votes = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1], [0, 2, 2, 0]])
         logits = 5 * torch.nn.functional.one_hot(votes, 3).float()
-        watched.it.agreement(0, NAMES, logits, torch.tensor([0, 1, 2, 1]))
+        watched.run_state.measure_agreement(0, NAMES, logits, torch.tensor([0, 1, 2, 1]))
         state = watched.snapshot()
         assert state.ensemble_accuracy == 0.75
         assert [(pair.first, pair.second, pair.ratio) for pair in state.disagreements] == [
@@ -247,7 +249,7 @@ class TestAgreement:
             for number in range(12):
                 watched.clock.now += took
                 right = 5 * torch.nn.functional.one_hot(votes[:1].expand(3, -1) if number % 3 else votes, 3).float()
-                watched.it.agreement(number, NAMES, right, votes[0])
+                watched.run_state.measure_agreement(number, NAMES, right, votes[0])
             state = watched.snapshot()
             found.append((state.ensemble_accuracy, list(state.disagreements)))
         assert found[0] == found[1]
@@ -262,20 +264,20 @@ class TestAgreement:
 class TestRate:
     def test_it_is_that_of_the_last_rounds(self) -> None:
         watched = Watched()
-        assert watched.it.rounds_per_second() == 0.0
+        assert watched.run_state.rounds_per_second() == 0.0
         for number in range(100):
             watched.close(number, took=2.0)
-        assert watched.it.rounds_per_second() == pytest.approx(0.5)
+        assert watched.run_state.rounds_per_second() == pytest.approx(0.5)
         for number in range(100, 2000):
             watched.close(number, took=0.01)
-        assert watched.it.rounds_per_second() == pytest.approx(100, rel=0.05)
+        assert watched.run_state.rounds_per_second() == pytest.approx(100, rel=0.05)
 
     def test_it_sinks_while_nothing_closes(self) -> None:
         watched = Watched()
         for number in range(10):
             watched.close(number)
         watched.clock.now += 1000
-        assert watched.it.rounds_per_second() < 0.01
+        assert watched.run_state.rounds_per_second() < 0.01
 
 
 class TestSnapshot:
@@ -291,22 +293,22 @@ class TestSnapshot:
     def test_of_a_run_that_does_not_the_slowest_student_is_the_frontier(self) -> None:
         watched = Watched(make_experiment(NAMES).replace(distillation=Independent()))
         for name, number in zip(NAMES, (8, 5, 6), strict=True):
-            watched.it.reported(name, pb.ReportRequest(round=number))
+            watched.run_state.record_report(name, pb.ReportRequest(round=number))
         assert watched.snapshot().frontier == 5
 
     @pytest.mark.parametrize("presence", Presence)
     def test_every_presence_has_its_state(self, presence: Presence) -> None:
         watched = Watched()
-        state = watched.it.snapshot({**EVERYBODY, "bee": presence}, 0, None)
+        state = watched.run_state.snapshot({**EVERYBODY, "bee": presence}, 0, None)
         assert pb.StudentState.Name(state.students[1].state) == f"STUDENT_STATE_{presence.name}"
         assert not state.complete
 
     def test_complete_when_all_have_finished(self) -> None:
-        assert Watched().it.snapshot(dict.fromkeys(NAMES, Presence.FINISHED), 0, None).complete
+        assert Watched().run_state.snapshot(dict.fromkeys(NAMES, Presence.FINISHED), 0, None).complete
 
 
 def test_rejections_are_counted_by_reason() -> None:
     watched = Watched()
     for status in (Status.INVALID_ARGUMENT, Status.ABORTED, Status.INVALID_ARGUMENT):
-        watched.it.reject(status)
-    assert watched.it.rejected == {Status.ABORTED: 1, Status.FAILED_PRECONDITION: 0, Status.INVALID_ARGUMENT: 2}
+        watched.run_state.count_rejection(status)
+    assert watched.run_state.rejected == {Status.ABORTED: 1, Status.FAILED_PRECONDITION: 0, Status.INVALID_ARGUMENT: 2}

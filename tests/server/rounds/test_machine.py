@@ -132,7 +132,7 @@ class TestJoin:
                 Status.FAILED_PRECONDITION,
                 "student 'ant' resumes at round 5, but this server's journal ends at round 4: start the server with "
                 "the --run-dir of the run's whole journal; if its end is lost (a power cut: see "
-                "exchange.journal.durability), remove the student's checkpoint.safetensors, so that it goes on from the "
+                "exchange.journal.durability), remove the student's checkpoint.safetensors, so that it resumes from the "
                 "one before it",
             )
         ]

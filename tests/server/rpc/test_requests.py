@@ -54,7 +54,7 @@ class TestRequests:
                     assert error.code() is grpc.StatusCode.UNAVAILABLE, (position, error.details())
                     assert "damaged on the way" in (error.details() or "")
                 assert served.presence == {"ant": "present", "bee": "present"}
-                assert served.coordinator.observations.students["ant"].durable_round == 0
+                assert served.coordinator.run_state.students["ant"].durable_round == 0
                 await call(request.SerializeToString())  # without a checksum, as other programs may
                 answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
                 if name == "Join":

@@ -51,7 +51,7 @@ class TestStatus:
                 await ant.start()
                 await ant.send(0)
                 assert await ant.answer() == await bee.answer()
-                assert served.coordinator.observations.rejected == {
+                assert served.coordinator.run_state.rejected == {
                     Status.ABORTED: 1,
                     Status.FAILED_PRECONDITION: 1,
                     Status.INVALID_ARGUMENT: 1,

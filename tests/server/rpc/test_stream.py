@@ -106,10 +106,10 @@ class TestStreams:
                     await student.send(0)
                 for student in (ant, bee):
                     await student.answer()
-                sent = served.coordinator.observations.bytes_out
+                sent = served.coordinator.run_state.bytes_out
                 asking = asyncio.create_task(_ask(ant))
                 await until(lambda: served.presence["ant"] == "absent")
-                unread = served.coordinator.observations.bytes_out - sent
+                unread = served.coordinator.run_state.bytes_out - sent
                 assert unread < 1000 * 4 * batch * classes
                 await bee.send(0)
                 await bee.answer()
@@ -205,7 +205,7 @@ class TestStreams:
                 assert SUPERSEDED_KEY not in trailing(error), "it joins again"
                 assert served.presence == {"ant": "absent", "bee": "present"}
                 assert served.coordinator.frontier == 0
-                assert served.coordinator.observations.rejected[Status.ABORTED] == 1
+                assert served.coordinator.run_state.rejected[Status.ABORTED] == 1
                 events = served.coordinator.snapshot().events
                 assert [event.student for event in events if event.kind == "damaged"] == ["ant"]
                 ant = Student(served, "ant")

@@ -23,8 +23,8 @@ def view_seed(experiment: Experiment, participant: str, round_number: int) -> in
 def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: int) -> torch.Tensor:
     """Return images cropped at random after zero padding, and mirrored at random.
 
-    With padding p, an image is surrounded by p zero pixels on every side and cut to its own size at one of (2p+1)²
-    places, each as likely. With `flip` it is mirrored left to right with probability ½ (He et al. 2016, section 4.2). The
+    With padding p, an image is surrounded by p zero pixels on every side. It is then cut to its own size at one of
+    (2p+1)² places, each as likely. With `flip` it is mirrored left to right with probability ½ (He et al. 2016, section 4.2). The
     seed and a sample's id alone decide, never the batch around it.
 
     Args:

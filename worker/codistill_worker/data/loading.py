@@ -33,14 +33,14 @@ _GIB = 2**30
 def load(data: Data, device: torch.device) -> Dataset:
     """Load a data set.
 
-    Subsets are drawn without regard to class, by permutations that follow from `data.split_seed`, and keep the data
-    set's own order; a smaller subset is part of a larger one of the same seed. Held-out samples come out of the
+    Subsets are drawn without regard to class, by permutations that follow from `data.split_seed`. They keep the
+    data set's own order. A smaller subset is part of a larger one of the same seed. Held-out samples come out of the
     training samples. Channel statistics are measured on the training samples that remain, on at most 65,536 of them.
 
     Args:
         data: the experiment's section.
-        device: of the batches. All splits are kept there as bytes if together they take at most `data.memory_limit_gib`;
-            otherwise files are decoded as they are needed, and arrays stay in the host's memory.
+        device: of the batches. All splits are kept there as bytes if together they take at most `data.memory_limit_gib`.
+            Otherwise files are decoded as they are needed, and arrays stay in the host's memory.
 
     Raises:
         ConfigurationError: the data set cannot be found or read, or is not as the section says.
@@ -95,7 +95,7 @@ def load(data: Data, device: torch.device) -> Dataset:
 
 
 def image_of(data: Data) -> tuple[int, int]:
-    """Return channels and size of a data set's images; loads the data set where only its images tell.
+    """Return channels and size of a data set's images; load the data set if nothing else says.
 
     Raises:
         ConfigurationError, LoadError: as :func:`load`.
@@ -109,7 +109,7 @@ def image_of(data: Data) -> tuple[int, int]:
 
 
 def check(data: Data) -> None:
-    """Check that a data set is where the section says, as far as this can be told without loading it.
+    """Check that a data set is where the section says, as far as possible without loading it.
 
     Raises:
         ConfigurationError: it is not there.

@@ -130,7 +130,7 @@ class Files(Source):
         return stop - start
 
     def _decode_all(self) -> torch.Tensor:
-        """Return all images, uint8 of shape [N, C, H, W] on the CPU; logs its progress every few seconds."""
+        """Return all images, uint8 of shape [N, C, H, W] on the CPU; log progress every few seconds."""
         total = len(self)
         out = torch.empty((total, *self.shape), dtype=torch.uint8)
         pixels = out.numpy()

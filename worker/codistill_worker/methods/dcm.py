@@ -26,7 +26,7 @@ class _DcmObjective:
         self.network: nn.Module = network
         self.extra: nn.Module = network.heads
         self.publishes: tuple[str, ...] = (
-            *(f"logits/stage{number}" for number in range(1, settings.stages + 1)),
+            *(f"logits/stage{stage}" for stage in range(1, settings.stages + 1)),
             "logits",
         )
         self._settings = settings

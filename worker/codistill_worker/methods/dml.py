@@ -17,9 +17,9 @@ def objective(settings: Dml, context: StudentContext) -> Objective:
 class _DmlObjective(LogitsObjective):
     """Mimics the mean of the others' probabilities.
 
-    The server sends that mean, m, and a constant for each sample, by which KL(m ‖ p_k) falls short of the pairwise mean:
-    gradient and value are the same. A wire of half precision rounds every entry of m by itself; dividing by their sum
-    makes m a distribution again.
+    The server sends that mean, m, and for each sample the constant by which KL(m ‖ p_k) falls short of the pairwise mean.
+    So gradient and value are those of the pairwise mean. A wire of half precision rounds every entry of m by itself;
+    dividing by their sum makes m a distribution again.
     """
 
     publishes: tuple[str, ...] = ("logits",)

@@ -32,8 +32,9 @@ class FeatureExtractor(nn.Module):
     * `logits/stage1`, … the logits of the auxiliary classifiers, [B, C].
     * `embedding` [B, D], the input of the student's last layer with weights, averaged over a map's pixels.
 
-    An auxiliary classifier is a convolution with as many channels as its map, 3×3 on maps and 1×1 else, a group
-    normalisation, a rectifier, the mean of the map and a linear layer. It has no buffers.
+    An auxiliary classifier begins with a convolution that keeps the number of channels. It is 3×3, or 1×1 where the map
+    is one pixel high or wide. Then come a group normalisation, a rectifier, the mean of the map and a linear layer. It has no
+    buffers.
 
     Move the student to its device and dtype before wrapping it: the traced graph keeps the buffers that it was made with.
     An in-place operation after a layer changes the layer's output here too.
@@ -113,10 +114,10 @@ class FeatureExtractor(nn.Module):
             if handle is not None:
                 handle.remove()
         outputs = {"logits": logits}
-        for number, name in enumerate(self._features, 1):
-            outputs[f"features/{number}"] = pooled(layers[name])
-        for number, (name, head) in enumerate(zip(self._heads, self.heads, strict=True), 1):
-            outputs[f"logits/stage{number}"] = head(as_map(layers[name]))
+        for stage, name in enumerate(self._features, 1):
+            outputs[f"features/{stage}"] = pooled(layers[name])
+        for stage, (name, head) in enumerate(zip(self._heads, self.heads, strict=True), 1):
+            outputs[f"logits/stage{stage}"] = head(as_map(layers[name]))
         if embeddings:
             outputs["embedding"] = as_map(embeddings[-1]).mean((2, 3))
         return outputs

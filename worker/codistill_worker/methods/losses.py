@@ -135,9 +135,9 @@ def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
 def relational_angle(embedding: Tensor, *, target: Tensor) -> Tensor:
     """Return (1/B³)·Σ_i Σ_j Σ_k h(cos(x)[i,j,k] − cos(t)[i,j,k]), the difference of two batches' angles.
 
-    cos(x)[i,j,k] is that of the angle at x_j between x_i and x_k, 0 where one of them is x_j or coincides with it; h is
-    the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
-    nothing; one sample alone, and two batches each of one repeated sample, lose 0. Takes memory for B²·D + B³ values.
+    cos(x)[i,j,k] is the cosine of the angle at x_j between x_i and x_k, or 0 where one of them is x_j or coincides with
+    it. h is the Huber loss with β = 1. The mean is over all B³ triples, as in the authors' code. Scaling either side changes
+    nothing; one sample alone, and two batches each of one repeated sample, lose 0. It takes memory for B²·D + B³ values.
 
     Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-A.
 
@@ -212,13 +212,13 @@ def taught_mutual(
 ) -> Tensor:
     """Return CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
-    FDDML has a teacher for both students, HDDML for the first alone. The second gets None, and learns from the labels and
-    its peer.
+    FDDML has a teacher for both students, HDDML for the first alone. The second student of HDDML gets None, and learns
+    from the labels and its peer.
 
     Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as Wang 2023, 'Research on
     Knowledge Distillation Regularization Methods', eq. 12 to 16, gives it. There the losses of both students have
-    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That 'half' is the first student is this project's
-    reading.
+    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That 'half' means the first student is this
+    project's reading.
 
     Args:
         logits: the student's z, [B, C].
@@ -249,7 +249,7 @@ def dense_cross_layer(
 
     A student has Q auxiliary heads and a final one, z_Q; p_q = softmax(z_q). s_q is the mean probability of the peers'
     heads at the same stage, o_q that of their heads at the Q others. Q times the divergence from a mean has the
-    gradient of the sum over the Q others, Σ_{r≠q} KL(p'_r ‖ p_q), and is smaller by a constant. With Q = 0 it is deep
+    gradient of Σ_{r≠q} KL(p'_r ‖ p_q), the sum over the Q others. It is smaller by a constant. With Q = 0 it is deep
     mutual learning.
 
     Source: Yao & Sun 2020, 'Knowledge Transfer via Dense Cross-Layer Mutual-Distillation', the total loss, with weights

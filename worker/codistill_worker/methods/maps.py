@@ -15,7 +15,7 @@ _LARGEST = 8
 def as_map(output: Tensor) -> Tensor:
     """Return a layer's output as [B, channels, height, width].
 
-    Tokens are laid out as the square that they were cut from, without the class token before them; if their number has no
+    Tokens are laid out as the square that they were cut from, without the class token before them. If their number has no
     integer root, they are a map of N×1. A vector is a map of 1×1. Maps of square images are square, so the other side has
     the channels.
 

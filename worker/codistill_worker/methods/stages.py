@@ -18,8 +18,8 @@ __all__ = ["evaluating", "last_layer_with_weights", "run_on_empty_images", "stag
 def stage_layers(model: nn.Module, count: int, *, channels: int, size: int) -> tuple[str, ...]:
     """Return the names of layers that divide a model's depth evenly, 1/3 and 2/3 of the way for two of them.
 
-    Depth is counted in layers with weights, classifier included. Candidates are the steps of the trunk: the children of
-    the model, of its Sequentials, and of any module with more than half of the depth. Of the steps after the same
+    Depth is counted in layers with weights, classifier included. Candidates are the steps of the trunk. These are the
+    children of the model, of its Sequentials, and of any module with more than half of the depth. Of the steps after the same
     weights, the last that still is a map of more than one pixel is chosen, if there is one.
 
     Args:

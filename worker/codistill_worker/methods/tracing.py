@@ -21,7 +21,7 @@ _LISTED = 60
 
 
 class TracedModel:
-    """A model's traced form, which shares its weights. It is no module, which would give the weights second names.
+    """A model's traced form, which shares its weights. It is not a module, as that would register the weights twice.
 
     Args:
         model: the model.

@@ -32,7 +32,7 @@ class _VidObjective:
         layers = chosen_layers(context, settings.layers, settings.stages)
         network = FeatureExtractor(context.model, **context.shape, features=layers, seed=context.seed)
         teacher_shapes = context.teacher_shapes()
-        self._names = [f"features/{number}" for number in range(1, settings.stages + 1)]
+        self._names = [f"features/{stage}" for stage in range(1, settings.stages + 1)]
         self._terms = [
             losses.VariationalInformation(network.shapes[name][0], teacher_shapes[name][0]) for name in self._names
         ]

@@ -1,7 +1,7 @@
 """Renames the keys of torchvision's published weights to those of its models.
 
-Two kinds of file have other keys than their model: those of DenseNet, which are older than its code, and those with
-auxiliary classifiers, which the models here are built without.
+Two kinds of file have other keys than their model. Those of DenseNet are older than its code. Others hold auxiliary
+classifiers, which the models here are built without.
 """
 
 from __future__ import annotations

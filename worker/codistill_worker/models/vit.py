@@ -29,8 +29,9 @@ def vit(
         classes: outputs.
         channels: of an image.
         size: height and width of an image.
-        patch: pixels along a patch's side; by default the largest that divides `size` and leaves at least 7 patches
-            along a side, or 4 in images of less than 14 pixels: 2 for 8, 4 for 28 and 32, 8 for 64, 32 for 224.
+        patch: pixels along a patch's side. By default it is the largest that divides `size` and leaves at least 7
+            patches along a side. In images of less than 14 pixels, 4 patches are enough. So it is 2 for 8, 4 for 28 and
+            32, 8 for 64, 32 for 224.
         dim: width of a token.
         depth: blocks.
         heads: of attention; they share `dim` evenly.

@@ -1,7 +1,7 @@
 """A student's checkpoints: one safetensors file each, written atomically; nothing is ever unpickled.
 
 The file holds the model's and the optimiser's tensors, and everything else as JSON in its header. The header has a digest of
-it all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept: if the newest is torn
+it all: safetensors has none, and would load a flipped bit as another weight. The newest two are kept. If the newest is torn
 or damaged (a full disk, a power cut, a bad disk), the one before it is used.
 
 A process writes to a file of its own, and renames it. So two processes of one student, one of which is superseded, cannot
@@ -169,7 +169,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a file was written as a checkpoint; :func:`read` tells whether it is whole."""
+    """Return whether a file was written as a checkpoint; :func:`read` also verifies it."""
     try:
         with safe_open(path, framework="pt") as file:
             return "codistill" in (cast("dict[str, str] | None", file.metadata()) or {})

@@ -1,4 +1,4 @@
-"""How models run on their devices: memory layout, precision, threads, and the way of outputs to the CPU."""
+"""How models run on their devices: memory layout, precision, threads, and copies of outputs to the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def autocast(device: torch.device, training: Training) -> contextlib.AbstractCon
 
 
 def set_threads(training: Training) -> None:
-    """Set a participant's own number of threads, as other numbers sum in other orders."""
+    """Set torch to a participant's number of threads, as another number sums in another order."""
     if torch.get_num_threads() != training.threads:
         torch.set_num_threads(training.threads)
 

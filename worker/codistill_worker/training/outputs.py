@@ -1,4 +1,4 @@
-"""The outputs of a participant that are published, and their shapes."""
+"""The outputs that a participant publishes, and their shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Outputs:
     Attributes:
         ids: the samples' positions in the training set, [B], int64.
         labels: their classes, [B], int64.
-        arrays: the named outputs, each [B, ...], float32; none of a student that only learns.
+        arrays: the named outputs, each [B, ...], float32; empty for a student that only learns.
     """
 
     ids: torch.Tensor
@@ -56,7 +56,7 @@ def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -
 
 
 def teacher_shapes(experiment: Experiment, shape: ImageShape) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of the outputs of the experiment's first teacher; builds its model, without its weights."""
+    """Return the shapes of the first teacher's outputs, without the samples; build its model for that, not its weights."""
     plan = experiment.teacher_plan(experiment.teacher_names[0])
     model = models.build(plan.teacher.model, **shape, args=plan.teacher.model_args, seed=0)
     context = StudentContext(plan.teacher.name, model, shape, dict)

@@ -171,7 +171,7 @@ class Trainer:
             prepared = self._prepare(self.round)
         self._prepared = None
         held_out = self._held_out() if self._measures_held_out() else None
-        # Batch statistics move in the forward pass; should the round be abandoned, they must not have.
+        # The forward pass changes batch statistics; `abandon` restores them.
         buffers: list[torch.Tensor] = [getattr(module, name).detach().clone() for module, name in self._buffers]
         self.model.train()
         self._objective.network.train()
@@ -184,7 +184,7 @@ class Trainer:
         return Published(self.round, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
-        """Run the backward pass of the round that was begun and updates the weights.
+        """Run the backward pass of the round that was begun and update the weights.
 
         Args:
             targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that

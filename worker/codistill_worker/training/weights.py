@@ -91,7 +91,7 @@ def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
-    """Load a teacher's weights into a model, and freezes it.
+    """Load a teacher's weights into a model, and freeze it.
 
     Raises:
         ConfigurationError: the weights are of another model, or of other classes.

@@ -4,18 +4,25 @@ A run's document:
 
 - ``kind``: ``"run"``; ``title``; ``complete``.
 - ``run``: method, data set, seed, epochs and the like; times in seconds (``started`` since 1970-01-01 UTC).
-- ``students``: name, model, parameters, device; ``final`` (the test measurement after the last epoch) or null; ``latest``
-  (the last test measurement) or null; ``best`` (the one with the highest accuracy) or null; the series ``test`` and ``train`` as columns; step and wait in seconds; ``last``
-  (rounds in which it was the last to contribute) and ``missed`` (seconds for which it was the only one missing);
-  ``restarts``, how often its worker was started again; ``joins``, how often it joined; ``missed_rounds``, how many
-  closed without it.
+- ``students``: for each its name, model, parameters and device, and:
+
+  - ``final``, ``latest``, ``best``: the test measurement after the last epoch, the last one, and the one with the highest
+    accuracy; each may be null.
+  - ``test``, ``train``: the series as columns.
+  - ``step``, ``wait``: seconds.
+  - ``last``: the number of rounds in which it was the last to contribute.
+  - ``missed``: the seconds for which it was the only one missing.
+  - ``restarts``, ``joins``: how often its worker was started again, and how often it joined.
+  - ``missed_rounds``: how many rounds closed without it.
+
 - ``rounds``: the spans as columns; ``x`` says whether their position is an epoch or a round.
-- ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw: one for each pair, or with more than
-  :data:`PAIRS` of them each student's mean over its pairs.
+- ``disagreement``: the last value of each pair of ``pairs``, and the ``lines`` to draw. They are one for each pair. With
+  more than :data:`PAIRS` pairs, they are one for each student: the mean over its pairs.
 - ``events``: oldest first; ``offset`` is in seconds since ``started``.
 
-Numbers that are not finite become null. A series is thinned out to :data:`~codistill_server.observability.dashboard.downsample.LIMIT` points, of
-five significant digits. The last point is exact, as tables show it too.
+Numbers that are not finite become null. A series is thinned out to at most
+:data:`~codistill_server.observability.dashboard.downsample.LIMIT` points, of five significant digits. The last point is
+exact, as tables show it too.
 """
 
 from __future__ import annotations

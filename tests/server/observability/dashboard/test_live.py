@@ -235,7 +235,7 @@ class TestBrowser:
         web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{web.port}/")
-            tab.until("document.getElementById('state')?.textContent.includes('run.json cannot be told now: ')")
+            tab.until("document.getElementById('state')?.textContent.includes('run.json cannot be shown now: ')")
         finally:
             web.close()
 
