@@ -154,7 +154,7 @@ _FAULTS: Mapping[str, Callable[[_Run], None]] = {
 
 
 def measure(repeats: int, checkpoint_every: float, seed: int) -> list[Recovery]:
-    """Inject every fault so many times.
+    """Inject every fault `repeats` times.
 
     Raises:
         BenchmarkError: the run did not survive.

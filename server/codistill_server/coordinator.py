@@ -377,7 +377,7 @@ class Coordinator:
         return outcome
 
     def _carry_out(self, action: Action, event: Event, outcome: _Outcome) -> None:
-        """Carry out an action. A contribution that is rejected learns it from its outcome, not from its stream."""
+        """Carry out an action; the sender of a rejected contribution is answered by its outcome, not on its stream."""
         sender = event.session if isinstance(event, Contribute) else None
         match action:
             case Admit():

@@ -8,7 +8,7 @@ One process (:mod:`fuzz.serving`) serves the runs on one event loop.
   that the run must admit (the newer worker supersedes the older), and a call under a live session's number, which is
   its owner's. The first are passed over as the model says which they are; the second cannot happen, as the run's sessions
   are numbered from far away on, by a journal that remembers such a session.
-* ``chaos`` has no honest students: all its sessions are the fuzzer's, told one story at a time, and a model says what
+* ``chaos`` has no honest students: all its sessions are the fuzzer's, which plays one scenario at a time, and a model says what
   must be answered at each step, targets included. What goes on there must not reach the other runs either.
 * ``limited`` has honest students too, and the limits that every server has by default. It gets floods: more than they
   allow. The other two have generous limits, as one host sends all that they get.
@@ -19,8 +19,8 @@ be refused for that, whatever else they are, and change nothing.
 One thing is not sent: a path that is not UTF-8, nor random bytes where headers may stand, which can unpack to one. It fells
 grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/test_app_port.py holds it to that.
 
-An input is one attack on a port, one call, one story, or one flood. It is drawn from (seed, kind, index) alone, so one
-command tells it again: what a failure prints. A story also depends on the run's earlier rounds, so its steps are printed.
+An input is one attack on a port, one call, one scenario, or one flood. It is drawn from (seed, kind, index) alone, so one
+command repeats it: what a failure prints. A scenario also depends on the run's earlier rounds, so its steps are printed.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from fuzz.endpoints import Endpoint
 from fuzz.floods import Flooder
 from fuzz.healthy_peers import TOTAL_ROUNDS, Student
 from fuzz.oracle import OK, Model
-from fuzz.scenarios import Teller
+from fuzz.scenarios import ScenarioRunner
 from fuzz.serving import Serving, Usage
 from fuzz.tcp import Port
 from server.support import TRAIN_SAMPLES, make_experiment
 
 HEALTHY, CHAOS, LIMITED = "healthy", "chaos", "limited"
-KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.858, "story": 0.04, "flood": 0.002}
+KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.858, "scenario": 0.04, "flood": 0.002}
 FAR_AWAY = 2**52
-TOGETHER = {"tcp": 4, "call": 12, "story": 1, "flood": 1}
+TOGETHER = {"tcp": 4, "call": 12, "scenario": 1, "flood": 1}
 LOOK_EVERY = 1000
 MORE_RSS = 96 * 2**20  # pools that fill once take about 30 MiB; gRPC keeps some 150 bytes of each stream that is reset
 MORE_FDS, MORE_THREADS, MORE_TASKS = 150, 8, 400  # while it goes on, with floods; see also `_settled`
@@ -114,7 +114,7 @@ class Campaign:
         ]
         self._experiments = experiments
         self._ports = {name: Port(endpoint) for name, endpoint in serving.endpoints.items()}
-        self._tell: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
+        self._inject: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
 
     async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
         """Goes through the inputs of these indices, by kind.
@@ -147,22 +147,22 @@ class Campaign:
     async def _work(self, kind: str, indices: Sequence[int] | object) -> None:
         for index in indices:  # pyright: ignore[reportGeneralTypeIssues] - shared by the workers of a kind
             try:
-                await self._tell[kind](random.Random(f"{self._seed}/{kind}/{index}"))
+                await self._inject[kind](random.Random(f"{self._seed}/{kind}/{index}"))
             except Exception as error:
-                raise FoundError(self._story(kind, index, error)) from error
+                raise FoundError(self._description(kind, index, error)) from error
             self.report.inputs[kind] += 1
             if sum(self.report.inputs.values()) % LOOK_EVERY == 0:
                 await self._look()
 
-    def _story(self, kind: str, index: int, error: Exception) -> str:
+    def _description(self, kind: str, index: int, error: Exception) -> str:
         lines = [
             f"seed {self._seed}, {kind} {index}: {type(error).__name__}: {error}",
             f"again: PYTHONPATH=tests python -m fuzz.campaign --seed {self._seed} --only {kind}/{index}",
         ]
         if not isinstance(error, WrongError):
             lines += traceback.format_exception(error)
-        if kind == "story":
-            lines += ["steps:", *(f"  {step}" for step in self._teller.steps)]
+        if kind == "scenario":
+            lines += ["steps:", *(f"  {step}" for step in self._scenarios.steps)]
         if self._serving.code is not None:
             lines.append(f"the server has ended with {self._serving.code}")
         return "\n".join([*lines, self._serving.complaints()[-3000:]])
@@ -258,7 +258,7 @@ class Campaign:
                 self.report.seen[f"tcp: {name}", "still serving"] += 1
 
             flooder = Flooder(endpoints[LIMITED], self._experiments[LIMITED], self.report.seen)
-            self._tell = {"call": call, "tcp": tcp, "story": self._teller.tell, "flood": flooder.flood}
+            self._inject = {"call": call, "tcp": tcp, "scenario": self._scenarios.run, "flood": flooder.flood}
             try:
                 await self._progress(3)
                 yield self
@@ -278,8 +278,10 @@ class Campaign:
             await asyncio.to_thread(student.stop)
         traffic = [each for student in students for each in student.traffic]
         model = Model(experiment, ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
-        self._teller = Teller(endpoint, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS))
-        await self._teller.catch_up()
+        self._scenarios = ScenarioRunner(
+            endpoint, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS)
+        )
+        await self._scenarios.catch_up()
         return traffic
 
     async def _progress(self, rounds: int) -> None:

@@ -34,7 +34,7 @@ def targets(experiment: Experiment, round_number: int) -> bytes:
 
 
 class Student(threading.Thread):
-    """One honest worker, as :class:`GrpcTransport` makes it, until told to stop or until something is wrong.
+    """One honest worker, as :class:`GrpcTransport` makes it, until it is stopped or something is wrong.
 
     Attributes:
         rounds: how many rounds' targets were right.

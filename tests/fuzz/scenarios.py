@@ -1,4 +1,4 @@
-"""Stories: a fuzzer with students of its own in a run of its own, and a model that says what must happen at each step."""
+"""Scenarios: a fuzzer with students of its own in a run of its own, and a model that says what must happen at each step."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fuzz.oracle import OK, Code, Model, Published, Verdict, refusal
 from server.support import contribution, join_request, logits_of
 
 
-class Teller:
-    """Tells stories to one server, one after the other.
+class ScenarioRunner:
+    """Plays scenarios with one server, one after the other.
 
     At a server that asks for a token, half of the calls are made once without it before: that may change nothing.
 
     Args:
         endpoint: the server.
-        model: its run; the teller is its only client.
+        model: its run; the runner is its only client.
         traffic: real messages of a run of the same experiment.
         seen: counts steps by (kind, status).
         received: returns how many bytes of contributions the run has gone through.
@@ -87,8 +87,8 @@ class Teller:
         batch = contribution(self._model.experiment, student, number).batch
         return Published(batch.ids.data, batch.labels.data, batch.outputs["logits"].data)
 
-    async def tell(self, rng: random.Random) -> None:
-        """Goes through one story; at its end every session has said goodbye.
+    async def run(self, rng: random.Random) -> None:
+        """Plays one scenario; at its end every session has said goodbye.
 
         Raises:
             WrongError: the server did not do what the model says; `steps` holds what led to it.
@@ -182,7 +182,7 @@ class Teller:
                 stream.cancel()
 
     async def _open(self, rng: random.Random, session: int) -> None:
-        self._say("open", str(session))
+        self._note("open", str(session))
         assert self._channel is not None
         named = (SESSION_KEY, format_session(session))
         await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
@@ -200,11 +200,11 @@ class Teller:
     async def _hang_up(self, rng: random.Random, session: int) -> None:
         stream = self._streams[session]
         if rng.random() < 0.5:
-            self._say("half-close", str(session))
+            self._note("half-close", str(session))
             await stream.done_writing()
             await self._ended(session, "half-closed", OK)
             return
-        self._say("cancel", str(session))
+        self._note("cancel", str(session))
         student = self._model.sessions[session]
         stream.cancel()
         del self._streams[session]
@@ -219,7 +219,7 @@ class Teller:
         raw = generators.on_the_way(rng, raw, session)
         stream = self._streams[session]
         verdict = refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
-        self._say(kind, f"{session} {_shown(raw)} {verdict}")
+        self._note(kind, f"{session} {_shown(raw)} {verdict}")
         before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
@@ -245,7 +245,7 @@ class Teller:
         published, data = self._model.closed[number]
         message.batch.ids.data, message.batch.labels.data = published.ids, published.labels
         raw, rate = append_checksum(message, str(session)), Limits().repeats
-        self._say("insist", f"{session} round {number}")
+        self._note("insist", f"{session} round {number}")
         started = time.monotonic()
         with contextlib.suppress(grpc.aio.AioRpcError):  # how it ends is looked at below
             for again in itertools.count():
@@ -321,13 +321,13 @@ class Teller:
         assert self._channel is not None
         _, token = self._endpoint.token.metadata
         made = locked_out(rng, call, token)
-        self._say(made.kind, str(made.metadata))
+        self._note(made.kind, str(made.metadata))
         self._count(made.kind, await calls.make(self._endpoint.stranger, self._channel, made), made.verdict)
 
     async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
         if len(raw) > self._limit:
             verdict = refusal(Code.RESOURCE_EXHAUSTED)
-        self._say(rpc, f"{_shown(raw)} {verdict}")
+        self._note(rpc, f"{_shown(raw)} {verdict}")
         assert self._channel is not None
         call = Call(rpc, PREFIX + rpc, [raw], verdict)
         await self._knock(rng, call)
@@ -381,7 +381,7 @@ class Teller:
         check(verdict, answer)
         self._seen[kind, answer.code.name] += 1
 
-    def _say(self, what: str, more: str) -> None:
+    def _note(self, what: str, more: str) -> None:
         self.steps.append(f"{what} {more}")
 
 

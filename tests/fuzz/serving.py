@@ -134,7 +134,7 @@ class Serving:
         return Usage(**self._ask("usage"))
 
     def received(self, run: str) -> int:
-        """Returns how many bytes of contributions a run has gone through; more tell that another one is taken in."""
+        """Returns how many bytes of contributions a run has gone through; an increase shows that another one has arrived."""
         return self._ask("received")[run]
 
     def _ask(self, what: str) -> Any:

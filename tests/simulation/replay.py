@@ -25,7 +25,7 @@ def one(seed: int) -> Outcome:
     torch.set_num_threads(1)
     try:
         return simulate(seed)
-    except Exception as error:  # noqa: BLE001 - the seed must be told
+    except Exception as error:  # noqa: BLE001 - the seed must be named
         return Outcome(seed, violation=f"{type(error).__name__}: {error}")
 
 
@@ -45,7 +45,7 @@ def many(seeds: range, jobs: int) -> int:
     rounds = answers = 0
     virtual = 0.0
     failed: list[Outcome] = []
-    told = started
+    printed_at = started
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for done, outcome in enumerate(pool.imap_unordered(one, seeds, chunksize=20), 1):
             faults += outcome.faults
@@ -60,8 +60,8 @@ def many(seeds: range, jobs: int) -> int:
                 failed.append(outcome)
                 print(f"seed {outcome.seed}: {outcome.violation}")
                 print(f"  python tests/simulation/replay.py {outcome.seed} --trace", flush=True)
-            if time.monotonic() - told >= 5:
-                told = time.monotonic()
+            if time.monotonic() - printed_at >= 5:
+                printed_at = time.monotonic()
                 print(f"{done} of {len(seeds)} seeds, {len(failed)} failed", flush=True)
     titles = {"faults injected": faults, "how processes of workers ended": endings, "remarkable": remarks}
     for title, counts in titles.items():

@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tell(outcome: Outcome) -> str:
+def describe(outcome: Outcome) -> str:
     return f"seed {outcome.seed}: {outcome.violation}\nreplay: python tests/simulation/replay.py {outcome.seed} --trace"
 
 
@@ -44,7 +44,7 @@ def tell(outcome: Outcome) -> str:
 def test_all_invariants_hold(first: int) -> None:
     for seed in range(first, first + BATCH):
         outcome = simulate(seed)
-        assert outcome.violation is None, tell(outcome)
+        assert outcome.violation is None, describe(outcome)
 
 
 def test_a_seed_is_always_the_same_run() -> None:
@@ -92,7 +92,7 @@ def test_every_kind_of_fault_is_injected_and_every_ending_met() -> None:
 def test_the_ledger_of_runs_that_go_on_without_somebody_holds_where_nobody_is_missing() -> None:
     for seed in range(20):
         outcome = simulate(seed, Plant(ledger=GoingOn, proceed=False))
-        assert outcome.violation is None, tell(outcome)
+        assert outcome.violation is None, describe(outcome)
 
 
 # --- bugs that it must find

@@ -66,7 +66,7 @@ class Participant:
         self._reported_at = clock()
 
     def mark(self, activity: str, round_number: int, waiting: float = 0.0) -> None:
-        """Mark for the watchdog that an activity begins, in which to wait for others for `waiting` seconds at most."""
+        """Mark for the watchdog that an activity begins; it may wait for others for `waiting` seconds."""
         self._watchdog.begin(
             f"{self._kind} {self.name!r} at {activity}, round {round_number}", waiting + self._hang_after
         )

@@ -252,7 +252,7 @@ class GrpcTransport:
         return None
 
     def _log_waiting(self, waiting: pb.Waiting) -> None:
-        """Log whom a round waits for: at the first notice, and less and less often while that stays the same."""
+        """Log which students a round waits for: at the first notice, then less and less often while they stay the same."""
         now = time.monotonic()
         content = (waiting.round, list(waiting.students))
         if content != self._last_waiting:

@@ -333,7 +333,7 @@ class Session:
         return False
 
     def waiting(self, round_number: int, students: Sequence[str], now: float) -> None:
-        """Record whom the server waits for, which does not extend the deadline.
+        """Record which students the server waits for; this does not extend the deadline.
 
         Raises:
             PeerError: the wait is over.

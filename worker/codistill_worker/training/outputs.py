@@ -56,7 +56,10 @@ def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -
 
 
 def teacher_shapes(experiment: Experiment, shape: ImageShape) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of the first teacher's outputs, without the samples; build its model for that, not its weights."""
+    """Return the shapes of the first teacher's outputs, without the samples.
+
+    This builds the teacher's model, without its weights.
+    """
     plan = experiment.teacher_plan(experiment.teacher_names[0])
     model = models.build(plan.teacher.model, **shape, args=plan.teacher.model_args, seed=0)
     context = StudentContext(plan.teacher.name, model, shape, dict)
