@@ -78,7 +78,8 @@ class RunFolder(RunLayout):
         """Whether there is something to resume: a checkpoint, a closed round, or a server at work."""
         from codistill_server.storage.journal import holds_rounds
 
-        return any(self.students.glob("*/*.safetensors")) or holds_rounds(self.journal_file) or self.has_server
+        saved = (path for folder in self.students.glob("*") for path in self.student(folder.name).weights_files)
+        return any(path.exists() for path in saved) or holds_rounds(self.journal_file) or self.has_server
 
     @property
     def has_server(self) -> bool:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from codistill.rundir.files import write_atomically
+
 __all__ = ["Addresses", "read_addresses", "write_addresses"]
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
@@ -42,6 +44,4 @@ def write_addresses(path: Path, addresses: Addresses) -> None:
         OSError: it cannot be written.
     """
     written = json.dumps({"address": addresses.server, "metrics": addresses.metrics, "pid": os.getpid()})
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(written, encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, written)

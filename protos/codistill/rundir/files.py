@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _POLL_SECONDS = 0.05
+_PART_SECONDS = 30.0  # for which another writer of the same part is awaited
 
 
 def _do_nothing() -> None:
@@ -79,23 +80,27 @@ def locked(
         yield file
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, writer: str = "", previous: Path | None = None) -> None:
     """Write a file that is either wholly there or not at all, whatever dies meanwhile.
 
+    Args:
+        path: the file.
+        content: what to write.
+        writer: what tells this writer from others of the same file, who may write at the same time.
+        previous: where the file that is replaced is kept; otherwise it is lost.
+
     Raises:
-        OSError: it could not be written; what was there is still there.
+        OSError: it could not be written; what was there is still there, in its place or in `previous`.
     """
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with staged(path, content.encode() if isinstance(content, str) else content, writer) as part:
+        if previous is not None and path.exists():
+            path.replace(previous)
+        part.replace(path)
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def staged(path: Path, content: bytes, writer: str) -> Generator[Path, None, None]:
+def staged(path: Path, content: bytes, writer: str = "") -> Generator[Path, None, None]:
     """Write a file beside its place, durable and locked, for the caller to rename; what is not renamed is removed.
 
     Two writers of the same place cannot mix what they write: each has a file of its own. A file of a writer that died
@@ -109,25 +114,58 @@ def staged(path: Path, content: bytes, writer: str) -> Generator[Path, None, Non
     Raises:
         OSError: it could not be written; what was there is still there.
     """
-    part = path.with_name(f"{path.name}.{writer}.part")
-    try:
-        with part.open("wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks; there nothing is removed either
-                fcntl.flock(file, fcntl.LOCK_EX)
+    part = path.with_name(f"{path.name}.{writer}.part" if writer else f"{path.name}.part")
+    with _locked_part(part) as file:
+        try:
+            file.truncate(0)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             yield part
-    finally:
-        part.unlink(missing_ok=True)  # of a full disk it would keep what is left
+        finally:
+            if _has_name(file, part):  # of a full disk it would keep what is left
+                part.unlink()
+
+
+def _locked_part(part: Path) -> IO[bytes]:
+    """Open a part and lock it.
+
+    Raises:
+        OSError: it cannot be opened, or another writer of the same name holds it for too long.
+    """
+    deadline = time.monotonic() + _PART_SECONDS
+    while True:
+        file = part.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{part} is being written by another process") from None
+            time.sleep(_POLL_SECONDS)
+            continue
+        except OSError:  # a file system without locks; there nothing is removed either
+            return file
+        if _has_name(file, part):  # not if it was removed as abandoned between its opening and its locking
+            return file
+        file.close()
 
 
 def remove_abandoned_parts(folder: Path) -> None:
     """Remove the files that dead writers of :func:`staged` left."""
     for part in folder.glob("*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
-            if try_lock(file):
+            # The opened file may have been renamed since, and its writer have begun another part of this name.
+            if try_lock(file) and _has_name(file, part):
                 part.unlink()
+
+
+def _has_name(file: IO[bytes], path: Path) -> bool:
+    """Return whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:

@@ -55,6 +55,11 @@ class ParticipantLayout:
         return self.path / "best.safetensors"
 
     @property
+    def weights_files(self) -> tuple[Path, ...]:
+        """All files that hold weights of a student's."""
+        return self.checkpoint, self.previous_checkpoint, self.best_weights
+
+    @property
     def host_lock(self) -> Path:
         """The lock that its worker's actor holds on a Ray cluster."""
         return self.path / "host.lock"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -204,6 +207,26 @@ class TestWriteAtomically:
         write_atomically(tmp_path / "a.json", "text")
         assert calls == ["content", "name", "folder"]
 
+    def test_the_replaced_file_is_kept_where_it_is_asked_for(self, tmp_path: Path) -> None:
+        path, previous = tmp_path / "model.bin", tmp_path / "model.previous.bin"
+        for content in ("1", "2", "3"):
+            write_atomically(path, content, writer="a", previous=previous)
+        assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {path.name: "3", previous.name: "2"}
+
+    def test_many_writers_of_one_name_at_once(self, tmp_path: Path) -> None:
+        """Each content is whole at every moment, and nobody removes another's part."""
+        path = tmp_path / "a.json"
+        contents = [f"{writer}" * 50_000 for writer in range(4)]
+
+        def write(content: str) -> None:
+            for _ in range(25):
+                write_atomically(path, content)
+                assert path.read_text() in contents
+
+        with ThreadPoolExecutor(len(contents)) as pool:
+            list(pool.map(write, contents))
+        assert list(tmp_path.iterdir()) == [path]
+
 
 class TestStaged:
     def test_the_caller_renames_it(self, tmp_path: Path) -> None:
@@ -252,6 +275,49 @@ class TestStaged:
         assert not parts["dead"].exists()
         assert parts["alive"].read_bytes() == b"half"
         assert place.read_bytes() == b"whole"
+
+    def test_a_part_removed_between_its_opening_and_its_locking_is_written_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flock, removed = fcntl.flock, list[Path]()
+
+        def remove_first(file: IO[bytes], operation: int) -> None:
+            if not removed:
+                removed.extend(tmp_path.glob("*.part"))
+                removed[0].unlink()
+            flock(file, operation)
+
+        monkeypatch.setattr(files.fcntl, "flock", remove_first)
+        write_atomically(tmp_path / "model.bin", b"weights", writer="a")
+        assert removed
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"weights"]
+
+    def test_the_next_part_of_a_living_writer_is_not_removed_for_the_one_before_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "model.bin"
+        part = place.with_name("model.bin.a.part")
+        part.write_bytes(b"first")
+        lock = files.try_lock
+
+        def renamed_meanwhile(file: IO[bytes]) -> bool:
+            part.replace(place)
+            part.write_bytes(b"second")
+            return lock(file)
+
+        monkeypatch.setattr(files, "try_lock", renamed_meanwhile)
+        remove_abandoned_parts(tmp_path)
+        assert part.read_bytes() == b"second"
+
+    def test_a_part_that_another_writer_holds_is_awaited_for_a_bounded_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(files, "_PART_SECONDS", 0.2)
+        place = tmp_path / "model.bin"
+        with staged(place, b"theirs") as part:
+            with pytest.raises(TimeoutError, match="is being written by another process"):
+                write_atomically(place, b"ours")
+            assert part.read_bytes() == b"theirs"
 
     def test_a_file_system_without_locks_loses_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def none(*_: object) -> None:

@@ -22,6 +22,7 @@ PACKAGES = [
 ]
 # Addresses of the dashboard; the document that it serves is not the file of that name.
 ROUTES = {("http.py", "run.json")}
+PATH_METHODS = {"joinpath", "with_name", "with_suffix", "glob", "rglob"}
 
 
 class TestPlaces:
@@ -101,15 +102,48 @@ def file_names() -> set[str]:
     return {text for text in found if "." in text.strip(".") and " " not in text}
 
 
+def paths_of(tree: ast.Module) -> Iterator[str]:
+    """Return the strings joined to a path with / or joinpath, at whatever depth of an expression."""
+    for node in ast.walk(tree):
+        joined: list[ast.expr] = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            joined = [node.right]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PATH_METHODS:
+            joined = node.args
+        for part in joined:
+            yield from (
+                text.value for text in ast.walk(part) if isinstance(text, ast.Constant) and isinstance(text.value, str)
+            )
+
+
 def spelled(tree: ast.Module, names: set[str]) -> set[str]:
-    """Return the names that a source spells, as a string or as the last piece of a path; prose may mention them."""
-    return {piece for text in strings(tree) if " " not in text for piece in text.split("/")} & names
+    """Return the names that a source spells, as a string or as a piece of a path; prose may mention them."""
+    stems = {name.split(".")[0] for name in names if "." in name} | {"students", "teachers"}
+    whole = {piece.strip() for text in strings(tree) if " " not in text.strip() for piece in text.split("/")} & names
+    return whole | {
+        piece for text in paths_of(tree) for piece in text.replace("/", " ").replace(".", " ").split() if piece in stems
+    }
 
 
 def test_the_names_are_found() -> None:
     assert {"experiment.yaml", "metrics.jsonl", "run.lock", "log.txt", "report.html", "gains.svg"} <= file_names()
     planted = ast.parse("path = folder / 'run.json'\nlink = f'{path}/report.html'\nraise E('no experiment.yaml in it')")
-    assert spelled(planted, file_names()) == {"run.json", "report.html"}
+    assert spelled(planted, file_names()) == {"run", "run.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ('folder / "students" / name / ("checkpoint" + ".safetensors")', "checkpoint"),
+        ("folder / 'students' / name", "students"),
+        ("folder / f\"journal.{'sqlite'}\"", "journal"),
+        ("folder.joinpath('teachers')", "teachers"),
+        ("folder.glob('students/*/x')", "students"),
+        ("open(f'{folder}/log.txt ')", "log.txt"),
+    ],
+)
+def test_a_name_put_together_is_found(source: str, name: str) -> None:
+    assert name in spelled(ast.parse(source), file_names())
 
 
 def test_no_other_module_spells_a_file_of_a_runs_folder() -> None:
@@ -132,3 +166,26 @@ def test_no_other_module_locks_or_syncs(forbidden: str) -> None:
 
     found = [str(path) for path, tree in sources() if uses(tree)]
     assert not found, f"{forbidden} outside {files.__name__}"
+
+
+def renames(tree: ast.Module) -> list[str]:
+    """Return the calls that rename a file: those of os and shutil, and a path's, whose one argument is the target."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        of_module = isinstance(node.func.value, ast.Name) and node.func.value.id in {"os", "shutil"}
+        if (
+            (of_module and node.func.attr in {"replace", "rename", "renames", "move"})
+            or node.func.attr == "rename"
+            or (node.func.attr == "replace" and len(node.args) == 1 and not node.keywords)
+        ):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_no_other_module_renames() -> None:
+    assert renames(ast.parse("os.rename(a, b)\nos.replace(a, b)\na.replace(b)\nshutil.move(a, b)\na.rename(b)"))
+    assert not renames(ast.parse("text.replace('a', 'b')\nreplace(settings, seed=1)\nsettings.replace(seed=1)"))
+    found = [(path.name, call) for path, tree in sources() for call in renames(tree)]
+    assert not found, f"renamed outside {files.__name__}: {found}"

@@ -11,7 +11,6 @@ removed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from codistill.config.fingerprint import difference, extends
-from codistill.rundir.files import remove_abandoned_parts, staged, sync_folder
+from codistill.rundir.files import remove_abandoned_parts, write_atomically
 from codistill.rundir.layout import ParticipantLayout
 from codistill_worker.errors import ConfigurationError
 
@@ -89,12 +88,9 @@ class CheckpointStore:
         saved_round = None if self._torn else _round_of(newest)
         if saved_round is not None and saved_round > checkpoint.round:
             raise OSError(errno.EEXIST, f"a newer worker has saved round {saved_round} there", str(newest))
-        with self._staged(newest, checkpoint) as part:
-            if newest.exists() and not self._torn:  # a torn one must not take the place of the good one before it
-                newest.replace(self._layout.previous_checkpoint)
-            part.replace(newest)
+        # A torn one must not take the place of the good one before it.
+        self._write(newest, checkpoint, previous=None if self._torn else self._layout.previous_checkpoint)
         self._torn = False
-        sync_folder(self.folder)
         if not self._rounds or self._rounds[-1] != checkpoint.round:
             self._rounds = [*self._rounds[-1:], checkpoint.round]
 
@@ -105,9 +101,7 @@ class CheckpointStore:
             OSError: they could not be written; the weights before them stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        best = self._layout.best_weights
-        with self._staged(best, checkpoint) as part:
-            part.replace(best)
+        self._write(self._layout.best_weights, checkpoint)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:
         """Return the newest checkpoint that can be read, or None without one; remove the files of dead processes.
@@ -157,9 +151,9 @@ class CheckpointStore:
         path = self._layout.best_weights
         return read(path) if path.exists() else None
 
-    def _staged(self, path: Path, checkpoint: Checkpoint) -> contextlib.AbstractContextManager[Path]:
-        """Write a checkpoint beside its place; safetensors itself would hide the disk's errors."""
-        return staged(path, _serialize(checkpoint), self._process)
+    def _write(self, path: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
+        """Write a checkpoint to its place; safetensors itself would hide the disk's errors."""
+        write_atomically(path, _serialize(checkpoint), writer=self._process, previous=previous)
 
 
 def newest(folder: Path) -> Path | None:

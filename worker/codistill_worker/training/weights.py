@@ -142,7 +142,7 @@ def _file_at(path: Path, name: str) -> Path:
         if chosen is None:
             raise ConfigurationError(
                 f"weights: {path} is a run of the students {', '.join(students)}; give the folder of one of them, for "
-                f"example {path / 'students' / students[0]}"
+                f"example {layout.student(students[0]).path}"
             )
         folder = layout.student(chosen).path
     newest = checkpoints.newest(folder)
