@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
 
-from codistill_worker.data.listing import SUFFIXES, LeftOut, Listing
+from codistill_worker.data.decoding import _MOST_PIXELS
+from codistill_worker.data.listing import _HIDDEN, SUFFIXES, LeftOut, Listing
 from codistill_worker.errors import ConfigurationError
 
 
@@ -244,3 +246,11 @@ def test_what_is_left_out_fits_a_line() -> None:
     left_out.add("hidden", "/data/c")
     assert str(left_out).startswith("2 hidden (b\\n\\x1b[31m), 1 ending in .00 (0), ")
     assert str(left_out).endswith(", 13 for other reasons")
+
+
+def test_the_documentation_names_what_is_taken_and_what_is_hidden() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "experiment-file.md").read_text(encoding="utf-8")
+    text = page[page.index("### Image files") :]
+    assert {*re.findall(r"(?<=[ \n])\.\w+", text)} == SUFFIXES
+    assert {name.lower() for name in re.findall(r"`([^`]+)`", text)} >= _HIDDEN
+    assert f"{_MOST_PIXELS:,} pixels" in text
