@@ -58,6 +58,37 @@ def test_a_callable_gives_arrays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert data.std == (1 / 255,)  # constant images, and nothing is divided by 0
 
 
+@pytest.mark.parametrize(
+    "kind", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", ">i4", ">u2"]
+)
+@pytest.mark.parametrize(
+    "made", ["np.array({}, '{}')", "torch.tensor(np.array({}, '{}').astype(np.dtype('{}').newbyteorder('=')))"]
+)
+def test_labels_are_integers_of_every_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, made: str
+) -> None:
+    labels = made.format("[2, 0, 1, 2]", kind, kind)
+    own(monkeypatch, tmp_path, f"def make(): return (np.zeros((4, 4, 4), np.uint8), {labels}) * 2")
+    data = load_own()
+    assert data.train.labels.tolist() == [2, 0, 1, 2]
+    assert data.train.labels.dtype is torch.int64
+
+
+def test_arrays_may_be_turned_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own(
+        monkeypatch,
+        tmp_path,
+        """
+def make():
+    images = np.broadcast_to(np.arange(4, dtype=np.uint8)[:, None, None], (4, 4, 4))
+    return (images[::-1], np.array([0, 1, 2, 2], np.uint16)[::-1]) * 2
+""",
+    )
+    data = load_own()
+    assert everything(data.train)[:, 0, 0, 0].tolist() == [3, 2, 1, 0]
+    assert data.train.labels.tolist() == [2, 2, 1, 0]
+
+
 def test_arrays_beyond_the_limit_stay_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own(monkeypatch, tmp_path, "def make(): return (np.zeros((4, 4, 4), np.uint8), [0] * 4) * 2")
     meta = torch.device("meta")  # a device that nothing can be read back from shows where images are
@@ -101,6 +132,14 @@ def test_arrays_beyond_the_limit_stay_in_the_hosts_memory(monkeypatch: pytest.Mo
             r"from 0 to 3; with data.classes: 3 they must lie in 0..2",
         ),
         ("def make(): return (np.zeros((4, 4, 4), np.uint8), [-1, 1, 2, 2]) * 2", "go from -1 to 2"),
+        (
+            "def make(): return (np.zeros((2, 4, 4), np.uint8), np.array([0, 2**64 - 1], np.uint64)) * 2",
+            "go from 0 to 18446744073709551615; with data.classes: 3",
+        ),
+        (
+            "def make(): return (np.zeros((2, 4, 4), np.uint8), np.array([True, False])) * 2",
+            r"train_labels are bool of shape \[2\]; expected integers",
+        ),
         (
             "def make(): return (np.zeros((4, 4, 4), np.uint8), ['a'] * 4) * 2",
             "train_labels are of type list and make no tensor",

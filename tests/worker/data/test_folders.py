@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,37 @@ def test_folders_that_do_not_fit_are_explained(tmp_path: Path, layout: dict[str,
     write_folder(tmp_path, layout)
     with pytest.raises(ConfigurationError, match=message):
         folder(tmp_path)
+
+
+def test_a_line_for_each_split_says_what_is_taken_and_what_is_not(
+    two_classes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.heic", "b.HEIC", "notes.txt", ".DS_Store", "README"):
+        (two_classes / "train" / "cat" / name).touch()
+    with caplog.at_level(logging.INFO):
+        folder(two_classes)
+    train, test = [record.getMessage() for record in caplog.records]
+    assert train == (
+        f"data.root: {two_classes}/train: 12 images in 2 classes; left out: 2 ending in .heic (cat/a.heic), "
+        "1 ending in .txt (cat/notes.txt), 1 hidden (cat/.DS_Store), 1 without a suffix (cat/README)"
+    )
+    assert test == f"data.root: {two_classes}/test: 5 images in 2 classes"
+
+
+def test_a_class_without_images_is_explained_by_what_is_left_out(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": {"a": 1, "b": 0}, "test": {"a": 1, "b": 1}})
+    (tmp_path / "train" / "b" / "0.heic").touch()
+    with pytest.raises(ConfigurationError, match=r"b holds no image; .*; left out: 1 ending in \.heic \(b/0\.heic\)"):
+        folder(tmp_path)
+
+
+def test_a_root_that_cannot_be_read_is_named(two_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(ConfigurationError, match=r"data\.root: .* cannot be read: Permission denied; make it readable"):
+        folder(two_classes)
 
 
 @pytest.mark.parametrize(("field", "split", "count"), [("train_size", "training", 12), ("test_size", "test", 5)])

@@ -17,6 +17,9 @@ from codistill_worker.errors import ConfigurationError, is_out_of_memory
 
 __all__ = ["from_callable"]
 
+_INTEGERS = frozenset(
+    {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+)
 _WANTED = "(train_images, train_labels, test_images, test_labels)"
 
 
@@ -83,7 +86,7 @@ def _arrays(images: Any, labels: Any, data: Data, where: str) -> Arrays:
             f"{where}_images have shape {list(pixels.shape)}; "
             "expected [N, C, H, W] or [N, H, W] with H = W, none of them 0"
         )
-    if classes.dim() != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype is torch.bool:
+    if classes.dim() != 1 or classes.dtype not in _INTEGERS:
         raise ConfigurationError(
             f"{where}_labels are {_dtype(classes)} of shape {list(classes.shape)}; expected integers of shape [N]"
         )
@@ -91,7 +94,8 @@ def _arrays(images: Any, labels: Any, data: Data, where: str) -> Arrays:
         raise ConfigurationError(
             f"{where}_images are {len(pixels)} and {where}_labels {len(classes)}; expected as many of each"
         )
-    lowest, highest = int(classes.min()), int(classes.max())
+    values = classes.numpy()  # PyTorch has no minimum of uint16, uint32 and uint64
+    lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= data.class_count:
         raise ConfigurationError(
             f"{where}_labels go from {lowest} to {highest}; "
@@ -104,7 +108,10 @@ def _tensor(value: Any, where: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     try:
-        return torch.tensor(np.asarray(value))  # a copy, as an array may be read-only
+        array = np.asarray(value, order="C")
+        return torch.tensor(
+            array.astype(array.dtype.newbyteorder("="), copy=False)
+        )  # a copy, as an array may be read-only
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{where} are of type {type(value).__name__} and make no tensor: {error}") from error
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from codistill_worker.data.dataset import MemorySplit, Split, StreamedSplit
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.data.decoding import decode_image
 
-__all__ = ["Arrays", "Files", "Source", "decode_image"]
+__all__ = ["Arrays", "Files", "Source"]
 
 _log = logging.getLogger(__name__)
 
@@ -150,32 +150,3 @@ class Files(Source):
             pool.shutdown(cancel_futures=True)
         _log.debug("decoded %d images in %.1f s", total, time.monotonic() - began)
         return out
-
-
-def decode_image(path: str, out: np.ndarray) -> None:
-    """Decode a file to RGB; an image of another size is cut to its centred square and resized.
-
-    The result is that of resizing the shorter side and cutting out the centre, without resizing the rest.
-
-    Args:
-        path: of the file, in any format that Pillow reads.
-        out: receives the image, uint8 of shape [3, S, S].
-
-    Raises:
-        ConfigurationError: the file cannot be decoded.
-    """
-    from PIL import Image
-
-    size = out.shape[-1]
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-        if image.size != (size, size):
-            width, height = image.size
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigurationError(f"data.root: {path} cannot be decoded: {error}; replace or remove it") from error
-    out[:] = np.asarray(image).transpose(2, 0, 1)
