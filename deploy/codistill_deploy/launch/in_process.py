@@ -5,8 +5,10 @@ For one GPU, for tests, and as the reference of equality: a run over gRPC ends w
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,8 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import PeerError
+from codistill.peer.grpc_reports import Reports
+from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.writer import RecordWriter
@@ -47,49 +51,64 @@ class InProcessTransport:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
+        self._worker = secrets.randbits(64)
         self._session = 0
+        self._open: pb.Contribution | None = None
         self._replies: list[pb.ExchangeReply] = []
-        self._ended: str | None = None
+        self._reports = Reports(lambda: None)
+        self._ended: RequestRejected | None = None
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Open the session."""
-        try:
+        request.worker, request.session = self._worker, self._session
+        with _rejections():
             response = self._coordinator.join(request)
-            self._session = response.session
-            self._coordinator.open_stream(self._session, self)
-        except RequestRejected as rejected:
-            raise PeerError(str(rejected), ExitCode.REFUSED) from None
+            self._coordinator.open_stream(response.session, self)
+        self._session, self._ended = response.session, None
+        self._publish()
         return response
 
     def send(self, contribution: pb.Contribution) -> None:
         """Publish a round's outputs."""
-        try:
-            self._coordinator.contribute(self._session, contribution, contribution.ByteSize())
-        except RequestRejected as rejected:
-            raise PeerError(str(rejected), ExitCode.REFUSED) from None
+        self._open = contribution
+        if self._session:
+            self._check_session()
+            self._publish()
+            self._check_session()
 
     def receive(self, round_number: int) -> pb.Targets:
         """Return the targets of a round, which are there as soon as every student has sent."""
         while self._replies:
             reply = self._replies.pop(0)
             if reply.targets.round == round_number and reply.HasField("targets"):
+                self._open = None
                 return reply.targets
-        raise PeerError(
-            self._ended or f"round {round_number} was not closed although every student has contributed to it"
-        )
+        self._check_session()
+        raise PeerError(f"round {round_number} was not closed although every student has contributed to it")
 
     def report(self, report: pb.ReportRequest) -> None:
         """Report progress."""
-        report.session = self._session
-        self._coordinator.report(report)
+        self._reports.add(report)
+        self._check_session()
+        self._deliver()
 
     def undelivered(self) -> Sequence[pb.Measurement]:
-        """Return nothing: a report arrives at once."""
-        return ()
+        """Return the measurements that the coordinator rejected; all others arrive at once."""
+        return self._reports.undelivered()
 
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        """End the session."""
-        self._coordinator.leave(pb.LeaveRequest(session=self._session, reason=reason, message=message))
+        """End the session; only a student that finished must be able to."""
+        finished = reason == pb.LEAVE_REASON_FINISHED
+        if not finished and (not self._session or self._ended is not None):
+            return
+        self._check_session()
+        try:
+            self._deliver()
+            with _rejections():
+                self._coordinator.leave(pb.LeaveRequest(session=self._session, reason=reason, message=message))
+        except PeerError:
+            if finished:
+                raise
 
     def close(self) -> None:
         """Break the session if it is open."""
@@ -101,7 +120,41 @@ class InProcessTransport:
 
     def end(self, status: Status, message: str) -> None:
         """Record that the coordinator ended the session."""
-        self._ended = f"{status.value}: {message}"
+        self._ended = RequestRejected(status, message)
+
+    def _check_session(self) -> None:
+        if not self._session:
+            raise RuntimeError("send and receive come after join")
+        if self._ended is not None:
+            raise _peer_error(self._ended)
+
+    def _publish(self) -> None:
+        """Hand the open contribution, if there is one, to the coordinator; a rejection ends the session."""
+        if self._open is None:
+            return
+        try:
+            self._coordinator.contribute(self._session, self._open, self._open.ByteSize())
+        except RequestRejected as rejected:
+            self._ended = rejected
+
+    def _deliver(self) -> None:
+        with _rejections():
+            self._reports.flush(self._session, self._coordinator.report)
+
+
+@contextlib.contextmanager
+def _rejections() -> Generator[None, None, None]:
+    """Raise what the coordinator rejects as every transport does."""
+    try:
+        yield
+    except RequestRejected as rejected:
+        raise _peer_error(rejected) from None
+
+
+def _peer_error(rejected: RequestRejected) -> PeerError:
+    superseded = rejected.status is Status.SUPERSEDED
+    failure = Failure(rejected.status.name, str(rejected), superseded=superseded)
+    return PeerError(failure.details, failure.exit_code)
 
 
 def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView, stop: threading.Event) -> ExitCode:

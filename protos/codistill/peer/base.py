@@ -10,7 +10,7 @@ A new transport is one file on each side:
 * on the server, a class that implements ``codistill_server.coordinator.Outbox``, one object for each session, and a
   ``codistill_server.coordinator.Submit``, which runs the work of a round.
 
-``tests/protos/peer/test_transports.py`` checks what is promised here of every transport.
+``tests/protos/peer/test_transports.py`` checks what is promised here of every transport, and that none is left out.
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ class Transport(Protocol):
 
     Calls that block can raise two errors; ``send`` can raise the first:
 
-    * :class:`codistill.peer.errors.PeerError` ends the peer; its ``code`` is the exit code of the peer's process.
+    * :class:`codistill.peer.errors.PeerError` ends the peer; its ``code`` is the exit code of the peer's process. An
+      answer of the run that ends the peer is raised as this, with the code of
+      :attr:`codistill.peer.steps.Failure.exit_code`.
     * :class:`codistill.peer.errors.Interrupted` ends a wait because the peer was asked to stop. The session stays open, so
       that ``report`` and ``leave`` can follow.
+
+    Before ``join``, ``receive``, ``report`` and a ``leave`` with FINISHED raise a plain ``RuntimeError``; the other calls
+    do not fail. Once the transport knows that a newer peer of the student has joined, ``join``, ``receive``, ``report``
+    and a ``leave`` with FINISHED raise SUPERSEDED; ``send`` may.
     """
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
@@ -63,14 +69,15 @@ class Transport(Protocol):
         """Publish a round's outputs.
 
         Never blocks. The contribution stays open until ``receive`` returned its targets. The caller must not change it
-        meanwhile. A contribution to a closed round, sent again, is answered with the same targets to the bit.
+        meanwhile. A contribution to a closed round, sent again, is answered with the same targets to the bit. One that is
+        sent before ``join`` is published by ``join``.
 
         Args:
             contribution: the outputs for one round; one contribution is open at a time.
 
         Raises:
-            PeerError: REFUSED: the contribution is invalid. A transport that sends in the background raises it from
-                ``receive``, with DIVERGED where values are not finite.
+            PeerError: REFUSED: the contribution is invalid. DIVERGED: its values are not finite. SUPERSEDED: a newer peer
+                joined. A transport that sends in the background raises all three from ``receive`` instead.
         """
         ...
 
@@ -100,8 +107,11 @@ class Transport(Protocol):
             report: the progress; the transport fills in ``session`` and keeps the message.
 
         Raises:
-            PeerError: the broken connection could not be restored, as for ``receive``.
+            PeerError: SUPERSEDED: a newer peer joined; raised as soon as the transport knows. The broken connection could
+                not be restored, as for ``receive``. REFUSED: the run rejected the report. A transport that reports in the
+                background raises this from a ``leave`` with FINISHED.
             Interrupted: the peer was asked to stop while the connection was restored.
+            RuntimeError: ``join`` was never called.
         """
         ...
 
@@ -114,15 +124,16 @@ class Transport(Protocol):
 
         Blocks until the server has acknowledged it. Others wait for a student until the server knows that it finished. So
         FINISHED is repeated over new connections, for at most ``give_up_after``. Any other reason is tried once, on a
-        connection that is open; the end of the connection says enough otherwise.
+        connection that is open; the end of the connection says enough otherwise. With such a reason nothing is raised.
 
         Args:
             reason: why the peer leaves.
             message: one line for the run's log.
 
         Raises:
-            PeerError: a student that finished could not say so, as for ``receive``.
+            PeerError: a student that finished could not say so, as for ``receive``. SUPERSEDED: a newer peer joined.
             Interrupted: the peer was asked to stop before it could say so.
+            RuntimeError: a student finished for which ``join`` was never called.
         """
         ...
 

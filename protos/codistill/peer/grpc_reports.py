@@ -1,4 +1,4 @@
-"""Reports under way over gRPC: one at a time, and no measurement is lost while the server is away."""
+"""Reports under way: one at a time, and no measurement is lost while the server is away or rejects it."""
 
 from __future__ import annotations
 

@@ -433,12 +433,9 @@ class Session:
             return PeerError(
                 f"server {self._address} does not answer as an aggregation server ({failure.code}: {failure.details}); "
                 "check the address and that both sides have the same version",
-                ExitCode.REFUSED,
+                failure.exit_code,
             )
-        diverged = failure.code == "INVALID_ARGUMENT" and "diverged" in failure.details
-        return PeerError(
-            f"server {self._address} refused: {failure.details}", ExitCode.DIVERGED if diverged else ExitCode.REFUSED
-        )
+        return PeerError(f"server {self._address} refused: {failure.details}", failure.exit_code)
 
     def _gave_up(self, goal: _Receive, now: float) -> PeerError:
         awaited = ", ".join(goal.awaited) or "the server"
@@ -451,4 +448,4 @@ class Session:
 
 def _check_superseded(failure: Failure) -> None:
     if failure.superseded:
-        raise PeerError(failure.details, ExitCode.SUPERSEDED)
+        raise PeerError(failure.details, failure.exit_code)

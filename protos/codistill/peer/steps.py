@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from codistill.process.exit_codes import ExitCode
+
 __all__ = [
     "CALL_SECONDS",
     "Cancel",
@@ -54,6 +56,14 @@ class Failure:
     def may_be_damage(self) -> bool:
         """Whether bytes damaged on the way to or from a codistill server can cause it."""
         return self.code in _MAY_BE_DAMAGE and not self.pushback
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """How the peer's process ends if this failure ends it; the same for every transport."""
+        if self.superseded:
+            return ExitCode.SUPERSEDED
+        diverged = self.code == "INVALID_ARGUMENT" and "diverged" in self.details
+        return ExitCode.DIVERGED if diverged else ExitCode.REFUSED
 
 
 @dataclass(frozen=True)

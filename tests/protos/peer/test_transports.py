@@ -1,11 +1,13 @@
 """What :class:`codistill.peer.base.Transport` promises, held against every transport there is.
 
-A new transport is one more function in `ENDPOINTS`.
+A new transport is one more function in `ENDPOINTS`; a test fails where one is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import codistill.peer
+import codistill_deploy.launch
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.peer.base import Transport
@@ -102,6 +106,32 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Endpoi
         yield made
 
 
+def defined_transports() -> set[type]:
+    """Return every class of the packages that define transports which has all of a transport's methods."""
+    methods = [name for name in vars(Transport) if not name.startswith("_")]
+    found: set[type] = set()
+    for package in (codistill.peer, codistill_deploy.launch):
+        for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            classes = [item for item in vars(importlib.import_module(each.name)).values() if isinstance(item, type)]
+            found.update(item for item in classes if all(hasattr(item, name) for name in methods))
+    return found - {Transport}
+
+
+def ended_by(call: Callable[[], object]) -> PeerError:
+    """Repeat a call until it raises what ends the peer; a report may be sent before the transport knows."""
+    raised: list[PeerError] = []
+
+    def attempt() -> bool:
+        try:
+            call()
+        except PeerError as error:
+            raised.append(error)
+        return bool(raised)
+
+    wait_for(attempt, "the peer is ended")
+    return raised[0]
+
+
 def exchange_round(transports: list[Transport], round_number: int) -> list[bytes]:
     """Exchange one round; return the targets of each peer as bytes."""
     for seed, transport in enumerate(transports):
@@ -110,11 +140,25 @@ def exchange_round(transports: list[Transport], round_number: int) -> list[bytes
     return [targets.SerializeToString(deterministic=True) for targets in received]
 
 
+def send_and_receive(transport: Transport, sent: pb.Contribution) -> pb.Targets:
+    """Exchange a round; a transport may raise from either call what ends the peer."""
+    transport.send(sent)
+    return transport.receive(sent.round)
+
+
 def least_logits(round_number: int) -> torch.Tensor:
     """Return the targets of the minimum-logit ensemble for what both students send."""
     sent = [decode(contribution(round_number, seed).batch.outputs["logits"]) for seed in (0, 1)]
     label = torch.arange(16)[:, None] % 10
     return torch.stack([logits - logits.gather(1, label) for logits in sent]).min(0).values
+
+
+def test_every_transport_is_an_endpoint(tmp_path: Path) -> None:
+    tried: set[type] = set()
+    for name, start in ENDPOINTS.items():
+        with start(build(), tmp_path / name) as made:
+            tried.add(type(made.connect()))
+    assert tried == defined_transports()
 
 
 def test_join_returns_a_session_and_where_the_run_is(endpoint: Endpoint) -> None:
@@ -154,13 +198,8 @@ def test_a_contribution_that_is_invalid_ends_the_peer(endpoint: Endpoint) -> Non
     transport = endpoint.join("cnn")
     wrong = contribution(0, 0)
     wrong.batch.ids.CopyFrom(encode(torch.arange(3), "int64"))
-
-    def send_and_receive() -> None:
-        transport.send(wrong)  # raises here, or where the answer is awaited
-        transport.receive(0)
-
     with pytest.raises(PeerError, match=r"batch\.ids\.shape") as refused:
-        send_and_receive()
+        send_and_receive(transport, wrong)
     assert refused.value.code is ExitCode.REFUSED
 
 
@@ -204,3 +243,98 @@ def test_close_breaks_an_open_session_and_may_be_repeated(endpoint: Endpoint) ->
     again = endpoint.join("cnn")
     assert endpoint.events()[-1] == ("joined", "cnn")
     again.leave(pb.LEAVE_REASON_STOPPED, "")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda transport: transport.receive(0),
+        lambda transport: transport.report(report(0)),
+        lambda transport: transport.leave(pb.LEAVE_REASON_FINISHED, ""),
+    ],
+    ids=["receive", "report", "leave finished"],
+)
+def test_join_comes_first(endpoint: Endpoint, call: Callable[[Transport], object]) -> None:
+    with pytest.raises(RuntimeError, match="come after join") as raised:
+        call(endpoint.connect())
+    assert not isinstance(raised.value, PeerError)
+
+
+def test_a_peer_that_never_joined_may_leave_and_close(endpoint: Endpoint) -> None:
+    transport = endpoint.connect()
+    transport.leave(pb.LEAVE_REASON_FAILED, "")
+    transport.close()
+    assert not endpoint.events()
+
+
+def test_join_publishes_what_was_sent_before(endpoint: Endpoint) -> None:
+    early, other = endpoint.connect(), endpoint.join("mlp")
+    early.send(contribution(0, 0))
+    early.join(request(endpoint.experiment, "cnn"))
+    other.send(contribution(0, 1))
+    assert torch.equal(decode(early.receive(0).targets["logits"]), least_logits(0))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda transport: send_and_receive(transport, contribution(0, 0)),
+        lambda transport: transport.receive(0),
+        lambda transport: transport.report(report(0, 0)),
+        lambda transport: transport.leave(pb.LEAVE_REASON_FINISHED, ""),
+    ],
+    ids=["send and receive", "receive", "report", "leave finished"],
+)
+def test_a_newer_peer_of_the_student_ends_the_older(endpoint: Endpoint, call: Callable[[Transport], object]) -> None:
+    older, newer = endpoint.join("cnn"), endpoint.join("cnn")
+    ended = ended_by(lambda: call(older))
+    assert ended.code is ExitCode.SUPERSEDED
+    assert "a newer worker of student 'cnn' has joined; this one must not go on" in str(ended)
+    older.leave(pb.LEAVE_REASON_FAILED, str(ended))
+    older.close()
+    assert [what for what, _ in endpoint.events()] == ["joined", "superseded", "joined"], "the newer goes on"
+    newer.leave(pb.LEAVE_REASON_STOPPED, "")
+
+
+def test_a_superseded_peer_cannot_join_again(endpoint: Endpoint) -> None:
+    older, _ = endpoint.join("cnn"), endpoint.join("cnn")
+    assert ended_by(lambda: older.report(report(0, 0))).code is ExitCode.SUPERSEDED
+    with pytest.raises(PeerError, match="a newer worker") as ended:
+        older.join(request(endpoint.experiment, "cnn"))
+    assert ended.value.code is ExitCode.SUPERSEDED
+
+
+def test_a_report_of_a_superseded_peer_stays_undelivered(endpoint: Endpoint) -> None:
+    older, _ = endpoint.join("cnn"), endpoint.join("cnn")
+    ended_by(lambda: older.report(report(0, 3)))
+    assert {measurement.round for measurement in older.undelivered()} == {3}
+    assert not endpoint.measured()
+
+
+@pytest.mark.parametrize("reason", [pb.LEAVE_REASON_STOPPED, pb.LEAVE_REASON_FAILED], ids=["stopped", "failed"])
+def test_a_superseded_peer_leaves_without_an_error(endpoint: Endpoint, reason: pb.LeaveReason.ValueType) -> None:
+    older, _ = endpoint.join("cnn"), endpoint.join("cnn")
+    older.leave(reason, "")
+    assert endpoint.events()[-1] == ("joined", "cnn")
+
+
+def test_values_that_are_not_finite_end_the_peer_as_diverged(endpoint: Endpoint) -> None:
+    transport = endpoint.join("cnn")
+    wrong = contribution(0, 0)
+    wrong.batch.outputs["logits"].CopyFrom(encode(torch.full((16, 10), torch.nan), "float32"))
+    with pytest.raises(PeerError, match="diverged") as ended:
+        send_and_receive(transport, wrong)
+    assert ended.value.code is ExitCode.DIVERGED
+
+
+def test_a_report_that_is_invalid_ends_a_peer_that_finishes(endpoint: Endpoint) -> None:
+    transport = endpoint.join("cnn")
+
+    def report_and_finish() -> None:
+        transport.report(report(10, 1))  # raises here, or at the end of the session
+        transport.leave(pb.LEAVE_REASON_FINISHED, "")
+
+    with pytest.raises(PeerError, match="round: 10 is") as refused:
+        report_and_finish()
+    assert refused.value.code is ExitCode.REFUSED
+    assert {measurement.round for measurement in transport.undelivered()} == {1}
