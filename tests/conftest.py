@@ -16,7 +16,7 @@ TOGETHER = ("tests/system/test_dashboards.py", "tests/system/test_ray.py")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hands the tests out one by one, but those modules; xdist's own groups are none with this pytest."""
+    """Hand the tests out one by one, but those modules; xdist's own groups are none with this pytest."""
     if config.getvalue("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling

@@ -28,7 +28,7 @@ class Certificates:
     folder: Path
 
     def of(self, name: str | None, ca: str | None = None, token: str | None = None) -> Security:
-        """Returns settings with one of the certificates, one of the CAs, and a token."""
+        """Return settings with one of the certificates, one of the CAs, and a token."""
         return Security(
             None if name is None else self.folder / f"{name}.pem",
             None if name is None else self.folder / f"{name}.key",

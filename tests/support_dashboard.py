@@ -46,7 +46,7 @@ def panel_queries() -> list[Query]:
 
 
 def rules(kind: str) -> dict[str, Query]:
-    """Returns the rules that record ("record") or alert ("alert"), by name."""
+    """Return the rules that record ("record") or alert ("alert"), by name."""
     groups = [
         group
         for path in sorted((PROMETHEUS / "rules").glob("*.yml"))
@@ -61,12 +61,12 @@ def rules(kind: str) -> dict[str, Query]:
 
 
 def substituted(expr: str, **values: str) -> str:
-    """Returns a query with its variables filled in, as Grafana does; one that is not given stays and is no PromQL."""
+    """Return a query with its variables filled in, as Grafana does; one that is not given stays and is no PromQL."""
     return re.sub(r"\$(\w+)", lambda found: values.get(found[1], found[0]), expr)
 
 
 def label_values(query: str) -> tuple[str, str]:
-    """Returns the series and the label of a variable's query."""
+    """Return the series and the label of a variable's query."""
     found = _LABEL_VALUES.fullmatch(query)
     assert found is not None, f"{query!r} is not label_values(SERIES, LABEL)"
     return found[1], found[2]

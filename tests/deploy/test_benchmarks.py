@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def table(program: str, *arguments: str | Path) -> list[dict[str, str]]:
-    """Runs a benchmark and returns its table's rows, by column."""
+    """Run a benchmark and return its table's rows, by column."""
     ended = subprocess.run(
         [sys.executable, BENCHMARKS / program, *arguments], capture_output=True, text=True, timeout=110, check=False
     )
@@ -76,15 +76,15 @@ def test_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments", "complaint"),
+    ("program", "arguments", "problem"),
     [
         ("exchange.py", ["--contenders", "mpi"], "allowed: codistill, gloo, ray"),
         ("step.py", ["--models", "mlp"], "two students at least"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(program: str, arguments: list[str], complaint: str) -> None:
+def test_what_cannot_be_measured_is_refused(program: str, arguments: list[str], problem: str) -> None:
     ended = subprocess.run(
         [sys.executable, BENCHMARKS / program, *arguments], capture_output=True, text=True, timeout=110, check=False
     )
     assert ended.returncode == 2
-    assert complaint in ended.stderr
+    assert problem in ended.stderr

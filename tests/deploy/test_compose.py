@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def read(name: str) -> dict[str, Any]:
-    """Returns a compose file with the defaults of its variables filled in."""
+    """Return a compose file with the defaults of its variables filled in."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return yaml.safe_load(_VARIABLE.sub(lambda found: found[2], text))
 
@@ -37,7 +37,7 @@ LASTING = {name: service for name, service in SERVICES.items() if name != "token
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """Returns what the command makes of its arguments; fails where it would refuse them."""
+    """Return what the command makes of its arguments; fail where it would refuse them."""
     command = typer.main.get_command(app)
     assert isinstance(command, typer.core.TyperGroup)
     name, *rest = arguments
@@ -46,7 +46,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 
 def of_codistill() -> dict[str, list[str]]:
-    """Returns every command line of ours: of services, and of healthchecks."""
+    """Return every command line of ours: of services, and of healthchecks."""
     found = {name: SERVICES[name]["command"] for name in ("server", *EXPERIMENT.names)}
     for name, service in SERVICES.items():
         test = service["healthcheck"].get("test", [])

@@ -31,7 +31,7 @@ def of_kind(name: str, kind: str) -> list[dict[str, Any]]:
 
 
 def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns every pod template's spec of a document."""
+    """Return every pod template's spec of a document."""
     found: list[dict[str, Any]] = []
     waiting: list[Any] = [document]
     while waiting:

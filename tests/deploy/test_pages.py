@@ -46,7 +46,21 @@ class TestPage:
             assert (ROOT / name).exists() or "NAME" in name, name
 
     def test_the_tests_that_it_names_exist(self, page: Path) -> None:
-        assert set(re.findall(r"\b(test_\w+\.py)", prose(page))) <= TESTS
+        text = prose(page)
+        assert set(re.findall(r"\b(test_\w+\.py)", text)) <= TESTS
+        assert {f"{name}.py" for name in re.findall(r"`(test_\w+)::", text)} <= TESTS
+        for path in re.findall(r"\btests/[\w/]+\.py", text):
+            assert (ROOT / path).is_file(), path
+
+
+def test_the_tests_that_sources_name_exist() -> None:
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path != Path(__file__).resolve()]
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w/])(?:[\w-]+/)*test_\w+\.py", text)
+        assert {name.rpartition("/")[2] for name in named} <= TESTS, path
+        for name in named:
+            assert not name.startswith("tests/") or (ROOT / name).is_file(), f"{path}: {name}"
 
 
 def test_the_index_of_decisions_names_each_once() -> None:

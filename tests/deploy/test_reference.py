@@ -20,7 +20,7 @@ PACKAGES = ("protos/codistill", "server/codistill_server", "worker/codistill_wor
 
 
 def table(title: str) -> list[list[str]]:
-    """Returns the rows of the table below a heading, without its own."""
+    """Return the rows of the table below a heading, without its own."""
     section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]

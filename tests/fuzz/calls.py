@@ -20,7 +20,7 @@ from codistill.wire.checksum import format_session
 from codistill.wire.token import TOKEN_KEY
 from fuzz import generators
 from fuzz.endpoints import Endpoint
-from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, Model, Verdict, parsed, refusal
+from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, ExpectedAnswer, Model, parsed, refusal
 from server.support import contribution, join_request
 
 PREFIX = "/codistill.v1.Distillation/"
@@ -45,7 +45,7 @@ class Call:
     kind: str
     path: str
     messages: Sequence[bytes]
-    verdict: Verdict
+    expected: ExpectedAnswer
     metadata: Sequence[tuple[str, str | bytes]] = ()
     compression: grpc.Compression | None = None
     hang_up: float | None = None
@@ -53,7 +53,7 @@ class Call:
     @property
     def joins(self) -> bool:
         """Whether it is a legitimate worker's join, which a run must let in."""
-        return self.path == f"{PREFIX}Join" and self.verdict.codes == OK.codes
+        return self.path == f"{PREFIX}Join" and self.expected.codes == OK.codes
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Answer:
 
 
 async def make(endpoint: Endpoint, channel: grpc.aio.Channel, call: Call) -> Answer:
-    """Makes a call and returns how it ends; a stream that goes on is ended after its first reply."""
+    """Make a call and return how it ends; a stream that goes on is ended after its first reply."""
     options = {"metadata": (*call.metadata, *endpoint.metadata), "compression": call.compression, "timeout": PATIENCE}
     ongoing: Any
     if call.hang_up is None and len(call.messages) == 1:
@@ -93,34 +93,34 @@ async def make(endpoint: Endpoint, channel: grpc.aio.Channel, call: Call) -> Ans
         ongoing.cancel()
 
 
-def check(verdict: Verdict, answer: Answer) -> None:
-    """Holds an answer to what the contract allows.
+def check(expected: ExpectedAnswer, answer: Answer) -> None:
+    """Hold an answer to what the contract allows.
 
     Raises:
         WrongError: it is something else.
     """
     if answer.text == LOST:
         return
-    if answer.code not in verdict.codes:
-        allowed = ", ".join(sorted(code.name for code in verdict.codes))
-        raise WrongError(f"answered {answer.code.name} ({answer.text[:300]!r}); allowed: {allowed} {verdict.words}")
+    if answer.code not in expected.codes:
+        allowed = ", ".join(sorted(code.name for code in expected.codes))
+        raise WrongError(f"answered {answer.code.name} ({answer.text[:300]!r}); allowed: {allowed} {expected.words}")
     if answer.code in (Code.OK, Code.CANCELLED):
         return
     text = answer.text
     if len(text.encode()) >= LONGEST_TEXT or "Traceback (most" in text or "Unexpected" in text:
         raise WrongError(f"refused with {text[:500]!r}")
-    if verdict.words and not any(word in text for word in verdict.words):
-        raise WrongError(f"refused with {text!r}, which names none of {verdict.words}")
-    if verdict.words and not text.isprintable():
+    if expected.words and not any(word in text for word in expected.words):
+        raise WrongError(f"refused with {text!r}, which names none of {expected.words}")
+    if expected.words and not text.isprintable():
         raise WrongError(f"refused with {text!r}, which is not one printable line")
 
 
 def locked_out(rng: random.Random, call: Call, token: str) -> Call:
-    """Returns the call as somebody makes it who does not have the token: refused whatever it is, but for a probe.
+    """Return the call as somebody makes it who does not have the token: refused whatever it is, but for a probe.
 
     Args:
         rng: the source of chance.
-        call: one whose verdict is that of somebody who has it.
+        call: one whose expected answer is that of somebody who has it.
         token: the right value of the metadata.
     """
     at = rng.randrange(7, len(token))
@@ -138,15 +138,15 @@ def locked_out(rng: random.Random, call: Call, token: str) -> Call:
         [("token", token)],
     )
     metadata = [*call.metadata, *rng.choice(tries)]
-    verdict = call.verdict
+    expected = call.expected
     if call.path != f"{HEALTH}Check" and call.hang_up is None:
         refused = UNAUTHENTICATED
         # gRPC refuses a compression that a server does not take before anything else.
-        verdict = refused if call.compression is None else Verdict(refused.codes | {Code.UNIMPLEMENTED})
-    return replace(call, kind=f"without the token: {call.kind}", metadata=metadata, verdict=verdict)
+        expected = refused if call.compression is None else ExpectedAnswer(refused.codes | {Code.UNIMPLEMENTED})
+    return replace(call, kind=f"without the token: {call.kind}", metadata=metadata, expected=expected)
 
 
-class Outsider:
+class SessionlessCaller:
     """Draws calls of somebody who has no session in the run.
 
     Args:
@@ -162,7 +162,7 @@ class Outsider:
         self._raw = [raw for _, raw in traffic]
 
     def draw(self, rng: random.Random) -> Call:
-        """Returns one call."""
+        """Return one call."""
         return rng.choices(
             (self._noise, self._filled, self._near, self._spoilt, self._odd, self._large, self._neighbour),
             (2, 3, 3, 4, 2, 0.3, 1),
@@ -173,12 +173,12 @@ class Outsider:
             return Call(kind, PREFIX + rpc, [raw], refusal(Code.RESOURCE_EXHAUSTED), **options)
         if rpc != "Exchange":
             return Call(kind, PREFIX + rpc, [raw], self._model.unary(rpc, raw), **options)
-        text, verdict = self._session(rng)
+        text, expected = self._session(rng)
         metadata = [*options.pop("metadata", ()), *text]
-        return Call(kind, PREFIX + rpc, [raw] * rng.choice((0, 1, 2)), verdict, metadata, **options)
+        return Call(kind, PREFIX + rpc, [raw] * rng.choice((0, 1, 2)), expected, metadata, **options)
 
-    def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], Verdict]:
-        """Returns metadata that name a session which is over or never was, or that were damaged on the way."""
+    def _session(self, rng: random.Random) -> tuple[Sequence[tuple[str, str]], ExpectedAnswer]:
+        """Return metadata that name a session which is over or never was, or that were damaged on the way."""
         number = rng.choice((0, 1, 2, 3, generators.number(rng), 10**18))
         whole = format_session(number)
         texts = (
@@ -257,22 +257,22 @@ class Outsider:
                 return Call("unknown method", path, [raw], refusal(Code.UNIMPLEMENTED))
             case 1:
                 # The flag stands for the whole call: a server that takes no compression refuses all such calls alike.
-                every = Verdict(made.verdict.codes | {Code.UNIMPLEMENTED})
+                every = ExpectedAnswer(made.expected.codes | {Code.UNIMPLEMENTED})
                 return Call("compressed", made.path, made.messages, every, made.metadata, grpc.Compression.Gzip)
             case 2:
-                gone = Verdict(frozenset({Code.CANCELLED}))
+                gone = ExpectedAnswer(frozenset({Code.CANCELLED}))
                 pause = rng.choice((0.0, 0.0, 0.002))
                 return Call("cancelled", made.path, [raw] * rng.randrange(4), gone, made.metadata, hang_up=pause)
             case 3:
                 junk = [(f"x-{rng.randrange(99)}", "v" * rng.randrange(60)) for _ in range(rng.randrange(12))]
                 junk += [("x-bin", rng.randbytes(30))] if rng.random() < 0.5 else []
-                return Call("junk in metadata", made.path, made.messages, made.verdict, [*junk, *made.metadata])
+                return Call("junk in metadata", made.path, made.messages, made.expected, [*junk, *made.metadata])
             case _:
                 if rpc == "Exchange":
                     return made
                 # A second message to an rpc that takes one is passed over, or the call ends for it.
-                codes = made.verdict.codes | {Code.INTERNAL, Code.UNIMPLEMENTED, Code.CANCELLED}
-                return Call("two messages", made.path, [*made.messages, raw], Verdict(codes), made.metadata)
+                codes = made.expected.codes | {Code.INTERNAL, Code.UNIMPLEMENTED, Code.CANCELLED}
+                return Call("two messages", made.path, [*made.messages, raw], ExpectedAnswer(codes), made.metadata)
 
     def _neighbour(self, rng: random.Random) -> Call:
         """The services that come with every gRPC server."""

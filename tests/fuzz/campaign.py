@@ -2,22 +2,22 @@
 
 One process (:mod:`fuzz.serving`) serves the runs on one event loop.
 
-* ``healthy`` has honest students who exchange without a pause and compare every target with the pure function, bit for
+* ``healthy`` has healthy students who exchange without a pause and compare every target with the pure function, bit for
   bit. What the fuzzer does there is what somebody without a session can do: anything at all below gRPC, and every call
   that is not a legitimate worker's. Two things are left out because the contract wants them to have an effect: a join
   that the run must admit (the newer worker supersedes the older), and a call under a live session's number, which is
   its owner's. The first are passed over as the model says which they are; the second cannot happen, as the run's sessions
   are numbered from far away on, by a journal that remembers such a session.
-* ``chaos`` has no honest students: all its sessions are the fuzzer's, which plays one scenario at a time, and a model says what
+* ``chaos`` has no healthy students: all its sessions are the fuzzer's, which plays one scenario at a time, and a model says what
   must be answered at each step, targets included. What goes on there must not reach the other runs either.
-* ``limited`` has honest students too, and the limits that every server has by default. It gets floods: more than they
+* ``limited`` has healthy students too, and the limits that every server has by default. It gets floods: more than they
   allow. The other two have generous limits, as one host sends all that they get.
 
-With a token (``--token``) every call of the honest carries it, and half of the fuzzer's do not, or a wrong one: those must
+With a token (``--token``) every call of the healthy students carries it, and half of the fuzzer's do not, or a wrong one: those must
 be refused for that, whatever else they are, and change nothing.
 
 One thing is not sent: a path that is not UTF-8, nor random bytes where headers may stand, which can unpack to one. It fells
-grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/test_app_port.py holds it to that.
+grpc.aio's own loop, and with it the server process, which says so and ends; tests/server/rpc/test_server.py holds it to that.
 
 An input is one attack on a port, one call, one scenario, or one flood. It is drawn from (seed, kind, index) alone, so one
 command repeats it: what a failure prints. A scenario also depends on the run's earlier rounds, so its steps are printed.
@@ -43,7 +43,7 @@ from grpc_health.v1 import health_pb2
 
 from codistill.config.experiment import Experiment
 from codistill_server.admission.contributions import receive_limit
-from fuzz.calls import HEALTH, LOST, Answer, Call, Outsider, WrongError, check, locked_out, make
+from fuzz.calls import HEALTH, LOST, Answer, Call, SessionlessCaller, WrongError, check, locked_out, make
 from fuzz.endpoints import Endpoint
 from fuzz.floods import Flooder
 from fuzz.healthy_peers import TOTAL_ROUNDS, Student
@@ -87,7 +87,7 @@ class Report:
         held = (f"{name} {getattr(first, name)} and {getattr(last, name)}" for name in ("fds", "threads", "tasks"))
         lines = [
             f"seed {self.seed}: {done} inputs ({kinds}; {self.skipped} passed over) in {self.seconds:.0f} s, {rate:.0f}/s",
-            f"honest rounds beside them: {self.rounds}, all exact; the slowest took {1000 * self.slowest:.0f} ms",
+            f"healthy rounds beside them: {self.rounds}, all exact; the slowest took {1000 * self.slowest:.0f} ms",
             f"server before and after: rss {first.rss >> 20} and {last.rss >> 20} MiB, {', '.join(held)}",
         ]
         by_kind: dict[str, list[str]] = {}
@@ -101,7 +101,7 @@ class FoundError(AssertionError):
 
 
 class Campaign:
-    """A server with honest students, and what is thrown at it. Use :func:`campaign` to have one."""
+    """A server with healthy students, and what is thrown at it. Use :func:`campaign` to have one."""
 
     def __init__(self, seed: int, serving: Serving, experiments: Mapping[str, Experiment]) -> None:
         self.report = Report(seed)
@@ -117,7 +117,7 @@ class Campaign:
         self._inject: dict[str, Callable[[random.Random], Awaitable[None]]] = {}
 
     async def run(self, indices: Mapping[str, Sequence[int]]) -> Report:
-        """Goes through the inputs of these indices, by kind.
+        """Go through the inputs of these indices, by kind.
 
         Raises:
             FoundError: the server did what it must not.
@@ -165,21 +165,23 @@ class Campaign:
             lines += ["steps:", *(f"  {step}" for step in self._scenarios.steps)]
         if self._serving.code is not None:
             lines.append(f"the server has ended with {self._serving.code}")
-        return "\n".join([*lines, self._serving.complaints()[-3000:]])
+        return "\n".join([*lines, self._serving.problems_logged()[-3000:]])
 
     async def _look(self) -> None:
-        """Looks at the server as a whole, and at the honest students.
+        """Look at the server as a whole, and at the healthy students.
 
         Raises:
             FoundError: it is not as it must be.
         """
         if self._serving.code is not None:
-            raise FoundError(f"the server has ended with {self._serving.code}\n{self._serving.complaints()[-3000:]}")
+            raise FoundError(
+                f"the server has ended with {self._serving.code}\n{self._serving.problems_logged()[-3000:]}"
+            )
         usage = await asyncio.to_thread(self._serving.usage)
         self.report.usage.append(usage)
         problems = [student.problem for student in self._students if student.problem]
-        if complaints := self._serving.complaints():
-            problems.append(f"the server's log says:\n{complaints[-3000:]}")
+        if problems_logged := self._serving.problems_logged():
+            problems.append(f"the server's log says:\n{problems_logged[-3000:]}")
         for name, endpoint in self._serving.endpoints.items():
             answer = await self._health(endpoint.stranger)
             check(OK, answer)
@@ -200,7 +202,7 @@ class Campaign:
             if have > most:
                 problems.append(f"{what} has grown to {have}; allowed: {most}")
         if max(student.slowest for student in self._students) > SLOWEST_ROUND:
-            problems.append(f"an honest round took more than {SLOWEST_ROUND} s")
+            problems.append(f"a healthy round took more than {SLOWEST_ROUND} s")
         if problems:
             raise FoundError(
                 f"seed {self._seed}, after {sum(self.report.inputs.values())} inputs: " + "; ".join(problems)
@@ -214,7 +216,7 @@ class Campaign:
             return await make(endpoint, channel, Call("health", f"{HEALTH}Check", [b""], OK))
 
     async def _settled(self) -> None:
-        """Waits until the server has let go of every connection but the honest ones."""
+        """Wait until the server has let go of every connection but those of the healthy students."""
         most = self.report.usage[0]
         deadline = time.monotonic() + 45
         while time.monotonic() < deadline:
@@ -226,7 +228,7 @@ class Campaign:
 
     @contextlib.asynccontextmanager
     async def ready(self) -> AsyncGenerator[Campaign]:
-        """Starts the honest students, records real traffic in the other run, and opens the channels."""
+        """Start the healthy students, record real traffic in the other run, and open the channels."""
         traffic = await self._record()
         for student in self._students:
             student.start()
@@ -235,10 +237,10 @@ class Campaign:
             channels = [await stack.enter_async_context(endpoints[HEALTHY].channel()) for _ in range(3)]
             healthy = Model(self._experiments[HEALTHY], ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
             healthy.frontier = 2**40  # where exactly it is, a call from outside cannot depend on
-            outsider = Outsider(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
+            sessionless = SessionlessCaller(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
 
             async def call(rng: random.Random) -> None:
-                endpoint, drawn = endpoints[HEALTHY], outsider.draw(rng)
+                endpoint, drawn = endpoints[HEALTHY], sessionless.draw(rng)
                 if endpoint.token is not None and rng.random() < 0.5:
                     _, token = endpoint.token.metadata
                     endpoint, drawn = endpoint.stranger, locked_out(rng, drawn, token)
@@ -247,7 +249,7 @@ class Campaign:
                     return
                 answer = await make(endpoint, rng.choice(channels), drawn)
                 try:
-                    check(drawn.verdict, answer)
+                    check(drawn.expected, answer)
                 except WrongError as error:
                     sent = " ".join(raw.hex() if len(raw) < 3000 else f"{len(raw)} bytes" for raw in drawn.messages)
                     raise WrongError(f"{error}\n{drawn.kind} {drawn.path} {drawn.metadata} {sent}") from error
@@ -268,7 +270,7 @@ class Campaign:
                     await asyncio.to_thread(student.stop)
 
     async def _record(self) -> Sequence[tuple[str, bytes]]:
-        """Has honest students train in the run `chaos` for a while, then go."""
+        """Have healthy students train in the run `chaos` for a while, then go."""
         experiment, endpoint = self._experiments[CHAOS], self._serving.endpoints[CHAOS]
         students = [Student(endpoint, experiment, name, pause=0) for name in experiment.names]
         for student in students:
@@ -301,20 +303,20 @@ class Campaign:
 
 
 @contextlib.asynccontextmanager
-async def campaign(folder: Path, seed: int, plant: str = "", token: str = "") -> AsyncGenerator[Campaign]:
-    """A campaign that is ready; `plant` names a bug of :mod:`fuzz.mutants` for it to find, `token` what its servers ask for."""
+async def campaign(folder: Path, seed: int, mutant: str = "", token: str = "") -> AsyncGenerator[Campaign]:
+    """A campaign that is ready; `mutant` names a bug of :mod:`fuzz.mutants` for it to find, `token` what its servers ask for."""
     experiments = {
         name: make_experiment(name=name, seed=number, exchange={"give_up_after": 60})
         for number, name in enumerate((HEALTHY, CHAOS, LIMITED))
     }
     documents = {name: yaml.safe_dump(each.model_dump(mode="json")) for name, each in experiments.items()}
-    with Serving(folder, documents, {HEALTHY: FAR_AWAY}, {LIMITED}, token, plant) as serving:
+    with Serving(folder, documents, {HEALTHY: FAR_AWAY}, {LIMITED}, token, mutant) as serving:
         async with Campaign(seed, serving, experiments).ready() as ready:
             yield ready
 
 
 def share(inputs: int) -> Mapping[str, Sequence[int]]:
-    """Returns the indices of so many inputs, each kind's share of them."""
+    """Return the indices of so many inputs, each kind's share of them."""
     return {kind: range(round(inputs * part)) for kind, part in KINDS.items()}
 
 
@@ -323,7 +325,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="KIND/INDEX", help="one input, as a failure prints it")
-    parser.add_argument("--plant", default="", help="a bug of fuzz.mutants to look for")
+    parser.add_argument("--mutant", default="", help="a bug of fuzz.mutants to look for")
     parser.add_argument("--token", action="store_true", help="have the server ask for a token")
     options = parser.parse_args()
     if options.only:
@@ -334,7 +336,7 @@ def main() -> int:
 
     async def go() -> Report:
         with tempfile.TemporaryDirectory() as folder:
-            async with campaign(Path(folder), options.seed, options.plant, TOKEN * options.token) as ready:
+            async with campaign(Path(folder), options.seed, options.mutant, TOKEN * options.token) as ready:
                 return await ready.run(indices)
 
     try:

@@ -47,10 +47,10 @@ class Endpoint:
         return Endpoint(self.address)
 
     def channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
-        """Returns a channel of its own connection; calls add `metadata` themselves."""
+        """Return a channel of its own connection; calls add `metadata` themselves."""
         return grpc.aio.insecure_channel(self.address, [*OPTIONS, *options])
 
     def transport(self, stop: threading.Event) -> GrpcTransport:
-        """Returns the transport of an honest worker."""
+        """Return the transport of a healthy worker."""
         security = Security(token=self.token)
         return GrpcTransport(self.address, connect_timeout=30, give_up_after=60, stop=stop, security=security)

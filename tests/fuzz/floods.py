@@ -18,7 +18,7 @@ from codistill_server.ratelimit import Rate
 from codistill_server.rpc.quotas import Limits
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, make
 from fuzz.endpoints import Endpoint
-from fuzz.oracle import Code, Verdict
+from fuzz.oracle import Code, ExpectedAnswer
 from server.support import join_request
 
 _LIMITS = Limits()
@@ -40,7 +40,7 @@ class Flooder:
         self._seen = seen
 
     async def flood(self, rng: random.Random) -> None:
-        """Sends one flood.
+        """Send one flood.
 
         Raises:
             WrongError: more got through than the limit says, or an answer is wrong.
@@ -51,20 +51,20 @@ class Flooder:
     async def _joins(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
         request = join_request(self._experiment, rng.choice((*self._experiment.names, "nobody")))
         request.data.classes = 77
-        verdict = _or_later(Code.FAILED_PRECONDITION, "data.classes: ", "student ")
-        call = Call("flood of joins", f"{PREFIX}Join", [request.SerializeToString()], verdict)
+        expected = _or_later(Code.FAILED_PRECONDITION, "data.classes: ", "student ")
+        call = Call("flood of joins", f"{PREFIX}Join", [request.SerializeToString()], expected)
         await self._send(channel, call, 120, _LIMITS.joins, 1)
 
     async def _bytes(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
         most = receive_limit(self._experiment) - 100
         request = pb.LeaveRequest(session=2**60, reason=pb.LEAVE_REASON_STOPPED)
         request.message = "x" * rng.randrange(most * 3 // 4, most)
-        raw, verdict = request.SerializeToString(), _or_later(Code.ABORTED, f"session {request.session} ")
-        call = Call("flood of bytes", f"{PREFIX}Leave", [raw], verdict)
+        raw, expected = request.SerializeToString(), _or_later(Code.ABORTED, f"session {request.session} ")
+        call = Call("flood of bytes", f"{PREFIX}Leave", [raw], expected)
         await self._send(channel, call, round(1.5 * _LIMITS.call_bytes.burst / len(raw)), _LIMITS.call_bytes, len(raw))
 
     async def _send(self, channel: grpc.aio.Channel, call: Call, count: int, rate: Rate, amount: int) -> None:
-        """Makes a call many times at once; each takes an amount of what the rate gives."""
+        """Make a call many times at once; each takes an amount of what the rate gives."""
         started = time.monotonic()
         answers = await asyncio.gather(*(make(self._endpoint, channel, call) for _ in range(count)))
         passed = self._passed(call, answers)
@@ -90,19 +90,19 @@ class Flooder:
 
     def _passed(self, call: Call, answers: list[Answer]) -> int:
         for answer in answers:
-            check(call.verdict, answer)
+            check(call.expected, answer)
             self._seen[call.kind, answer.code.name] += 1
         return sum(answer.code not in _LATER for answer in answers)
 
 
 async def _first(ongoing: Any) -> Answer:
-    """Returns how a stream begins: with a reply, or with its end."""
+    """Return how a stream begins: with a reply, or with its end."""
     with contextlib.suppress(grpc.aio.AioRpcError):
         if isinstance(await ongoing.read(), bytes):
             return Answer(Code.OK, "")
     return Answer(await ongoing.code(), await ongoing.details() or "")
 
 
-def _or_later(code: Code, *words: str) -> Verdict:
+def _or_later(code: Code, *words: str) -> ExpectedAnswer:
     """What a call may get that can be one too many, of its kind or of the streams of a connection."""
-    return Verdict(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))
+    return ExpectedAnswer(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))

@@ -64,7 +64,7 @@ _WIDTHS = {
 
 
 def number(rng: random.Random, bits: int = 64) -> int:
-    """Returns a whole number of so many bits, a telling one more often than not."""
+    """Return a whole number of so many bits, a telling one more often than not."""
     value = rng.choice(NUMBERS) if rng.random() < 0.7 else rng.getrandbits(rng.randint(1, 64))
     return value & (2**bits - 1)
 
@@ -82,7 +82,7 @@ def noise(rng: random.Random, most: int = 200) -> bytes:
 
 
 def fill(rng: random.Random, message: Message, share: float = 0.7) -> Message:
-    """Draws the fields of a message, each with the probability `share`, and returns it; a checksum is for who sends it."""
+    """Draw the fields of a message, each with the probability `share`, and return it; a checksum is for who sends it."""
     for field in message.DESCRIPTOR.fields:
         if rng.random() > share or field.name == "checksum":
             continue
@@ -107,7 +107,7 @@ def fill(rng: random.Random, message: Message, share: float = 0.7) -> Message:
 
 
 def with_unknown_fields(rng: random.Random, raw: bytes) -> bytes:
-    """Appends fields that no message of the contract has; a receiver passes over them."""
+    """Append fields that no message of the contract has; a receiver passes over them."""
     for _ in range(rng.randint(1, 4)):
         wire = rng.choice((0, 1, 2, 5))
         tag = _varint(rng.randint(100, 2**20) << 3 | wire)
@@ -119,9 +119,9 @@ def with_unknown_fields(rng: random.Random, raw: bytes) -> bytes:
 
 
 def mutate(rng: random.Random, raw: bytes, others: Sequence[bytes]) -> bytes:
-    """Returns real bytes spoilt in one to three ways: flipped, cut, spliced, repeated, stuffed.
+    """Return real bytes spoilt in one to three ways: flipped, cut, spliced, repeated, stuffed.
 
-    Some are sealed anew, so that a receiver believes them as far as damage goes; the others are as they may come from a wire.
+    Some are given a checksum anew, so that a receiver believes them as far as damage goes; the others are as they may come from a wire.
     """
     for _ in range(rng.choice((1, 1, 2, 3))):
         where = rng.randrange(len(raw) + 1)
@@ -145,28 +145,28 @@ def mutate(rng: random.Random, raw: bytes, others: Sequence[bytes]) -> bytes:
                 raw = raw[:where] + raw[until:]
             case _:
                 raw += rng.choice(others)
-    return sealed(raw) if rng.random() < 0.6 else raw
+    return with_checksum(raw) if rng.random() < 0.6 else raw
 
 
-def sealed(raw: bytes, context: str = "") -> bytes:
-    """Returns bytes with the checksum of the contract behind them; of several in a message the last counts."""
+def with_checksum(raw: bytes, context: str = "") -> bytes:
+    """Return bytes with the checksum of the contract behind them; of several in a message the last counts."""
     return raw + CHECKSUM_TAG + zlib.crc32(context.encode() + raw).to_bytes(4, "little")
 
 
 def verify_checksum(raw: bytes, context: str = "") -> bool:
-    return len(raw) > 4 and raw == sealed(raw[:-5], context)
+    return len(raw) > 4 and raw == with_checksum(raw[:-5], context)
 
 
 def on_the_way(rng: random.Random, raw: bytes, session: int) -> bytes:
-    """Returns a contribution as it arrives: mostly sealed as it must be, else without a checksum, another's, or damaged."""
+    """Return a contribution as it arrives: mostly with its checksum, else without one, another's, or damaged."""
     roll = rng.random()
     if roll < 0.8:
-        return sealed(raw, str(session))
+        return with_checksum(raw, str(session))
     if roll < 0.85:
         return raw
     if roll < 0.9:
-        return sealed(raw, str(number(rng)))
-    damaged = bytearray(sealed(raw, str(session)))
+        return with_checksum(raw, str(number(rng)))
+    damaged = bytearray(with_checksum(raw, str(session)))
     damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
     return bytes(damaged)
 

@@ -1,4 +1,4 @@
-"""Honest students beside the fuzzing: they train nothing, but each target that they get must be right to the bit."""
+"""Healthy students beside the fuzzing: they train nothing, but each target that they get must be right to the bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REPORT_EVERY = 20
 
 
 def targets(experiment: Experiment, round_number: int) -> bytes:
-    """Returns the data of a round's targets: a pure function of what the students publish in it."""
+    """Return the data of a round's targets: a pure function of what the students publish in it."""
     aggregator = methods.create(experiment.distillation)
     assert aggregator is not None
     labels = torch.frombuffer(
@@ -34,7 +34,7 @@ def targets(experiment: Experiment, round_number: int) -> bytes:
 
 
 class Student(threading.Thread):
-    """One honest worker, as :class:`GrpcTransport` makes it, until it is stopped or something is wrong.
+    """One healthy worker, as :class:`GrpcTransport` makes it, until it is stopped or something is wrong.
 
     Attributes:
         rounds: how many rounds' targets were right.
@@ -44,7 +44,7 @@ class Student(threading.Thread):
     """
 
     def __init__(self, endpoint: Endpoint, experiment: Experiment, name: str, pause: float = 0.02) -> None:
-        super().__init__(name=f"honest-{name}", daemon=True)
+        super().__init__(name=f"healthy-{name}", daemon=True)
         self._experiment, self._student, self._pause = experiment, name, pause
         self._halt = threading.Event()
         self._transport = endpoint.transport(self._halt)

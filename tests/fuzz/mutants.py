@@ -1,4 +1,4 @@
-"""Bugs to plant in a server, so that a test sees that a campaign would find them."""
+"""Bugs to inject into a server, so that a test sees that a campaign would find them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class _Keeps(_Base):
         return super().join(request)
 
 
-def _turned(self: Any, gathered: RoundInputs) -> Targets:
+def _turned(self: Any, inputs: RoundInputs) -> Targets:
     """One bit of one target is wrong, once in a while."""
-    targets = _right(self, gathered)
+    targets = _right(self, inputs)
     assert targets.shared is not None
     made = targets.shared["logits"].clone()
     if made[0, 1] < -1:  # in some rounds
@@ -67,7 +67,7 @@ def _with_coordinator(kind: type[Any]) -> Callable[[], None]:
     return lambda: setattr(app, "Coordinator", kind)
 
 
-PLANTS: Mapping[str, Callable[[], None]] = {
+MUTANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
     "admits": lambda: setattr(coordinator, "JoinAdmission", _Admits),
     "keeps": _with_coordinator(_Keeps),
@@ -76,6 +76,6 @@ PLANTS: Mapping[str, Callable[[], None]] = {
 }
 
 
-def plant(name: str) -> None:
-    """Plants a bug in this process, before it serves."""
-    PLANTS[name]()
+def inject_bug(name: str) -> None:
+    """Inject a bug in this process, before it serves."""
+    MUTANTS[name]()

@@ -30,18 +30,18 @@ LARGEST_ROUNDS = 2**53
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExpectedAnswer:
     """What may be answered: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
 
     codes: frozenset[grpc.StatusCode]
     words: tuple[str, ...] = ()
 
 
-OK = Verdict(frozenset({Code.OK}))
+OK = ExpectedAnswer(frozenset({Code.OK}))
 
 
-def refusal(code: grpc.StatusCode, *words: str) -> Verdict:
-    return Verdict(frozenset({code}), words)
+def refusal(code: grpc.StatusCode, *words: str) -> ExpectedAnswer:
+    return ExpectedAnswer(frozenset({code}), words)
 
 
 def parsed(kind: type[Message], raw: bytes) -> Message | None:
@@ -85,7 +85,7 @@ class Model:
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     closed: dict[int, tuple[Published, bytes]] = field(default_factory=dict[int, tuple[Published, bytes]])
 
-    def join(self, raw: bytes) -> Verdict:
+    def join(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.JoinRequest, raw)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
@@ -120,10 +120,10 @@ class Model:
             differs.append("needs round ")
         codes = {Code.FAILED_PRECONDITION} if differs else set[grpc.StatusCode]()
         codes |= {Code.INVALID_ARGUMENT} if wrong else set[grpc.StatusCode]()
-        return Verdict(frozenset(codes), (*differs, *wrong)) if codes else OK
+        return ExpectedAnswer(frozenset(codes), (*differs, *wrong)) if codes else OK
 
     def joined(self, raw: bytes, session: int) -> int | None:
-        """Takes in an admission; returns the session that it ended."""
+        """Take in an admission; return the session that it ended."""
         request = pb.JoinRequest.FromString(raw)
         older = next((number for number, name in self.sessions.items() if name == request.student), None)
         if older is not None:
@@ -137,7 +137,7 @@ class Model:
         self.sessions.pop(session, None)
         self.waiting.pop(session, None)
 
-    def report(self, raw: bytes) -> Verdict:
+    def report(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.ReportRequest, raw)
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
@@ -172,7 +172,7 @@ class Model:
         self.durable[student] = max(self.durable.get(student, 0), min(request.durable_round, self.frontier))
         self._forget()
 
-    def leave(self, raw: bytes) -> Verdict:
+    def leave(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.LeaveRequest, raw)
         if not isinstance(request, pb.LeaveRequest):
             return NO_MESSAGE
@@ -183,7 +183,7 @@ class Model:
         return OK
 
     def left(self, raw: bytes) -> int:
-        """Takes in that a session ended; returns it."""
+        """Take in that a session ended; return it."""
         request = pb.LeaveRequest.FromString(raw)
         student = self.sessions[request.session]
         self.over(request.session)
@@ -192,8 +192,8 @@ class Model:
             self._forget()
         return request.session
 
-    def unary(self, rpc: str, raw: bytes) -> Verdict:
-        """Returns how a call is answered; one that was damaged is to be made again."""
+    def unary(self, rpc: str, raw: bytes) -> ExpectedAnswer:
+        """Return how a call is answered; one that was damaged is to be made again."""
         kinds: dict[str, type[Message]] = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
         if rpc in kinds and damaged(kinds[rpc], raw):
             return refusal(Code.UNAVAILABLE, "damaged on the way")
@@ -215,8 +215,8 @@ class Model:
                 return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval_seconds: ")
         raise KeyError(rpc)
 
-    def contribution(self, session: int, raw: bytes) -> Verdict | Published:
-        """Returns how a contribution is refused, or what it publishes if it is taken."""
+    def contribution(self, session: int, raw: bytes) -> ExpectedAnswer | Published:
+        """Return how a contribution is refused, or what it publishes if it is taken."""
         if not verify_checksum(raw, str(session)):
             return refusal(Code.ABORTED, "damaged on the way")
         message = parsed(pb.Contribution, raw)
@@ -247,7 +247,7 @@ class Model:
         return published
 
     def contributed(self, session: int, number: int, published: Published) -> dict[int, tuple[int, bytes]]:
-        """Takes in a contribution that is taken; returns who is answered now, the round and its targets."""
+        """Take in a contribution that is taken; return who is answered now, the round and its targets."""
         if number < self.frontier:
             return {session: (number, self.closed[number][1])}
         self.open[self.sessions[session]] = published
@@ -267,8 +267,8 @@ class Model:
         shape = (self.experiment.training.batch_size, self.experiment.data.class_count)
         outputs = [_floats(self.open[name].logits).reshape(shape) for name in self.experiment.names]
         labels = torch.frombuffer(bytearray(self.open[self.experiment.names[0]].labels), dtype=torch.int64)
-        gathered = RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
-        made = aggregator.targets(gathered).shared
+        inputs = RoundInputs(self.experiment.names, {"logits": torch.stack(outputs)}, labels)
+        made = aggregator.targets(inputs).shared
         assert made is not None
         return encode(made["logits"], "float32").data
 

@@ -24,7 +24,7 @@ from fuzz import calls, generators, healthy_peers
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
 from fuzz.endpoints import Endpoint
 from fuzz.healthy_peers import TOTAL_ROUNDS
-from fuzz.oracle import OK, Code, Model, Published, Verdict, refusal
+from fuzz.oracle import OK, Code, ExpectedAnswer, Model, Published, refusal
 from server.support import contribution, join_request, logits_of
 
 
@@ -62,7 +62,7 @@ class ScenarioRunner:
         self.steps: list[str] = []
 
     async def catch_up(self) -> None:
-        """Starts from the run as it is: rounds that others have closed, sessions that are over."""
+        """Start from the run as it is: rounds that others have closed, sessions that are over."""
         async with self._endpoint.channel() as channel:
             while True:  # what they had under way has come in once the server knows that they are gone
                 answer = await calls.make(self._endpoint, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
@@ -88,7 +88,7 @@ class ScenarioRunner:
         return Published(batch.ids.data, batch.labels.data, batch.outputs["logits"].data)
 
     async def run(self, rng: random.Random) -> None:
-        """Plays one scenario; at its end every session has said goodbye.
+        """Play one scenario; at its end every session has said goodbye.
 
         Raises:
             WrongError: the server did not do what the model says; `steps` holds what led to it.
@@ -218,16 +218,18 @@ class ScenarioRunner:
         kind = "contribution"
         raw = generators.on_the_way(rng, raw, session)
         stream = self._streams[session]
-        verdict = refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
-        self._note(kind, f"{session} {_shown(raw)} {verdict}")
+        expected = (
+            refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
+        )
+        self._note(kind, f"{session} {_shown(raw)} {expected}")
         before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
-        if isinstance(verdict, Verdict):
-            await self._ended(session, kind, verdict)
+        if isinstance(expected, ExpectedAnswer):
+            await self._ended(session, kind, expected)
             return
         number = pb.Contribution.FromString(raw).round
-        answered = self._model.contributed(session, number, verdict)
+        answered = self._model.contributed(session, number, expected)
         if not answered:  # streams have no order between them: what comes next on another could overtake it
             async with asyncio.timeout(PATIENCE):
                 while await asyncio.to_thread(self._received) == before:
@@ -239,7 +241,7 @@ class ScenarioRunner:
         self._seen[kind, "OK"] += 1
 
     async def _insist(self, session: int) -> None:
-        """Asks for the same round again and again, until that is too often."""
+        """Ask for the same round again and again, until that is too often."""
         number = max(self._model.closed)
         message = contribution(self._model.experiment, self._model.experiment.names[0], number)
         published, data = self._model.closed[number]
@@ -315,24 +317,24 @@ class ScenarioRunner:
         return rng.choice(self._dead) if self._dead and roll < 0.85 else generators.number(rng)
 
     async def _knock(self, rng: random.Random, call: Call) -> None:
-        """Makes a call without the token, where there is one; that may change nothing."""
+        """Make a call without the token, where there is one; that may change nothing."""
         if self._endpoint.token is None or rng.random() < 0.5:
             return
         assert self._channel is not None
         _, token = self._endpoint.token.metadata
         made = locked_out(rng, call, token)
         self._note(made.kind, str(made.metadata))
-        self._count(made.kind, await calls.make(self._endpoint.stranger, self._channel, made), made.verdict)
+        self._count(made.kind, await calls.make(self._endpoint.stranger, self._channel, made), made.expected)
 
-    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, verdict: Verdict) -> Answer:
+    async def _unary(self, rng: random.Random, rpc: str, raw: bytes, expected: ExpectedAnswer) -> Answer:
         if len(raw) > self._limit:
-            verdict = refusal(Code.RESOURCE_EXHAUSTED)
-        self._note(rpc, f"{_shown(raw)} {verdict}")
+            expected = refusal(Code.RESOURCE_EXHAUSTED)
+        self._note(rpc, f"{_shown(raw)} {expected}")
         assert self._channel is not None
-        call = Call(rpc, PREFIX + rpc, [raw], verdict)
+        call = Call(rpc, PREFIX + rpc, [raw], expected)
         await self._knock(rng, call)
         answer = await calls.make(self._endpoint, self._channel, call)
-        self._count(rpc, answer, verdict)
+        self._count(rpc, answer, expected)
         return answer
 
     async def _answer(self, session: int) -> pb.Targets:
@@ -346,14 +348,14 @@ class ScenarioRunner:
                     return reply.targets
 
     async def _ended(
-        self, session: int, kind: str, verdict: Verdict, *, superseded: bool = False, over: bool = True
+        self, session: int, kind: str, expected: ExpectedAnswer, *, superseded: bool = False, over: bool = True
     ) -> None:
         if over:
             self._gone(session)
         stream = self._streams.pop(session, None)
         if stream is None:
             return
-        self._count(kind, await self._end_of(stream), verdict)
+        self._count(kind, await self._end_of(stream), expected)
         if (SUPERSEDED_KEY in dict(await stream.trailing_metadata() or ())) is not superseded:
             raise WrongError(f"session {session}: {SUPERSEDED_KEY} is set where it must not be, or not where it must")
 
@@ -377,8 +379,8 @@ class ScenarioRunner:
         self._model.over(session)
         self._dead = [*self._dead[-20:], session]
 
-    def _count(self, kind: str, answer: Answer, verdict: Verdict) -> None:
-        check(verdict, answer)
+    def _count(self, kind: str, answer: Answer, expected: ExpectedAnswer) -> None:
+        check(expected, answer)
         self._seen[kind, answer.code.name] += 1
 
     def _note(self, what: str, more: str) -> None:

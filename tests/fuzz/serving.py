@@ -65,7 +65,7 @@ class Serving:
         first_sessions: what a run's sessions are numbered above; 0 unless named.
         limited: the runs with the limits of every server; the others have generous ones.
         token: what every call must carry; none if empty.
-        plant: the name of a bug to plant, of :mod:`fuzz.mutants`.
+        mutant: the name of a bug to inject, of :mod:`fuzz.mutants`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Serving:
         first_sessions: Mapping[str, int] | None = None,
         limited: Collection[str] = (),
         token: str = "",
-        plant: str = "",
+        mutant: str = "",
     ) -> None:
         self.folder = folder
         self.log = folder / "server.log"
@@ -85,7 +85,7 @@ class Serving:
             "first_sessions": dict(first_sessions or {}),
             "limited": list(limited),
             "token": token,
-            "plant": plant,
+            "mutant": mutant,
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -134,7 +134,7 @@ class Serving:
         return Usage(**self._ask("usage"))
 
     def received(self, run: str) -> int:
-        """Returns how many bytes of contributions a run has gone through; an increase shows that another one has arrived."""
+        """Return how many bytes of contributions a run has gone through; an increase shows that another one has arrived."""
         return self._ask("received")[run]
 
     def _ask(self, what: str) -> Any:
@@ -145,8 +145,8 @@ class Serving:
             self._process.stdin.flush()
             return json.loads(self._process.stdout.readline())
 
-    def complaints(self) -> str:
-        """Returns what the log says since the last call that a server must never say, or nothing."""
+    def problems_logged(self) -> str:
+        """Return what the log says since the last call that a server must never say, or nothing."""
         with self.log.open("rb") as log:
             log.seek(self._read)
             new = log.read()
@@ -166,20 +166,20 @@ class Serving:
 
 
 def main() -> None:
-    """Serves until the standard input ends."""
+    """Serve until the standard input ends."""
     config = json.loads(sys.argv[1])
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(1)
-    if config["plant"]:
-        mutants.plant(config["plant"])
+    if config["mutant"]:
+        mutants.inject_bug(config["mutant"])
     asyncio.run(_serve(config))
 
 
 async def _serve(config: Mapping[str, Any]) -> None:
     coordinators: dict[str, Coordinator] = {}
 
-    class Seen(app.Coordinator):  # whichever class a plant has put there
+    class Seen(app.Coordinator):  # whichever class an injected bug has put there
         def __init__(self, experiment: Experiment, *rest: Any) -> None:
             super().__init__(experiment, *rest)
             coordinators[experiment.name] = self
@@ -214,7 +214,7 @@ async def _serve(config: Mapping[str, Any]) -> None:
 
 
 def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
-    """Has the run's sessions numbered above one that its journal remembers."""
+    """Have the run's sessions numbered above one that its journal remembers."""
     if session and not (RunLayout(folder).journal_file).exists():
         journal = Journal(RunLayout(folder).journal_file, identity(experiment))
         journal.remember(StudentRecord(experiment.names[0], session, 0, finished=False))

@@ -31,7 +31,7 @@ _PATHS = ("Join", "Exchange", "Report", "Leave", "GetRun", "WatchRun", "Nothing"
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None = None) -> bytes:
-    """Returns an HTTP/2 frame; `length` lies about its length."""
+    """Return an HTTP/2 frame; `length` lies about its length."""
     size = len(payload) if length is None else length
     return (
         struct.pack(">I", size & 0xFFFFFF)[1:] + bytes([kind & 255, flags & 255]) + struct.pack(">I", stream) + payload
@@ -39,7 +39,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None
 
 
 def headers(stream: int, path: str, extra: Sequence[tuple[bytes, bytes]] = (), flags: int = 4) -> bytes:
-    """Returns the HEADERS frame of a gRPC call, every field a literal."""
+    """Return the HEADERS frame of a gRPC call, every field a literal."""
     fields = [
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -67,7 +67,7 @@ class Port:
         self._most = leave_open
 
     async def attack(self, rng: random.Random) -> str:
-        """Sends one thing that is no call of a client, and returns its name."""
+        """Send one thing that is no call of a client, and return its name."""
         name, parts, pause = _draw(rng, self._endpoint.metadata)
         reader, writer = await asyncio.open_connection("127.0.0.1", self._endpoint.port)
         try:

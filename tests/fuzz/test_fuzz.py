@@ -15,9 +15,9 @@ from fuzz.campaign import TOKEN, FoundError, Report, campaign, share
 INPUTS = 2000
 
 
-def run(folder: Path, inputs: int, seed: int, plant: str = "", token: str = "") -> Report:
+def run(folder: Path, inputs: int, seed: int, mutant: str = "", token: str = "") -> Report:
     async def go() -> Report:
-        async with campaign(folder, seed, plant, token) as ready:
+        async with campaign(folder, seed, mutant, token) as ready:
             return await ready.run(share(inputs))
 
     return asyncio.run(go())
@@ -28,7 +28,7 @@ class TestCampaign:
     def test_a_server_stands_what_is_sent_to_it(self, tmp_path: Path) -> None:
         report = run(tmp_path, INPUTS, seed=2026)
         assert sum(report.inputs.values()) >= INPUTS - 2
-        assert report.rounds > 50, "the honest students went on beside it"
+        assert report.rounds > 50, "the healthy students went on beside it"
         kinds = {kind for kind, _ in report.seen}
         assert {"noise", "drawn message", "mutated traffic", "join that differs", "contribution", "superseded"} <= kinds
         statuses = {status for kind, status in report.seen if not kind.startswith("flood")}
@@ -40,7 +40,7 @@ class TestCampaign:
 
     def test_nobody_gets_past_the_token(self, tmp_path: Path) -> None:
         report = run(tmp_path, INPUTS // 2, seed=2027, token=TOKEN)
-        assert report.rounds > 20, "the honest students have it"
+        assert report.rounds > 20, "the healthy students have it"
         refused = {kind for kind, status in report.seen if status == "UNAUTHENTICATED"}
         outside = "without the token: "
         assert {f"{outside}{kind}" for kind in ("noise", "drawn message", "large message", "Join", "open")} <= refused
@@ -51,7 +51,7 @@ class TestCampaign:
         }
 
     @pytest.mark.parametrize(
-        ("plant", "part"),
+        ("mutant", "part"),
         [
             # in the answer to the call itself, or in the log, where something beside it met the server's end first
             ("raises", "answered UNAVAILABLE|KeyError: "),
@@ -61,10 +61,10 @@ class TestCampaign:
             ("matches", "allowed: UNAUTHENTICATED"),
         ],
     )
-    def test_a_planted_bug_is_found(self, tmp_path: Path, plant: str, part: str) -> None:
-        token = TOKEN if plant == "matches" else ""
+    def test_a_planted_bug_is_found(self, tmp_path: Path, mutant: str, part: str) -> None:
+        token = TOKEN if mutant == "matches" else ""
         with pytest.raises(FoundError, match=part) as found:
-            run(tmp_path, INPUTS, seed=7, plant=plant, token=token)
+            run(tmp_path, INPUTS, seed=7, mutant=mutant, token=token)
         assert "seed 7" in str(found.value)
 
 

@@ -66,7 +66,7 @@ class Inbox:
 
 
 def make_experiment(students: Sequence[str] = STUDENTS, **sections: Any) -> Experiment:
-    """Returns a small experiment on `CLASSES` classes.
+    """Return a small experiment on `CLASSES` classes.
 
     `section={...}` adds to a section, or takes its place where it names a method; other values replace.
     """
@@ -91,7 +91,7 @@ def general_experiment(**sections: Any) -> Experiment:
 
 
 def join_request(experiment: Experiment, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
-    """Returns what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
+    """Return what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
     request = pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         student=student,
@@ -114,7 +114,7 @@ def join_request(experiment: Experiment, student: str, first_round: int = 0, /, 
 
 
 def logits_of(experiment: Experiment, student: str, round_number: int, rows: int | None = None) -> torch.Tensor:
-    """Returns the logits [rows, C] that a student publishes in a round; each has its own."""
+    """Return the logits [rows, C] that a student publishes in a round; each has its own."""
     position = experiment.names.index(student)
     generator = torch.Generator().manual_seed(10_000 * position + round_number)
     rows = experiment.training.batch_size if rows is None else rows
@@ -124,7 +124,7 @@ def logits_of(experiment: Experiment, student: str, round_number: int, rows: int
 def samples(
     logits: torch.Tensor, dtype: str = "float32", first: int = 0, labels: Sequence[int] | None = None
 ) -> pb.Samples:
-    """Returns samples numbered from `first` on, of classes 0, 1, 2, 0 … unless given."""
+    """Return samples numbered from `first` on, of classes 0, 1, 2, 0 … unless given."""
     rows = len(logits)
     classes = torch.tensor([row % CLASSES for row in range(rows)] if labels is None else labels, dtype=torch.int64)
     return pb.Samples(
@@ -137,7 +137,7 @@ def samples(
 def contribution(
     experiment: Experiment, student: str, round_number: int, *, first: int | None = None, held_out: bool = False
 ) -> pb.Contribution:
-    """Returns what a student publishes in a round; the samples are the round's own unless `first` says otherwise."""
+    """Return what a student publishes in a round; the samples are the round's own unless `first` says otherwise."""
     batch, dtype = experiment.training.batch_size, experiment.exchange.dtype
     first = round_number * batch if first is None else first
     message = pb.Contribution(
@@ -149,8 +149,8 @@ def contribution(
     return message
 
 
-def sealed(message: pb.Contribution, session: int) -> pb.Contribution:
-    """Returns a contribution as it is sent in a session, its checksum set."""
+def with_checksum(message: pb.Contribution, session: int) -> pb.Contribution:
+    """Return a contribution as it is sent in a session, its checksum set."""
     return pb.Contribution.FromString(append_checksum(message, str(session)))
 
 
@@ -158,7 +158,7 @@ _open: list[Run] = []
 
 
 def close_runs() -> None:
-    """Closes every run that a test has made; a test may close its own before."""
+    """Close every run that a test has made; a test may close its own before."""
     while _open:
         _open.pop().coordinator.close()
 
@@ -189,7 +189,7 @@ class Run:
         self.completed += 1
 
     def join(self, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinResponse:
-        """Joins and opens the stream."""
+        """Join and open the stream."""
         response = self.coordinator.join(join_request(self.experiment, student, first_round, **changes))
         self.sessions[student], self.inboxes[student] = response.session, Inbox()
         self.coordinator.open_stream(response.session, self.inboxes[student])
@@ -206,7 +206,7 @@ class Run:
         self.send(student, contribution(self.experiment, student, round_number, **options))
 
     def close_round(self, round_number: int, **options: Any) -> list[bytes]:
-        """Has every student contribute; returns each one's answer."""
+        """Have every student contribute; return each one's answer."""
         for student in self.experiment.names:
             self.contribute(student, round_number, **options)
         return [self.inboxes[student].raw[-1] for student in self.experiment.names]

@@ -48,7 +48,7 @@ class Served:
         return self.announced["address"]
 
     def end(self) -> ExitCode | Exception:
-        """Waits until the server has ended by itself; returns how."""
+        """Wait until the server has ended by itself; return how."""
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         return self.outcome[0]

@@ -35,7 +35,7 @@ from codistill_server.ratelimit import Rate
 from codistill_server.rounds.events import Samples
 from codistill_server.rpc.quotas import Limits
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
-from server.support import contribution, join_request, make_experiment, sealed
+from server.support import contribution, join_request, make_experiment, with_checksum
 from server.support_app import PATIENCE, get, serving, until
 from support_certificates import TOKEN, Certificates
 
@@ -282,7 +282,7 @@ class TestServing:
             streams = []
             for name in experiment.names:
                 session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
-                messages = iter([sealed(contribution(experiment, name, 0), session)])
+                messages = iter([with_checksum(contribution(experiment, name, 0), session)])
                 hold = threading.Event()
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)

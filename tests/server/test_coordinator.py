@@ -177,7 +177,7 @@ class TestRestart:
 
 
 def _ratio(answer: bytes, experiment: Experiment, number: int) -> tuple[float, ...]:
-    """Returns the weights of the two students that a round's target was made with."""
+    """Return the weights of the two students that a round's target was made with."""
     target = decode(pb.ExchangeReply.FromString(answer).targets.targets["logits"]).double().reshape(-1, 1)
     logits = torch.stack([logits_of(experiment, name, number).double().reshape(-1) for name in experiment.names], 1)
     return tuple(round(each, 3) for each in torch.linalg.lstsq(logits, target).solution.reshape(-1).tolist())

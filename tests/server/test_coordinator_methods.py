@@ -214,7 +214,7 @@ class TestShapes:
         assert receive_limit(taught("kd")) < 70_000
 
 
-class TestRhythm:
+class TestExchangeSchedule:
     """Every second round from the first of epoch 1 on: 3, 5, 7, 9, 11 of 12."""
 
     METHOD: ClassVar = {"method": "cross_architecture", "start_epoch": 1, "every": 2}

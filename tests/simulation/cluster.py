@@ -133,7 +133,7 @@ class Cluster:
         self._turns: Counter[str] = Counter()
 
     def run(self) -> Outcome:
-        """Runs everything to its end.
+        """Run everything to its end.
 
         Raises:
             Violation: an invariant does not hold.
@@ -204,7 +204,7 @@ class Cluster:
         self.kernel.after(self._until_restart(0.2), start)
 
     def _until_restart(self, least: float) -> float:
-        """Returns how long what died stays away: some seconds, or for longer than the others wait."""
+        """Return how long what died stays away: some seconds, or for longer than the others wait."""
         slow = not self._calm and self.draw.random() < 0.1
         return self.draw.uniform(least, 1.5 * self.give_up_after if slow else 4.0)
 
@@ -506,7 +506,7 @@ def _brief(value: Any) -> str:
 
 
 def simulate(seed: int, plant: Plant | None = None, trace: Callable[[str], None] | None = None) -> Outcome:
-    """Runs one seed; what it violates is in the outcome."""
+    """Run one seed; what it violates is in the outcome."""
     cluster = Cluster(seed, plant or Plant(), trace)
     try:
         return cluster.run()

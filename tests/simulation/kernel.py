@@ -28,12 +28,12 @@ class Kernel:
         self.at(self.now + seconds, callback)
 
     def at(self, when: float, callback: Callable[[], object]) -> None:
-        """Calls back at a time; at the same time in the order in which it was asked for."""
+        """Call back at a time; at the same time in the order in which it was asked for."""
         self._count += 1
         heapq.heappush(self._queue, (max(when, self.now), self._count, callback))
 
     def run(self, until: float, stop: Callable[[], bool]) -> None:
-        """Runs callbacks up to a time, or until `stop` says so."""
+        """Run callbacks up to a time, or until `stop` says so."""
         while self._queue and self._queue[0][0] <= until and not stop():
             self.now, _, callback = heapq.heappop(self._queue)
             callback()
@@ -79,7 +79,7 @@ class Process:
             self._advance(value)
 
     def wake(self) -> None:
-        """Ends the wait under way with None, as a signal does."""
+        """End the wait under way with None, as a signal does."""
         self._resume(self._wait, None)
 
     def _resume(self, wait: int, value: Any) -> None:

@@ -51,7 +51,7 @@ def learn(state: bytes, targets: pb.Targets) -> bytes:
 
 
 def contribution(number: int, state: bytes, *, held_out: bool) -> pb.Contribution:
-    """Returns what a student in this state publishes in a round."""
+    """Return what a student in this state publishes in a round."""
     wants = held_out and number > 0 and number % ROUNDS_PER_EPOCH == 0
     return pb.Contribution(
         round=number,
@@ -85,9 +85,9 @@ class Reference:
     def __init__(self, experiment: Experiment, rounds: int) -> None:
         self.experiment = experiment
         self.rounds = rounds
-        half = methods.create(experiment.distillation)
-        assert half is not None
-        self._half = half
+        aggregator = methods.create(experiment.distillation)
+        assert aggregator is not None
+        self._aggregator = aggregator
         self.replies: list[Mapping[str, bytes]] = []
         held_out = experiment.data.held_out > 0
         states = {name: first_state(experiment.seed, name) for name in experiment.names}
@@ -103,9 +103,9 @@ class Reference:
     def close(
         self, number: int, sent: Mapping[str, pb.Contribution], state: State, *, targets: bool = True
     ) -> tuple[Mapping[str, bytes], State]:
-        """Returns what a round closed with these contributions is answered with, and the method's state after it."""
+        """Return what a round closed with these contributions is answered with, and the method's state after it."""
         each = [sent[name] for name in self.experiment.names if name in sent]
-        gathered = RoundInputs(
+        inputs = RoundInputs(
             students=tuple(name for name in self.experiment.names if name in sent),
             outputs={"logits": torch.stack([decode(one.batch.outputs["logits"]) for one in each])},
             labels=decode(each[0].batch.labels),
@@ -116,7 +116,7 @@ class Reference:
             state=state,
             include_absent=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
         )
-        made = self._half.targets(gathered) if targets else Targets(shared={}, state=state)
+        made = self._aggregator.targets(inputs) if targets else Targets(shared={}, state=state)
         arrays = dict(made.each or {})
         if made.shared is not None:
             arrays[""] = made.shared

@@ -58,7 +58,7 @@ class Link:
         self._release()
 
     def carry(self, when: float, deliver: Callable[[], object]) -> None:
-        """Delivers at a time; what meets a cut on its way waits for its end."""
+        """Deliver at a time; what meets a cut on its way waits for its end."""
 
         def arrive() -> None:
             if self.cut:
@@ -69,7 +69,7 @@ class Link:
         self.kernel.at(when, arrive)
 
     def arrival(self) -> float:
-        """Returns when a message arrives that is sent now."""
+        """Return when a message arrives that is sent now."""
         seconds = self.draw.random() * self.weather.delay
         if self.weather.tail and self.draw.random() < 0.05:
             seconds += self.draw.random() * self.weather.tail
@@ -109,7 +109,7 @@ class Stream:
     # The worker's end
 
     def worker_open_it(self, arrive: Callable[[], None]) -> None:
-        """Opens the call at the server; nothing arrives before it."""
+        """Open the call at the server; nothing arrives before it."""
         self._up(arrive)
         self._up_first = self._up_last = max(self._up_last, self.link.kernel.now)
 
@@ -121,7 +121,7 @@ class Stream:
                 self._up(lambda: self.on_message(message))
 
     def worker_close(self, *, silently: bool = False) -> None:
-        """Cancels the call, or dies with it; a machine that goes down says nothing."""
+        """Cancel the call, or die with it; a machine that goes down says nothing."""
         if not self.worker_open:
             return
         self.worker_open = False
@@ -141,7 +141,7 @@ class Stream:
     # The server's end
 
     def server_reply(self, reply: bytes) -> bool:
-        """Puts a reply into the outbox; returns whether there was room."""
+        """Put a reply into the outbox; return whether there was room."""
         if len(self._outbox) >= _OUTBOX:
             return False
         self._outbox.append(reply)
@@ -149,7 +149,7 @@ class Stream:
         return True
 
     def server_close(self, failure: Failure) -> None:
-        """Ends the stream with a status; what was not written goes unsent."""
+        """End the stream with a status; what was not written goes unsent."""
         if self.server_open:
             self.server_open = False
             self._outbox.clear()
@@ -169,7 +169,7 @@ class Stream:
         self._down_lost = True
 
     def break_(self, worker_after: float, server_after: float, *, up: bool, down: bool) -> None:
-        """Loses what is under way and comes later, upwards, downwards or both; the ends notice when they do."""
+        """Lose what is under way and comes later, upwards, downwards or both; the ends notice when they do."""
         self._up_lost, self._down_lost = self._up_lost or up, self._down_lost or down
         self.link.kernel.after(worker_after, self.worker_lost)
         self.link.kernel.after(server_after, self.server_lost)
@@ -231,7 +231,7 @@ class Stream:
         self.on_arrival()
 
     def read(self) -> Any:
-        """Returns the next message at the worker; the window opens again by one."""
+        """Return the next message at the worker; the window opens again by one."""
         item = self.inbox.popleft()
         if not isinstance(item, Failure):
             self._in_flight -= 1

@@ -194,7 +194,7 @@ class Server:
             work()
 
     def take(self, work: Callable[[], None]) -> None:
-        """Does what a message asks for, or puts it off while the process is stopped."""
+        """Do what a message asks for, or put it off while the process is stopped."""
         if self.paused:
             self._backlog.append(lambda: self.take(work))
             return
@@ -241,7 +241,7 @@ class Server:
     # The rpcs
 
     def call(self, kind: str, request: Any, answer: Callable[[Any], None]) -> None:
-        """Carries out a unary call."""
+        """Carry out a unary call."""
         coordinator = self.coordinator
         if coordinator is None:
             answer(Failure("UNAVAILABLE", "connection refused"))

@@ -69,7 +69,7 @@ def _experiment(rounds: int) -> dict[str, Any]:
     }
 
 
-class Member:
+class RunProcess:
     """A process of the run, started again whenever it ends before its time."""
 
     def __init__(self, name: str, arguments: list[str], log: Path) -> None:
@@ -98,7 +98,7 @@ class Member:
             )
 
     def tell(self, number: signal.Signals) -> bool:
-        """Sends a signal; returns whether there was a process to send it to."""
+        """Send a signal; return whether there was a process to send it to."""
         pid = self.pid
         if pid is None:
             return False
@@ -134,8 +134,8 @@ class Cluster:
     """The run under test."""
 
     folder: Path
-    server: Member
-    workers: list[Member]
+    server: RunProcess
+    workers: list[RunProcess]
     proxy: Proxy
 
     def keep_alive(self) -> None:
@@ -164,7 +164,7 @@ class Cluster:
             return None
 
     def wait(self, seconds: float, *, until: Callable[[], bool] = lambda: False) -> bool:
-        """Keeps everybody alive for so long, or until something is true; returns whether it is."""
+        """Keep everybody alive for so long, or until something is true; return whether it is."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.keep_alive()
@@ -174,17 +174,17 @@ class Cluster:
         return until()
 
 
-def _stopped(cluster: Cluster, member: Member, seconds: float) -> None:
-    if member.tell(signal.SIGSTOP):
+def _stopped(cluster: Cluster, process: RunProcess, seconds: float) -> None:
+    if process.tell(signal.SIGSTOP):
         cluster.wait(seconds)
-        member.tell(signal.SIGCONT)
+        process.tell(signal.SIGCONT)
 
 
 def _faults(cluster: Cluster, chance: random.Random) -> dict[str, Callable[[], None]]:
-    """Returns what can happen, by name; each returns when the fault itself is over."""
+    """Return what can happen, by name; each returns when the fault itself is over."""
     proxy = cluster.proxy
 
-    def worker() -> Member:
+    def worker() -> RunProcess:
         return chance.choice(cluster.workers)
 
     def slow() -> None:
@@ -220,7 +220,7 @@ def _faults(cluster: Cluster, chance: random.Random) -> dict[str, Callable[[], N
 
 
 def void(_: object) -> None:
-    """Makes nothing of a result."""
+    """Make nothing of a result."""
 
 
 def _free_port() -> int:
@@ -238,18 +238,18 @@ def _start(folder: Path, rounds: int, seed: int) -> Cluster:
     proxy = Proxy(upstream, seed)
     serve = ["serve", str(path), "--run-dir", str(run), "--listen", upstream, "--stay"]
     workers = [
-        Member(
+        RunProcess(
             name,
             ["work", str(path), "--run-dir", str(run), "--student", name, "--server", proxy.address],
             folder / f"{name}.log",
         )
         for name in load(path).names
     ]
-    return Cluster(run, Member("server", serve, folder / "server.log"), workers, proxy)
+    return Cluster(run, RunProcess("server", serve, folder / "server.log"), workers, proxy)
 
 
 def _growth(samples: list[Usage]) -> list[tuple[str, float, float]]:
-    """Returns what the server took early and late in its longest life, as medians of a quarter of it each."""
+    """Return what the server took early and late in its longest life, as medians of a quarter of it each."""
     by_life: dict[int, list[Usage]] = {}
     for sample in samples:
         by_life.setdefault(sample.pid, []).append(sample)
@@ -278,15 +278,15 @@ def main(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to a file.")
     ] = None,
 ) -> None:
-    """Runs the soak and ends with 1 if anything is not as it must be."""
+    """Run the soak and end with 1 if anything is not as it must be."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="codistill-soak-") as folder:
         cluster = _start(Path(folder), rounds, seed)
         try:
             result = _soak(cluster, Path(folder), chance, 60 * minutes, interval, rounds)
         finally:
-            for member in (*cluster.workers, cluster.server):
-                member.end()
+            for process in (*cluster.workers, cluster.server):
+                process.end()
             cluster.proxy.close()
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -388,7 +388,7 @@ def _show(
     for what, early, late in growth:
         _console.print(f"| {what} | {early:.1f} | {late:.1f} |")
     faults = sum(len(tally.recoveries) for tally in tallies.values())
-    lives = ", ".join(f"{member.name} {member.lives}" for member in (cluster.server, *cluster.workers))
+    lives = ", ".join(f"{process.name} {process.lives}" for process in (cluster.server, *cluster.workers))
     _console.print(
         f"\n{faults} faults in {took / 60:.1f} min; {rounds} rounds closed; lives: {lives}; "
         f"{cluster.proxy.cuts} connections cut, "

@@ -31,7 +31,7 @@ def _work(experiment: Experiment, name: str, address: str, folder: Path) -> None
 
 
 def run_forked(experiment: Experiment, folder: Path, kill: str = "", after: int = 0) -> None:
-    """Runs an experiment to its end; every process must end well.
+    """Run an experiment to its end; every process must end well.
 
     Args:
         experiment: what to run.

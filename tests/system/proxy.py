@@ -113,7 +113,7 @@ class Proxy:
         return len(self._connections)
 
     def cut(self, how: Cut = "reset") -> int:
-        """Cuts every connection now; returns how many."""
+        """Cut every connection now; return how many."""
 
         async def cut() -> int:
             connections = list(self._connections)
@@ -124,7 +124,7 @@ class Proxy:
         return self._on_loop(cut)
 
     def refuse(self) -> None:
-        """Refuses new connections, as a machine on which nothing listens; those that stand are left alone."""
+        """Refuse new connections, as a machine on which nothing listens; those that stand are left alone."""
 
         async def refuse() -> None:
             if self._server is not None:
@@ -134,11 +134,11 @@ class Proxy:
         self._on_loop(refuse)
 
     def accept(self) -> None:
-        """Takes connections again, on the same port."""
+        """Take connections again, on the same port."""
         self._on_loop(self._listen)
 
     def close(self) -> None:
-        """Cuts everything and ends the thread."""
+        """Cut everything and end the thread."""
 
         async def close() -> None:
             if self._server is not None:
@@ -189,7 +189,7 @@ class Proxy:
     async def _pump(
         self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: Link
     ) -> None:
-        """Carries one direction of one connection to its end."""
+        """Carry one direction of one connection to its end."""
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_WAITING_CHUNKS)
         loop = asyncio.get_running_loop()
 
@@ -266,7 +266,7 @@ class Proxy:
         return bytes(damaged), damage_in - len(damaged)
 
     def _drawn(self, mean: float | None) -> int | None:
-        """Returns a number of bytes of about `mean`, at least 1."""
+        """Return a number of bytes of about `mean`, at least 1."""
         return None if mean is None else max(1, round(mean * self._random.uniform(0.5, 1.5)))
 
     def _cut(self, connection: _Connection, how: Cut, *, counted: bool = True) -> None:
@@ -290,7 +290,7 @@ class Proxy:
 
 @contextlib.contextmanager
 def proxied(upstream: str, seed: int = 0) -> Iterator[Proxy]:
-    """Runs a proxy for as long as the block."""
+    """Run a proxy for as long as the block."""
     proxy = Proxy(upstream, seed)
     try:
         yield proxy

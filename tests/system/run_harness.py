@@ -38,7 +38,7 @@ ALL_WELL = {"mlp": 0, "cnn": 0, "server": 0}
 
 
 def undisturbed(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Trains the run in one process; returns the weights that it ends with."""
+    """Train the run in one process; return the weights that it ends with."""
     experiment = load(experiment_file(folder, **CHANGES))
     run = RunFolder(folder / "run")
     run.start(experiment, mode="in-process", resume=False)
@@ -60,7 +60,7 @@ class Run:
         self.server = self.serve()
 
     def serve(self) -> subprocess.Popen[str]:
-        """Starts the server, again if need be, and has the proxies lead to it."""
+        """Start the server, again if need be, and have the proxies lead to it."""
         address_file = self.folder / "server.json"
         address_file.unlink(missing_ok=True)
         server = self._start("serve", self.path, "--listen", "127.0.0.1:0", "--run-dir", self.folder)
@@ -73,7 +73,7 @@ class Run:
         return server
 
     def work(self, student: str, run_dir: Path | None = None) -> subprocess.Popen[str]:
-        """Starts a worker behind its proxy."""
+        """Start a worker behind its proxy."""
         if student not in self.proxies:
             proxy = self.proxies[student] = Proxy(self.address, seed=len(self.proxies))
             proxy.up.delay = proxy.down.delay = PACE
@@ -88,7 +88,7 @@ class Run:
         return process
 
     def links(self, **settings: Any) -> None:
-        """Sets every link alike, both ways."""
+        """Set every link alike, both ways."""
         for proxy in self.proxies.values():
             for link in (proxy.up, proxy.down):
                 for name, value in settings.items():
@@ -99,7 +99,7 @@ class Run:
         return sum(what(proxy) for proxy in self.proxies.values())
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-        """Waits for a condition; a process that ends meanwhile ends the wait."""
+        """Wait for a condition; a process that ends meanwhile ends the wait."""
 
         def over() -> bool:
             ended = {name: each.returncode for name, each in self.workers.items() if each.poll() not in (None, 0)}
@@ -111,13 +111,13 @@ class Run:
         wait_for(over, what, seconds)
 
     def progress(self, rounds: int) -> None:
-        """Waits until so many more rounds are closed."""
+        """Wait until so many more rounds are closed."""
         reached = rounds_trained(self.folder)
         assert reached + rounds < ROUNDS, "the run is too short for all that is to happen to it"
         self.until(lambda: rounds_trained(self.folder) >= reached + rounds, f"{rounds} rounds after round {reached}")
 
     def ended(self) -> dict[str, int]:
-        """Waits for every process; returns the exit codes, and shows what was printed if one is not 0."""
+        """Wait for every process; return the exit codes, and show what was printed if one is not 0."""
         codes: dict[str, int] = {}
         for name, process in {**self.workers, "server": self.server}.items():
             output, _ = process.communicate(timeout=90)
@@ -127,7 +127,7 @@ class Run:
         return codes
 
     def events(self, what: str) -> list[str]:
-        """Returns whom the events of a kind concern."""
+        """Return whom the events of a kind concern."""
         path = self.folder / "events.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line["student"] for line in lines if line["what"] == what]
@@ -152,7 +152,7 @@ class Run:
 def running(
     folder: Path, run_dir: Path | None = None, workers: tuple[str, ...] = STUDENTS, **changes: Any
 ) -> Iterator[Run]:
-    """Starts a server and workers, and ends what is left of them.
+    """Start a server and workers, and end what is left of them.
 
     Args:
         folder: where the experiment file goes, and the run's folder unless it is given.

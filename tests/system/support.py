@@ -38,7 +38,7 @@ EXPERIMENT: dict[str, Any] = {
 
 
 def experiment_file(folder: Path, **changes: Any) -> Path:
-    """Writes the small experiment with changes; `section__key` names a key inside a section."""
+    """Write the small experiment with changes; `section__key` names a key inside a section."""
     document = yaml.safe_load(yaml.safe_dump(EXPERIMENT))
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -56,7 +56,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Starts the command; its output is one pipe."""
+    """Start the command; its output is one pipe."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
@@ -71,7 +71,7 @@ def start(*arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = Non
 def run(
     *arguments: str | Path, cwd: Path, timeout: float = 100, env: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Runs the command to its end; returns its exit code and what it printed."""
+    """Run the command to its end; return its exit code and what it printed."""
     process = start(*arguments, cwd=cwd, env=env)
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -81,7 +81,7 @@ def run(
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    """Waits until a condition gives something true, and returns that."""
+    """Wait until a condition gives something true, and return that."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
@@ -92,7 +92,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> A
 
 
 def processes_of(folder: Path) -> dict[str, int]:
-    """Returns the pids of the server ("server") and the workers (by student) that run in a folder."""
+    """Return the pids of the server ("server") and the workers (by student) that run in a folder."""
     found: dict[str, int] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -111,7 +111,7 @@ def processes_of(folder: Path) -> dict[str, int]:
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Returns every student's last weights, and the round they were saved after."""
+    """Return every student's last weights, and the round they were saved after."""
     return {
         student.name: {
             **read(student / "checkpoint.safetensors").model,
@@ -130,7 +130,7 @@ def assert_bit_equal(left: dict[str, dict[str, torch.Tensor]], right: dict[str, 
 
 
 def rounds_trained(folder: Path) -> int:
-    """Returns how many rounds the journal of a run knows to be closed."""
+    """Return how many rounds the journal of a run knows to be closed."""
     if not (folder / "journal.sqlite").exists():
         return 0
     database = sqlite3.connect(f"file:{folder / 'journal.sqlite'}?mode=ro", uri=True)

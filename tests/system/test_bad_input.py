@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 
 def refused(output: str, *fragments: str) -> None:
-    """Checks that the output ends in one line of error that holds all fragments, and that no traceback is shown."""
+    """Check that the output ends in one line of error that holds all fragments, and that no traceback is shown."""
     assert "Traceback" not in output, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output

@@ -76,7 +76,7 @@ class Prometheus:
         return False
 
     def get(self, path: str, **parameters: str) -> Any:
-        """Returns what an endpoint of the API answers; fails with Prometheus' own words."""
+        """Return what an endpoint of the API answers; fail with Prometheus' own words."""
         url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=20) as answer:  # noqa: S310 - http, of our own making
@@ -88,7 +88,7 @@ class Prometheus:
         return self.get("query", query=expr)["result"]
 
     def values(self, query: Query) -> list[float]:
-        """Returns every value that Grafana would draw of a query."""
+        """Return every value that Grafana would draw of a query."""
         expr = substituted(query.expr, **SELECTED)
         if query.instant:
             return [float(series["value"][1]) for series in self.instant(expr)]

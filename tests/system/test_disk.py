@@ -32,7 +32,7 @@ Mount = Callable[[Path, str], None]
 
 @pytest.fixture
 def mount() -> Iterator[Mount]:
-    """Mounts small disks, and unmounts them; mounting one again gives it another size."""
+    """Mount small disks, and unmount them; mounting one again gives it another size."""
     mounted: list[Path] = []
 
     def make(path: Path, size: str) -> None:
@@ -53,7 +53,7 @@ def mount() -> Iterator[Mount]:
 
 
 def fill(folder: Path) -> Path:
-    """Leaves not a byte free on a folder's disk."""
+    """Leave not a byte free on a folder's disk."""
     filler = folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:

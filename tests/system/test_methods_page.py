@@ -84,13 +84,13 @@ def crossing(method: str) -> set[tuple[int, int]]:
     def drawn(outputs: Any, *before: int) -> dict[str, torch.Tensor]:
         return {name: torch.randn(*before, B, *SIZES.get(name, (C,)), generator=generator) for name in outputs}
 
-    gathered = RoundInputs(
+    inputs = RoundInputs(
         students=tuple(names),
         outputs=drawn(aggregator.student, K),
         labels=torch.zeros(B, dtype=torch.int64),
         teachers={name: drawn(aggregator.teacher) for name in teachers},
     )
-    targets = aggregator.targets(gathered)
+    targets = aggregator.targets(inputs)
     found = {
         (16 * B + bytes_of(drawn(aggregator.student)), bytes_of((targets.each or {}).get(name, targets.shared)))
         for name in names

@@ -141,7 +141,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
 
 
 def _join_request(experiment: Experiment, student: str) -> pb.JoinRequest:
-    """Returns what a worker joins with."""
+    """Return what a worker joins with."""
     dataset = data.load(experiment.plan(student).data, torch.device("cpu"))
     return pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
@@ -156,7 +156,7 @@ def _join_request(experiment: Experiment, student: str) -> pb.JoinRequest:
 
 
 def _contribution(folder: Path, number: int) -> pb.Contribution:
-    """Returns a contribution to a closed round, about its samples."""
+    """Return a contribution to a closed round, about its samples."""
     with contextlib.closing(sqlite3.connect(f"file:{folder / 'journal.sqlite'}?mode=ro", uri=True)) as journal:
         ((ids, labels),) = journal.execute("SELECT ids, labels FROM rounds WHERE round = ?", (number,)).fetchall()
     size = [len(ids) // 8]

@@ -33,7 +33,7 @@ class Parts:
         self.workers = {name: self._start("work", self._path, "--student", name) for name in STUDENTS}
 
     def serve(self) -> subprocess.Popen[str]:
-        """Starts the server, a second time where it was the first time."""
+        """Start the server, a second time where it was the first time."""
         addresses = ["--listen", self._listen, "--metrics", self._web]
         self.server = self._start("serve", self._path, *addresses, "--stay")
         file = self.folder / "server.json"
@@ -47,7 +47,7 @@ class Parts:
         return f"http://{self._web}/"
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Returns what the metrics say now, by a series' name, its student and its split."""
+        """Return what the metrics say now, by a series' name, its student and its split."""
         with urllib.request.urlopen(f"{self.url}metrics", timeout=20) as answer:  # noqa: S310 - our own server
             text = answer.read().decode()
         return {
@@ -132,7 +132,7 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
 
 
 def assert_agree(rows: list[list[str]], metrics: dict[tuple[str, ...], float]) -> None:
-    """Compares the table of where every student is with the metrics of the same moment."""
+    """Compare the table of where every student is with the metrics of the same moment."""
     columns = rows[0]
     for row in rows[1:]:
         name, cells = row[0], dict(zip(columns, row, strict=True))

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def started(folder: Path) -> tuple[subprocess.Popen[str], dict[str, int]]:
-    """Starts a run and waits until it is well under way; returns it and its processes."""
+    """Start a run and wait until it is well under way; return it and its processes."""
     students = [each for each in EXPERIMENT["students"] if each["name"] in STUDENTS]
     path = experiment_file(folder.parent, students=students, training__epochs=100_000)
     process = start("run", path, "--run-dir", folder, cwd=folder.parent)

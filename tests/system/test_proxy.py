@@ -74,7 +74,7 @@ def connect(proxy: Proxy) -> socket.socket:
 
 
 def echoed(connection: socket.socket, data: bytes = DATA) -> bytes:
-    """Returns what comes back; less than what was sent if the connection ends."""
+    """Return what comes back; less than what was sent if the connection ends."""
     back = b""
 
     def send() -> None:

@@ -122,7 +122,7 @@ def parent(pid: int) -> int:
 
 
 def restarts(folder: Path) -> list[str]:
-    """Returns who was started again and why, in order."""
+    """Return who was started again and why, in order."""
     events = read(folder / "supervisor.jsonl")
     return [
         f"{each.student} {each.message}" for each in events if isinstance(each, Happened) and each.what == "restarted"
@@ -170,7 +170,7 @@ def nothing_left(cluster: Cluster) -> dict[str, Any] | None:
 
 
 def harm(cluster: Cluster, job: subprocess.Popen[str], folder: Path) -> None:
-    """Kills a worker, a worker's actor, the server's actor, and the node that the server is on."""
+    """Kill a worker, a worker's actor, the server's actor, and the node that the server is on."""
 
     def reach(rounds: int) -> dict[str, int]:
         wait_for(lambda: job.poll() is not None or rounds_trained(folder) >= rounds, f"round {rounds}", 90)
@@ -230,14 +230,14 @@ def test_a_ray_of_its_own_is_stopped_and_its_run_gone_on_with_on_a_cluster(
 
 
 def sessions_of(pid: int) -> str:
-    """Returns the folder of the Ray whose actor started a process."""
+    """Return the folder of the Ray whose actor started a process."""
     raylet = Path(f"/proc/{parent(parent(pid))}/cmdline").read_text(errors="replace")
     found = re.search(r"/tmp/codistill-ray-\w+", raylet)
     return "" if found is None else found[0]
 
 
 def processes_with(text: str) -> list[str]:
-    """Returns the command lines that hold a text."""
+    """Return the command lines that hold a text."""
     found: list[str] = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):

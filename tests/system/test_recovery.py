@@ -74,7 +74,7 @@ class Disturbed:
         self.process = start(*self.command, cwd=folder.parent)
 
     def reach(self, rounds: int) -> None:
-        """Waits until so many rounds are closed."""
+        """Wait until so many rounds are closed."""
         wait_for(lambda: self.process.poll() is not None or rounds_trained(self.folder) >= rounds, f"round {rounds}")
         assert self.process.poll() is None, self.process.communicate()[0]
 
@@ -86,7 +86,7 @@ class Disturbed:
             os.kill(self.pid(name), number)
 
     def restarted(self) -> list[str]:
-        """Returns who was started again, in order; "" is the server."""
+        """Return who was started again, in order; "" is the server."""
         events = read(self.folder / "supervisor.jsonl")
         return [each.student for each in events if isinstance(each, Happened) and each.what == "restarted"]
 
@@ -220,7 +220,7 @@ def test_restarts_that_are_used_up_end_the_run(folder: Path) -> None:
 
 
 def own_model(folder: Path, body: str) -> list[object]:
-    """Writes a model that does something at round 3; returns the students of an experiment with it."""
+    """Write a model that does something at round 3; return the students of an experiment with it."""
     module = f"""
         import pathlib
         import time

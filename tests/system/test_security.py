@@ -36,7 +36,7 @@ SECRETS = (TOKEN, WRONG_TOKEN, "PRIVATE KEY")
 
 
 def refused(output: str, *fragments: str) -> None:
-    """Checks that the output ends in one line of error that holds all fragments, and has nothing else of note."""
+    """Check that the output ends in one line of error that holds all fragments, and has nothing else of note."""
     assert "Traceback" not in output, output
     assert "Handshake failed" not in output, "gRPC's own lines are no help"
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -58,7 +58,7 @@ def no_secret_in_files_of(folder: Path) -> None:
 
 
 def command_lines() -> list[str]:
-    """Returns every process's command line, as anybody on this machine can read it."""
+    """Return every process's command line, as anybody on this machine can read it."""
     found: list[str] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -70,7 +70,7 @@ def command_lines() -> list[str]:
 
 
 def tls(certificates: Certificates, name: str | None) -> list[str | Path]:
-    """Returns the options that give a certificate, or just the CA."""
+    """Return the options that give a certificate, or just the CA."""
     folder = certificates.folder
     own: list[str | Path] = (
         [] if name is None else ["--tls-cert", folder / f"{name}.pem", "--tls-key", folder / f"{name}.key"]

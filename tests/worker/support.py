@@ -52,7 +52,7 @@ DOCUMENT: dict[str, Any] = {
 
 
 def build(**changes: Any) -> Experiment:
-    """Returns the tiny experiment with changes; `section__key` names a key inside a section."""
+    """Return the tiny experiment with changes; `section__key` names a key inside a section."""
     document = yaml.safe_load(yaml.safe_dump(DOCUMENT))
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -67,7 +67,7 @@ _LOADED: dict[Data, data.Dataset] = {}
 
 
 def load(settings: Data) -> data.Dataset:
-    """Returns a data set, loaded once for all tests; nothing in it ever changes."""
+    """Return a data set, loaded once for all tests; nothing in it ever changes."""
     if settings not in _LOADED:
         _LOADED[settings] = data.load(settings, CPU)
     return _LOADED[settings]
@@ -79,12 +79,12 @@ def students(experiment: Experiment, name: str = "cnn") -> Trainer:
 
 
 def answer(published: Published | None) -> Mapping[str, torch.Tensor]:
-    """Returns targets that follow from what was published, for a method of one shared target; {} if nothing was."""
+    """Return targets that follow from what was published, for a method of one shared target; {} if nothing was."""
     return {} if published is None else {"logits": published.batch.arrays["logits"].roll(1, 0) * 0.5}
 
 
 def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
-    """Trains some rounds; returns the logits of each."""
+    """Train some rounds; return the logits of each."""
     seen: list[torch.Tensor] = []
     for _ in range(rounds):
         published = trainer.begin()
@@ -95,7 +95,7 @@ def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:
-    """Returns a copy of everything that training changes."""
+    """Return a copy of everything that training changes."""
     return cast(
         "dict[str, Any]",
         _copy({"round": trainer.round, "model": trainer.model.state_dict(), "optimizer": trainer.optimizer_state()}),

@@ -63,7 +63,7 @@ class Server:
         return [record for record in self.records() if isinstance(record, records.Measured)]
 
     def events(self) -> list[tuple[str, str]]:
-        """Returns what happened to whom."""
+        """Return what happened to whom."""
         return [
             (event.what, event.student) for event in self.records("events.jsonl") if isinstance(event, records.Happened)
         ]
@@ -71,7 +71,7 @@ class Server:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts real servers, and ends those that a test leaves."""
+    """Start real servers, and end those that a test leaves."""
     servers: list[Server] = []
 
     def start(experiment: Experiment, security: Security | None = None) -> Server:
@@ -86,7 +86,7 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 def connect() -> Iterator[Connect]:
-    """Makes exchanges, closes them, and sees that no thread of theirs is left."""
+    """Make exchanges, close them, and see that no thread of theirs is left."""
     before = set(threading.enumerate())
     made: list[GrpcTransport] = []
 

@@ -163,7 +163,7 @@ class Interrupting:
             self._writing = False
 
     def flush(self) -> None:
-        """Has nothing to do."""
+        """Do nothing."""
 
 
 def test_a_signal_that_comes_while_a_line_is_logged_is_not_lost(

@@ -174,8 +174,8 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
     """
     use_deterministic_kernels()
     journal = _open_journal(experiment, folder)
-    recorder = RecordWriter(folder.events_file, folder.metrics_file)
-    coordinator = Coordinator(experiment, journal, RunState(experiment, recorder.write), _submit)
+    writer = RecordWriter(folder.events_file, folder.metrics_file)
+    coordinator = Coordinator(experiment, journal, RunState(experiment, writer.write), _submit)
     try:
         with Watchdog() as watchdog:
             loops = _loops(experiment, folder, coordinator, watchdog)
@@ -186,7 +186,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
         raise PeerError(str(error)) from error
     finally:
         coordinator.close()
-        recorder.close()
+        writer.close()
 
 
 def _open_journal(experiment: Experiment, folder: RunFolder) -> Journal:

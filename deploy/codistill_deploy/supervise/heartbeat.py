@@ -18,8 +18,8 @@ HEARTBEAT_VARIABLE = "CODISTILL_HEARTBEAT_FD"
 
 _INTERVAL = 1.0
 _LONGEST_TICK = 1.0
-_BEAT = b"."
-_LAST_BEAT = b"e"
+_HEARTBEAT = b"."
+_LAST_HEARTBEAT = b"e"
 _EXIT_SECONDS = 60.0  # more: at the end of Python no thread runs any more
 _START_FACTOR = 12  # times the limit: as for loading, a start from a cold or distant disk holds up every thread of it
 
@@ -40,34 +40,34 @@ class Heartbeat:
 
     def __init__(self, limit: float, now: float) -> None:
         self._limit = limit * _START_FACTOR
-        self._limit_after_beat = limit
+        self._limit_after_heartbeat = limit
         self._last_tick = now
-        self._age_at_beat = 0.0
+        self._age_at_heartbeat = 0.0
         self._silence = 0.0
 
-    def tick(self, now: float, beats: bytes) -> str | None:
+    def tick(self, now: float, heartbeats: bytes) -> str | None:
         """Let time go by.
 
         Args:
             now: the clock's time.
-            beats: what the pipe held since the last tick.
+            heartbeats: what the pipe held since the last tick.
 
         Returns:
             A line for people that says that the process hangs; None while it does not.
         """
         elapsed = min(now - self._last_tick, _LONGEST_TICK)
         self._last_tick = now
-        if beats:
-            if _LAST_BEAT in beats:
-                self._limit_after_beat += _EXIT_SECONDS
-            self._age_at_beat += self._silence + elapsed
-            self._limit, self._silence = self._limit_after_beat, 0.0
+        if heartbeats:
+            if _LAST_HEARTBEAT in heartbeats:
+                self._limit_after_heartbeat += _EXIT_SECONDS
+            self._age_at_heartbeat += self._silence + elapsed
+            self._limit, self._silence = self._limit_after_heartbeat, 0.0
             return None
         self._silence += elapsed
         if self._silence < self._limit:
             return None
         return (
-            f"killed after {self._limit:g} s without a sign of life, {self._age_at_beat:.1f} s after its start: it was "
+            f"killed after {self._limit:g} s without a sign of life, {self._age_at_heartbeat:.1f} s after its start: it was "
             "stopped, or something held all its threads; training.hang_after sets the limit"
         )
 
@@ -84,21 +84,21 @@ def start_heartbeat() -> None:
     os.set_blocking(descriptor, False)
     _descriptors.append(descriptor)
 
-    def beat() -> None:
+    def send_heartbeats() -> None:
         while True:
             try:
-                os.write(descriptor, _BEAT)
+                os.write(descriptor, _HEARTBEAT)
             except BlockingIOError:  # the pipe is full: nobody reads for now
                 pass
             except OSError:  # nobody will read again
                 return
             time.sleep(_INTERVAL)
 
-    threading.Thread(target=beat, name="codistill-heartbeat", daemon=True).start()
+    threading.Thread(target=send_heartbeats, name="codistill-heartbeat", daemon=True).start()
 
 
 def announce_exit() -> None:
     """Send the last heartbeat, if this process sends any."""
     for descriptor in _descriptors:
         with contextlib.suppress(OSError):
-            os.write(descriptor, _LAST_BEAT)
+            os.write(descriptor, _LAST_HEARTBEAT)

@@ -59,12 +59,12 @@ class Process:
         log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last start
         self._log_file = log.open("ab")
         try:
-            self._beats, childs_end = os.pipe()
+            self._heartbeats, childs_end = os.pipe()
         except BaseException:
             self._log_file.close()
             raise
         try:
-            os.set_blocking(self._beats, False)
+            os.set_blocking(self._heartbeats, False)
             self._log_start = log.stat().st_size
             # Its own session keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
             self._process = subprocess.Popen(
@@ -94,7 +94,7 @@ class Process:
         if code is not None:
             return code if self._hang is None else ExitCode.HUNG
         if self._hang is None and not self._log_file.closed:
-            self._hang = self._heartbeat.tick(time.monotonic(), self._read_beats())
+            self._hang = self._heartbeat.tick(time.monotonic(), self._read_heartbeats())
             if self._hang is not None:
                 self._process.kill()
         return None
@@ -121,11 +121,11 @@ class Process:
     def _release(self) -> None:
         if not self._log_file.closed:
             self._log_file.close()
-            os.close(self._beats)
+            os.close(self._heartbeats)
 
-    def _read_beats(self) -> bytes:
+    def _read_heartbeats(self) -> bytes:
         try:
-            return os.read(self._beats, _PIPE_BYTES)
+            return os.read(self._heartbeats, _PIPE_BYTES)
         except BlockingIOError:
             return b""
 

@@ -68,7 +68,7 @@ class Supervisor:
         self._security = security
         self._resume_command = resume_command
         self._on_poll = on_poll
-        self._recorder: RecordWriter | None = None
+        self._writer: RecordWriter | None = None
         self._children: list[Child] = []
         self._watcher: threading.Thread | None = None
 
@@ -93,7 +93,7 @@ class Supervisor:
         over = threading.Event()
         self._children = [server, *workers]
         try:
-            self._recorder = _open_recorder(self._folder)
+            self._writer = _open_writer(self._folder)
             for child in self._children:
                 _start(child)
             self._start_watcher(over, announce)
@@ -104,8 +104,8 @@ class Supervisor:
             over.set()
             if self._watcher is not None:
                 self._watcher.join(_KILL_SECONDS)
-            if self._recorder is not None:
-                self._recorder.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def _supervise(self, server: Child, workers: Sequence[Child], stop: threading.Event) -> ExitCode:
         while not stop.wait(_POLL_SECONDS):
@@ -180,9 +180,9 @@ class Supervisor:
             kind, message = "gave_up", f"{ending}; not started again: {decision.reason}"
             if child.participant and self._proceeds:
                 self._view.note(f"{child.title} {message}; the others go on without it")
-        if self._recorder is not None:
+        if self._writer is not None:
             line = message if child.participant else f"{child.title} {message}"
-            self._recorder.write(Happened(time=time.time(), what=kind, student=child.participant, message=line))
+            self._writer.write(Happened(time=time.time(), what=kind, student=child.participant, message=line))
 
     def _failure(self, server: Child) -> CommandError:
         """Return the error of the child that most likely failed first."""
@@ -221,7 +221,7 @@ def _wait_for(children: Sequence[Child], seconds: float) -> None:
         time.sleep(_POLL_SECONDS / 2)
 
 
-def _open_recorder(folder: RunFolder) -> RecordWriter:
+def _open_writer(folder: RunFolder) -> RecordWriter:
     try:
         return RecordWriter(folder.supervisor_file)
     except OSError as error:

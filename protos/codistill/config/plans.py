@@ -12,7 +12,7 @@ __all__ = ["StudentPlan", "TeacherPlan"]
 
 
 class TeacherPlan(Section):
-    """One teacher's settings with every override applied; see :meth:`Experiment.teacher_plan`."""
+    """One teacher's settings with every override applied; see :meth:`codistill.config.experiment.Experiment.teacher_plan`."""
 
     teacher: Teacher
     data: Data
@@ -21,7 +21,7 @@ class TeacherPlan(Section):
 
 
 class StudentPlan(Section):
-    """One student's settings with every override applied; see :meth:`Experiment.plan`."""
+    """One student's settings with every override applied; see :meth:`codistill.config.experiment.Experiment.plan`."""
 
     student: Student
     data: Data

@@ -16,15 +16,15 @@ class TeacherAndPeer:
     A round that closed without one of the students has no targets; without the teacher, only those of the peer.
 
     Args:
-        taught: the students that learn from the teacher.
+        with_teacher: the students that learn from the teacher.
     """
 
     heavy = False
     student: Mapping[str, Output] = {"logits": LOGITS}
     teacher: Mapping[str, Output] = {"logits": LOGITS}
 
-    def __init__(self, taught: Sequence[str]) -> None:
-        self._taught = frozenset(taught)
+    def __init__(self, with_teacher: Sequence[str]) -> None:
+        self._with_teacher = frozenset(with_teacher)
 
     def targets(self, inputs: RoundInputs) -> Targets:
         """Return `probabilities` [B, C] for each student, and `logits` [B, C] for those that learn from the teacher."""
@@ -33,7 +33,7 @@ class TeacherAndPeer:
         probabilities, _ = ensembles.peer_probabilities(inputs.outputs["logits"])
         by_student: dict[str, Arrays] = {}
         for position, student in enumerate(inputs.students):
-            teachers = list(inputs.teachers.values()) if student in self._taught else []
+            teachers = list(inputs.teachers.values()) if student in self._with_teacher else []
             of_teacher = {"logits": teachers[0]["logits"]} if teachers else {}
             by_student[student] = {"probabilities": probabilities[position], **of_teacher}
         return Targets(each=by_student)

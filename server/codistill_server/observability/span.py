@@ -1,4 +1,4 @@
-"""Neighbouring closed rounds, gathered into one record."""
+"""Neighbouring closed rounds, merged into one record."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def experiment() -> Experiment:
 
 
 def fine(variant: Experiment) -> None:
-    """Finds nothing wrong with any experiment."""
+    """Find nothing wrong with any experiment."""
 
 
 def test_what_a_method_needs_is_checked_before_anything_runs(experiment: Experiment, tmp_path: Path) -> None:

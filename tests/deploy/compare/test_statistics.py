@@ -1,4 +1,4 @@
-"""Runs side by side: paired gains, honest spreads, nothing silently dropped."""
+"""Runs side by side: paired gains, correct spreads, nothing silently dropped."""
 
 from __future__ import annotations
 

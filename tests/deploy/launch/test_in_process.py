@@ -116,7 +116,7 @@ def train(
 
 
 def bits(path: Path) -> dict[str, Any]:
-    """Returns every student's round, weights and optimiser state, as bytes."""
+    """Return every student's round, weights and optimiser state, as bytes."""
     found: dict[str, Any] = {}
     for folder in sorted((path / "students").iterdir()):
         checkpoint = read(folder / "checkpoint.safetensors")

@@ -128,7 +128,7 @@ from codistill.methods import FEATURES, LOGITS, LogitsObjective, Targets, label_
 
 class Server:
     heavy, student, teacher = False, {"logits": LOGITS}, {}
-    def targets(self, gathered):
+    def targets(self, inputs):
         return Targets(shared={})
 
 class Maps(Server):

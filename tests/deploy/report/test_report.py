@@ -29,7 +29,7 @@ def write_comparison(
     every: int = 5,
     stop: dict[str, int] | None = None,
 ) -> Path:
-    """Writes a comparison folder and its runs."""
+    """Write a comparison folder and its runs."""
     title = {"kdcl": "kdcl/min_logit"}
     runs: list[IndexedRun] = []
     for method in methods:

@@ -16,13 +16,13 @@ def end_of_silence(heartbeat: Heartbeat, start: float, step: float = 0.1) -> flo
     return now
 
 
-def test_silence_after_a_beat_has_a_bound() -> None:
+def test_silence_after_a_heartbeat_has_a_bound() -> None:
     heartbeat = Heartbeat(30, 100)
     assert heartbeat.tick(101, b".") is None
     assert end_of_silence(heartbeat, 101) == pytest.approx(131, abs=0.2)
 
 
-def test_a_beat_ends_the_silence() -> None:
+def test_a_heartbeat_ends_the_silence() -> None:
     heartbeat = Heartbeat(5, 0)
     for now in range(1, 1000):
         assert heartbeat.tick(now, b"." * (now % 4 == 0)) is None

@@ -15,7 +15,7 @@ METHOD_ALLOWED = f"allowed: {', '.join(METHODS)}"
 
 
 def document() -> dict[str, Any]:
-    """Returns the smallest experiment there is: everything else is default."""
+    """Return the smallest experiment there is: everything else is default."""
     return {
         "name": "tiny",
         "data": {"dataset": "digits"},
@@ -25,7 +25,7 @@ def document() -> dict[str, Any]:
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the smallest experiment with values put at dotted paths; a number is a position in a list."""
+    """Return the smallest experiment with values put at dotted paths; a number is a position in a list."""
     whole = document()
     for path, value in changes.items():
         *parents, last = path.split(".")

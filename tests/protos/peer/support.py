@@ -62,7 +62,7 @@ def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
 
 
 def exchange_round(number: int, transports: list[GrpcTransport]) -> list[pb.Targets]:
-    """Exchanges one round, every student on a thread of its own, as it would be in a process of its own."""
+    """Exchange one round, every student on a thread of its own, as it would be in a process of its own."""
 
     def take_part(seed: int) -> pb.Targets:
         transports[seed].send(contribution(number, seed))
@@ -80,7 +80,7 @@ def both(experiment: Experiment, address: str, connect: Connect, **settings: Any
 
 
 def in_background(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException | object]]:
-    """Runs work beside; the list gets its result, or what it raised."""
+    """Run work beside; the list gets its result, or what it raised."""
     outcome: list[BaseException | object] = []
 
     def run() -> None:

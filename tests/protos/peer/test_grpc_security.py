@@ -39,7 +39,7 @@ def request(experiment: Experiment, student: str) -> pb.JoinRequest:
 
 
 def join(experiment: Experiment, address: str, security: Security, student: str = "mlp") -> None:
-    """Joins and leaves again."""
+    """Join and leave again."""
     transport = GrpcTransport(
         address, connect_timeout=CONNECT_TIMEOUT, give_up_after=5, stop=threading.Event(), security=security
     )

@@ -56,7 +56,7 @@ STAGE = """
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts scripts, waits for their first line, and ends those that a test leaves."""
+    """Start scripts, wait for their first line, and end those that a test leaves."""
     started: list[subprocess.Popen[str]] = []
 
     def run(script: str, path: Path, *arguments: str) -> subprocess.Popen[str]:

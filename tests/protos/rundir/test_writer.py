@@ -21,23 +21,23 @@ def pace(number: int) -> Paced:
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[RecordWriter]:
+def writer(tmp_path: Path) -> Iterator[RecordWriter]:
     made = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     yield made
     made.close()
 
 
-def test_records_go_to_their_files_at_once(recorder: RecordWriter, tmp_path: Path) -> None:
+def test_records_go_to_their_files_at_once(writer: RecordWriter, tmp_path: Path) -> None:
     records: list[Record] = [event(1), pace(1), pace(2), event(2)]
     for record in records:
-        recorder.write(record)
+        writer.write(record)
     assert list(read(tmp_path / "events.jsonl")) == [event(1), event(2)]
     assert list(read(tmp_path / "metrics.jsonl")) == [pace(1), pace(2)]
 
 
-def test_a_second_recorder_goes_on_where_the_first_ended(recorder: RecordWriter, tmp_path: Path) -> None:
-    recorder.write(event(1))
-    recorder.close()
+def test_a_second_writer_goes_on_where_the_first_ended(writer: RecordWriter, tmp_path: Path) -> None:
+    writer.write(event(1))
+    writer.close()
     again = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     again.write(event(2))
     again.close()
@@ -45,10 +45,10 @@ def test_a_second_recorder_goes_on_where_the_first_ended(recorder: RecordWriter,
 
 
 def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
-    recorder = RecordWriter(tmp_path / "supervisor.jsonl")
-    recorder.write(event(1))
-    recorder.write(pace(1))
-    recorder.close()
+    writer = RecordWriter(tmp_path / "supervisor.jsonl")
+    writer.write(event(1))
+    writer.write(pace(1))
+    writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["supervisor.jsonl"]
     assert list(read(tmp_path / "supervisor.jsonl")) == [event(1)]
 
@@ -57,18 +57,18 @@ def test_another_file_for_events_and_none_for_the_rest(tmp_path: Path) -> None:
 def test_a_torn_line_is_cut_at_reopening(tmp_path: Path, whole: int) -> None:
     lines = [event(number).model_dump_json() + "\n" for number in range(whole)]
     (tmp_path / "events.jsonl").write_text("".join(lines) + '{"kind": "event", "ti')
-    recorder = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
+    writer = RecordWriter(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     assert (tmp_path / "events.jsonl").read_text() == "".join(lines)
-    recorder.write(event(9))
-    recorder.close()
+    writer.write(event(9))
+    writer.close()
     assert list(read(tmp_path / "events.jsonl")) == [*map(event, range(whole)), event(9)]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recorder = RecordWriter(None)
-    recorder.write(event(1))
-    recorder.close()
+    writer = RecordWriter(None)
+    writer.write(event(1))
+    writer.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,9 +87,9 @@ def test_a_full_disk_is_logged_once_and_spoils_nothing(tmp_path: Path) -> None:
         from codistill.rundir.writer import RecordWriter
         logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        recorder = RecordWriter(Path(sys.argv[1]) / "events.jsonl", Path(sys.argv[1]) / "metrics.jsonl")
+        writer = RecordWriter(Path(sys.argv[1]) / "events.jsonl", Path(sys.argv[1]) / "metrics.jsonl")
         def write(number):
-            recorder.write(Happened(time=number, what="joined", message="x" * 300))
+            writer.write(Happened(time=number, what="joined", message="x" * 300))
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         for number in range(10):

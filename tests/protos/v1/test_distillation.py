@@ -24,7 +24,7 @@ DECLARATIONS = {
 
 
 def declared(kind: str) -> list[tuple[str, str]]:
-    """Returns each declaration of a kind in the file with the comment right above it."""
+    """Return each declaration of a kind in the file with the comment right above it."""
     found: list[tuple[str, str]] = []
     for index, line in enumerate(LINES):
         match = DECLARATIONS[kind].match(line)

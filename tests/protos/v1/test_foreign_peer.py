@@ -37,7 +37,7 @@ PATIENCE = 30.0
 
 
 def with_checksum(message: Any, covered_first: str = "") -> bytes:
-    """Returns a message's bytes, then the tag of field 15 as a fixed32, then the CRC-32."""
+    """Return a message's bytes, then the tag of field 15 as a fixed32, then the CRC-32."""
     raw: bytes = message.SerializeToString()
     return raw + struct.pack("<BI", 0x7D, zlib.crc32(covered_first.encode() + raw))
 
@@ -123,11 +123,11 @@ class Foreigner:
         self.outgoing.put(with_checksum(contribution(number), str(self.session)))
 
     def read(self) -> pb.ExchangeReply:
-        """Returns the next message of the stream."""
+        """Return the next message of the stream."""
         return pb.ExchangeReply.FromString(undamaged(next(self.stream)))
 
     def receive(self) -> bytes:
-        """Returns the next targets as they came."""
+        """Return the next targets as they came."""
         for raw in self.stream:
             reply = pb.ExchangeReply.FromString(undamaged(raw))
             if reply.WhichOneof("kind") == "targets":
@@ -139,7 +139,7 @@ class Foreigner:
         self.outgoing.put(None)
 
     def ending(self) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
-        """Returns how the stream ends."""
+        """Return how the stream ends."""
         return failure(self.receive)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class Foreigner:
 
 
 def failure(call: Callable[[], object]) -> tuple[grpc.StatusCode, str, dict[str, Any]]:
-    """Returns the status of a call that fails, its text and its trailing metadata."""
+    """Return the status of a call that fails, its text and its trailing metadata."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     error: Any = caught.value
@@ -173,7 +173,7 @@ class Run:
         return self.peers[-1]
 
     def expected(self, number: int) -> bytes:
-        """Returns the ensemble of both students' logits, in the experiment's order."""
+        """Return the ensemble of both students' logits, in the experiment's order."""
         others = support.contribution(number, 1).batch.outputs["logits"].data
         other = np.frombuffer(others, "<f4").reshape(BATCH, CLASSES)
         logits = torch.from_numpy(np.stack([logits_of(number), other]))
@@ -181,7 +181,7 @@ class Run:
         return target.numpy().astype("<f4").tobytes()
 
     def close_round(self, number: int) -> bytes:
-        """Has the other student contribute too, and returns the targets that it gets."""
+        """Have the other student contribute too, and return the targets that it gets."""
         self.other.send(support.contribution(number, 1))
         targets: pb.Targets = self.other.receive(number)
         return targets.targets["logits"].data

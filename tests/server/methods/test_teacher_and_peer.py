@@ -10,15 +10,15 @@ from codistill.methods.aggregator import NOTHING, RoundInputs
 from server.methods.support import LABELS, PAIR, B, C, aggregator_of, drawn
 
 
-@pytest.mark.parametrize(("settings", "taught"), [(Fddml(), PAIR), (Hddml(), ("ant",))])
-def test_two_students_and_whom_the_teacher_teaches(settings: Any, taught: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("settings", "with_teacher"), [(Fddml(), PAIR), (Hddml(), ("ant",))])
+def test_two_students_and_whom_the_teacher_teaches(settings: Any, with_teacher: tuple[str, ...]) -> None:
     logits, outputs = drawn(3, 2, B, C), {"logits": drawn(4, B, C)}
     made = aggregator_of(settings).targets(RoundInputs(PAIR, {"logits": logits}, LABELS, teachers={"old": outputs}))
     assert made.each is not None
     for position, student in enumerate(PAIR):
         peer = logits[1 - position].softmax(-1)
         torch.testing.assert_close(made.each[student]["probabilities"], peer)
-        assert ("logits" in made.each[student]) is (student in taught)
+        assert ("logits" in made.each[student]) is (student in with_teacher)
         assert made.each[student].get("logits", outputs["logits"]) is outputs["logits"]
 
 

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from codistill.config.experiment import parse
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.observability import http as web
+from codistill_server.observability import http as http_server
 from codistill_server.observability.dashboard.html import render_live
 from codistill_server.observability.dashboard.live import LivePage
 from codistill_server.observability.http import HttpServer
@@ -192,8 +192,8 @@ def test_a_state_that_cannot_be_had_is_said(tmp_path: Path) -> None:
 
 
 def test_connections_are_bounded_in_number_and_in_time(served: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_CONNECTIONS", 5)
-    monkeypatch.setattr(web, "_CONNECTION_SECONDS", 3.0)
+    monkeypatch.setattr(http_server, "_CONNECTIONS", 5)
+    monkeypatch.setattr(http_server, "_CONNECTION_SECONDS", 3.0)
     held = [socket.create_connection(("127.0.0.1", served.port), timeout=20) for _ in range(5)]
     try:
         deadline = time.monotonic() + 2.5

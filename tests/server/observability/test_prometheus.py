@@ -33,7 +33,7 @@ class Scraped:
         return {family.name: family for family in text_string_to_metric_families(self.text)}
 
     def value(self, name: str, **labels: str) -> float | None:
-        """Returns a sample of the run, or None if there is no such series."""
+        """Return a sample of the run, or None if there is no such series."""
         wanted = {"run": "small", **labels}
         found = [
             sample.value
@@ -45,7 +45,7 @@ class Scraped:
         return found[0] if found else None
 
     def series_of(self, student: str) -> set[str]:
-        """Returns the names of the series that tell how a student does."""
+        """Return the names of the series that tell how a student does."""
         return {
             sample.name
             for family in self.families.values()
@@ -54,7 +54,7 @@ class Scraped:
         } - {"codistill_waited_for", "codistill_student_state"}
 
     def state_of(self, student: str) -> list[str]:
-        """Returns the states that a student is said to be in."""
+        """Return the states that a student is said to be in."""
         return [
             sample.labels["state"]
             for sample in self.families["codistill_student_state"].samples

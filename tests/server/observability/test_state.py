@@ -29,7 +29,7 @@ class Watched:
         self.run_state.rounds_per_epoch = rounds_per_epoch
 
     def close(self, number: int, *, took: float = 1.0, **after: float) -> None:
-        """Closes a round `took` seconds on; `after` says how long after its beginning each student came."""
+        """Close a round `took` seconds on; `after` says how long after its beginning each student came."""
         began = self.clock.now
         self.clock.now += took
         self.run_state.record_round(number, {name: began + after.get(name, 0.0) for name in self.experiment.names})

@@ -14,26 +14,26 @@ from codistill_server.rounds.machine import Rounds
 
 
 def samples(ids: Sequence[int], labels: Sequence[int] | None = None) -> Samples:
-    """Returns samples of these ids, of class 0 unless given."""
+    """Return samples of these ids, of class 0 unless given."""
     classes = [0] * len(ids) if labels is None else labels
     return Samples(np.array(ids, "<i8").tobytes(), np.array(classes, "<i8").tobytes())
 
 
 def contribution(round_number: int, payload: Any = "", **changes: Any) -> Contribution:
-    """Returns a contribution to a round, with three samples that are the round's own; those of round 0 are 7, 8, 9."""
+    """Return a contribution to a round, with three samples that are the round's own; those of round 0 are 7, 8, 9."""
     own = samples(range(10 * round_number + 7, 10 * round_number + 10))
     return Contribution(round_number, changes.pop("samples", own), payload=payload, **changes)
 
 
 def joined(rounds: Rounds, student: str, first_round: int = 0, now: float = 0.0) -> int:
-    """Joins and returns the session."""
+    """Join and return the session."""
     admit = rounds.apply(Join(student, first_round), now)[-1]
     assert isinstance(admit, Admit)
     return admit.session
 
 
 def machine_settings(examples: int, steps: int) -> settings:
-    """Returns how long a machine of faults is run; a failure prints what replays it."""
+    """Return how long a machine of faults is run; a failure prints what replays it."""
     return settings(
         max_examples=examples,
         stateful_step_count=steps,

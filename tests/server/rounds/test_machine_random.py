@@ -144,7 +144,7 @@ class RoundsMachine(RuleBasedStateMachine):
         self.boot()
 
     def apply(self, event: Event) -> list[Action]:
-        """Applies an event and carries out its actions, until the server is killed; returns those promised."""
+        """Apply an event and carry out its actions, until the server is killed; return those promised."""
         actions = self.core.apply(event, self.now)
         try:
             for action in actions:
@@ -237,7 +237,7 @@ class RoundsMachine(RuleBasedStateMachine):
     # What must come of an event
 
     def join(self, student: str, first_round: int) -> bool:
-        """Joins and predicts the outcome; returns whether the worker is in."""
+        """Join and predict the outcome; return whether the worker is in."""
         older = self.live.get(student)
         durable = min(self.durable(student), first_round)
         killed = self.actions_to_live is not None
@@ -259,7 +259,7 @@ class RoundsMachine(RuleBasedStateMachine):
         return admitted
 
     def contribute(self, session: int, contribution: Contribution) -> None:
-        """Contributes and predicts the outcome from the model."""
+        """Contribute and predict the outcome from the model."""
         student = self.owners.get(session)
         number = contribution.round
         is_live = student is not None and self.live.get(student) == session
@@ -309,7 +309,7 @@ class RoundsMachine(RuleBasedStateMachine):
         assert text in end.message
 
     def write_targets(self) -> None:
-        """Makes the targets and journals them; the core is not told yet."""
+        """Make the targets and journal them; the core is not told yet."""
         decide = self.open.decide
         assert decide is not None
         targets = tuple(contribution.payload for contribution in decide.contributions.values())

@@ -68,14 +68,14 @@ class Driven:
         return self.core.apply(Decided(self.core.frontier), self.now)
 
     def close(self, *names: str) -> None:
-        """Closes a round with the contributions of these, who must be all that are awaited."""
+        """Close a round with the contributions of these, who must be all that are awaited."""
         number = self.core.frontier
         actions = [action for name in names for action in self.send(name, number)]
         assert isinstance(actions[-1], Decide)
         self.decided()
 
     def lose(self, name: str) -> None:
-        """Closes the open round without one student, at its deadline."""
+        """Close the open round without one student, at its deadline."""
         number = self.core.frontier
         for other in set(NAMES) - {name}:
             self.send(other, number)

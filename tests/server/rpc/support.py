@@ -66,7 +66,7 @@ class Served:
         return {name: presence.value for name, presence in self.coordinator.presence.items()}
 
     async def students(self) -> list[Student]:
-        """Has all students join and open their streams."""
+        """Have all students join and open their streams."""
         made = [Student(self, name) for name in self.experiment.names]
         await asyncio.gather(*(student.start() for student in made))
         return made
@@ -99,7 +99,7 @@ class Student:
         await self.call.write(raw)
 
     async def answer(self) -> bytes:
-        """Returns the next targets as they came."""
+        """Return the next targets as they came."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 raw = await self.call.read()
@@ -109,7 +109,7 @@ class Student:
                     return raw
 
     async def ending(self) -> grpc.aio.AioRpcError:
-        """Returns how the stream ends."""
+        """Return how the stream ends."""
         try:
             while True:
                 await self.answer()
@@ -117,8 +117,8 @@ class Student:
             return error
 
 
-def as_sealed(raw: bytes, session: int) -> bytes:
-    """Returns bytes, whatever they are, with the checksum of a contribution."""
+def with_checksum(raw: bytes, session: int) -> bytes:
+    """Return bytes, whatever they are, with the checksum of a contribution."""
     return raw + b"\x7d" + zlib.crc32(str(session).encode() + raw).to_bytes(4, "little")
 
 
@@ -194,7 +194,7 @@ async def relay(port: int) -> AsyncGenerator[tuple[int, Callable[[], None]]]:
 
 
 def returning(aggregator: Aggregator) -> Callable[..., Aggregator]:
-    """Returns what takes the place of `methods.create`."""
+    """Return what takes the place of `methods.create`."""
 
     def create(distillation: Distillation, students: Sequence[str] = (), teachers: Sequence[str] = ()) -> Aggregator:
         del distillation, students, teachers

@@ -32,15 +32,15 @@ class Context:
         self.aborted = code, details
 
 
-def ask(guard: TokenInterceptor, details: Details) -> Any:
+def ask(interceptor: TokenInterceptor, details: Details) -> Any:
     async def own(details: grpc.HandlerCallDetails) -> Any:
         return OWN
 
-    return asyncio.run(guard.intercept_service(own, details))
+    return asyncio.run(interceptor.intercept_service(own, details))
 
 
 def refusal(handler: Any) -> tuple[grpc.StatusCode, str]:
-    """Calls a handler with a message that must not be read; returns how it ends the call."""
+    """Call a handler with a message that must not be read; return how it ends the call."""
 
     async def unread() -> Any:
         raise AssertionError("a message was read")
@@ -58,12 +58,12 @@ def bearer(token: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def guard() -> TokenInterceptor:
+def interceptor() -> TokenInterceptor:
     return TokenInterceptor(Token(TOKEN, "a test"))
 
 
-def test_the_right_token_gets_the_calls_own_handler(guard: TokenInterceptor) -> None:
-    assert ask(guard, Details(JOIN, ("other", "x"), bearer(TOKEN))) is OWN
+def test_the_right_token_gets_the_calls_own_handler(interceptor: TokenInterceptor) -> None:
+    assert ask(interceptor, Details(JOIN, ("other", "x"), bearer(TOKEN))) is OWN
 
 
 @pytest.mark.parametrize(
@@ -82,33 +82,33 @@ def test_the_right_token_gets_the_calls_own_handler(guard: TokenInterceptor) -> 
         [bearer(WRONG_TOKEN), bearer(TOKEN)],
     ],
 )
-def test_a_wrong_token(guard: TokenInterceptor, metadata: list[tuple[str, str]]) -> None:
-    code, text = refusal(ask(guard, Details(JOIN, *metadata)))
+def test_a_wrong_token(interceptor: TokenInterceptor, metadata: list[tuple[str, str]]) -> None:
+    code, text = refusal(ask(interceptor, Details(JOIN, *metadata)))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert text.startswith("the token given is not this server's; give the server's own with --token-file")
     assert TOKEN[:8] not in text
 
 
 @pytest.mark.parametrize("method", [JOIN, "/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.X/Y", "/no/such"])
-def test_no_token(guard: TokenInterceptor, method: str) -> None:
-    code, text = refusal(ask(guard, Details(method, ("authorisation", f"Bearer {TOKEN}"))))
+def test_no_token(interceptor: TokenInterceptor, method: str) -> None:
+    code, text = refusal(ask(interceptor, Details(method, ("authorisation", f"Bearer {TOKEN}"))))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert text.startswith("this server asks for a token, and none was given; give the server's own")
 
 
-def test_health_is_answered_without(guard: TokenInterceptor) -> None:
+def test_health_is_answered_without(interceptor: TokenInterceptor) -> None:
     assert set(OPEN_METHODS) == {"/grpc.health.v1.Health/Check"}
     for method in OPEN_METHODS:
-        assert ask(guard, Details(method)) is OWN
+        assert ask(interceptor, Details(method)) is OWN
 
 
 def test_many_refusals_make_few_lines(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    guard = TokenInterceptor(Token(TOKEN, "a test"), lambda: now[0])
+    interceptor = TokenInterceptor(Token(TOKEN, "a test"), lambda: now[0])
     with caplog.at_level(logging.WARNING):
         for number in range(2000):
             now[0] = number / 100
-            refusal(ask(guard, Details(JOIN, bearer(WRONG_TOKEN))))
+            refusal(ask(interceptor, Details(JOIN, bearer(WRONG_TOKEN))))
     assert [record.getMessage() for record in caplog.records] == [
         "refused 1 calls without the right token, the last from ipv4:192.0.2.1:5555",
         "refused 1000 calls without the right token, the last from ipv4:192.0.2.1:5555",

@@ -12,13 +12,13 @@ def record(message: str, *args: object) -> logging.LogRecord:
     return logging.LogRecord("grpc", logging.ERROR, __file__, 1, message, args, None)
 
 
-class TestSeldom:
+class TestRateLimitedRecords:
     def test_a_line_stands_for_many(self) -> None:
         clock = Clock()
-        seldom, written = RareRecordFilter(clock), list[str]()
+        log_filter, written = RareRecordFilter(clock), list[str]()
         for number in range(250):
             told = record("Invalid encoding on %s", b"\xff" * (500 if number == 200 else 1))
-            if seldom.filter(told):
+            if log_filter.filter(told):
                 assert (told.levelname, told.exc_info) == ("WARNING", None)
                 written.append(told.getMessage())
             clock.now += 0.1
@@ -27,24 +27,24 @@ class TestSeldom:
         assert len(written[2]) < 180
 
     def test_each_kind_has_its_own(self) -> None:
-        seldom = RareRecordFilter(Clock())
+        log_filter = RareRecordFilter(Clock())
         gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
         error = RuntimeError('Failed "execute_batch": (SendMessageOperation,)')
         told, again, other = record(gone), record(gone), record(gone)
         told.exc_info = again.exc_info = (RuntimeError, error, None)
         other.exc_info = (RuntimeError, RuntimeError("Failed grpc_call_start_batch: 8"), None)
-        assert seldom.filter(record("Invalid encoding on %s", b"\xff"))
-        assert seldom.filter(told)
-        assert not seldom.filter(again)
-        assert seldom.filter(other)
+        assert log_filter.filter(record("Invalid encoding on %s", b"\xff"))
+        assert log_filter.filter(told)
+        assert not log_filter.filter(again)
+        assert log_filter.filter(other)
         assert other.levelname == "ERROR", "that one is ours"
         assert told.getMessage().startswith("a caller was gone before its answer was sent (ExecuteBatchError ")
 
     def test_everything_else_is_written_as_it_is(self) -> None:
-        seldom = RareRecordFilter(Clock())
+        log_filter = RareRecordFilter(Clock())
         for _ in range(3):
             told = record("Unexpected %s raised", "KeyError")
-            assert seldom.filter(told)
+            assert log_filter.filter(told)
             assert (told.getMessage(), told.levelname) == ("Unexpected KeyError raised", "ERROR")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum, verify_checksum
-from server.rpc.support import as_sealed, drive, error_of, serving
+from server.rpc.support import drive, error_of, serving, with_checksum
 from server.support import join_request
 
 UNARY = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest}
@@ -26,7 +26,7 @@ class TestRequests:
                 watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
                 assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
                 ant, _ = await served.students()
-                await ant.write(as_sealed(raw, ant.session))
+                await ant.write(with_checksum(raw, ant.session))
                 assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert served.presence == {"ant": "absent", "bee": "present"}
                 assert served.failures == []
@@ -58,6 +58,6 @@ class TestRequests:
                 await call(request.SerializeToString())  # without a checksum, as other programs may
                 answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
                 if name == "Join":
-                    assert verify_checksum(answer), "the response is sealed too"
+                    assert verify_checksum(answer), "the response has a checksum too"
 
         drive(test)

@@ -101,7 +101,7 @@ _HEADERS, _GOAWAY = 1, 7
 
 
 def _call_raw(address: str, changed: Mapping[bytes, bytes], until_frame: int) -> None:
-    """Calls GetRun with headers as no client would send, and waits for a frame of a kind or the connection's end."""
+    """Call GetRun with headers as no client would send, and wait for a frame of a kind or the connection's end."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
@@ -182,7 +182,7 @@ class TestToken:
 
 
 def _code(call: Any) -> grpc.StatusCode:
-    """Makes a call with a message that is none, and returns how it ends; a stream that stands is enough."""
+    """Make a call with a message that is none, and return how it ends; a stream that stands is enough."""
     try:
         if isinstance(call, grpc.UnaryUnaryMultiCallable):
             call(b"\xff", timeout=PATIENCE)

@@ -205,8 +205,8 @@ class TestFaults:
             def __init__(self) -> None:
                 self.heavy = heavy
 
-            def targets(self, gathered: RoundInputs) -> Targets:
-                del gathered
+            def targets(self, inputs: RoundInputs) -> Targets:
+                del inputs
                 raise ZeroDivisionError("a fault of the method")
 
         monkeypatch.setattr(methods, "create", returning(Broken()))

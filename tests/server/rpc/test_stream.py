@@ -20,7 +20,18 @@ from codistill_server.rounds.actions import Status
 from codistill_server.rpc import service
 from codistill_server.rpc.service import DistillationService
 from codistill_server.storage.journal import Journal
-from server.rpc.support import EXCHANGE, PATIENCE, Student, as_sealed, drive, error_of, relay, serving, trailing, until
+from server.rpc.support import (
+    EXCHANGE,
+    PATIENCE,
+    Student,
+    drive,
+    error_of,
+    relay,
+    serving,
+    trailing,
+    until,
+    with_checksum,
+)
 from server.support import contribution, join_request, make_experiment
 
 
@@ -246,7 +257,7 @@ class TestStreams:
             context = Context(coordinator.join(join_request(experiment, "ant")).session)
 
             async def requests() -> AsyncGenerator[bytes]:
-                yield as_sealed(b"no message", context.session)
+                yield with_checksum(b"no message", context.session)
 
             with contextlib.suppress(asyncio.CancelledError):
                 await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))

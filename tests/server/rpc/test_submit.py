@@ -24,10 +24,10 @@ class TestHeavyWork:
         class Held:
             heavy, student, teacher = aggregator.heavy, aggregator.student, aggregator.teacher
 
-            def targets(self, gathered: RoundInputs) -> Targets:
+            def targets(self, inputs: RoundInputs) -> Targets:
                 threads.append(threading.current_thread().name)
                 assert release.wait(PATIENCE)
-                return aggregator.targets(gathered)
+                return aggregator.targets(inputs)
 
         monkeypatch.setattr(methods, "create", returning(Held()))
         if not aggregator.heavy:

@@ -45,7 +45,7 @@ def reopened(path: Path) -> Journal:
 
 
 def closed_in_full(number: int) -> ClosedRound:
-    """Returns a round with something in every column, large enough for several pages."""
+    """Return a round with something in every column, large enough for several pages."""
     replies = {"": number.to_bytes(2, "little") * 700} if number % 2 else {"ant": b"%d" % number, "bee": bytes(900)}
     return closed(number, replies=replies, contributors=("ant", "bee"))
 
@@ -61,7 +61,7 @@ EVERYTHING = (
 
 
 def written(path: Path) -> Journal:
-    """Writes a journal with something in every table."""
+    """Write a journal with something in every table."""
     journal = Journal(path, IDENTITY)
     journal.settle("data", "mine")
     journal.remember(ANT)
@@ -71,7 +71,7 @@ def written(path: Path) -> Journal:
 
 
 def everything_in(path: Path) -> tuple[Restored, str | None, bytes, list[ClosedRound | None]]:
-    """Reads all that :func:`written` has written."""
+    """Read all that :func:`written` has written."""
     with contextlib.closing(Journal(path, IDENTITY)) as journal:
         restored = journal.restore()
         rounds = [journal.read(number) for number in range(restored.oldest, restored.frontier)]

@@ -28,7 +28,7 @@ def digits(**settings: Any) -> Dataset:
 def write_folder(
     root: Path, layout: dict[str, dict[str, int]], size: tuple[int, int] = (6, 6), suffix: str = "png"
 ) -> None:
-    """Writes `count` images of noise for each split and class."""
+    """Write `count` images of noise for each split and class."""
     generator = np.random.default_rng(0)
     for split, classes in layout.items():
         for name, count in classes.items():

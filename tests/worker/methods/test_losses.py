@@ -60,7 +60,7 @@ def dense(heads: list[Tensor], **weights: float) -> Tensor:
 
 def taught(logits: Tensor, *, teacher: bool = True) -> Tensor:
     shape, dtype = logits.shape, logits.dtype
-    return losses.taught_mutual(
+    return losses.teacher_and_peer(
         logits,
         labels_of(len(logits)),
         teacher=drawn(25, *shape, dtype=dtype) if teacher else None,
@@ -81,8 +81,8 @@ TERMS: dict[str, Term] = {
     "distillation": lambda z: losses.distillation(z, target=like(1, z), temperature=4),
     "mimicry": lambda z: losses.mimicry(z, target=softmax(like(2, z)), temperature=2),
     "logit_regression": lambda z: losses.logit_regression(z, target=like(3, z)),
-    "taught_mutual": taught,
-    "taught_mutual, without teacher": lambda z: taught(z, teacher=False),
+    "teacher_and_peer": taught,
+    "teacher_and_peer, without teacher": lambda z: taught(z, teacher=False),
     "dense_cross_layer": lambda z: dense(heads_of(z), auxiliary_weight=0.5, same_weight=1.5, other_weight=0.3),
 }
 RELATIONS: dict[str, Callable[..., Tensor]] = {
@@ -209,7 +209,7 @@ def test_angles_by_loops() -> None:
     assert losses.relational_angle(x, target=t).item() == pytest.approx(total / 6**3)
 
 
-def test_taught_mutual_by_loops() -> None:
+def test_teacher_and_peer_by_loops() -> None:
     z, teacher, peer = drawn(4, B, C), drawn(25, B, C), softmax(drawn(26, B, C))
     entropy = -sum(math.log(numpy_softmax(z[b].numpy())[b % C]) for b in range(B)) / B
     alone = entropy + 0.4 * numpy_kl(peer, z)
@@ -548,10 +548,10 @@ def test_a_target_that_rounding_moved_is_made_a_distribution_again() -> None:
             lambda t: losses.VariationalInformation(1, 1)(Z[:, None, None], target=t[:, None, None]), id="variational"
         ),
         pytest.param(
-            lambda t: losses.taught_mutual(
+            lambda t: losses.teacher_and_peer(
                 Z, labels_of(), teacher=t, peer=softmax(t), teacher_weight=1, peer_weight=1, temperature=2
             ),
-            id="taught_mutual",
+            id="teacher_and_peer",
         ),
         pytest.param(
             lambda t: losses.dense_cross_layer(

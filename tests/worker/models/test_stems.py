@@ -14,7 +14,7 @@ from worker.models.support import built
 
 
 def final_map(model: nn.Module, size: int, channels: int = 3) -> tuple[int, int]:
-    """Returns height and width of the last activation that still has both."""
+    """Return height and width of the last activation that still has both."""
     shapes: list[torch.Size] = []
     handles = [
         each.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape))

@@ -214,7 +214,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
 
 
 def same(left: Checkpoint, right: Checkpoint) -> bool:
-    """Returns whether two checkpoints of this module's say the same."""
+    """Return whether two checkpoints of this module's say the same."""
     about = ("student", "identity", "round", "progress")
     return all(getattr(left, each) == getattr(right, each) for each in about) and str(left) == str(right)
 

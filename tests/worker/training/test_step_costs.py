@@ -66,18 +66,18 @@ def others_are_left_alone(step: Callable[[], object], others: list[nn.Module]) -
 
 
 def together(tiny: Any, student: Any, method: str) -> tuple[list[Trainer], Callable[[list[Published]], list[Any]]]:
-    """Returns the students' trainers, and what makes each one's targets of what all have published."""
+    """Return the students' trainers, and what makes each one's targets of what all have published."""
     experiment = tiny(students=STUDENTS, distillation={"method": method, **MORE.get(method, {})})
     aggregator = create(experiment.distillation, experiment.names, ())
     assert aggregator is not None
 
     def targets(published: list[Published]) -> list[Any]:
-        gathered = RoundInputs(
+        inputs = RoundInputs(
             students=experiment.names,
             outputs={name: torch.stack([each.batch.arrays[name] for each in published]) for name in aggregator.student},
             labels=published[0].batch.labels,
         )
-        made = aggregator.targets(gathered)
+        made = aggregator.targets(inputs)
         return [(made.each or {}).get(name, made.shared) for name in experiment.names]
 
     return [student(experiment, name) for name in experiment.names], targets

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from codistill.config.methods import Fddml
 from codistill.methods import Objective, StudentContext
-from codistill_worker.methods.taught_mutual import TaughtMutualObjective
+from codistill_worker.methods.teacher_and_peer import TeacherAndPeerObjective
 
 __all__ = ["objective"]
 
 
 def objective(settings: Fddml, context: StudentContext) -> Objective:
     """Return the loss of the labels, the teacher and the other student."""
-    return TaughtMutualObjective(settings, context)
+    return TeacherAndPeerObjective(settings, context)

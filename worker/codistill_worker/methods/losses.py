@@ -33,7 +33,7 @@ __all__ = [
     "relational_angle",
     "relational_distance",
     "rising_weight",
-    "taught_mutual",
+    "teacher_and_peer",
 ]
 
 Rise = Literal["linear", "sigmoid", "step"]
@@ -200,7 +200,7 @@ class VariationalInformation(nn.Module):
         return (0.5 * ((self.mean(features) - target) ** 2 / variance + variance.log())).mean()
 
 
-def taught_mutual(
+def teacher_and_peer(
     logits: Tensor,
     labels: Tensor,
     *,

@@ -48,7 +48,7 @@ def write_run(
     stop: dict[str, int] | None = None,
     events: list[tuple[float, str, str, str]] | None = None,
 ) -> Path:
-    """Writes a run folder as a run of `epochs` would leave it; a student named in `stop` ends at that epoch."""
+    """Write a run folder as a run of `epochs` would leave it; a student named in `stop` ends at that epoch."""
     skill = students or SKILL
     stop = stop or {}
     draw = random.Random(f"{method} {seed}")
@@ -173,7 +173,7 @@ def write_run(
 
 
 def write_page(folder: Path) -> Path:
-    """Writes the page of a run's folder into it."""
+    """Write the page of a run's folder into it."""
     path = folder / "report.html"
     path.write_text(render(run_document(history.read(folder))), encoding="utf-8")
     return path
@@ -244,7 +244,7 @@ FLAGS = (
 
 
 def loaded(path: Path, profile: Path, width: int = 1200) -> str:
-    """Returns the page's DOM after its scripts have run."""
+    """Return the page's DOM after its scripts have run."""
     assert CHROMIUM is not None
     own = [f"--user-data-dir={profile}", f"--window-size={width},900"]
     result = subprocess.run(
@@ -263,19 +263,19 @@ class Tab:
         self._session = ""
 
     def open(self, url: str) -> None:
-        """Loads a page."""
+        """Load a page."""
         target = self._call("Target.createTarget", url=url)["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.until(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
 
     def ask(self, expression: str) -> Any:
-        """Returns the value of an expression of the page's."""
+        """Return the value of an expression of the page's."""
         result = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def until(self, expression: str, seconds: float = 40) -> Any:
-        """Waits until an expression of the page's is true, and returns its value."""
+        """Wait until an expression of the page's is true, and return its value."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             value = self.ask(expression)
@@ -287,7 +287,7 @@ class Tab:
         )
 
     def rows(self, table: str) -> list[list[str]]:
-        """Returns the texts of a table's cells, the head's first."""
+        """Return the texts of a table's cells, the head's first."""
         cells = "[...row.cells].map((cell) => cell.textContent)"
         return self.ask(f"[...document.querySelectorAll('#{table} tr')].map((row) => {cells})")
 
@@ -321,7 +321,7 @@ _WITH_PIPES = (
 
 @contextlib.contextmanager
 def opened_browser() -> Iterator[Tab]:
-    """Starts a browser, and ends it."""
+    """Start a browser, and end it."""
     assert CHROMIUM is not None
     to_browser, writing = os.pipe()
     reading, from_browser = os.pipe()

@@ -165,9 +165,9 @@ class TestBrowser:
         run = Shown(tmp_path, epochs=12, every=1, events=[(1.0, "told", NAMES[0], NASTY)])
         run.state.students[2].state = pb.STUDENT_STATE_ABSENT
         run.state.events.add(kind="told", student=NASTY, message=NASTY)
-        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
-            tab.open(f"http://127.0.0.1:{web.port}/")
+            tab.open(f"http://127.0.0.1:{http_server.port}/")
             tab.until("document.documentElement.dataset.version")
             tab.ask("window.kept = document.querySelector('canvas'); window.loads = 'no reload'")
             assert tab.ask("document.getElementById('state').textContent").startswith("Running. Round 100 of 360")
@@ -182,7 +182,7 @@ class TestBrowser:
             tab.until("document.getElementById('state').textContent.includes('for cnn in round 100, for 12')")
             assert tab.rows("peers")[2][1] == "training, waited for"
         finally:
-            web.close()
+            http_server.close()
         tab.until("document.documentElement.dataset.state === 'lost'")
         assert "Connection lost. The server does not answer. What is shown is of " in tab.ask(
             "document.body.textContent"
@@ -192,7 +192,7 @@ class TestBrowser:
         run.state.ClearField("waiting_for")
         run.happens("after the break")
         run.now += 1000
-        web = HttpServer("127.0.0.1", web.port, run.page, CollectorRegistry())
+        http_server = HttpServer("127.0.0.1", http_server.port, run.page, CollectorRegistry())
         try:
             tab.until("document.getElementById('state').textContent.startsWith('Running.')")
             tab.until("document.getElementById('events').textContent.includes('after the break')")
@@ -206,45 +206,47 @@ class TestBrowser:
             assert "Finished. Every student has trained" in tab.ask("document.getElementById('state').textContent")
             assert not tab.rows("peers"), "what remains is the report"
         finally:
-            web.close()
+            http_server.close()
 
     def test_a_run_that_nobody_joined_and_one_that_is_stopped(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
         run.state.total_rounds = 0
-        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
-            tab.open(f"http://127.0.0.1:{web.port}/")
+            tab.open(f"http://127.0.0.1:{http_server.port}/")
             tab.until("document.getElementById('state')?.textContent === 'Ready. No student has joined yet.'")
             run.state.total_rounds = 360
             run.state.students[1].state = pb.STUDENT_STATE_FAILED
             run.page.end()
             tab.until("document.getElementById('state').textContent === 'Stopping. The server goes down.'")
         finally:
-            web.close()
+            http_server.close()
         tab.until("document.getElementById('state').textContent.startsWith('Stopped. The server went down at ')")
         assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "failed", "training"], "what was known stays"
-        web = HttpServer("127.0.0.1", web.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry())
+        http_server = HttpServer(
+            "127.0.0.1", http_server.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry()
+        )
         try:
             tab.until("document.getElementById('state').textContent.startsWith('Running. Round 100 of 360')")
         finally:
-            web.close()
+            http_server.close()
 
     def test_what_the_server_cannot_read_is_said(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
         (run.folder / "run.json").write_text("{")
-        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
-            tab.open(f"http://127.0.0.1:{web.port}/")
+            tab.open(f"http://127.0.0.1:{http_server.port}/")
             tab.until("document.getElementById('state')?.textContent.includes('run.json cannot be shown now: ')")
         finally:
-            web.close()
+            http_server.close()
 
     def test_a_thousand_epochs_of_twenty_students_are_small_and_quick(self, tab: Tab, tmp_path: Path) -> None:
         names = tuple(f"student-{position}" for position in range(20))
         run = Shown(tmp_path, names, epochs=1000, every=1)
-        web = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
+        http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
-            tab.open(f"http://127.0.0.1:{web.port}/")
+            tab.open(f"http://127.0.0.1:{http_server.port}/")
             tab.until("document.documentElement.dataset.version")
             sent = tab.ask("performance.getEntriesByName(new URL('run.json', location).href)[0].encodedBodySize")
             assert sent < 400_000
@@ -260,7 +262,7 @@ class TestBrowser:
             looks = "[...document.querySelectorAll('#students .swatch path')].map((path) => path.outerHTML)"
             assert len(set(tab.ask(looks))) == 20, "any two students look different"
         finally:
-            web.close()
+            http_server.close()
 
 
 def test_many_requests_disturb_an_event_loops_thread_little(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from codistill.config.methods import Fddml, Hddml
 from codistill.methods import LogitsObjective, Loss, Step, StudentContext
 from codistill_worker.methods import losses
 
-__all__ = ["TaughtMutualObjective"]
+__all__ = ["TeacherAndPeerObjective"]
 
 
-class TaughtMutualObjective(LogitsObjective):
+class TeacherAndPeerObjective(LogitsObjective):
     """CE + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)).
 
     p is the other student's, t the teacher's, which the server sends to the students that it teaches. Printed forms have
@@ -25,7 +25,7 @@ class TaughtMutualObjective(LogitsObjective):
     def loss(self, step: Step) -> Loss:
         """Return the loss of one step; the targets are `probabilities` and perhaps `logits`, [B, C]."""
         logits, settings = step.outputs["logits"], self._settings
-        total = losses.taught_mutual(
+        total = losses.teacher_and_peer(
             logits,
             step.labels,
             teacher=step.targets.get("logits"),
