@@ -242,14 +242,14 @@ def weights_from_covariance(covariance: Tensor) -> Tensor:
         )
     K = len(C)
     largest = C.abs().amax()
-    C = C / torch.where(largest > 0, largest, 1)
-    errorless = C.diagonal() < torch.finfo(C.dtype).tiny
+    scaled = C / torch.where(largest > 0, largest, 1)
+    errorless = scaled.diagonal() < torch.finfo(C.dtype).tiny
     if bool(errorless.any()):
         return errorless.double() / errorless.sum()
-    inverse = C.diagonal().rsqrt()
+    inverse = scaled.diagonal().rsqrt()
     system = C.new_zeros(K + 1, K + 1)
     # One factor after the other, as their product may overflow. No correlation is beyond 1, but for rounding.
-    system[:K, :K] = (C * inverse[:, None] * inverse).clamp(-1, 1).fill_diagonal_(1)
+    system[:K, :K] = (scaled * inverse[:, None] * inverse).clamp(-1, 1).fill_diagonal_(1)
     inverse = inverse / inverse.amax()
     inverse = inverse / inverse.norm()
     system[:K, K] = system[K, :K] = inverse
