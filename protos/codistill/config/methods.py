@@ -179,9 +179,9 @@ class Fddml(_TeacherAndPeer):
 
 
 class Hddml(_TeacherAndPeer):
-    """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the first student only."""
+    """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the second student only."""
 
-    method: Literal["hddml"] = Field(default="hddml", description="A teacher for the first of two students.")
+    method: Literal["hddml"] = Field(default="hddml", description="A teacher for the second of two students.")
 
 
 class Dcm(LayerReader):

@@ -214,13 +214,12 @@ def taught_mutual(
 ) -> Tensor:
     """Return CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
-    FDDML has a teacher for both students, HDDML for the first alone. The second gets None, and learns from the labels and
+    FDDML has a teacher for both students, HDDML for the second alone. The first gets None, and learns from the labels and
     its peer.
 
     Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as Wang 2023, 'Research on
     Knowledge Distillation Regularization Methods', eq. 12 to 16, gives it. There the losses of both students have
-    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That 'half' is the first student is this project's
-    reading.
+    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That HDDML's teacher guides the second student is eq. 16.
 
     Args:
         logits: the student's z, [B, C].
