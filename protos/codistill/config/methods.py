@@ -183,6 +183,20 @@ class Hddml(_TeacherAndPeer):
 
     method: Literal["hddml"] = Field(default="hddml", description="A teacher for the second of two students.")
 
+    @classmethod
+    def student_settings(cls, position: int) -> tuple[str, ...]:
+        """Return none for the first student, which has no teacher: both settings are of the teacher's term."""
+        return super().student_settings(position) if position else ()
+
+    @classmethod
+    def _no_effect(cls, name: str, allowed: tuple[str, ...]) -> str:
+        del name, allowed
+        return (
+            "has no teacher for the first student, and the setting is of the teacher's term; its settings are "
+            f"{', '.join(field for field in cls.model_fields if field != 'method')}, and only the second student may have "
+            "its own weight, temperature"
+        )
+
 
 class Dcm(LayerReader):
     """Dense cross-layer mutual distillation (Yao & Sun 2020): classifiers on hidden layers teach one another too."""
