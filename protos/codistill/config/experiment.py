@@ -181,7 +181,7 @@ class Experiment(Section):
     def with_method(self, distillation: Distillation, **changes: Any) -> Experiment:
         """Return the experiment with another method and top-level fields replaced, validated again.
 
-        The settings of a student's own that the method does not have are left out.
+        Overrides of a student that the method does not have are left out.
 
         Raises:
             ExperimentError: the method or a change does not fit the schema or the other fields.

@@ -106,7 +106,7 @@ class Method(Section):
 
     @classmethod
     def student_settings(cls, position: int) -> tuple[str, ...]:
-        """Return the settings that a student may have of its own: those of the method that change its loss.
+        """Return the names of the settings that one student may override: those that change its loss.
 
         Args:
             position: the student's, in the experiment's order.
@@ -119,10 +119,10 @@ class Method(Section):
 
     @classmethod
     def _no_effect(cls, name: str, allowed: tuple[str, ...]) -> str:
-        """Return why a student cannot have a setting of its own, as the end of a sentence about the method."""
+        """Return why one student cannot override a setting, as the end of a sentence about the method."""
         if name not in cls.model_fields:
             fields = [field for field in cls.model_fields if field != "method"]
-            own = f"a student may have its own {', '.join(allowed)}" if allowed else "a student has none of its own"
+            own = f"a student can override {', '.join(allowed)}" if allowed else "a student can override none"
             return f"has no {name}; its settings are {', '.join(fields)}, and {own}"
         return f"softens all students' logits alike; set distillation.{name}"
 

@@ -193,8 +193,8 @@ class Hddml(_TeacherAndPeer):
         del name, allowed
         return (
             "has no teacher for the first student, and the setting is of the teacher's term; its settings are "
-            f"{', '.join(field for field in cls.model_fields if field != 'method')}, and only the second student may have "
-            "its own weight, temperature"
+            f"{', '.join(field for field in cls.model_fields if field != 'method')}, and only the second student can override "
+            "weight, temperature"
         )
 
 

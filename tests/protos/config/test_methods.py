@@ -234,25 +234,25 @@ def test_a_setting_of_a_students_own_has_an_effect_or_is_refused(method: str, po
         (
             "rkd",
             "weight",
-            "has no weight; its settings are distance_weight, angle_weight, and a student has none of its own",
+            "has no weight; its settings are distance_weight, angle_weight, and a student can override none",
         ),
         (
             "dcm",
             "weight",
             (
                 "has no weight; its settings are stages, layers, auxiliary_weight, same_weight, other_weight, and a student "
-                "has none of its own"
+                "can override none"
             ),
         ),
         (
             "vid",
             "temperature",
-            "has no temperature; its settings are stages, layers, weight, and a student may have its own weight",
+            "has no temperature; its settings are stages, layers, weight, and a student can override weight",
         ),
         (
             "logit_regression",
             "temperature",
-            "has no temperature; its settings are weight, label_weight, and a student may have its own weight",
+            "has no temperature; its settings are weight, label_weight, and a student can override weight",
         ),
         ("dml", "temperature", "softens all students' logits alike; set distillation.temperature"),
         (
@@ -260,7 +260,7 @@ def test_a_setting_of_a_students_own_has_an_effect_or_is_refused(method: str, po
             "temperature",
             (
                 "has no teacher for the first student, and the setting is of the teacher's term; its settings are weight, "
-                "peer_weight, temperature, and only the second student may have its own weight, temperature"
+                "peer_weight, temperature, and only the second student can override weight, temperature"
             ),
         ),
     ],
