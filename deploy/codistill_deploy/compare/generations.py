@@ -54,7 +54,7 @@ def generation_runs(experiment: Experiment, folder: Path) -> Iterator[tuple[Expe
     method = experiment.distillation
     assert isinstance(method, BornAgain)  # noqa: S101 - the caller has asked has_generations
     folders = [RunFolder(generation_folder(folder, generation)) for generation in range(1, method.generations + 1)]
-    yield experiment.replace(distillation=Independent()), folders[0]
+    yield experiment.with_method(Independent()), folders[0]
     single = method.model_copy(update={"generations": 1})
     for generation, (previous_folder, run_folder) in enumerate(pairwise(folders), 2):
         teachers = tuple(as_teacher(student, str(generation - 1), previous_folder) for student in experiment.students)

@@ -55,7 +55,8 @@ class Variant:
 def choose(experiment: Experiment, methods: Sequence[str]) -> tuple[tuple[Variant, ...], Mapping[str, str]]:
     """Return the experiment with each method, `independent` first, and the methods of ``all`` whose needs it does not meet.
 
-    The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A method that has
+    The experiment's own settings hold where the method is its own; otherwise the method's defaults do. A student's
+    overrides hold where the method has such a setting. A method that has
     a teacher takes the experiment's. Where there is none, the best of the students alone is to teach, as
     :func:`best_alone` finds it, for which `independent` must be among the methods.
 
@@ -131,4 +132,4 @@ def _variant(experiment: Experiment, method: str, may_find_teacher: bool) -> Var
         )
     if finds_teacher:
         teachers = (as_teacher(experiment.students[0], "alone", RunFolder.default(experiment.name)),)
-    return Variant(experiment.replace(distillation=distillation, teachers=teachers), finds_teacher)
+    return Variant(experiment.with_method(distillation, teachers=teachers), finds_teacher)

@@ -76,7 +76,12 @@ class Experiment(Section):
         yield from self._quorum_problems()
         yield from self.data.size_problems(self.training.batch_size)
         for position, student in enumerate(self.students):
-            if self.shared_view and student.data.augment:
+            if "view" in student.data.augment:
+                yield (
+                    f"students.{position}.data.augment.view: {student.data.augment['view']!r}, but one view is chosen for all; "
+                    "set data.augment.view"
+                )
+            elif self.shared_view and student.data.augment:
                 yield (
                     f"students.{position}.data.augment: {', '.join(student.data.augment)}, but all see the same view of a "
                     "sample; set data.augment, or data.augment.view: own"
@@ -147,7 +152,7 @@ class Experiment(Section):
         for section in ("data", "training", "distillation"):
             base = getattr(self, section).model_dump()
             own = {key: value for key, value in overrides.get(section, {}).items() if value is not None}
-            if section == "distillation":  # a method without the parameter has nothing to override
+            if section == "distillation":  # the method's own check reports the others, once
                 own = {key: value for key, value in own.items() if key in base}
             sections[section] = _merge(base, own)
         return StudentPlan.model_validate({"student": student, **sections})
@@ -172,6 +177,22 @@ class Experiment(Section):
             ExperimentError: a change does not fit the schema or the other fields.
         """
         return _validated({**dict(self), **changes}, self.name)
+
+    def with_method(self, distillation: Distillation, **changes: Any) -> Experiment:
+        """Return the experiment with another method and top-level fields replaced, validated again.
+
+        Overrides of a student that the method does not have are left out.
+
+        Raises:
+            ExperimentError: the method or a change does not fit the schema or the other fields.
+        """
+        students = tuple(
+            student.model_copy(
+                update={"distillation": student.distillation.only(distillation.student_settings(position))}
+            )
+            for position, student in enumerate(self.students)
+        )
+        return self.replace(distillation=distillation, students=students, **changes)
 
     def to_yaml(self) -> str:
         """Return the resolved experiment as a file that reads back equal."""

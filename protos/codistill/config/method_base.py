@@ -10,7 +10,7 @@ from pydantic import Field
 
 from codistill.config.base import Section
 from codistill.config.data import Data
-from codistill.config.participants import Student, Teacher
+from codistill.config.participants import DistillationOverrides, Student, Teacher
 from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
 from codistill.config.training import Training
 
@@ -97,14 +97,34 @@ class Method(Section):
         """Yield a line for each need of the method that the experiment does not meet, with its path in the experiment."""
         yield from self._student_count_problems(len(experiment.students))
         yield from self._teacher_count_problems([teacher.name for teacher in experiment.teachers])
-        if self.own_temperatures:
-            return
         for position, student in enumerate(experiment.students):
-            if student.distillation.temperature is not None:
-                yield (
-                    f"students.{position}.distillation.temperature: {student.distillation.temperature}, but "
-                    f"`{self.method_name()}` softens all students' logits alike; set distillation.temperature"
-                )
+            allowed = self.student_settings(position)
+            for name, value in student.distillation.given().items():
+                if name not in allowed:
+                    reason = self._no_effect(name, allowed)
+                    yield f"students.{position}.distillation.{name}: {value}, but `{self.method_name()}` {reason}"
+
+    @classmethod
+    def student_settings(cls, position: int) -> tuple[str, ...]:
+        """Return the names of the settings that one student may override: those that change its loss.
+
+        Args:
+            position: the student's, in the experiment's order.
+        """
+        del position
+        shared = () if cls.own_temperatures else ("temperature",)
+        return tuple(
+            name for name in DistillationOverrides.model_fields if name in cls.model_fields and name not in shared
+        )
+
+    @classmethod
+    def _no_effect(cls, name: str, allowed: tuple[str, ...]) -> str:
+        """Return why one student cannot override a setting, as the end of a sentence about the method."""
+        if name not in cls.model_fields:
+            fields = [field for field in cls.model_fields if field != "method"]
+            own = f"a student can override {', '.join(allowed)}" if allowed else "a student can override none"
+            return f"has no {name}; its settings are {', '.join(fields)}, and {own}"
+        return f"softens all students' logits alike; set distillation.{name}"
 
     def _student_count_problems(self, count: int) -> Iterator[str]:
         method = f"distillation.method: {self.method_name()!r}"

@@ -179,9 +179,23 @@ class Fddml(_TeacherAndPeer):
 
 
 class Hddml(_TeacherAndPeer):
-    """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the first student only."""
+    """Half deep distillation mutual learning (Lukman & Yang 2022): as `fddml`, the teacher for the second student only."""
 
-    method: Literal["hddml"] = Field(default="hddml", description="A teacher for the first of two students.")
+    method: Literal["hddml"] = Field(default="hddml", description="A teacher for the second of two students.")
+
+    @classmethod
+    def student_settings(cls, position: int) -> tuple[str, ...]:
+        """Return none for the first student, which has no teacher: both settings are of the teacher's term."""
+        return super().student_settings(position) if position else ()
+
+    @classmethod
+    def _no_effect(cls, name: str, allowed: tuple[str, ...]) -> str:
+        del name, allowed
+        return (
+            "has no teacher for the first student, and the setting is of the teacher's term; its settings are "
+            f"{', '.join(field for field in cls.model_fields if field != 'method')}, and only the second student can override "
+            "weight, temperature"
+        )
 
 
 class Dcm(LayerReader):

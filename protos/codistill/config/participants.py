@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -9,7 +10,7 @@ from pydantic import Field, field_validator
 from codistill.config.base import OPERATIONAL, Section, require_json_values
 from codistill.config.errors import DEVICE_PATTERN, NAME_PATTERN
 
-__all__ = ["Student", "Teacher"]
+__all__ = ["DistillationOverrides", "Student", "Teacher"]
 
 
 class TrainingOverrides(Section):
@@ -36,10 +37,20 @@ class DataOverrides(Section):
 
 
 class DistillationOverrides(Section):
-    """The keys of `distillation` that one student may override."""
+    """The keys of `distillation` that one student may override, where the method has them."""
 
     weight: float | None = Field(default=None, ge=0, description="Weight of the method's term.")
     temperature: float | None = Field(default=None, gt=0, description="T of the softmax of this student's term.")
+
+    def given(self) -> dict[str, float]:
+        """Return the settings that have a value, by name."""
+        return self.model_dump(exclude_none=True)
+
+    def only(self, names: Collection[str]) -> DistillationOverrides:
+        """Return the settings of these names alone; equal to this where no other has a value."""
+        if self.given().keys() <= set(names):
+            return self
+        return DistillationOverrides(**{name: value for name, value in self.given().items() if name in names})
 
 
 class Student(Section):

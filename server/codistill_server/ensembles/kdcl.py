@@ -212,10 +212,17 @@ def error_covariance(logits: Tensor, labels: Tensor) -> Tensor:
 def weights_from_covariance(covariance: Tensor) -> Tensor:
     """Return the weights w, Σ_i w_i = 1, of least wᵀCw: C⁻¹1 / (1ᵀC⁻¹1) where C is invertible.
 
-    They are taken from the pseudo-inverse of the equations Cw + ν1 = 0, 1ᵀw = 1. Where students agree, C is singular
-    and of all minima the one of least norm is returned: identical students get equal weights. This is C⁺1 / (1ᵀC⁺1),
-    unless some combination of students has no error at all. Then that combination is returned, which C⁺ alone would
-    leave out. Directions that have less than 1e-6 of the largest error count as agreement. Weights may be negative. The scale of C does not matter: sums and means over samples give the same weights.
+    Each student's errors are first scaled to size 1: with s_i = √C_ii, R_ij = C_ij/(s_i·s_j) and d_i = 1/s_i, scaled to
+    ‖d‖ = 1. The weights are w_i = d_i·v_i/Σ_j d_j·v_j, with v from the pseudo-inverse of Rv + νd = 0, dᵀv = 1. Its
+    cut-off, 1e-6 of the largest singular value, then tells whether students agree, however weak another one is.
+
+    Where students agree, R is singular, and of all minima the one of least Σ_i C_ii·w_i² is returned: identical students
+    get equal weights. If a combination of students has no error at all, that combination is returned.
+
+    A student with C_ii = 0 has no error on the held-out samples. Such students share the weight equally, and the others
+    get 0. C_ii below 2.3e-308 of the largest entry counts as 0.
+
+    Weights may be negative. The scale of C does not matter: sums and means over samples give the same weights.
 
     Args:
         covariance: float64 [K, K], symmetric and positive semi-definite, finite.
@@ -229,18 +236,26 @@ def weights_from_covariance(covariance: Tensor) -> Tensor:
     C = checked_tensor(covariance, "covariance").detach()
     if C.dtype != torch.float64 or C.ndim != 2 or C.shape[0] != C.shape[1] or len(C) == 0:
         raise ValueError(f"covariance: {describe(C)} is not allowed; allowed is float64 [K, K] with K at least 1")
-    if not bool(torch.isfinite(C).all()) or not torch.allclose(C, C.T) or bool((C.diagonal() < 0).any()):
+    if not bool(torch.isfinite(C).all()) or bool((C.diagonal() < 0).any()) or not _is_symmetric(C):
         raise ValueError(
             f"covariance: {C.tolist()} is not allowed; allowed are finite symmetric sums of squared errors"
         )
     K = len(C)
-    system = C.new_ones(K + 1, K + 1)
     largest = C.abs().amax()
-    system[:K, :K] = C / largest if largest > 0 else 0
-    system[K, K] = 0
+    scaled = C / torch.where(largest > 0, largest, 1)
+    errorless = scaled.diagonal() < torch.finfo(C.dtype).tiny
+    if bool(errorless.any()):
+        return errorless.double() / errorless.sum()
+    inverse = scaled.diagonal().rsqrt()
+    system = C.new_zeros(K + 1, K + 1)
+    # One factor after the other, as their product may overflow. No correlation is beyond 1, but for rounding.
+    system[:K, :K] = (scaled * inverse[:, None] * inverse).clamp(-1, 1).fill_diagonal_(1)
+    inverse = inverse / inverse.amax()
+    inverse = inverse / inverse.norm()
+    system[:K, K] = system[K, :K] = inverse
     right = C.new_zeros(K + 1)
     right[K] = 1
-    weights = (torch.linalg.pinv(system, rtol=_AGREEMENT, hermitian=True) @ right)[:K]
+    weights = (torch.linalg.pinv(system, rtol=_AGREEMENT, hermitian=True) @ right)[:K] * inverse
     return weights / weights.sum()
 
 
@@ -264,6 +279,12 @@ def weighted_sum(logits: Tensor, weights: Tensor) -> Tensor:
     if not bool(torch.isfinite(weights).all()):
         raise ValueError(f"weights: {weights.tolist()} are not allowed; allowed are finite values")
     return _combined(logits, weights[:, None, None])
+
+
+def _is_symmetric(C: Tensor) -> bool:
+    """Return whether C equals its transpose, to rounding beside the students' own errors."""
+    size = C.diagonal().sqrt()
+    return bool(((C - C.T).abs() <= 1e-5 * C.abs() + 1e-8 * size[:, None] * size).all())
 
 
 def _combined(logits: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Half deep distillation mutual learning (Lukman & Yang 2022): a teacher for the first of two students."""
+"""Half deep distillation mutual learning (Lukman & Yang 2022): a teacher for the second of two students."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ __all__ = ["aggregator"]
 
 
 def aggregator(settings: Hddml, students: Sequence[str], teachers: Sequence[str]) -> Aggregator:
-    """Return an aggregator that gives each student its peer's probabilities, and the first student the teacher's logits."""
+    """Return an aggregator that gives each student its peer's probabilities, and the second student the teacher's logits."""
     del settings, teachers
-    return TeacherAndPeer(students[:1])
+    return TeacherAndPeer(students[1:])

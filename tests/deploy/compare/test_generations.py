@@ -48,6 +48,14 @@ def test_each_student_is_taught_by_its_own_predecessor(tmp_path: Path) -> None:
     assert first.seed == 4
 
 
+def test_a_students_own_settings_hold_from_the_second_generation_on(tmp_path: Path) -> None:
+    students = [{"name": "mlp", "model": "mlp", "distillation": {"temperature": 3, "weight": 0.5}}]
+    own = Experiment.model_validate({**experiment().model_dump(mode="json"), "students": students})
+    (first, _), (second, _), _ = generations.generation_runs(own, tmp_path)
+    assert first.plan("mlp").distillation == Independent()
+    assert second.plan("mlp").distillation == BornAgain(generations=1, temperature=3, weight=0.5)
+
+
 def test_what_has_teachers_is_one_run() -> None:
     assert generations.has_generations(experiment())
     _, (second, _), _ = generations.generation_runs(experiment(), Path("runs"))

@@ -43,6 +43,15 @@ class TestSettings:
         assert only("dml", experiment()).distillation == Dml()
         assert only("independent", experiment()).distillation == Independent()
 
+    def test_students_settings_hold_where_the_method_has_them(self) -> None:
+        students = [{"name": name, "model": "mlp", "distillation": {"temperature": 2}} for name in "ab"]
+        own = experiment().replace(students=students)
+        variants, left_out = choose(own, ["all"])
+        assert [*left_out] == ["kdcl/general"]
+        kept = {v.title for v in variants if v.experiment.students[0].distillation.temperature == 2}
+        assert kept == {"kd", "born_again", "fddml", "kdcl/naive", "kdcl/linear", "kdcl/min_logit"}
+        assert only("hddml", own).students[1].distillation.temperature == 2
+
     def test_an_unknown_method_names_the_known_ones(self) -> None:
         with pytest.raises(
             CommandError, match=r"--methods: 'kdlc' is not a method; allowed: independent, kd, .*, kdcl, all$"

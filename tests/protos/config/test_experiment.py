@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from codistill.config.datasets import DATASETS
 from codistill.config.experiment import Experiment, ExperimentError, load, parse
 from codistill.config.fingerprint import identity
-from codistill.config.methods import Dml, Independent, Kdcl
+from codistill.config.methods import Dml, Independent, Kd, Kdcl
 from codistill.config.participants import Student
 from protos.config.support import DATASET_NAMES, METHOD_ALLOWED, TOP, changed, experiment
 
@@ -110,10 +110,6 @@ class TestPlan:
         other = whole.plan("bee")
         assert (other.data, other.training, other.distillation) == (whole.data, whole.training, whole.distillation)
 
-    def test_a_parameter_that_the_method_does_not_have_is_not_used(self) -> None:
-        alone = experiment(distillation={"method": "independent"}, students__0__distillation={"temperature": 3})
-        assert alone.plan("ant").distillation == Independent()
-
     def test_an_unknown_student(self) -> None:
         with pytest.raises(KeyError, match="cat"):
             experiment().plan("cat")
@@ -125,6 +121,24 @@ class TestPlan:
     def test_a_plan_is_the_same_after_writing_and_reading(self) -> None:
         whole = experiment(students__0__training={"optimizer": {"betas": [0.5, 0.9]}})
         assert parse(whole.to_yaml()).plan("ant") == whole.plan("ant")
+
+
+class TestWithMethod:
+    def test_students_keep_of_their_own_settings_those_that_the_method_has(self) -> None:
+        whole = experiment(
+            students__0__distillation={"weight": 0.5, "temperature": 3}, students__1__distillation={"weight": 0.25}
+        )
+        alone = whole.with_method(Independent(), seed=3)
+        assert (alone.distillation, alone.seed) == (Independent(), 3)
+        assert [student.distillation.given() for student in alone.students] == [{}, {}]
+        mutual = whole.with_method(Dml())
+        assert [student.distillation.given() for student in mutual.students] == [{"weight": 0.5}, {"weight": 0.25}]
+        assert mutual.plan("ant").distillation == Dml(weight=0.5)
+        assert whole.with_method(Kdcl()) == whole
+
+    def test_a_method_whose_needs_are_not_met_is_refused(self) -> None:
+        with pytest.raises(ExperimentError, match="'kd' needs a teacher"):
+            experiment().with_method(Kd())
 
 
 class TestReplace:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from codistill.config.experiment import ExperimentError, parse
+from codistill.config.methods import METHODS
 from protos.config.support import changed
 
 TEACHER = {"name": "old", "model": "mlp", "weights": "runs/old"}
@@ -176,6 +177,114 @@ def test_where_a_teacher_teaches_all_see_the_same_view() -> None:
     assert shared(**taught)
     assert not shared(**taught, data={"dataset": "digits", "augment": {"view": "own"}})
     assert shared(data={"dataset": "digits", "augment": {"view": "shared"}})
+
+
+NEEDED: dict[str, Any] = {
+    "custom": {"server": "mine:a", "worker": "mine:b"},
+    "born_again": {"generations": 1},
+}
+BOTH, WEIGHT, NONE = ("weight", "temperature"), ("weight",), ()
+OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "independent": (NONE, NONE),
+    "kd": (BOTH, BOTH),
+    "logit_regression": (WEIGHT, WEIGHT),
+    "born_again": (BOTH, BOTH),
+    "vid": (WEIGHT, WEIGHT),
+    "rkd_distance": (NONE, NONE),
+    "rkd_angle": (NONE, NONE),
+    "rkd": (NONE, NONE),
+    "fddml": (BOTH, BOTH),
+    "hddml": (NONE, BOTH),
+    "dml": (WEIGHT, WEIGHT),
+    "dcm": (NONE, NONE),
+    "kdcl": (BOTH, BOTH),
+    "cross_architecture": (WEIGHT, WEIGHT),
+    "custom": (NONE, NONE),
+}
+"""What the first and the second student may have of their own, by method."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("field", BOTH)
+def test_a_setting_of_a_students_own_has_an_effect_or_is_refused(method: str, position: int, field: str) -> None:
+    least, most = METHODS[method].teacher_limits
+    teachers = [{**student, "name": f"{student['name']}.old", "weights": "x"} for student in TWO]
+    count = 2 if method == "born_again" else min(most, max(least, 1))
+    students = [dict(student) for student in TWO]
+    students[position]["distillation"] = {field: 0.625}
+    changes = {
+        "distillation": {"method": method, **NEEDED.get(method, {})},
+        "students": students,
+        "teachers": teachers[:count],
+    }
+    if field in OWN[method][position]:
+        whole = parse(yaml.safe_dump(changed(changes)))
+        own = whole.plan(TWO[position]["name"]).distillation
+        assert own == whole.distillation.model_copy(update={field: 0.625})
+        assert own != whole.distillation
+    else:
+        (problem,) = problems(**changes)
+        assert problem.startswith(f"students.{position}.distillation.{field}: 0.625, but `{method}` ")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "problem"),
+    [
+        (
+            "rkd",
+            "weight",
+            "has no weight; its settings are distance_weight, angle_weight, and a student can override none",
+        ),
+        (
+            "dcm",
+            "weight",
+            (
+                "has no weight; its settings are stages, layers, auxiliary_weight, same_weight, other_weight, and a student "
+                "can override none"
+            ),
+        ),
+        (
+            "vid",
+            "temperature",
+            "has no temperature; its settings are stages, layers, weight, and a student can override weight",
+        ),
+        (
+            "logit_regression",
+            "temperature",
+            "has no temperature; its settings are weight, label_weight, and a student can override weight",
+        ),
+        ("dml", "temperature", "softens all students' logits alike; set distillation.temperature"),
+        (
+            "hddml",
+            "temperature",
+            (
+                "has no teacher for the first student, and the setting is of the teacher's term; its settings are weight, "
+                "peer_weight, temperature, and only the second student can override weight, temperature"
+            ),
+        ),
+    ],
+)
+def test_the_reason_names_the_methods_own_settings(method: str, field: str, problem: str) -> None:
+    students = [{**TWO[0], "distillation": {field: 2}}, TWO[1]]
+    teachers = [TEACHER] if METHODS[method].teacher_limits[0] else []
+    assert problems(distillation={"method": method}, teachers=teachers, students=students) == [
+        f"students.0.distillation.{field}: 2.0, but `{method}` {problem}"
+    ]
+
+
+def test_null_is_no_setting_of_a_students_own() -> None:
+    students = [{**TWO[0], "distillation": {"weight": None, "temperature": None}}, TWO[1]]
+    whole = parse(yaml.safe_dump(changed({"students": students, "distillation": {"method": "independent"}})))
+    assert whole.plan("ant").distillation == whole.distillation
+
+
+@pytest.mark.parametrize("view", ["own", "shared"])
+def test_no_student_chooses_whether_views_are_shared(view: str) -> None:
+    students = [{**TWO[0], "data": {"augment": {"view": view, "flip": True}}}, TWO[1]]
+    assert problems(students=students) == [
+        f"students.0.data.augment.view: '{view}', but one view is chosen for all; set data.augment.view"
+    ]
 
 
 def test_with_a_shared_view_no_student_has_its_own() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -224,6 +225,102 @@ def test_general_weights_by_hand() -> None:
     torch.testing.assert_close(weights, torch.tensor([1.1, -0.1]).double(), rtol=0, atol=1e-7)
 
 
+def exact_weights(covariance: Tensor) -> list[float]:
+    """Return C⁻¹1 / (1ᵀC⁻¹1) by elimination in exact fractions, for a C that is invertible."""
+    rows = [[*map(Fraction, row), Fraction(1)] for row in covariance.tolist()]
+    for k in range(len(rows)):
+        pivot = max(range(k, len(rows)), key=lambda row: abs(rows[row][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        rows[k] = [value / rows[k][k] for value in rows[k]]
+        for other in range(len(rows)):
+            if other != k:
+                rows[other] = [a - rows[other][k] * b for a, b in zip(rows[other], rows[k], strict=True)]
+    total = sum(row[-1] for row in rows)
+    return [float(row[-1] / total) for row in rows]
+
+
+def errors_of_different_size(seed: int, students: int) -> tuple[Tensor, Tensor]:
+    """Return a covariance of students whose errors differ by up to twelve orders of magnitude, and those sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = torch.randn(students, 3 * students, generator=generator, dtype=torch.float64)
+    errors += 2 * torch.rand(1, generator=generator).double() * errors[:1].clone()  # they agree in part
+    errors *= 10 ** (8 * torch.rand(students, 1, generator=generator).double() - 6)
+    covariance = errors @ errors.T
+    return (covariance + covariance.T) / 2, errors.norm(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "weights"),
+    [
+        ([1, 1e-8, 4e-8], [8e-9, 0.8, 0.2]),
+        ([1e-8, 1, 4e-8], [0.8, 8e-9, 0.2]),
+        ([1, 1e-15, 1e-15], [5e-16, 0.5, 0.5]),
+        ([3e-30, 1e-30, 1], [0.25, 0.75, 7.5e-31]),
+        ([1e-200, 1e200], [1, 0]),
+    ],
+)
+def test_a_much_weaker_student_leaves_the_others_their_weights(diagonal: list[float], weights: list[float]) -> None:
+    """Without correlations w_i is 1/C_ii over their sum: 1, 1e8 and 2.5e7 of 125,000,001 in the first."""
+    found = ensembles.weights_from_covariance(torch.diag(torch.tensor(diagonal, dtype=torch.float64)))
+    assert found.tolist() == pytest.approx(weights, rel=1e-7, abs=1e-20)
+
+
+@pytest.mark.parametrize("students", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(40))
+def test_weights_are_those_of_exact_arithmetic(students: int, seed: int) -> None:
+    covariance, sizes = errors_of_different_size(100 * students + seed, students)
+    weights = ensembles.weights_from_covariance(covariance)
+    expected = torch.tensor(exact_weights(covariance), dtype=torch.float64)
+    own = expected * sizes  # each in the size of its errors, as a weak student's weight is small and still has digits
+    torch.testing.assert_close(weights * sizes, own, rtol=1e-9, atol=1e-10 * float(own.abs().max()))
+    assert weights.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_of_a_student_share_its_exact_weight_and_order_and_scale_do_not_matter(seed: int) -> None:
+    covariance, sizes = errors_of_different_size(seed, 3)
+    expected = torch.tensor(exact_weights(covariance), dtype=torch.float64)
+    copies = torch.tensor([0, 1, 1, 2, 0, 1])
+    shared = (expected / torch.tensor([2, 3, 1]))[copies]
+    repeated = covariance[copies][:, copies]
+    own = (shared * sizes[copies]).abs().max()
+    for order in (torch.arange(6), torch.randperm(6, generator=torch.Generator().manual_seed(seed))):
+        for scale in (1, 1e-150, 3e100):
+            weights = ensembles.weights_from_covariance(scale * repeated[order][:, order])
+            off = (weights - shared[order]) * sizes[copies][order]
+            assert off.abs().max().item() < 1e-9 * own.item()
+
+
+def test_a_combination_without_error_is_found_beside_a_weak_student() -> None:
+    """The second's errors are twice the first's, so 2·f₁ − f₂ has none; the third is weaker by far, and unlike them."""
+    covariance = torch.tensor([[1e-8, 2e-8, 0.0], [2e-8, 4e-8, 0.0], [0.0, 0.0, 1.0]]).double()
+    weights = ensembles.weights_from_covariance(covariance)
+    assert weights.tolist() == pytest.approx([2, -1, 0], abs=1e-7)
+
+
+@pytest.mark.parametrize("weak", [1e-12, 1.0, 1e12])
+def test_students_without_error_share_the_weight_equally(weak: float) -> None:
+    covariance = torch.zeros(4, 4, dtype=torch.float64)
+    covariance[1, 1], covariance[3, 3] = weak, 4.0
+    covariance[1, 3] = covariance[3, 1] = weak**0.5
+    assert ensembles.weights_from_covariance(covariance).tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_general_tells_strong_students_apart_beside_a_weak_one() -> None:
+    """Two classes, and three samples that one student each is wrong about.
+
+    The others are sure, so the sums of squared errors are 2·(1 − p)² with no covariance: 1 − p = ½, 1e-4 and 2e-4.
+    """
+    wrong = torch.tensor([0.5, 1e-4, 2e-4], dtype=torch.float64)
+    logits = torch.zeros(3, 3, 2, dtype=torch.float64)
+    logits[:, :, 0] = 1e3
+    for student, p in enumerate(wrong):
+        logits[student, student, 0] = ((1 - p) / p).log()
+    weights = ensembles.general_weights(logits, torch.zeros(3, dtype=torch.int64))
+    inverse = 1 / wrong**2
+    assert weights.tolist() == pytest.approx((inverse / inverse.sum()).tolist(), rel=1e-9)
+
+
 def test_students_that_agree_share_their_weight() -> None:
     # Students 1 and 2 are the same: as one student, w = (2, 1)/3 for errors 1 and 2; the first's part is halved.
     covariance = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 2.0]]).double()
@@ -283,6 +380,7 @@ def test_bad_weights_are_refused(weights: Tensor, message: str) -> None:
         (torch.ones(0, 0).double(), r"K at least 1"),
         (torch.tensor([[1.0, math.inf], [math.inf, 1.0]]).double(), r"finite symmetric"),
         (torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double(), r"finite symmetric"),
+        (torch.tensor([[1e-20, 1e-20], [0.0, 1e-20]]).double(), r"finite symmetric"),
         (torch.tensor([[-1.0, 0.0], [0.0, 1.0]]).double(), r"sums of squared errors"),
     ],
 )

@@ -39,6 +39,16 @@ class TestDml:
         expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
         assert made.shared["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
 
+    def test_an_absent_student_learns_from_all_at_the_methods_temperature(self) -> None:
+        """Logits of 2·ln 4 and 0 are 0.8 and 0.2 at T = 2, and 16/17 and 1/17 at T = 1."""
+        logits = torch.tensor([[[2 * math.log(4), 0.0]], [[0.0, 0.0]]])
+        made = targets_of(Dml(temperature=2.0), round_inputs(logits, [0], include_absent=True))
+        assert made.shared is not None
+        torch.testing.assert_close(made.shared["probabilities"], torch.tensor([[0.65, 0.35]]))
+        expected = (0.8 * math.log(0.8 / 0.65) + 0.2 * math.log(0.2 / 0.35)) / 2
+        expected += 0.5 * (math.log(0.5 / 0.65) + math.log(0.5 / 0.35)) / 2
+        assert made.shared["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
+
     def test_temperature_softens_them(self) -> None:
         logits = torch.tensor([[[0.0, 0.0]], [[2 * math.log(4), 0.0]]])
         made = targets_of(Dml(temperature=2.0), round_inputs(logits, [0]))

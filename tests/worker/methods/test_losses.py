@@ -143,12 +143,24 @@ def test_angles_by_hand() -> None:
 
 
 def test_distances_beyond_one_count_linearly() -> None:
-    """Student at 0, 1, 10: distances 1, 9, 10, mean 20/3, ψ = 0.15, 1.35, 1.5. Teacher at 0, 1, 0: ψ = 1, 1, 0.
+    """Student at 0, 1, 10: distances 1, 9, 10, mean 20/3, ψ = 0.15, 1.35, 1.5.
 
-    Differences −0.85, 0.35 and 1.5; the last counts 1.5 − ½.
+    Teacher at 0, 1, 0: distances 1, 1, 0, mean 2/3, ψ = 1.5, 1.5, 0. Differences −1.35, −0.15 and 1.5; the first counts
+    1.35 − ½, the last 1.5 − ½.
     """
     value = losses.relational_distance(torch.tensor([[0.0], [1.0], [10.0]]), target=torch.tensor([[0.0], [1.0], [0.0]]))
-    assert value.item() == pytest.approx(2 * (0.85**2 / 2 + 0.35**2 / 2 + 1) / 9)
+    assert value.item() == pytest.approx(2 * (0.85 + 0.15**2 / 2 + 1) / 9)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_mean_distance_is_over_all_distinct_samples_those_that_coincide_too(swapped: bool) -> None:
+    """At 0, 0, 1: distances 0, 1, 1, mean 2/3, ψ = 0, 3/2, 3/2. At 0, 1, 2: distances 1, 1, 2, mean 4/3, ψ = ¾, ¾, 3/2.
+
+    Differences −¾, ¾, 0; halves of their squares 9/32 each, twice, over 9: ⅛. Without the pair at 0 it would be 0.09722.
+    """
+    pair = torch.tensor([[0.0], [0.0], [1.0]]), torch.tensor([[0.0], [1.0], [2.0]])
+    x, t = reversed(pair) if swapped else pair
+    assert losses.relational_distance(x, target=t).item() == pytest.approx(0.125)
 
 
 def test_variational_information_by_hand() -> None:
@@ -179,12 +191,15 @@ def test_rising_weights_by_hand() -> None:
 # By loops.
 
 
-def test_distances_by_loops() -> None:
+@pytest.mark.parametrize("coinciding", [(), (1, 3), (1, 3, 5)])
+def test_distances_by_loops(coinciding: tuple[int, ...]) -> None:
     x, t = drawn(1, 6, D), drawn(2, 6, 7)
+    for place in coinciding:
+        x[place] = x[0]
 
     def relative(points: np.ndarray) -> np.ndarray:
         lengths = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in points] for a in points])
-        return lengths / lengths[lengths > 0].mean()
+        return lengths / (lengths.sum() / (len(points) * (len(points) - 1)))
 
     difference = np.abs(relative(x.numpy()) - relative(t.numpy()))
     expected = np.where(difference <= 1, difference**2 / 2, difference - 0.5).mean()
@@ -295,6 +310,13 @@ def test_gradients_of_relations_are_those_of_finite_differences(relation: str) -
     assert gradcheck(lambda x: RELATIONS[relation](x, target=target), (drawn(13, B, D).requires_grad_(),))
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_gradients_beside_embeddings_that_coincide_are_those_of_finite_differences(relation: str) -> None:
+    target, same = drawn(12, B, 7), drawn(14, 1, D).expand(2, D)
+    moving = drawn(13, B - 2, D).requires_grad_()
+    assert gradcheck(lambda x: RELATIONS[relation](torch.cat([same, x]), target=target), (moving,))
+
+
 def test_gradients_of_variational_information_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     module = losses.VariationalInformation(2, 3).double()
@@ -338,7 +360,7 @@ def test_relations_are_finite_for_large_embeddings(relation: str) -> None:
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.parametrize("equal", ["two", "all", "one sample"])
+@pytest.mark.parametrize("equal", ["two", "all", "all of one side", "one sample"])
 def test_embeddings_that_coincide_have_finite_gradients(relation: str, equal: str) -> None:
     x = drawn(18, B, D, dtype=torch.float32)
     target = drawn(19, B, 7, dtype=torch.float32)
@@ -346,6 +368,8 @@ def test_embeddings_that_coincide_have_finite_gradients(relation: str, equal: st
         x[1] = x[0]
     elif equal == "all":
         x[:], target[:] = x[0].clone(), target[0].clone()
+    elif equal == "all of one side":
+        x[:] = x[0].clone()
     else:
         x, target = x[:1], target[:1]
     x.requires_grad_()
@@ -356,6 +380,9 @@ def test_embeddings_that_coincide_have_finite_gradients(relation: str, equal: st
     if equal == "two":
         assert value.item() > 0
         assert bool((x.grad != 0).any())
+    elif equal == "all of one side":
+        assert value.item() > 0
+        assert bool((x.grad == 0).all())
     else:
         assert value.item() == 0
 

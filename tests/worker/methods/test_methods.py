@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from codistill.config.methods import Distillation, Dml, Independent, Kdcl
-from codistill.methods import Loss, Objective, Step, StudentContext
+from codistill.methods import Loss, Objective, RoundInputs, Step, StudentContext
+from codistill_server import methods as server_methods
 from codistill_worker.methods import create
 from codistill_worker.methods.losses import divergence
 
@@ -135,6 +136,38 @@ def test_dml_is_the_mean_over_the_pairs_in_value_and_gradient(student: int, temp
     assert own.grad is not None
     assert exact.grad is not None
     assert torch.allclose(own.grad.double(), exact.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("student", range(K))
+def test_a_dml_student_that_missed_a_round_has_the_loss_and_gradient_of_its_peers_logits(
+    student: int, temperature: float
+) -> None:
+    """The server's targets for who was absent, against the pairs in float64."""
+    names, labels = ("a", "b", "c"), labels_of(1, 16)
+    logits, settings = drawn(1, K, 16, C), Dml(temperature=temperature, weight=0.7)
+    others = [place for place in range(K) if place != student]
+    aggregator = server_methods.create(settings)
+    assert aggregator is not None
+    present = tuple(names[other] for other in others)
+    made = aggregator.targets(RoundInputs(present, {"logits": logits[others]}, labels, include_absent=True))
+    assert made.shared is not None
+
+    own = logits[student].clone().requires_grad_()
+    loss = loss_by(objective_of(settings), own, labels, made.shared)
+    exact = logits[student].double().requires_grad_()
+    own_log = exact / temperature - (exact / temperature).logsumexp(-1, keepdim=True)
+    pairs: list[torch.Tensor] = []
+    for other in others:
+        p = (logits[other].double() / temperature).exp()
+        p = p / p.sum(-1, keepdim=True)
+        pairs.append((p * (p.log() - own_log)).sum(-1).mean())
+    mutual = 0.7 * temperature**2 * sum(pairs, torch.zeros(())) / len(pairs)
+    assert loss.distillation is not None
+    assert loss.distillation.item() == pytest.approx(mutual.item(), rel=1e-5)
+    (ours,) = torch.autograd.grad(loss.total, own)
+    (theirs,) = torch.autograd.grad(functional.cross_entropy(exact, labels) + mutual, exact)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

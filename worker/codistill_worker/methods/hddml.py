@@ -1,4 +1,4 @@
-"""Half deep distillation mutual learning (Lukman & Yang 2022): a teacher for the first of two students."""
+"""Half deep distillation mutual learning (Lukman & Yang 2022): a teacher for the second of two students."""
 
 from __future__ import annotations
 

@@ -116,12 +116,14 @@ def logit_regression(logits: Tensor, *, target: Tensor) -> Tensor:
 def relational_distance(embedding: Tensor, *, target: Tensor) -> Tensor:
     """Return (1/B²)·Σ_i Σ_j h(ψ(x)[i,j] − ψ(t)[i,j]), the difference of two batches' distances among themselves.
 
-    ψ(x)[i,j] = ‖x_i − x_j‖/μ, with μ the mean of the distances above 0. h is the Huber loss, ½d² up to |d| = 1 and
-    |d| − ½ beyond. The mean is over all B² pairs, i = j among them, as in the authors' code. Scaling either side changes
-    nothing. Distances of 0 stay 0 and have no gradient. If all are 0, so is ψ: one sample alone, and two batches each of
-    one repeated sample, lose 0.
+    ψ(x)[i,j] = ‖x_i − x_j‖/μ, with μ the mean over all B·(B−1) pairs of distinct samples, i ≠ j. Pairs whose embeddings
+    coincide count in μ, with a distance of 0. h is the Huber loss, ½d² up to |d| = 1 and |d| − ½ beyond. The outer mean
+    is over all B² pairs, i = j among them, as in the authors' code. Scaling either side changes nothing. Distances of 0
+    stay 0 and have no gradient. If all are 0, so is ψ: one sample alone, and two batches each of one repeated sample,
+    lose 0.
 
-    Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-D.
+    Source: Park et al. 2019, 'Relational Knowledge Distillation', RKD-D; Wang 2023, eq. 8. The authors' code has the same
+    μ: it takes the mean of what is above 0, after raising the distances of distinct samples to at least 1e-6.
 
     Args:
         embedding: the student's x, [B, D].
@@ -212,13 +214,12 @@ def teacher_and_peer(
 ) -> Tensor:
     """Return CE(z, y) + λ·T²·KL(softmax(t/T) ‖ softmax(z/T)) + β·KL(p ‖ softmax(z)): FDDML and HDDML of one student.
 
-    FDDML has a teacher for both students, HDDML for the first alone. The second student of HDDML gets None, and learns
-    from the labels and its peer.
+    FDDML has a teacher for both students, HDDML for the second alone. The first gets None, and learns from the labels and
+    its peer.
 
     Source: Lukman & Yang 2022, 'Improving Deep Mutual Learning via Knowledge Distillation', as Wang 2023, 'Research on
     Knowledge Distillation Regularization Methods', eq. 12 to 16, gives it. There the losses of both students have
-    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That 'half' means the first student is this
-    project's reading.
+    KL(p_2 ‖ p_1); here each mimics its peer, KL(peer ‖ self). That HDDML's teacher guides the second student is eq. 16.
 
     Args:
         logits: the student's z, [B, C].
@@ -314,11 +315,11 @@ def _logistic(value: float) -> float:
 
 
 def _relative_distances(embedding: Tensor) -> Tensor:
-    """Return ψ, [B, B]: distances over the mean of those above 0."""
+    """Return ψ, [B, B]: distances over their mean of all pairs of distinct samples."""
     distances = _lengths(embedding[:, None] - embedding[None]).squeeze(-1)
-    apart = distances > 0
-    total = distances.sum()
-    return distances / torch.where(total > 0, total / apart.sum().clamp(min=1), 1)
+    samples = len(embedding)
+    mean = distances.sum() / max(samples * (samples - 1), 1)
+    return distances / torch.where(mean > 0, mean, 1)
 
 
 def _cosines(embedding: Tensor) -> Tensor:
