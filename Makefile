@@ -67,7 +67,7 @@ protos: $(STAMP) ## regenerate the gRPC stubs
 protos-check: $(STAMP) ## compare the checked-in stubs with regenerated ones
 	@$(BIN)/python tools/make_protos.py --check
 
-docs: $(STAMP) ## regenerate docs/experiment-file.md, docs/exit-codes.md and docs/protocol.md
+docs: $(STAMP) ## regenerate the pages that are made from the code
 	@$(BIN)/python tools/make_docs.py
 
 docs-check: $(STAMP) ## compare the generated documentation with regenerated pages

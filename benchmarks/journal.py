@@ -1,4 +1,4 @@
-"""What the journal costs a round: rounds closed by the server's core, with and without one.
+"""The journal's cost for a round: rounds closed by the server's core, with and without one.
 
 Contributions of two students with random logits go to coordinators that differ in their journal alone. There is none at
 all, one in memory, one on disk (`durability: process`, the default), or one that is synced each round (`power`). They

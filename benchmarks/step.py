@@ -1,4 +1,4 @@
-"""What the exchange adds to a training step.
+"""The time that the exchange adds to a training step.
 
 Students train together through a server (KDCL's min_logit, in lockstep) and, on the same machine with as many
 processes, each alone. In lockstep nobody can be faster than the slowest. So a student's step together is compared with

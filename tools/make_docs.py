@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import protocol_page
+from prometheus_client.core import CounterMetricFamily
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -19,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from codistill.config import experiment
 from codistill.config.datasets import DATASETS, DatasetInfo
 from codistill.process import exit_codes
+from codistill_server.observability import prometheus
 
 ROOT = Path(__file__).resolve().parent.parent
 _CUSTOM_DATA = (
@@ -129,6 +131,27 @@ def exit_codes_page() -> str:
     return "\n".join(lines)
 
 
+def metrics_page() -> str:
+    """Return docs/metrics.md, from the table of the Prometheus metrics."""
+    lines = [
+        "# Prometheus metrics",
+        "",
+        NOTICE,
+        "The table is in `server/codistill_server/observability/prometheus.py`. Every series also has the label `run`, the",
+        "experiment's name. If a student leaves without finishing, its gauges end. Its counters, its state and whether it is",
+        "waited for stay. [monitoring.md](monitoring.md) has the dashboard and alerts.",
+        "",
+        "| metric | type | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for metric in prometheus.METRICS:
+        counter = metric.family is CounterMetricFamily
+        name, kind = f"codistill_{metric.name}{'_total' if counter else ''}", "counter" if counter else "gauge"
+        lines.append(f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in metric.labels)} | {metric.text} |")
+    lines += [f"| `codistill_{name}` | histogram | | {text} |" for name, text in prometheus.HISTOGRAMS.items()]
+    return "\n".join([*lines, ""])
+
+
 def protocol() -> str:
     """Return docs/protocol.md, from the proto."""
     return f"{NOTICE}\n{protocol_page.page()}"
@@ -206,7 +229,12 @@ def _image(known: DatasetInfo) -> str:
     return f"{size}, {'RGB' if known.channels == 3 else 'grey'}"
 
 
-PAGES = {"experiment-file.md": experiment_page, "exit-codes.md": exit_codes_page, "protocol.md": protocol}
+PAGES = {
+    "experiment-file.md": experiment_page,
+    "exit-codes.md": exit_codes_page,
+    "metrics.md": metrics_page,
+    "protocol.md": protocol,
+}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What is exchanged, and the rounds of one worker."""
+"""The exchanged arrays, and the rounds of one worker."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def run_inline(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: boo
 
 @dataclass
 class _Outcome:
-    """What an event led to for its sender.
+    """The outcome of an event for its sender.
 
     Attributes:
         admitted: the session that a join was given.

@@ -112,7 +112,7 @@ def exported(folder: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module")
 def elsewhere(exported: dict[str, Exported], images: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """What each program answers, in a process without this project, for batches of 1, 2, 5 and 13."""
+    """The answers of each program, in a process without this project, for batches of 1, 2, 5 and 13."""
     asked = {
         "programs": {model: str(written.program) for model, written in exported.items()},
         "batches": [images[:size].tolist() for size in (1, 2, 5, 13)],

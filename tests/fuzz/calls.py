@@ -31,7 +31,7 @@ REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 PATIENCE = 20.0
 LONGEST_TEXT = 8192
 LOST = "Internal error from Core"
-"""What this process's own gRPC says of a stream that ended while it still wrote; the server's words are lost then."""
+"""The words of this process's own gRPC for a stream that ended while it still wrote; the server's words are lost then."""
 
 
 class WrongError(AssertionError):

@@ -1,4 +1,4 @@
-"""What a command sets up in its own process: where modules are found, and what a signal does."""
+"""A command's own process: where modules are found, and what a signal does."""
 
 from __future__ import annotations
 

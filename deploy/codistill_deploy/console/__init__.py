@@ -1,1 +1,1 @@
-"""What the command shows on a terminal: the progress of a run, and tables."""
+"""The command's output on a terminal: the progress of a run, and tables."""

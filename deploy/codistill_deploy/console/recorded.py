@@ -1,4 +1,4 @@
-"""What the records in a run's folder say where no server does: of a run that ended, and of its processes."""
+"""The status of a run without a server, from the records in its folder: of the run, and of its processes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Normalize(Section):
 
 
 class Data(Section):
-    """What the students learn."""
+    """The data set that the students learn."""
 
     dataset: str = Field(
         description="One of `"

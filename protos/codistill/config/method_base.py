@@ -1,4 +1,4 @@
-"""What every method's settings have: its needs, the checks of them, its variants, and the steps that exchange."""
+"""The base of every method's settings: its needs, the checks of them, its variants, and the steps that exchange."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ExperimentSections(Protocol):
 
 
 class Method(Section):
-    """What all methods have. Each declares a field `method`, a literal with its name as the default.
+    """The settings that all methods have. Each declares a field `method`, a literal with its name as the default.
 
     Attributes:
         student_limits: how many students the method is for, least and most.

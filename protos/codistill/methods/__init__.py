@@ -1,4 +1,4 @@
-"""What a method is: a server's :class:`Aggregator` makes a round's targets, a student's :class:`Objective` its loss.
+"""The two sides of a method: a server's :class:`Aggregator` makes a round's targets, a student's :class:`Objective` its loss.
 
 A method of your own needs nothing but this package on either side.
 """

@@ -1,4 +1,4 @@
-"""What ends a peer, or its wait."""
+"""The errors that end a peer, or its wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a peer does next about its session with the server, as a pure state machine: `(state, event, now) -> step`.
+"""A peer's session with the server, as a pure state machine: `(state, event, now) -> step`.
 
 There are no threads, clock, sockets or sleeps in here; time and jitter are arguments. A driver
 

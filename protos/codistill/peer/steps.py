@@ -1,4 +1,4 @@
-"""What a session asks of its driver, one step at a time, and how a call or a stream that it made may have failed."""
+"""The steps that a session asks of its driver, and how a call or a stream that it made may have failed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every process of codistill shares: exit codes, a watchdog, and the loading of code that an experiment names."""
+"""Shared by every process of codistill: exit codes, a watchdog, and the loading of code that an experiment names."""

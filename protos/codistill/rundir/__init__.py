@@ -1,1 +1,1 @@
-"""What a run leaves on disk: every path, lock and file format, once."""
+"""A run on disk: every path, lock and file format, once."""

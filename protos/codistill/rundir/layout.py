@@ -36,7 +36,7 @@ class ParticipantLayout:
 
     @property
     def log(self) -> Path:
-        """What its worker printed."""
+        """The log of its worker."""
         return self.path / "log.txt"
 
     @property
@@ -100,17 +100,17 @@ class RunLayout:
 
     @property
     def metrics_file(self) -> Path:
-        """What was measured; there once the run has begun."""
+        """The measurements; there once the run has begun."""
         return self.path / "metrics.jsonl"
 
     @property
     def events_file(self) -> Path:
-        """What happened, as the server saw it."""
+        """The events of the run, as the server saw them."""
         return self.path / "events.jsonl"
 
     @property
     def supervisor_file(self) -> Path:
-        """What happened to the processes, as seen by the command that started them."""
+        """The events of the processes, as the command that started them saw them."""
         return self.path / "supervisor.jsonl"
 
     @property
@@ -135,7 +135,7 @@ class RunLayout:
 
     @property
     def server_log(self) -> Path:
-        """What the server printed."""
+        """The log of the server."""
         return self.path / "server.log"
 
     @property

@@ -1,1 +1,1 @@
-"""What crosses the network: tensors, checksums, TLS and tokens."""
+"""The bytes on the network: tensors, checksums, TLS and tokens."""

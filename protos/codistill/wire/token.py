@@ -17,7 +17,7 @@ TOKEN_KEY = "authorization"  # noqa: S105 - a name, no secret
 """The metadata key that holds "Bearer TOKEN"."""
 
 TOKEN_HELP = f"give the server's own with {TOKEN_FILE} or {TOKEN_VARIABLE}"
-"""What to do about a call without the right token."""
+"""The advice for a call without the right token."""
 
 _SHORTEST_TOKEN = 16  # too long to guess
 _LONGEST_TOKEN = 1024  # fits into HTTP/2 headers, which gRPC limits to 8 KiB

@@ -20,7 +20,7 @@ from codistill import __version__
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.observability.state import RunState
 
-__all__ = ["registry"]
+__all__ = ["HISTOGRAMS", "METRICS", "RunMetric", "registry"]
 
 _BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 _SPLITS = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
@@ -36,7 +36,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _Scrape:
-    """What one scrape reads: the server's own counts and a snapshot of the run."""
+    """The input of one scrape: the server's own counts and a snapshot of the run."""
 
     counts: RunState
     run: pb.Run
@@ -51,7 +51,7 @@ _Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
 
 
 @dataclass(frozen=True)
-class _Metric:
+class RunMetric:
     """A row of the table.
 
     Attributes:
@@ -135,105 +135,105 @@ def _rejected(scrape: _Scrape) -> _Samples:
 
 _STUDENT = ("student", "model")
 _SPLIT = (*_STUDENT, "split")
-_TABLE = (
-    _Metric(
+METRICS = (
+    RunMetric(
         "run_info",
         "What runs; always 1.",
         lambda scrape: [((scrape.counts.method, __version__), 1)],
         ("method", "version"),
     ),
-    _Metric(
+    RunMetric(
         "student_accuracy_ratio",
         "Share of samples classified correctly.",
         _by_split(lambda measurement: measurement.accuracy),
         _SPLIT,
     ),
-    _Metric("student_loss", "Mean cross-entropy, in nats.", _by_split(lambda measurement: measurement.loss), _SPLIT),
-    _Metric(
+    RunMetric("student_loss", "Mean cross-entropy, in nats.", _by_split(lambda measurement: measurement.loss), _SPLIT),
+    RunMetric(
         "student_distillation_loss",
         "Mean of the method's term, weight included.",
         _by_split(_distillation_loss),
         _SPLIT,
     ),
-    _Metric("round", "Rounds that a student has trained.", _by_student(lambda _, student: student.round), _STUDENT),
-    _Metric(
+    RunMetric("round", "Rounds that a student has trained.", _by_student(lambda _, student: student.round), _STUDENT),
+    RunMetric(
         "student_behind_rounds",
         "Rounds that a student is behind the frontier.",
         _by_student(lambda run, student: max(0, run.frontier - student.round)),
         _STUDENT,
     ),
-    _Metric(
+    RunMetric(
         "student_parameters", "Trainable parameters.", _by_student(lambda _, student: student.parameters), _STUDENT
     ),
-    _Metric(
+    RunMetric(
         "student_step_seconds",
         "Median training step, waiting included.",
         _by_student(lambda _, student: student.step_seconds),
         _STUDENT,
     ),
-    _Metric(
+    RunMetric(
         "student_wait_seconds",
         "Median wait of a step for its targets.",
         _by_student(lambda _, student: student.wait_seconds),
         _STUDENT,
     ),
-    _Metric(
+    RunMetric(
         "ensemble_accuracy_ratio",
         "Share of the last epoch's training samples that the mean of the students' probabilities classifies correctly.",
         _ensemble_accuracy,
         ("split",),
     ),
-    _Metric(
+    RunMetric(
         "disagreement_ratio",
         "Share of the last epoch's training samples on which two students differ.",
         _disagreements,
         ("first", "second"),
     ),
-    _Metric("students_present", "Students whose session is open.", _count(pb.STUDENT_STATE_PRESENT)),
-    _Metric("students_expected", "Students of the experiment.", _one(lambda scrape: len(scrape.run.students))),
-    _Metric("students_finished", "Students that trained all rounds.", _count(pb.STUDENT_STATE_FINISHED)),
-    _Metric("frontier_round", "First round that is not closed.", _one(lambda scrape: scrape.run.frontier)),
-    _Metric("expected_rounds", "Rounds of the whole run.", _one(lambda scrape: scrape.run.total_rounds)),
-    _Metric(
+    RunMetric("students_present", "Students whose session is open.", _count(pb.STUDENT_STATE_PRESENT)),
+    RunMetric("students_expected", "Students of the experiment.", _one(lambda scrape: len(scrape.run.students))),
+    RunMetric("students_finished", "Students that trained all rounds.", _count(pb.STUDENT_STATE_FINISHED)),
+    RunMetric("frontier_round", "First round that is not closed.", _one(lambda scrape: scrape.run.frontier)),
+    RunMetric("expected_rounds", "Rounds of the whole run.", _one(lambda scrape: scrape.run.total_rounds)),
+    RunMetric(
         "open_round_wait_seconds",
         "How long the open round has waited.",
         _one(lambda scrape: scrape.run.waiting_seconds),
     ),
-    _Metric("waited_for", "1 for a student that the open round waits for, else 0.", _waited_for, ("student",)),
-    _Metric(
+    RunMetric("waited_for", "1 for a student that the open round waits for, else 0.", _waited_for, ("student",)),
+    RunMetric(
         "student_state",
         "1 for the state that a student is in, 0 for the others; failed is one that left with an error, as when it diverged.",
         _states,
         ("student", "state"),
     ),
-    _Metric(
+    RunMetric(
         "rounds",
         "Rounds closed by this server.",
         _one(lambda scrape: scrape.counts.closed_rounds),
         family=CounterMetricFamily,
     ),
-    _Metric(
+    RunMetric(
         "rounds_without_target",
         "Rounds trained on labels alone for want of a quorum.",
         _one(lambda scrape: scrape.counts.rounds_without_targets),
         family=CounterMetricFamily,
     ),
-    _Metric(
+    RunMetric(
         "student_missed_rounds",
         "Rounds closed without a student.",
         _of_every_student(lambda student: student.missed_rounds),
         _STUDENT,
         CounterMetricFamily,
     ),
-    _Metric(
+    RunMetric(
         "student_joins",
         "Sessions opened by a student's workers; every one after the first is a restart or a reconnection.",
         _of_every_student(lambda student: student.joins),
         _STUDENT,
         CounterMetricFamily,
     ),
-    _Metric("contributions_rejected", "Contributions turned away.", _rejected, ("reason",), CounterMetricFamily),
-    _Metric(
+    RunMetric("contributions_rejected", "Contributions turned away.", _rejected, ("reason",), CounterMetricFamily),
+    RunMetric(
         "bytes",
         "Bytes of contributions received and of replies sent.",
         lambda scrape: [(("received",), scrape.counts.bytes_in), (("sent",), scrape.counts.bytes_out)],
@@ -241,6 +241,11 @@ _TABLE = (
         CounterMetricFamily,
     ),
 )
+
+HISTOGRAMS = {
+    "round_wait_seconds": "Time from a round's first contribution to its last.",
+    "round_seconds": "Time from the closing of one round to the closing of the next.",
+}
 
 
 def registry(state: RunState, snapshot: Callable[[], pb.Run]) -> CollectorRegistry:
@@ -252,16 +257,14 @@ def registry(state: RunState, snapshot: Callable[[], pb.Run]) -> CollectorRegist
     """
     metrics = CollectorRegistry()
 
-    def histogram(name: str, text: str) -> Histogram:
-        family = Histogram(f"codistill_{name}", text, ["run"], buckets=_BUCKETS, registry=metrics)
-        return family.labels(state.name)
-
-    wait = histogram("round_wait_seconds", "Time from a round's first contribution to its last.")
-    seconds = histogram("round_seconds", "Time from the closing of one round to the closing of the next.")
+    histograms = {
+        name: Histogram(f"codistill_{name}", text, ["run"], buckets=_BUCKETS, registry=metrics).labels(state.name)
+        for name, text in HISTOGRAMS.items()
+    }
 
     def on_round(waited: float, took: float) -> None:
-        wait.observe(waited)
-        seconds.observe(took)
+        histograms["round_wait_seconds"].observe(waited)
+        histograms["round_seconds"].observe(took)
 
     state.on_round = on_round
     metrics.register(_RunCollector(state, snapshot))
@@ -277,7 +280,7 @@ class _RunCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         scrape = _Scrape(self._state, self._snapshot())
-        for metric in _TABLE:
+        for metric in METRICS:
             family = metric.family(f"codistill_{metric.name}", metric.text, labels=["run", *metric.labels])
             for labels, value in metric.samples(scrape):
                 family.add_metric([self._state.name, *labels], value)

@@ -1,4 +1,4 @@
-"""What the rounds of a run ask for: the actions that come out of :mod:`codistill_server.rounds.machine`."""
+"""The actions that the rounds of a run ask for: the output of :mod:`codistill_server.rounds.machine`."""
 
 from __future__ import annotations
 

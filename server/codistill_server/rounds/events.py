@@ -1,4 +1,4 @@
-"""What happens to the rounds of a run: the events that go into :mod:`codistill_server.rounds.machine`.
+"""The events of the rounds of a run: the input of :mod:`codistill_server.rounds.machine`.
 
 Events are plain values; what a contribution carries is opaque here.
 """
@@ -62,7 +62,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a student or a teacher publishes in a round; `payload` is opaque here."""
+    """The arrays that a student or a teacher publishes in a round; `payload` is opaque here."""
 
     round: int
     samples: Samples
@@ -91,7 +91,7 @@ class StudentRecord:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a journal holds of a run; a new machine starts from it.
+    """The content of a run's journal; a new machine starts from it.
 
     Attributes:
         oldest: the oldest closed round that is kept; equal to `frontier` where none is.

@@ -1,4 +1,4 @@
-"""What an error says where an extra was not installed."""
+"""The errors without an extra."""
 
 from __future__ import annotations
 

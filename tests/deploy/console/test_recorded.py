@@ -1,4 +1,4 @@
-"""What the records of a run say where no server does."""
+"""The status of a run without a server, from its records."""
 
 from __future__ import annotations
 

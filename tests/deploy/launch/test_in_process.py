@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from codistill.config.experiment import Experiment, parse
+from codistill.config.methods import KDCL_ENSEMBLES
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir import records
@@ -25,10 +26,7 @@ from codistill_worker.training.trainer import Trainer
 METHODS: dict[str, dict[str, Any]] = {
     "independent": {"method": "independent"},
     "dml": {"method": "dml", "temperature": 2},
-    "naive": {"method": "kdcl", "ensemble": "naive"},
-    "linear": {"method": "kdcl", "ensemble": "linear"},
-    "min_logit": {"method": "kdcl", "ensemble": "min_logit"},
-    "general": {"method": "kdcl", "ensemble": "general"},
+    **{ensemble: {"method": "kdcl", "ensemble": ensemble} for ensemble in KDCL_ENSEMBLES},
 }
 
 
@@ -144,7 +142,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_two_runs_give_the_same_bits(method: str, tmp_path: Path) -> None:
+def test_every_ensemble_runs_and_two_runs_give_the_same_bits(method: str, tmp_path: Path) -> None:
     view = RecordingView()
     assert train(experiment(method), tmp_path / "first", view) is ExitCode.OK
     assert train(experiment(method), tmp_path / "second") is ExitCode.OK
@@ -168,7 +166,7 @@ def test_every_method_runs_and_two_runs_give_the_same_bits(method: str, tmp_path
         assert any(value is not None and value > 1e-3 for value in distilled)
 
 
-def test_every_method_trains_differently(tmp_path: Path) -> None:
+def test_every_ensemble_trains_differently(tmp_path: Path) -> None:
     seen = []
     for method in METHODS:
         assert train(experiment(method, epochs=2), tmp_path / method) is ExitCode.OK

@@ -1,4 +1,4 @@
-"""What a container's healthcheck asks, and the command that asks it."""
+"""A container's healthcheck, and the command that makes it."""
 
 from __future__ import annotations
 

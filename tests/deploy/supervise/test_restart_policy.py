@@ -1,4 +1,4 @@
-"""What is restarted, after how long, how often, and why not."""
+"""Restarts: of which processes, after how long, how often, and why not."""
 
 from __future__ import annotations
 

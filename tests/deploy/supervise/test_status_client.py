@@ -1,4 +1,4 @@
-"""What `codistill status` and the live view ask of a server, protected or not."""
+"""The requests of `codistill status` and the live view to a server, protected or not."""
 
 from __future__ import annotations
 

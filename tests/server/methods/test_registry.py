@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from codistill.config.methods import Distillation, Dml, Independent, Kdcl, Method
+from codistill.config.methods import METHODS, Dml, Independent, Kdcl, Method
 from codistill.methods.aggregator import RoundInputs
 from codistill_server import methods
 from server.methods.support import STUDENTS, targets_of
 
-SETTINGS: list[type[Method]] = list(get_args(get_args(Distillation)[0]))
 EXCHANGING = [
     Dml(),
     Dml(temperature=3.0),
@@ -24,7 +25,7 @@ EXCHANGING = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.__name__)
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_every_method_of_the_settings_has_a_module_of_its_name(settings: type[Method]) -> None:
     name = settings.model_fields["method"].default
     path = Path(methods.__file__).parent / f"{name}.py"
@@ -38,6 +39,14 @@ def test_every_method_of_the_settings_has_a_module_of_its_name(settings: type[Me
         ("students", "Sequence[str]"),
         ("teachers", "Sequence[str]"),
     ]
+
+
+def test_every_module_with_an_aggregator_is_a_method() -> None:
+    """A file whose method was forgotten in the settings could never be chosen."""
+    names = [module.name for module in pkgutil.iter_modules(methods.__path__)]
+    modules = {name: importlib.import_module(f"codistill_server.methods.{name}") for name in names}
+    found = {name for name, module in modules.items() if inspect.isfunction(vars(module).get("aggregator"))}
+    assert found == METHODS.keys() - {"independent"}
 
 
 def test_independent_has_no_aggregator() -> None:

@@ -1,4 +1,4 @@
-"""What an experiment asks of a Ray cluster, and what the cluster lacks of it; pure, without Ray."""
+"""The resources that an experiment needs of a Ray cluster, and those that the cluster lacks; pure, without Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS = (_CPU, _GPU)
 
 @dataclass(frozen=True)
 class Bundle:
-    """What one actor needs on one node.
+    """The resources of one actor on one node.
 
     Attributes:
         title: the actor's name for people.

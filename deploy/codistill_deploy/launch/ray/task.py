@@ -1,4 +1,4 @@
-"""What the driver hands to an actor, and what the actor says of where it runs."""
+"""The task that the driver gives to an actor, and the actor's answer about where it runs."""
 
 from __future__ import annotations
 

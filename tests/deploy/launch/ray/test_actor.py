@@ -1,4 +1,4 @@
-"""What an actor does on its node, without Ray."""
+"""An actor on its node, without Ray."""
 
 from __future__ import annotations
 

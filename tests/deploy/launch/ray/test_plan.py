@@ -1,4 +1,4 @@
-"""What an experiment asks of a Ray cluster, and what the cluster lacks."""
+"""The resources that an experiment needs of a Ray cluster, and those that it lacks."""
 
 from __future__ import annotations
 
