@@ -1,13 +1,17 @@
 """Write a trained student for plain PyTorch, which loads it without this project.
 
 ``NAME.safetensors`` holds the weights under the model's own parameter names, for use with the model's code.
-``NAME.pt2`` is the whole network as an exported program, for use without it. ``NAME.json`` describes both.
+``NAME.pt2`` is the whole network as an exported program, for use without it. ``NAME.json`` describes both. The weights and
+their description are written first, as not every network can be traced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,10 +23,12 @@ from torch import nn
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.plans import StudentPlan
+from codistill.process.plugins import explain_error
 from codistill.rundir.files import write_atomically
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_worker import data, models
+from codistill_worker.errors import is_out_of_memory
 from codistill_worker.training import weights
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
 
@@ -65,7 +71,9 @@ class _FromPixels(nn.Module):
 
 
 def export(folder: RunFolder, student: str, target: Path, which: Literal["last", "best"]) -> Exported:
-    """Write one student's weights.
+    """Write one student's weights, then its program.
+
+    A program of an earlier export is removed first, so that none stays beside weights that it does not have.
 
     Args:
         folder: the run's folder.
@@ -74,7 +82,8 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         which: "last", the weights after the last round; or "best", those with the best test accuracy on the way.
 
     Raises:
-        CommandError: there is no such student, or it has no weights yet, or they cannot be written.
+        CommandError: there is no such student, or it has no weights yet, or they cannot be written. Or only the weights
+            and their description are written, as the program cannot be made.
         ConfigurationError: its checkpoint, model or data cannot be used.
     """
     experiment = folder.experiment()
@@ -101,15 +110,60 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
     exported = Exported(
         target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.round
     )
-    try:
-        program = _export_program(model, dataset)
+    with _writing(target):
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(exported.weights, save({name: value.clone() for name, value in model.state_dict().items()}))
-        write_atomically(exported.program, program)
+        exported.program.unlink(missing_ok=True)
         write_atomically(exported.about, json.dumps(about, indent=2) + "\n")
+    try:
+        with _quiet():
+            program = _export_program(model, dataset)
+    except (Exception, SystemExit) as error:  # a model's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise CommandError(
+            f"student {student!r}: {exported.weights} and {exported.about} are written, but {exported.program} is not: "
+            f"torch.export cannot trace model {plan.student.model!r}: {_shorten(explain_error(error))}; load the weights "
+            "with the model's code, or change that line so that torch.export can follow it, and export again"
+        ) from error
+    with _writing(target):
+        write_atomically(exported.program, program)
+    return exported
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Generator[None]:
+    """Explain what keeps a file from being written."""
+    try:
+        yield
     except OSError as error:
         raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error
-    return exported
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keep away what torch prints and logs of a network that it cannot trace; the error says it in one line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _shorten(text: str) -> str:
+    """Return an error of torch.export without its advice, which concerns torch's developers."""
+    for advice in (
+        " (unhinted: ",
+        " consider using ",
+        " Caused by: ",
+        " For more information",
+        " The following call",
+        " The error above",
+    ):
+        text = text.partition(advice)[0]
+    return text.strip()[:300].rstrip(".")
 
 
 def _load_checkpoint(

@@ -222,3 +222,52 @@ def test_a_target_that_cannot_be_written(folder: RunFolder, tmp_path: Path) -> N
     (tmp_path / "a-mlp.safetensors").mkdir()
     with pytest.raises(CommandError, match="cannot be written: Is a directory"):
         export(folder, "a-mlp", tmp_path, "last")
+
+
+class Untraceable(torch.nn.Module):
+    """A network that decides by a value, which torch.export cannot follow."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.load_state_dict(*args, **kwargs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images / 100 if images.abs().max() > 100 else images)
+
+
+class Raising(Untraceable):
+    """A network whose own code ends the process."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise SystemExit(f"no {list(images.shape)}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(Untraceable, "GuardOnDataDependentSymNode at .*test_export.py:[0-9]+: Could"), (Raising, "SystemExit at .*: no")],
+)
+def test_weights_of_a_network_that_cannot_be_traced(
+    kind: Any,
+    why: str,
+    folder: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a-mlp.pt2").write_text("of an earlier export")
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda name, **settings: kind(build(name, **settings)))
+    with pytest.raises(CommandError, match=f"student 'a-mlp': .* are written, but .* is not: .*{why}") as caught:
+        export(folder, "a-mlp", tmp_path, "last")
+    assert caught.value.code is ExitCode.CONFIGURATION
+    assert "\n" not in str(caught.value)
+    assert "export again" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-mlp.json", "a-mlp.safetensors"]
+    plain("mlp").load_state_dict(load_file(tmp_path / "a-mlp.safetensors"))
+    assert capfd.readouterr() == ("", ""), "what torch says to its developers"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +25,7 @@ from codistill_worker.training import weights
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
 
 WEIGHTS = nn.Linear(3, 2).state_dict()
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]}
 
 
 def save_run(folder: Path, *students: str) -> Path:
@@ -51,14 +57,110 @@ def test_plain_files(tmp_path: Path) -> None:
         assert same(dict(weights.read(tmp_path / name, "old")))
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net", "params", "a_key_of_ones_own"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod."]
+)
 def test_what_training_loops_put_around_weights_is_taken_off(key: str, prefix: str, tmp_path: Path) -> None:
     wrapped = {prefix + name: value for name, value in WEIGHTS.items()}
-    torch.save({"epoch": 3, key: wrapped, "optimizer": {"lr": 0.1}}, tmp_path / "nested.pth")
+    torch.save({"epoch": 3, key: wrapped, "optimizer": OPTIMIZER}, tmp_path / "nested.pth")
+    torch.save({"a": 1, "checkpoint": {"epoch": 3, key: {"net": wrapped}}}, tmp_path / "deep.pth")
     save_file(wrapped, tmp_path / "plain.safetensors")
-    for name in ("nested.pth", "plain.safetensors"):
+    for name in ("nested.pth", "deep.pth", "plain.safetensors"):
         assert same(dict(weights.read(tmp_path / name, "old")))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_what_an_averaged_model_counts_is_no_weight(prefix: str, tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2)).state_dict()
+    averaged.update({f"module.{name}": value for name, value in WEIGHTS.items()})
+    torch.save({"model": {prefix + name: value for name, value in averaged.items()}}, tmp_path / "averaged.pth")
+    assert same(dict(weights.read(tmp_path / "averaged.pth", "old")))
+
+
+def test_of_several_weights_the_trained_are_taken_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ema = {name: value + 1 for name, value in WEIGHTS.items()}
+    torch.save({"state_dict_ema": ema, "state_dict": WEIGHTS}, tmp_path / "both.pth")
+    assert same(dict(weights.read(tmp_path / "both.pth", "old")))
+    assert "those under 'state_dict' are taken; left out are those under state_dict_ema" in caplog.text
+    torch.save({"epoch": 3, "state_dict_ema": ema}, tmp_path / "ema.pth")
+    assert same(dict(weights.read(tmp_path / "ema.pth", "old")), 1)
+
+
+def under(prefix: str, plus: int = 0) -> dict[str, torch.Tensor]:
+    return {prefix + name: value + plus for name, value in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        under("model."),
+        under("net.model.backbone."),
+        under("model._orig_mod."),
+        {**under("model."), "criterion.weight": torch.ones(10)},
+        {**under("ema_model.module.", 1), **under("model."), "ema_model.n_averaged": torch.tensor(1)},
+    ],
+)
+def test_names_below_a_prefix_that_the_model_does_not_have(file: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({"state_dict": file, "pytorch-lightning_version": "2"}, tmp_path / "a.ckpt")
+    model = nn.Linear(3, 2)
+    weights.apply(weights.read(tmp_path / "a.ckpt", "old"), model, "a.ckpt", "mine:net", 2)
+    assert same(model.state_dict())
+
+
+class Wrapping(nn.Module):
+    """A model whose own part has the name that a wrapper gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.ModuleDict({"net": nn.Linear(3, 2)})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model."])
+def test_prefixes_that_the_model_has_stay(prefix: str, tmp_path: Path) -> None:
+    torch.save({f"{prefix}module.net.{name}": value for name, value in WEIGHTS.items()}, tmp_path / "a.pth")
+    model = Wrapping()
+    weights.apply(weights.read(tmp_path / "a.pth", "old"), model, "a.pth", "mine:net", 2)
+    assert same(model.module["net"].state_dict())
+
+
+def test_weights_below_several_prefixes_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"under several prefixes: student\., teacher\.; save those of the"):
+        weights.apply({**under("student."), **under("teacher.")}, nn.Linear(3, 2), "a.pt", "mine:net", 2)
+
+
+def test_other_names_are_shown_of_both_sides() -> None:
+    file = {f"layers.{index}.weight": torch.ones(1) for index in range(5)}
+    with pytest.raises(ConfigurationError) as caught:
+        weights.apply(file, nn.Linear(3, 2), "a.pt", "mine:net", 2)
+    assert (
+        "of the file's 5 names the model does not have 5 (layers.0.weight, layers.1.weight, layers.2.weight, …); of the "
+        "model's 2 names the file does not have 2 (weight, bias); give the model"
+    ) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.pth", "a teacher's $HOME.pth"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_line_that_keeps_the_weights_alone_does(name: str, legacy: bool, tmp_path: Path) -> None:
+    file = tmp_path / name
+    held = {
+        "model": under("module."),
+        "args": argparse.Namespace(lr=0.1),
+        "best": np.float64(0.5),
+        "optimizer": OPTIMIZER,
+    }
+    torch.save(held, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ConfigurationError) as caught:
+        weights.read(file, "old")
+    text = str(caught.value)
+    assert "objects besides tensors, which are never unpickled: argparse.Namespace" in text
+    assert legacy or "numpy" in text, "of an older format only the first object is known"
+    command = text.partition("a file that you trust: ")[2]
+    python = shlex.quote(sys.executable)
+    subprocess.run(command.replace("python", python, 1), shell=True, check=True)  # noqa: S602 - as a reader does
+    assert same(dict(weights.read(file.with_name(f"{file.stem}-weights.pth"), "old")))
 
 
 def test_names_that_a_wrapper_may_have_given_are_left_where_not_all_have_them(tmp_path: Path) -> None:
@@ -106,7 +208,16 @@ def _cut(path: Path) -> None:
             "cannot be read: it is damaged, or holds objects besides tensors, which are never unpickled; ",
         ),
         ("a.pt", _saved_with_code, "or holds objects besides tensors, which are never unpickled; allowed are a run's"),
-        ("a.pt", lambda path: torch.save(nn.Linear(3, 2), path), "or holds objects besides tensors"),
+        (
+            "a.pt",
+            lambda path: torch.save(nn.Linear(3, 2), path),
+            "it holds objects besides tensors, which are never unpickled: torch.nn.modules.linear.Linear",
+        ),
+        (
+            "a.pt",
+            lambda path: torch.save({"student": WEIGHTS, "teacher": WEIGHTS, "optimizer": OPTIMIZER}, path),
+            "holds weights under several keys: student, teacher; save those of the teacher alone",
+        ),
         ("a.pt", lambda path: torch.save({0: torch.ones(1)}, path), "0 is no name of a tensor; allowed are"),
         ("a.pt", lambda path: torch.save([1], path), "holds a list"),
         ("a.pt", lambda path: torch.save({"epoch": 3}, path), "'epoch' is a int, no tensor"),
@@ -125,7 +236,8 @@ def test_what_is_none_is_named(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ": ;" not in str(caught.value), "it says nothing"
-    assert "weights_only" not in str(caught.value), "that is how to have code run"
+    advice = str(caught.value).partition("use it only for a file that you trust")[0]
+    assert "weights_only" not in advice, "that is how to have code run"
     assert not Path("was-run").exists(), "code of the file was run"
 
 

@@ -15,16 +15,12 @@ from torch import nn
 
 from codistill.rundir.layout import RunLayout
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
-from codistill_worker.models.pretrained_keys import rename_keys
 from codistill_worker.training import checkpoints
+from codistill_worker.training.unsafe_files import OBJECTS, objects_in, way_out
+from codistill_worker.training.wrappers import COUNTER, difference, innermost, names_of_model, unwrapped
 
 __all__ = ["apply", "digest", "load", "read"]
 
-_NESTED = ("state_dict", "model", "model_state_dict")
-_WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that DataParallel and torch.compile put before the names of a model's weights."""
-
-_OBJECTS = "it is damaged, or holds objects besides tensors, which are never unpickled"
 _ALLOWED = (
     "allowed are a run's folder, a checkpoint of one, a file of plain weights (.safetensors), or a state dict that "
     "torch.save wrote"
@@ -47,7 +43,7 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return _unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
+                return unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says in one line what is wrong with a foreign file
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
@@ -56,11 +52,11 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
             raise
         known = isinstance(error, SafetensorError | OSError | RuntimeError)
         # torch's own text on objects in a file advises to unpickle them.
-        why = " ".join(str(error).split()) if known and "weights_only" not in str(error) else _OBJECTS
-        raise ConfigurationError(f"weights: {file} cannot be read: {why[:200]}; {_ALLOWED}") from error
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(inner := cast("dict[str, Any]", content).get(key), Mapping):
-            content = inner
+        why = " ".join(str(error).split())[:200] if known and "weights_only" not in str(error) else OBJECTS
+        if objects := objects_in(file, error):
+            raise ConfigurationError(f"weights: {file} cannot be read: {way_out(file, objects, _ALLOWED)}") from error
+        raise ConfigurationError(f"weights: {file} cannot be read: {why}; {_ALLOWED}") from error
+    content = innermost(content, file)
     if not isinstance(content, Mapping) or not content:
         raise ConfigurationError(f"weights: {file} holds a {type(content).__name__}; {_ALLOWED}")
     weights = cast("dict[Any, Any]", content)
@@ -69,7 +65,7 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
             raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
         if not isinstance(value, torch.Tensor):
             raise ConfigurationError(f"weights: {file}: {key!r} is a {type(value).__name__}, no tensor; {_ALLOWED}")
-    return _unwrapped(weights)
+    return unwrapped(weights)
 
 
 def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -83,7 +79,7 @@ def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         RuntimeError, ValueError: the weights are of another model.
     """
     own = model.state_dict()
-    state = OrderedDict((name, value) for name, value in own.items() if name.endswith("num_batches_tracked"))
+    state = OrderedDict((name, value) for name, value in own.items() if name.endswith(COUNTER))
     state.update(weights)
     versions = getattr(weights, "_metadata", None) or getattr(own, "_metadata")  # noqa: B009 - torch gives it no name
     setattr(state, "_metadata", versions)  # noqa: B010 - as above
@@ -93,11 +89,20 @@ def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, reference: str, classes: int) -> None:
     """Load a teacher's weights into a model, and freeze it.
 
+    Names need not be the model's own. Where those below one prefix are, for example ``net.``, they are taken.
+
     Raises:
         ConfigurationError: the weights are of another model, or of other classes.
     """
+    own = cast("dict[str, torch.Tensor]", model.state_dict())
+    fitted = names_of_model(own, weights, path, reference)
+    if differs := difference(own, fitted):
+        raise ConfigurationError(
+            f"weights: {path} does not fit model {reference!r} with {classes} classes: {differs}; give the model and "
+            "the model_args that it was trained with, or a file with the model's names"
+        )
     try:
-        load(model, rename_keys(weights, reference))
+        load(model, fitted)
     except (RuntimeError, ValueError) as error:
         lines = str(error).splitlines()
         why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
@@ -115,14 +120,6 @@ def digest(weights: Mapping[str, torch.Tensor]) -> str:
         sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         sha256.update(value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _unwrapped(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Return weights by their names in the model, without the prefix of a wrapper."""
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in weights):
-            return {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights
 
 
 def _file_at(path: Path, name: str) -> Path:
