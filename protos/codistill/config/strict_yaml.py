@@ -114,14 +114,16 @@ def dump_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._composed = 0
         self._extents: dict[int, tuple[int, int]] = {}  # of each node: its values, aliases followed, and its levels
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         mark = event.start_mark
         self._depth += 1
+        self._composed += 1
         _require_depth(self._depth, mark)
+        _require_values(self._composed, mark)  # at once: to read on takes seconds
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if id(node) not in self._extents:
@@ -130,11 +132,7 @@ class _Loader(yaml.SafeLoader):
             self._extents[id(node)] = self._measure(node)
         values, levels = self._extents[id(node)]
         _require_depth(levels, mark)
-        if values > _MOST_VALUES:
-            raise DocumentTooLargeError(
-                f"more than {_MOST_VALUES:,} values at {_place(mark)}, where each alias counts as what it names; "
-                f"allowed: {_MOST_VALUES:,}"
-            )
+        _require_values(values, mark)
         return node
 
     def _measure(self, node: Any) -> tuple[int, int]:
@@ -205,6 +203,14 @@ def _name(key: Any) -> str:
 def _require_depth(levels: int, mark: Any) -> None:
     if levels > _DEEPEST:
         raise DocumentTooLargeError(f"more than {_DEEPEST} levels at {_place(mark)}; allowed: {_DEEPEST}")
+
+
+def _require_values(values: int, mark: Any) -> None:
+    if values > _MOST_VALUES:
+        raise DocumentTooLargeError(
+            f"more than {_MOST_VALUES:,} values at {_place(mark)}, where each alias counts as what it names; "
+            f"allowed: {_MOST_VALUES:,}"
+        )
 
 
 def _place(mark: Any) -> str:

@@ -72,10 +72,11 @@ def test_anchors_and_merges() -> None:
             + "".join(f"b{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 40)),
             "more than 100,000 values at line 6, column ",
         ),
+        ("a:\n" + "- x\n" * 200_000, "more than 100,000 values at line 99999, column 3, where"),
         ("a: 1\n" + "b" * 1_000_000, "it goes on at line 2 after 1,000,000 characters; allowed: 1,000,000"),
         ("a: 0x" + "1" * 5000, "a number of 5,002 characters at line 1, column 4; allowed: 1,000"),
     ],
-    ids=["lists", "maps", "block", "aliases in aliases", "bomb", "merge bomb", "long", "number"],
+    ids=["lists", "maps", "block", "aliases in aliases", "bomb", "merge bomb", "items", "long", "number"],
 )
 def test_what_no_experiment_needs_is_refused_with_its_place(text: str, problem: str) -> None:
     with pytest.raises(ExperimentError) as caught:
