@@ -18,13 +18,14 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.config.schedule import ExchangeSchedule
 from codistill.methods.aggregator import NOTHING, RoundInputs, Targets
+from codistill.process.printable import printable
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill_server import methods
 from codistill_server.admission.contributions import Contributions
 from codistill_server.admission.joins import JoinAdmission
 from codistill_server.admission.progress import check_rounds, check_values
-from codistill_server.errors import RequestRejected, printable
+from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import (
     Absent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from codistill.process.exit_codes import ExitCode
 from codistill_server.rounds.actions import Status
 
-__all__ = ["RequestRejected", "ServerError", "printable"]
+__all__ = ["RequestRejected", "ServerError"]
 
 _LONGEST = 500  # a status travels percent-encoded in HTTP/2 headers, which gRPC limits to 8 KiB
 
@@ -24,10 +24,3 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, code: ExitCode = ExitCode.CONFIGURATION) -> None:
         self.code = code
         super().__init__(message)
-
-
-def printable(text: str) -> str:
-    """Return a peer's text as one line that does nothing to a terminal."""
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

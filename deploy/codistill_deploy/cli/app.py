@@ -13,6 +13,7 @@ import typer
 from codistill import __version__
 from codistill.config.experiment import ExperimentError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.printable import printable
 from codistill.process.watchdog import Watchdog
 from codistill_deploy.cli.compare import compare
 from codistill_deploy.cli.export import export
@@ -84,13 +85,21 @@ def main() -> None:
     sys.exit(code)
 
 
+class _LiteralFormatter(logging.Formatter):
+    """Show what acts on a terminal as escapes; a traceback, and messages of others, keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line of a record."""
+        line = super().formatMessage(record)
+        if record.name.partition(".")[0].startswith("codistill"):
+            return printable(line)
+        return "\n".join(map(printable, line.split("\n")))
+
+
 def _set_up_logging(debug: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LiteralFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
     if not debug:
         # gRPC writes a line for every handshake that fails, so that any caller could fill a server's disk. What matters
         # of it is in the client's error. gRPC reads the variable when it is imported.
@@ -127,5 +136,5 @@ def _print_error(error: Exception) -> ExitCode:
         code = ExitCode.ERROR
         lines = [f"{type(error).__name__}: {lines[0]} (--debug shows where)"]
     for line in lines:
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {printable(line)}\n")
     return code

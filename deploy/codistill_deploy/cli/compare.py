@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -62,7 +63,8 @@ def compare(
     each_seed = range(loaded.seed, loaded.seed + seeds)
     code = run_comparison(loaded, chosen, each_seed, folder, run_variant, stop, check=check_variant, resume=resume)
     if code is ExitCode.INTERRUPTED:
-        console.print("stopped; continue with the same command and", f"--run-dir {folder} --resume", soft_wrap=True)
+        options = f"--run-dir {shlex.quote(str(folder))} --resume"
+        console.print(f"stopped; continue with the same command and {options}", soft_wrap=True)
         raise typer.Exit(code)
     from codistill_deploy.console.tables import comparison_table
 

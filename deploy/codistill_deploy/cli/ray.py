@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,5 +102,6 @@ def ray(
 
     code = run_in_folder(loaded, folder, loaded.name, run, mode="grpc", resume=resume, report=True)
     if code is ExitCode.INTERRUPTED:
-        console.print(f"stopped; continue with: codistill ray {experiment} --run-dir {folder.path}", soft_wrap=True)
+        command = shlex.join(["codistill", "ray", str(experiment), "--run-dir", str(folder.path)])
+        console.print(f"stopped; continue with: {command}", soft_wrap=True)
     raise typer.Exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -68,7 +69,7 @@ def run(
         if code is not ExitCode.OK:
             break
     if code is ExitCode.INTERRUPTED:
-        command = f"codistill run {experiment} --run-dir {folder.path} --resume"
+        command = shlex.join(["codistill", "run", str(experiment), "--run-dir", str(folder.path), "--resume"])
         command += " --in-process" if in_process else ""
         console.print(f"stopped; continue with: {command}", soft_wrap=True)
     raise typer.Exit(code)

@@ -8,11 +8,11 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+from codistill_deploy.console.literal import make_console
 
 __all__ = ["LossyStream", "console", "flush_or_drop", "tolerate_lost_stderr", "tolerate_lost_stdout"]
 
-console = Console(highlight=False)
+console = make_console()
 _log = logging.getLogger("codistill")
 
 

@@ -12,9 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.console.literal import literal
 from codistill_deploy.console.status import format_accuracy, status_table, waiting_line
 
 __all__ = ["LiveProgress", "PlainProgress", "ProgressView", "make_view"]
@@ -67,7 +67,7 @@ class LiveProgress:
         self._title = title
         errors = sys.stderr
         self._live = Live(
-            Text(f"{title}: starting …"),
+            literal(f"{title}: starting …"),
             console=self._console,
             refresh_per_second=4,
             transient=False,
@@ -95,7 +95,7 @@ class LiveProgress:
 
     def note(self, line: str) -> None:
         """See :class:`ProgressView`."""
-        self._console.print(Text(line))
+        self._console.print(literal(line))
 
     def finish(self) -> None:
         """See :class:`ProgressView`."""
@@ -141,7 +141,7 @@ class PlainProgress:
 
     def note(self, line: str) -> None:
         """See :class:`ProgressView`."""
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(literal(line), soft_wrap=True)
 
     def finish(self) -> None:
         """See :class:`ProgressView`."""
@@ -151,16 +151,16 @@ def _panel(title: str, run: pb.Run) -> RenderableType:
     rounds_done = _rounds_done(run)
     header = Table.grid(padding=(0, 2))
     header.add_row(
-        Text(title, style="bold"),
+        literal(title, style="bold"),
         ProgressBar(total=max(run.total_rounds, 1), completed=rounds_done, width=30),
-        Text(f"{rounds_done}/{run.total_rounds or '?'} rounds"),
-        Text(f"{run.rounds_per_second:.0f}/s" if run.rounds_per_second >= 1 else ""),
-        Text(f"ensemble {100 * run.ensemble_accuracy:.1f} % (train)" if run.HasField("ensemble_accuracy") else ""),
+        literal(f"{rounds_done}/{run.total_rounds or '?'} rounds"),
+        literal(f"{run.rounds_per_second:.0f}/s" if run.rounds_per_second >= 1 else ""),
+        literal(f"ensemble {100 * run.ensemble_accuracy:.1f} % (train)" if run.HasField("ensemble_accuracy") else ""),
     )
     lines: list[RenderableType] = [header, status_table(run)]
     waiting = waiting_line(run)
     if waiting:
-        lines.append(Text(waiting, style="yellow"))
+        lines.append(literal(waiting, style="yellow"))
     return Group(*lines)
 
 

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.console.literal import literal, make_console
 
 __all__ = ["format_accuracy", "print_status", "status_table", "waiting_line"]
 
@@ -29,18 +29,18 @@ _UNBOUNDED = 10_000
 def print_status(run: pb.Run, console: Console) -> None:
     """Print where a run stands, whom it waits for, and what happened last."""
     if not console.is_terminal:  # a file or a pipe has no width to wrap for
-        console = Console(file=console.file, width=_UNBOUNDED, highlight=False)
+        console = make_console(file=console.file, width=_UNBOUNDED)
     stage = "complete" if run.complete else f"round {run.frontier} of {run.total_rounds or '?'}"
     rate = f", {run.rounds_per_second:.1f} rounds/s" if run.rounds_per_second else ""
-    console.print(Text(f"{run.name} ({run.method}): {stage}{rate}", style="bold"))
+    console.print(literal(f"{run.name} ({run.method}): {stage}{rate}", style="bold"))
     console.print(status_table(run))
     if run.waiting_for and run.waiting_seconds > 0:
         console.print(
-            f"round {run.frontier} has waited {run.waiting_seconds:.1f} s for {', '.join(run.waiting_for)}",
+            literal(f"round {run.frontier} has waited {run.waiting_seconds:.1f} s for {', '.join(run.waiting_for)}"),
             soft_wrap=True,
         )
     for event in run.events[-_EVENTS:]:
-        console.print(Text(_event_line(event), style="dim"), soft_wrap=True)
+        console.print(literal(_event_line(event), style="dim"), soft_wrap=True)
 
 
 def _event_line(event: pb.Event) -> str:
@@ -69,9 +69,9 @@ def status_table(run: pb.Run) -> Table:
         if student.name in run.waiting_for and run.waiting_seconds > _WAIT_SECONDS:
             state, style = f"{state}, waited for", "yellow"
         table.add_row(
-            Text(f"{student.name} (teacher)" if student.teacher else student.name, style="bold"),
-            student.model,
-            Text(state, style=style),
+            literal(f"{student.name} (teacher)" if student.teacher else student.name, style="bold"),
+            literal(student.model),
+            literal(state, style=style),
             f"{student.round}",
             f"{student.epoch:.1f}",
             format_accuracy(student, pb.SPLIT_TRAIN),

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.compare.statistics import Comparison, Result, Spread, read_runs, summarise
+from codistill_deploy.console.literal import literal
 
 __all__ = ["comparison_table"]
 
@@ -42,10 +43,10 @@ def comparison_table(folder: Path, console: Console) -> RenderableType:
             caption += f" of {comparison.baseline}, of the others the gain in percentage points"
     return Group(
         table,
-        Text(caption, style="dim"),
-        *(Text(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
+        literal(caption, style="dim"),
+        *(literal(f"not compared: {method}: {reason}", style="dim") for method, reason in comparison.left_out.items()),
         *(
-            Text(f"not complete: {run.method}, seed {run.seed}: {run.reason}", style="yellow")
+            literal(f"not complete: {run.method}, seed {run.seed}: {run.reason}", style="yellow")
             for run in comparison.incomplete
         ),
     )
@@ -58,14 +59,14 @@ def _by_student(comparison: Comparison) -> Table:
     if comparison.baseline is not None:
         table.add_column("alone", justify="right")
     for method in comparison.others:
-        table.add_column(method, justify="right")
+        table.add_column(literal(method), justify="right")
         if comparison.baseline is not None:
             table.add_column("gain", justify="right")
     for student in comparison.students:
         parameters = f"{student.parameters:,}" if student.parameters else "–"
-        table.add_row(Text(student.name, style="bold"), parameters, *_cells(comparison, student.results))
+        table.add_row(literal(student.name, style="bold"), parameters, *_cells(comparison, student.results))
     if len(comparison.students) > 1:
-        table.add_row(Text("mean", style="italic"), "", *_cells(comparison, comparison.means))
+        table.add_row(literal("mean", style="italic"), "", *_cells(comparison, comparison.means))
     return table
 
 
@@ -77,7 +78,7 @@ def _by_method(comparison: Comparison) -> Table:
     table = _empty_table(padding=2)
     table.add_column("method", no_wrap=True)
     for name, _ in columns:
-        table.add_column(Text(name), justify="right")
+        table.add_column(literal(name), justify="right")
     for method in comparison.methods:
         cells = [
             _percent(results[method].accuracy, unit="")
@@ -85,7 +86,7 @@ def _by_method(comparison: Comparison) -> Table:
             else _points(results[method].gain)
             for _, results in columns
         ]
-        table.add_row(Text(method, style="bold"), *cells)
+        table.add_row(literal(method, style="bold"), *cells)
     return table
 
 
@@ -106,13 +107,13 @@ def _cells(comparison: Comparison, results: Mapping[str, Result]) -> list[Text]:
 
 def _percent(spread: Spread, unit: str = " %") -> Text:
     if spread.mean is None:
-        return Text("–")
+        return literal("–")
     deviation = f" ± {100 * spread.deviation:.2f}" if spread.deviation is not None else ""
-    return Text(f"{100 * spread.mean:.2f}{unit}{deviation}")
+    return literal(f"{100 * spread.mean:.2f}{unit}{deviation}")
 
 
 def _points(spread: Spread | None) -> Text:
     if spread is None or spread.mean is None:
-        return Text("–")
+        return literal("–")
     deviation = f" ± {100 * spread.deviation:.2f}" if spread.deviation is not None else ""
-    return Text(f"{100 * spread.mean:+.2f}{deviation}", style="green" if spread.mean > 0 else "red")
+    return literal(f"{100 * spread.mean:+.2f}{deviation}", style="green" if spread.mean > 0 else "red")

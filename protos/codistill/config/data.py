@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from codistill.config.base import OPERATIONAL, REFERENCE, Section
+from codistill.config.base import OPERATIONAL, REFERENCE, Section, require_whole_path
 from codistill.config.datasets import DATASETS, DatasetInfo
 
 __all__ = ["Augment", "Data", "Normalize"]
@@ -109,6 +109,8 @@ class Data(Section):
         description="Threads that decode images if the set streams from disk.",
         json_schema_extra=OPERATIONAL,
     )
+
+    _whole = field_validator("root")(require_whole_path)
 
     @field_validator("dataset")
     @classmethod

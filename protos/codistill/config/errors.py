@@ -5,13 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["DEVICE_PATTERN", "NAME_PATTERN", "SectionError", "format_value", "problem_lines", "shorten"]
+from codistill.config.strict_yaml import Document, Word
+
+__all__ = [
+    "DEVICE_PATTERN",
+    "NAME_PATTERN",
+    "SectionError",
+    "ambiguous_lines",
+    "format_value",
+    "problem_lines",
+    "shorten",
+]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 DEVICE_PATTERN = r"^(auto|cpu|cuda|cuda:\d+)$"
@@ -29,6 +39,7 @@ _TYPE_NAMES: Mapping[str, str] = {
     "dict_type": "a section of keys and values",
     "model_type": "a section of keys and values",
 }
+_WORDS = ("no", "on", "off", "yes", "null", "~", "0x1F", "1_000", "12:30", "1e3")
 _UNION_MEMBER = re.compile(r"literal\[.*\]|constrained-\w+")
 
 
@@ -44,13 +55,15 @@ class SectionError(ValueError):
         super().__init__("; ".join(problems))
 
 
-def problem_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
+def problem_lines(error: ValidationError, root: type[BaseModel], read: Document | None = None) -> list[str]:
     """Return a line for each problem: its path in the file, the value, and what is allowed.
 
     Args:
         error: pydantic's error.
         root: the model that the paths begin at.
+        read: the document, if a file was read.
     """
+    read = read or Document(None)
     errors = cast("list[dict[str, Any]]", error.errors())
     lines: list[str] = []
     fields: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -64,7 +77,7 @@ def problem_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
             problem = fields.setdefault(path, {**problem, "loc": path, "alternatives": []})
             problem["alternatives"].append(found)
             if len(problem["alternatives"]) > 1:
-                lines[-1] = _problem_line(problem, root)
+                lines[-1] = _problem_line(problem, root, read)
                 continue
         if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in errors):
             continue  # the list is too short only because pydantic dropped the items that are wrong
@@ -73,7 +86,7 @@ def problem_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
             prefix = "".join(f"{part}." for part in _path_in_file(problem["loc"]))
             lines += [f"{prefix}{line}" for line in cause.problems]
         else:
-            lines.append(_problem_line(problem, root))
+            lines.append(_problem_line(problem, root, read))
     return lines
 
 
@@ -89,7 +102,7 @@ def _path_in_file(location: tuple[Any, ...]) -> list[Any]:
     return path
 
 
-def _problem_line(error: dict[str, Any], root: type[BaseModel]) -> str:
+def _problem_line(error: dict[str, Any], root: type[BaseModel], read: Document) -> str:
     location = _path_in_file(error["loc"])
     path = ".".join(str(part) for part in location)
     value = error.get("input")
@@ -113,7 +126,57 @@ def _problem_line(error: dict[str, Any], root: type[BaseModel]) -> str:
             if path and not isinstance(value, dict | BaseModel)
             else f"{path}: {message}".removeprefix(": ")
         )
-    return f"{path}: {format_value(value)} is not allowed: {_reason(error)}"
+    word_line = _word_line(location, kind, read)
+    if word_line is not None:
+        return word_line
+    return f"{path}: {_format_in_file(location, value, read)} is not allowed: {_reason(error)}"
+
+
+def _word_line(location: list[Any], kind: str, read: Document) -> str | None:
+    """Return the line for a word that YAML does not read as text where text is needed; None for all else."""
+    *parents, last = map(str, location or [""])
+    if kind == "invalid_key" or last == "[key]":
+        found = tuple(parents) if last == "[key]" else (*parents, last)
+        word = read.keys.get(found)
+        what, path = "the key ", ".".join([*found[:-1], shorten(word.text)]) if word else ""
+    else:
+        word = read.words.get((*parents, last)) if kind == "string_type" else None
+        what, path = "", ".".join([*parents, last])
+    if word is None or not word.text:
+        return None
+    text = shorten(word.text)
+    others = ", ".join(other for other in _WORDS if other != text)
+    return f'{path}: YAML reads {what}`{text}` as {word.meaning}; write "{text}" in quotes (as well: {others})'
+
+
+def _format_in_file(location: list[Any], value: Any, read: Document) -> str:
+    """Return a value's short form, and what stands in the file where YAML made another thing of it."""
+    word = read.words.get(tuple(map(str, location)))
+    if word is None or word.text.lower() == word.meaning or (isinstance(value, int | float) and _is_plain(word)):
+        return format_value(value)
+    return f"`{shorten(word.text)}`, which YAML reads as {word.meaning}," if word.text else "no value"
+
+
+def _is_plain(word: Word) -> bool:
+    return not isinstance(word.value, bool) and word.advice is None
+
+
+def ambiguous_lines(read: Document, lines: Sequence[str]) -> list[str]:
+    """Return a line for each number that means another than it seems to, as 031 is 25 and 12:30 is 750.
+
+    Args:
+        read: the document.
+        lines: what else is wrong; a field that is named there gets no second line.
+    """
+    found: list[str] = []
+    for parts, word in read.words.items():
+        path = ".".join(parts)
+        if word.advice is not None and not any(line.startswith(f"{path}: ") for line in lines):
+            text = shorten(word.text)
+            found.append(
+                f'{path}: YAML reads `{text}` as {word.meaning}; write {word.advice}, or "{text}" in quotes if it is text'
+            )
+    return found
 
 
 def _method_names(root: type[BaseModel]) -> str:

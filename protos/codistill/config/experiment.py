@@ -12,17 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from codistill.config.base import Section
 from codistill.config.data import Data
-from codistill.config.errors import NAME_PATTERN, SectionError, problem_lines
+from codistill.config.errors import NAME_PATTERN, SectionError, ambiguous_lines, problem_lines
 from codistill.config.exchange import Exchange
 from codistill.config.methods import Distillation, Kdcl
 from codistill.config.participants import Student, Teacher
 from codistill.config.plans import StudentPlan, TeacherPlan
-from codistill.config.strict_yaml import parse_yaml
+from codistill.config.strict_yaml import LONGEST, Document, DocumentTooLargeError, dump_yaml, parse_yaml
 from codistill.config.training import Training
 
 __all__ = ["Experiment", "ExperimentError", "load", "parse"]
@@ -196,18 +195,24 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved experiment as a file that reads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load(path: str | Path) -> Experiment:
     """Read an experiment file.
 
     Raises:
-        ExperimentError: the file cannot be read, is not YAML, or does not fit the schema.
+        ExperimentError: the file cannot be read, is too large, is not YAML, or does not fit the schema.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            read = file.read(4 * LONGEST + 1)  # a character has up to four bytes
+        if len(read) > 4 * LONGEST:
+            raise ExperimentError(
+                str(path), [f"is too large: over {4 * LONGEST:,} bytes; is it the experiment's file?"]
+            )
+        text = read.decode("utf-8")
     except OSError as error:
         raise ExperimentError(str(path), [f"cannot be read: {error.strerror or error}"]) from error
     except UnicodeDecodeError as error:
@@ -219,16 +224,23 @@ def parse(text: str, source: str = "experiment") -> Experiment:
     """Read an experiment from YAML text; `source` names it in errors.
 
     Raises:
-        ExperimentError: the text is not YAML or does not fit the schema.
+        ExperimentError: the text is too large, is not YAML, or does not fit the schema.
     """
     try:
-        document = parse_yaml(text)
+        read = parse_yaml(text)
+    except DocumentTooLargeError as error:
+        raise ExperimentError(source, [f"is too large: {error}"]) from error
     except ValueError as error:
         raise ExperimentError(source, [f"is not YAML: {error}"]) from error
+    document = read.value
     if not isinstance(document, dict):
         kind = "empty" if document is None else f"a {type(document).__name__}"
         raise ExperimentError(source, [f"is {kind}; expected the keys {', '.join(Experiment.model_fields)}"])
-    return _validated(cast("dict[Any, Any]", document), source)
+    experiment = _validated(cast("dict[Any, Any]", document), source, read)
+    problems = ambiguous_lines(read, ())
+    if problems:
+        raise ExperimentError(source, problems)
+    return experiment
 
 
 def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,8 +256,9 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validated(document: dict[Any, Any], source: str) -> Experiment:
+def _validated(document: dict[Any, Any], source: str, read: Document | None = None) -> Experiment:
     try:
         return Experiment.model_validate(document)
     except ValidationError as error:
-        raise ExperimentError(source, problem_lines(error, Experiment)) from error
+        lines = problem_lines(error, Experiment, read)
+        raise ExperimentError(source, [*lines, *(ambiguous_lines(read, lines) if read else [])]) from error

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from codistill.config.base import OPERATIONAL, Section, require_json_values
+from codistill.config.base import OPERATIONAL, Section, require_json_values, require_whole_path
 from codistill.config.errors import DEVICE_PATTERN, NAME_PATTERN
 
 __all__ = ["DistillationOverrides", "Student", "Teacher"]
@@ -103,6 +103,8 @@ class Teacher(Section):
         json_schema_extra=OPERATIONAL,
     )
     training: TeacherTraining = Field(default_factory=TeacherTraining, description="How it is run.")
+
+    _whole = field_validator("weights")(require_whole_path)
 
     @field_validator("model_args")
     @classmethod

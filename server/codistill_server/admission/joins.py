@@ -9,8 +9,9 @@ from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import difference, identity
 from codistill.methods.aggregator import Aggregator, Output
+from codistill.process.printable import printable
 from codistill.v1 import distillation_pb2 as pb
-from codistill_server.errors import RequestRejected, printable
+from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 

@@ -165,7 +165,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"seed": -1}, ["seed: -1 is not allowed: input should be greater than or equal to 0"]),
     ({"seed": 2**63}, [f"seed: {2**63} is not allowed: input should be less than {2**63}"]),
-    ({"name": 7}, ["name: 7 is not allowed: input should be text"]),
+    (
+        {"name": 7},
+        [
+            'name: YAML reads `7` as the number 7; write "7" in quotes (as well: no, on, off, yes, null, ~, 0x1F, 1_000, 12:30, 1e3)'
+        ],
+    ),
     (
         {"name": "a/b"},
         [f"name: 'a/b' is not allowed: {A_NAME}"],
@@ -320,7 +325,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"training.epochs": 0, "data.root": 5, "students.0.nam": "x"},
         [
-            "data.root: 5 is not allowed: input should be text",
+            'data.root: YAML reads `5` as the number 5; write "5" in quotes (as well: no, on, off, yes, null, ~, 0x1F, 1_000, 12:30, 1e3)',
             "training.epochs: 0 is not allowed: input should be greater than or equal to 1",
             (
                 "students.0.nam: unknown key; did you mean 'name'? Allowed: data, distillation, model, model_args, name, "
@@ -402,7 +407,9 @@ class TestBadInput:
         assert problems(text) == [problem]
 
     def test_keys_are_text(self) -> None:
-        assert problems(yaml.safe_dump({**document(), 5: 6})) == ["5: 5 is not allowed: keys should be text"]
+        assert problems(yaml.safe_dump({**document(), 5: 6})) == [
+            '5: YAML reads the key `5` as the number 5; write "5" in quotes (as well: no, on, off, yes, null, ~, 0x1F, 1_000, 12:30, 1e3)'
+        ]
 
     @given(st.text(max_size=40))
     def test_any_text_is_refused_with_its_source(self, text: str) -> None:
@@ -432,3 +439,94 @@ class TestBadInput:
         with pytest.raises(ExperimentError) as caught:
             load(path)
         assert str(caught.value) == f"{path}: seed: -1 is not allowed: input should be greater than or equal to 0"
+
+    @pytest.mark.parametrize("text", ["", "name: a\n", "\u20ac"])
+    def test_a_file_that_is_too_large(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "large.yaml"
+        path.write_text(text + "# " + "x" * 5_000_000, encoding="utf-8")
+        with pytest.raises(ExperimentError) as caught:
+            load(path)
+        assert str(caught.value) == f"{path}: is too large: over 4,000,000 bytes; is it the experiment's file?"
+
+
+WAY_OUT = ("no", "on", "off", "yes", "null", "~", "0x1F", "1_000", "12:30", "1e3")
+
+
+class TestWordsThatYamlReadsOtherwise:
+    @pytest.mark.parametrize(
+        ("word", "meaning"),
+        [
+            ("no", "false"),
+            ("on", "true"),
+            ("Off", "false"),
+            ("yes", "true"),
+            ("null", "null"),
+            ("~", "null"),
+            ("0x1F", "the number 31"),
+            ("1_000", "the number 1000"),
+            ("12:30", "the number 750"),
+            ("1e3", "the number 1000.0"),
+            ("031", "the number 25"),
+        ],
+    )
+    def test_as_a_name(self, word: str, meaning: str) -> None:
+        others = ", ".join(other for other in WAY_OUT if other != word)
+        line = f'YAML reads `{word}` as {meaning}; write "{word}" in quotes (as well: {others})'
+        text = yaml.safe_dump(document())
+        assert problems(text.replace("ant", word)) == [f"students.0.name: {line}"]
+        assert problems(text.replace("name: tiny", f"name: {word}")) == [f"name: {line}"]
+
+    def test_a_quoted_word_is_a_name_in_the_resolved_file_too(self) -> None:
+        for word in ("no", "031", "1e3", "1_000", "0x1F", "null"):
+            read = parse(yaml.safe_dump(document()).replace("ant", f'"{word}"'))
+            assert read.names[0] == word
+            assert parse(read.to_yaml()) == read
+
+    @pytest.mark.parametrize(
+        ("word", "advice"),
+        [
+            ("031", "the number 25; write 31 without the zero in front"),
+            ("-0_31", "the number -25; write -31 without the zero in front"),
+            ("12:30", "the number 750; write 750"),
+            ("1:30.5", "the number 90.5; write 90.5"),
+        ],
+    )
+    def test_as_a_number(self, word: str, advice: str) -> None:
+        text = yaml.safe_dump(changed({"students.0.model_args": {"hidden": [1, "HERE"]}})).replace("HERE", word)
+        line = f'students.0.model_args.hidden.1: YAML reads `{word}` as {advice}, or "{word}" in quotes if it is text'
+        assert problems(text) == [line]
+        assert problems(text.replace("tiny", "no"))[1:] == [line]
+        text = "base: &base {epochs: 2, batch_size: 031}\n" + yaml.safe_dump(document()).replace(
+            "training:\n  epochs: 2", "training: {<<: *base, epochs: 3}"
+        )
+        assert any(line.startswith("training.batch_size: YAML reads `031` as the number 25") for line in problems(text))
+
+    def test_a_word_that_a_merge_replaces_is_not_read(self) -> None:
+        text = yaml.safe_dump(document()).replace(
+            "training:\n  epochs: 2", "training: {<<: {epochs: 031, threads: 2}, epochs: 3}"
+        )
+        assert parse(text).training.epochs == 3
+
+    def test_as_a_key(self) -> None:
+        text = yaml.safe_dump(changed({"students.0.model_args": {"HERE": 1}}))
+        others = ", ".join(WAY_OUT[:1] + WAY_OUT[2:])
+        line = f'YAML reads the key `on` as true; write "on" in quotes (as well: {others})'
+        assert problems(text.replace("HERE", "on")) == [f"students.0.model_args.on: {line}"]
+        assert problems(yaml.safe_dump(document()) + "on: 1\n") == [f"on: {line}"]
+
+    def test_as_a_choice(self) -> None:
+        text = yaml.safe_dump(changed({"exchange": {"on_absence": "HERE"}}))
+        assert problems(text.replace("HERE", "off"))[0].startswith(
+            "exchange.on_absence: `off`, which YAML reads as false, is not allowed: input should be 'wait'"
+        )
+        assert problems(text.replace("HERE", ""))[0].startswith("exchange.on_absence: no value is not allowed")
+
+    @pytest.mark.parametrize("path", ["~/data", "~"])
+    def test_a_path_that_a_shell_would_expand(self, path: str) -> None:
+        home = str(Path.home()) + path[1:]
+        way = f"`~` is not expanded here; write the whole path, {home}, or ./{path} for a folder of that name"
+        assert problems(yaml.safe_dump(changed({"data.root": path}))) == [f"data.root: {path!r}: {way}"]
+        taught = changed(
+            {"distillation": {"method": "kd"}, "teachers": [{"name": "t", "model": "mlp", "weights": path}]}
+        )
+        assert problems(yaml.safe_dump(taught)) == [f"teachers.0.weights: {path!r}: {way}"]

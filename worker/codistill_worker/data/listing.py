@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from codistill.process.printable import printable
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["SUFFIXES", "LeftOut", "Listing"]
@@ -73,8 +74,8 @@ class LeftOut:
         """`2 hidden (cat/.DS_Store), 1 ending in .heic (cat/a.heic)`; empty if nothing is left out."""
         ordered = sorted(self._counts, key=lambda reason: (-self._counts[reason], reason))
         parts = [
-            f"{self._counts[reason]:,} {_printable(reason)} "
-            f"({_printable(os.path.relpath(self._examples[reason], self._folder))})"
+            f"{self._counts[reason]:,} {printable(reason)} "
+            f"({printable(os.path.relpath(self._examples[reason], self._folder))})"
             for reason in ordered[:_MOST_REASONS]
         ]
         if rest := sum(self._counts[reason] for reason in ordered[_MOST_REASONS:]):
@@ -224,7 +225,3 @@ def _in_two_classes(path: str, known: str, name: str) -> ConfigurationError:
         f"data.root: {path} of class {name} leads to {os.path.realpath(path)}, which class {known} holds; "
         "an image has one class: remove the link, or copy what it leads to"
     )
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
