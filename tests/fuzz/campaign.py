@@ -68,7 +68,7 @@ TOKEN = "0123456789abcdef" * 2
 
 @dataclass
 class Report:
-    """What a campaign did and saw."""
+    """The inputs of a campaign, and the answers to them."""
 
     seed: int
     inputs: Counter[str] = field(default_factory=Counter[str])

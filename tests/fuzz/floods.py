@@ -104,5 +104,5 @@ async def _first(ongoing: Any) -> Answer:
 
 
 def _or_later(code: Code, *words: str) -> ExpectedAnswer:
-    """What a call may get that can be one too many, of its kind or of the streams of a connection."""
+    """The answers allowed to a call that can be one too many, of its kind or of the streams of a connection."""
     return ExpectedAnswer(frozenset({code, *_LATER}), (*words, "try again in ", "RST_STREAM with error code 7"))

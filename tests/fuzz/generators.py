@@ -1,4 +1,4 @@
-"""What a fuzzer sends: values worth trying, random messages of any type, and real bytes spoilt."""
+"""The inputs of a fuzzer: values worth trying, random messages of any type, and real bytes spoilt."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LARGEST_ROUNDS = 2**53
 
 @dataclass(frozen=True)
 class ExpectedAnswer:
-    """What may be answered: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
+    """The allowed answers: one of `codes`; a refusal's text must hold one of `words`, where there are any."""
 
     codes: frozenset[grpc.StatusCode]
     words: tuple[str, ...] = ()

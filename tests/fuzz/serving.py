@@ -46,7 +46,7 @@ GENEROUS = Limits(joins=_BOUNDLESS, calls=_BOUNDLESS, call_bytes=_BOUNDLESS, wat
 
 @dataclass(frozen=True)
 class Usage:
-    """What the process holds; `sessions` and `outboxes` by run."""
+    """The resources that the process holds; `sessions` and `outboxes` by run."""
 
     rss: int
     fds: int

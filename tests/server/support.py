@@ -1,4 +1,4 @@
-"""What the tests of the server's plumbing share: an experiment, messages as workers send them, and a run in memory."""
+"""Shared by the tests of the server's plumbing: an experiment, messages as workers send them, and a run in memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Clock:
 
 
 class Inbox:
-    """What a session was sent."""
+    """The messages sent to a session."""
 
     def __init__(self) -> None:
         self.raw: list[bytes] = []

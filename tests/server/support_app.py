@@ -1,4 +1,4 @@
-"""What the tests of the server's process share: a server on a thread, and waiting for it."""
+"""Shared by the tests of the server's process: a server on a thread, and waiting for it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _CALM_SECONDS = 75.0
 
 @dataclass(frozen=True)
 class Plant:
-    """What the cluster is made of; a test replaces a part by one with a bug in it."""
+    """The parts of the cluster; a test replaces a part by one with a bug in it."""
 
     coordinator: Callable[..., Coordinator] = Coordinator
     session: Callable[[str, float, float, float], Session] = Session
@@ -50,7 +50,7 @@ class Plant:
 
 @dataclass
 class Outcome:
-    """What a seed came to."""
+    """The outcome of a seed."""
 
     seed: int
     faults: Counter[str] = field(default_factory=Counter[str])
@@ -213,7 +213,7 @@ class Cluster:
             self.kernel.after(self._until_restart(0.1), self.server.start)
 
     def _asked_to_join(self, student: str, *, late: bool) -> None:
-        """Whoever is there may be superseded now, whether or not the answer arrives."""
+        """The present student may be superseded now, whether or not the answer arrives."""
         alive = self._alive(student)
         if len(alive) > 1 or late:
             for worker in alive:

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["Arm", "Kernel", "Process", "sleep"]
 
 Arm = Callable[[Callable[[Any], None]], None]
-"""What a process yields: arranges that the callable it is given is called, once, with what the wait came to."""
+"""The wait that a process yields: it calls the callable that it is given once, with the outcome."""
 
 
 class Kernel:

@@ -139,7 +139,7 @@ def reply_to(replies: Mapping[str, bytes], student: str) -> bytes:
 
 @dataclass
 class Ledger:
-    """What must never be contradicted, over all restarts of everything.
+    """The facts that are never contradicted, over all restarts of everything.
 
     With `on_absence: wait` a round is closed with everybody, so its targets are those of the undisturbed run.
     """
@@ -211,7 +211,7 @@ class Ledger:
 
 @dataclass
 class GoingOn(Ledger):
-    """What must hold with `on_absence: proceed`: a round is a function of those it was closed with, whoever they were."""
+    """The rule of `on_absence: proceed`: a round is a function of the participants with which it was closed."""
 
     method_state: State = field(default_factory=dict)
 

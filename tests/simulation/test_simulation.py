@@ -104,7 +104,7 @@ class AnswersBeforeJournalling(DiskJournal):
 
 
 class LosesTheNewestRound(DiskJournal):
-    """What a machine's power cut does to a file that was never synced."""
+    """The effect of a machine's power cut on a file that was never synced."""
 
     def restore(self) -> Restored:
         database: sqlite3.Connection = self._database

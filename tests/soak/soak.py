@@ -113,7 +113,7 @@ class RunProcess:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the server's process takes at one time."""
+    """The resources of the server's process at one time."""
 
     pid: int
     at: float
@@ -124,7 +124,7 @@ class Usage:
 
 @dataclass
 class Tally:
-    """What one kind of fault came to."""
+    """The outcome of one kind of fault."""
 
     recoveries: list[float] = field(default_factory=list[float])
 

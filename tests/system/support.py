@@ -1,4 +1,4 @@
-"""What the system tests share: small experiments, the command as a process, and a look at what is left behind."""
+"""Shared by the system tests: small experiments, the command as a process, and a look at what a run leaves behind."""
 
 from __future__ import annotations
 

@@ -40,14 +40,14 @@ class Word:
 
     @property
     def meaning(self) -> str:
-        """What YAML reads, as a word of an error line."""
+        """The thing that YAML reads, as a word of an error line."""
         if self.value is None or isinstance(self.value, bool):
             return {None: "null", True: "true", False: "false"}[self.value]
         return f"the number {self.value}"
 
     @property
     def advice(self) -> str | None:
-        """What to write instead of a number that means another than it seems to; None for all other words."""
+        """The word to write for a number that means another than it seems to; None for all other words."""
         if isinstance(self.value, bool | None):
             return None
         if _OCTAL.fullmatch(self.text) and isinstance(self.value, int):
@@ -58,7 +58,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Document:
-    """What a document holds.
+    """The content of a document.
 
     Attributes:
         value: its plain values.

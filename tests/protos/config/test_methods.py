@@ -201,7 +201,7 @@ OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cross_architecture": (WEIGHT, WEIGHT),
     "custom": (NONE, NONE),
 }
-"""What the first and the second student may have of their own, by method."""
+"""The settings that the first and the second student may have of their own, by method."""
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""What the tests of transports share: its messages, rounds of all students, and waiting."""
+"""Shared by the tests of transports: its messages, rounds of all students, and waiting."""
 
 from __future__ import annotations
 

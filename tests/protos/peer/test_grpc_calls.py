@@ -1,4 +1,4 @@
-"""What the server's answers are decoded to, and how failures are read."""
+"""The decoding of the server's answers and failures."""
 
 from __future__ import annotations
 

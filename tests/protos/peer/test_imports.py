@@ -1,4 +1,4 @@
-"""What a training loop needs to take part: neither side of codistill, and nothing of vision."""
+"""The imports of a training loop that takes part: neither side of codistill, and nothing of vision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :class:`codistill.peer.base.Transport` promises, held against every transport there is.
+"""The promises of :class:`codistill.peer.base.Transport`, held against every transport there is.
 
 A new transport is one more function in `ENDPOINTS`; a test fails where one is missing.
 """

@@ -1,4 +1,4 @@
-"""What the tests of the wire's protection share."""
+"""Shared by the tests of the wire's protection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a look at a port tells; the servers that keep somebody out for real are in tests/protos/peer/test_grpc_security.py."""
+"""The diagnosis of a port; the servers that keep somebody out for real are in tests/protos/peer/test_grpc_security.py."""
 
 from __future__ import annotations
 

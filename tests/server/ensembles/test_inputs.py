@@ -1,4 +1,4 @@
-"""What every ensemble takes, the dtypes of what it returns, and what it refuses."""
+"""The inputs of every ensemble, the dtypes of its output, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the rounds' core share: samples and contributions, a join, and how long a machine runs."""
+"""Shared by the tests of the rounds' core: samples and contributions, a join, and how long a machine runs."""
 
 from __future__ import annotations
 

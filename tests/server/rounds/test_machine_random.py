@@ -91,7 +91,7 @@ class Worker:
 
 @dataclass
 class OpenRound:
-    """What the model knows of the frontier."""
+    """The model's knowledge of the frontier."""
 
     contributions: dict[str, Contribution] = field(default_factory=dict)
     waiters: dict[int, float] = field(default_factory=dict)
@@ -336,7 +336,7 @@ class RoundsMachine(RuleBasedStateMachine):
         self.inbox[session] = []
 
     def step(self, name: str) -> None:
-        """What a healthy worker does next."""
+        """The next thing that a healthy worker does."""
         worker = self.workers[name]
         if name not in self.live:
             if self.presence[name] is Presence.FINISHED:
@@ -378,7 +378,7 @@ class RoundsMachine(RuleBasedStateMachine):
         assert self.apply(Leave(session, LeaveReason.FINISHED)) == expected
 
     def progressed(self, name: str, session: int, durable: int, *, finished: bool) -> list[Action]:
-        """What must follow when a student's durable round is heard of."""
+        """The consequences of a student's durable round."""
         if durable <= self.durable(name) and not finished:
             return []
         record = StudentRecord(name, session, max(durable, self.durable(name)), finished)

@@ -1,4 +1,4 @@
-"""What the tests of the gRPC service share: a run behind a real port, and its students' sides of their sessions."""
+"""Shared by the tests of the gRPC service: a run behind a real port, and its students' sides of their sessions."""
 
 from __future__ import annotations
 

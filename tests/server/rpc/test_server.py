@@ -142,7 +142,7 @@ def _answers(address: str) -> bool:
 
 
 class TestToken:
-    """What is behind the token, and what is not."""
+    """The services behind the token, and those before it."""
 
     def test_health_is_open_and_nothing_else(self, tmp_path: Path, certificates: Certificates) -> None:
         security = certificates.of(None, None, TOKEN)

@@ -30,7 +30,7 @@ def labels_of(seed: int, rows: int = B) -> torch.Tensor:
 
 
 def peers(logits: torch.Tensor, student: int, temperature: float = 1.0) -> dict[str, torch.Tensor]:
-    """What the server sends a DML student, by the definition: float64, one student after the other."""
+    """The targets of a DML student, by the definition: float64, one student after the other."""
     others = [each.double().div(temperature).softmax(-1) for index, each in enumerate(logits) if index != student]
     mean = sum(others, torch.zeros_like(others[0])) / len(others)
     apart = sum((functional.kl_div(mean.log(), p, reduction="none").sum(-1) for p in others), torch.zeros(len(mean)))

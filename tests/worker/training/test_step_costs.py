@@ -1,4 +1,4 @@
-"""What a step of several students costs and touches: one forward pass each, and nobody else's weights.
+"""The costs of a step of several students: one forward pass each, and nobody else's weights.
 
 Both are mistakes of public implementations: 2·K² forward passes a step, and gradients that leak into another student.
 """

@@ -173,7 +173,7 @@ def _nothing(path: Path) -> None:
 
 
 class Code:
-    """What runs a command where it is unpickled."""
+    """An object that runs a command where it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
         return os.mkdir, ("was-run",)

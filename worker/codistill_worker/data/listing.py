@@ -58,7 +58,7 @@ _MOST_REASONS = 8
 
 
 class LeftOut:
-    """What of a split is not taken: counts by reason, each with an example."""
+    """The files of a split that are left out: counts by reason, each with an example."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""What the tests of the page share: run folders as a run leaves them, a reader of pages, and a browser."""
+"""Shared by the tests of the page: run folders as a run leaves them, a reader of pages, and a browser."""
 
 from __future__ import annotations
 
