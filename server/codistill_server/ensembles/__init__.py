@@ -9,39 +9,12 @@ Example:
 
 from __future__ import annotations
 
-from codistill_server.ensembles.dense import dense_probabilities, pooled_dense_probabilities
-from codistill_server.ensembles.kdcl import (
-    error_covariance,
-    general,
-    general_weights,
-    linear,
-    linear_weights,
-    min_logit,
-    naive,
-    weighted_sum,
-    weights_from_covariance,
-)
-from codistill_server.ensembles.peers import (
-    mean_logits,
-    mean_probabilities,
-    peer_probabilities,
-    pooled_probabilities,
-)
+from codistill_server.ensembles import dense, kdcl, peers
+from codistill_server.ensembles.dense import *  # noqa: F403 - a new ensemble is named in its family alone
+from codistill_server.ensembles.kdcl import *  # noqa: F403
+from codistill_server.ensembles.peers import *  # noqa: F403
 
-__all__ = [
-    "dense_probabilities",
-    "error_covariance",
-    "general",
-    "general_weights",
-    "linear",
-    "linear_weights",
-    "mean_logits",
-    "mean_probabilities",
-    "min_logit",
-    "naive",
-    "peer_probabilities",
-    "pooled_dense_probabilities",
-    "pooled_probabilities",
-    "weighted_sum",
-    "weights_from_covariance",
-]
+__all__: list[str] = []
+__all__ += dense.__all__
+__all__ += kdcl.__all__
+__all__ += peers.__all__

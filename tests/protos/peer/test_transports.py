@@ -292,7 +292,9 @@ def test_a_newer_peer_of_the_student_ends_the_older(endpoint: Endpoint, call: Ca
     assert "a newer worker of student 'cnn' has joined; this one must not go on" in str(ended)
     older.leave(pb.LEAVE_REASON_FAILED, str(ended))
     older.close()
-    assert [what for what, _ in endpoint.events()] == ["joined", "superseded", "joined"], "the newer goes on"
+    # A call of the older that arrives before it knows is refused, and recorded as such.
+    happened = [what for what, _ in endpoint.events() if what != "refused"]
+    assert happened == ["joined", "superseded", "joined"], "the newer goes on"
     newer.leave(pb.LEAVE_REASON_STOPPED, "")
 
 
