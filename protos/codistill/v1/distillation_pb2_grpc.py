@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class DistillationStub(object):
+class DistillationServiceStub(object):
     """An aggregation server answers these calls. One server serves one run.
     """
 
@@ -36,49 +36,49 @@ class DistillationStub(object):
             channel: A grpc.Channel.
         """
         self.Join = channel.unary_unary(
-                '/codistill.v1.Distillation/Join',
+                '/codistill.v1.DistillationService/Join',
                 request_serializer=codistill_dot_v1_dot_distillation__pb2.JoinRequest.SerializeToString,
                 response_deserializer=codistill_dot_v1_dot_distillation__pb2.JoinResponse.FromString,
                 _registered_method=True)
         self.Exchange = channel.stream_stream(
-                '/codistill.v1.Distillation/Exchange',
-                request_serializer=codistill_dot_v1_dot_distillation__pb2.Contribution.SerializeToString,
-                response_deserializer=codistill_dot_v1_dot_distillation__pb2.ExchangeReply.FromString,
+                '/codistill.v1.DistillationService/Exchange',
+                request_serializer=codistill_dot_v1_dot_distillation__pb2.ExchangeRequest.SerializeToString,
+                response_deserializer=codistill_dot_v1_dot_distillation__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
         self.Report = channel.unary_unary(
-                '/codistill.v1.Distillation/Report',
+                '/codistill.v1.DistillationService/Report',
                 request_serializer=codistill_dot_v1_dot_distillation__pb2.ReportRequest.SerializeToString,
                 response_deserializer=codistill_dot_v1_dot_distillation__pb2.ReportResponse.FromString,
                 _registered_method=True)
         self.Leave = channel.unary_unary(
-                '/codistill.v1.Distillation/Leave',
+                '/codistill.v1.DistillationService/Leave',
                 request_serializer=codistill_dot_v1_dot_distillation__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=codistill_dot_v1_dot_distillation__pb2.LeaveResponse.FromString,
                 _registered_method=True)
         self.GetRun = channel.unary_unary(
-                '/codistill.v1.Distillation/GetRun',
+                '/codistill.v1.DistillationService/GetRun',
                 request_serializer=codistill_dot_v1_dot_distillation__pb2.GetRunRequest.SerializeToString,
-                response_deserializer=codistill_dot_v1_dot_distillation__pb2.Run.FromString,
+                response_deserializer=codistill_dot_v1_dot_distillation__pb2.GetRunResponse.FromString,
                 _registered_method=True)
         self.WatchRun = channel.unary_stream(
-                '/codistill.v1.Distillation/WatchRun',
+                '/codistill.v1.DistillationService/WatchRun',
                 request_serializer=codistill_dot_v1_dot_distillation__pb2.WatchRunRequest.SerializeToString,
-                response_deserializer=codistill_dot_v1_dot_distillation__pb2.Run.FromString,
+                response_deserializer=codistill_dot_v1_dot_distillation__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
 
 
-class DistillationServicer(object):
+class DistillationServiceServicer(object):
     """An aggregation server answers these calls. One server serves one run.
     """
 
     def Join(self, request, context):
-        """Opens a session for one student or teacher.
+        """Opens a session for one participant.
 
         FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
-        same if the run has no student of that name, or if the first round needed is neither in the journal nor the
+        same if the run has no participant of that name, or if the first round needed is neither in the journal nor the
         frontier. INVALID_ARGUMENT if the rounds given are impossible.
 
-        A second Join for a student ends its earlier session with ABORTED: the newer worker wins, and the older one is
+        A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is
         not let in again. The same worker may join as often as it needs to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -89,7 +89,7 @@ class DistillationServicer(object):
         """Exchanges contributions for targets, on one long-lived stream for each session.
 
         The call's metadata name the session. The key codistill-session holds its number in decimal, a hyphen, and the
-        CRC-32 of the decimal as 8 hexadecimal digits. For session 7 that is "7-6abf4a82". Anything else ends the stream
+        CRC-32C of the decimal as 8 hexadecimal digits. For session 7 that is "7-b6547e0b". Anything else ends the stream
         with ABORTED, as damage.
 
         A worker opens the stream right after Join, within 30 s. It does so for a method that exchanges nothing, too: the
@@ -101,15 +101,15 @@ class DistillationServicer(object):
 
         ABORTED for a damaged contribution, and for one to a round past the frontier; the text names the round expected.
         FAILED_PRECONDITION if the samples are not the round's, if the journal keeps the round no more, or if the run
-        exchanges nothing in it. INVALID_ARGUMENT if a tensor has the wrong dtype, shape or length, or a value that is
-        not finite or beyond ±1e30.
+        exchanges nothing. INVALID_ARGUMENT if a tensor has the wrong dtype, shape or length, or a value that is not
+        finite or beyond ±1e30.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Reports how training goes: measurements, the rounds trained, and the round that a restart would need first.
+        """Reports how training goes: measurements, the steps trained, and the round that a restart would need first.
 
         The server exposes the measurements to Prometheus and keeps them in the run folder. It drops journalled rounds
         that no student can need any more. ABORTED if the session is over; INVALID_ARGUMENT if a number is out of range.
@@ -121,15 +121,15 @@ class DistillationServicer(object):
     def Leave(self, request, context):
         """Ends a session. A worker calls it before it ends its stream, as the stream's end is the session's, too.
 
-        The run does not wait for a student that left as FINISHED. It waits for one that left as STOPPED or FAILED until
-        that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
+        The run does not wait for a participant that left as FINISHED. It waits for one that left as STOPPED or FAILED
+        until that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
-        """Returns where the run and each of its students stand now.
+        """Returns where the run and each of its participants stand now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,14 +138,14 @@ class DistillationServicer(object):
     def WatchRun(self, request, context):
         """Returns what GetRun returns, again and again, until the run is complete, the client cancels, or the server stops.
 
-        INVALID_ARGUMENT if the pace is out of range.
+        INVALID_ARGUMENT if the interval is out of range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
 
-def add_DistillationServicer_to_server(servicer, server):
+def add_DistillationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
@@ -154,8 +154,8 @@ def add_DistillationServicer_to_server(servicer, server):
             ),
             'Exchange': grpc.stream_stream_rpc_method_handler(
                     servicer.Exchange,
-                    request_deserializer=codistill_dot_v1_dot_distillation__pb2.Contribution.FromString,
-                    response_serializer=codistill_dot_v1_dot_distillation__pb2.ExchangeReply.SerializeToString,
+                    request_deserializer=codistill_dot_v1_dot_distillation__pb2.ExchangeRequest.FromString,
+                    response_serializer=codistill_dot_v1_dot_distillation__pb2.ExchangeResponse.SerializeToString,
             ),
             'Report': grpc.unary_unary_rpc_method_handler(
                     servicer.Report,
@@ -170,22 +170,22 @@ def add_DistillationServicer_to_server(servicer, server):
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=codistill_dot_v1_dot_distillation__pb2.GetRunRequest.FromString,
-                    response_serializer=codistill_dot_v1_dot_distillation__pb2.Run.SerializeToString,
+                    response_serializer=codistill_dot_v1_dot_distillation__pb2.GetRunResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
                     request_deserializer=codistill_dot_v1_dot_distillation__pb2.WatchRunRequest.FromString,
-                    response_serializer=codistill_dot_v1_dot_distillation__pb2.Run.SerializeToString,
+                    response_serializer=codistill_dot_v1_dot_distillation__pb2.WatchRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'codistill.v1.Distillation', rpc_method_handlers)
+            'codistill.v1.DistillationService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('codistill.v1.Distillation', rpc_method_handlers)
+    server.add_registered_method_handlers('codistill.v1.DistillationService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Distillation(object):
+class DistillationService(object):
     """An aggregation server answers these calls. One server serves one run.
     """
 
@@ -203,7 +203,7 @@ class Distillation(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/codistill.v1.Distillation/Join',
+            '/codistill.v1.DistillationService/Join',
             codistill_dot_v1_dot_distillation__pb2.JoinRequest.SerializeToString,
             codistill_dot_v1_dot_distillation__pb2.JoinResponse.FromString,
             options,
@@ -230,9 +230,9 @@ class Distillation(object):
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/codistill.v1.Distillation/Exchange',
-            codistill_dot_v1_dot_distillation__pb2.Contribution.SerializeToString,
-            codistill_dot_v1_dot_distillation__pb2.ExchangeReply.FromString,
+            '/codistill.v1.DistillationService/Exchange',
+            codistill_dot_v1_dot_distillation__pb2.ExchangeRequest.SerializeToString,
+            codistill_dot_v1_dot_distillation__pb2.ExchangeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -257,7 +257,7 @@ class Distillation(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/codistill.v1.Distillation/Report',
+            '/codistill.v1.DistillationService/Report',
             codistill_dot_v1_dot_distillation__pb2.ReportRequest.SerializeToString,
             codistill_dot_v1_dot_distillation__pb2.ReportResponse.FromString,
             options,
@@ -284,7 +284,7 @@ class Distillation(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/codistill.v1.Distillation/Leave',
+            '/codistill.v1.DistillationService/Leave',
             codistill_dot_v1_dot_distillation__pb2.LeaveRequest.SerializeToString,
             codistill_dot_v1_dot_distillation__pb2.LeaveResponse.FromString,
             options,
@@ -311,9 +311,9 @@ class Distillation(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/codistill.v1.Distillation/GetRun',
+            '/codistill.v1.DistillationService/GetRun',
             codistill_dot_v1_dot_distillation__pb2.GetRunRequest.SerializeToString,
-            codistill_dot_v1_dot_distillation__pb2.Run.FromString,
+            codistill_dot_v1_dot_distillation__pb2.GetRunResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -338,9 +338,9 @@ class Distillation(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/codistill.v1.Distillation/WatchRun',
+            '/codistill.v1.DistillationService/WatchRun',
             codistill_dot_v1_dot_distillation__pb2.WatchRunRequest.SerializeToString,
-            codistill_dot_v1_dot_distillation__pb2.Run.FromString,
+            codistill_dot_v1_dot_distillation__pb2.WatchRunResponse.FromString,
             options,
             channel_credentials,
             insecure,
