@@ -23,7 +23,7 @@ from rich.table import Table
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity, identity_sha256
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
 from codistill_server.coordinator import Coordinator
@@ -57,25 +57,26 @@ class _Contender:
 
     def __init__(self, experiment: Experiment, journal: Journal) -> None:
         self._coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
-        self._sessions: list[int] = []
+        self._session_ids: list[int] = []
         for name in experiment.names:
             request = pb.JoinRequest(
                 protocol_version=PROTOCOL_VERSION,
-                student=name,
-                experiment=identity(experiment),
-                data=pb.DataFingerprint(digest="0" * 64, train_samples=10**6, classes=experiment.data.class_count),
+                participant=name,
+                experiment_sha256=identity_sha256(experiment),
+                data=pb.DataFingerprint(train_samples=10**6, classes=experiment.data.class_count),
                 outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
                 total_rounds=10**6,
+                total_steps=10**6,
             )
-            session = self._coordinator.join(request).session
-            self._coordinator.open_stream(session, _Drain())
-            self._sessions.append(session)
+            session_id = self._coordinator.join(request).session_id
+            self._coordinator.open_stream(session_id, _Drain())
+            self._session_ids.append(session_id)
 
-    def close_round(self, messages: list[pb.Contribution]) -> float:
+    def close_round(self, messages: list[pb.ExchangeRequest]) -> float:
         """Close a round, and return the seconds that it took."""
         started = time.perf_counter()
-        for session, message in zip(self._sessions, messages, strict=True):
-            self._coordinator.contribute(session, message, 0)
+        for session_id, message in zip(self._session_ids, messages, strict=True):
+            self._coordinator.contribute(session_id, message, 0)
         return time.perf_counter() - started
 
     def close(self) -> None:
@@ -95,12 +96,12 @@ def _experiment(batch: int, classes: int) -> Experiment:
     )
 
 
-def _messages(round_number: int, batch: int, classes: int) -> list[pb.Contribution]:
+def _messages(round_number: int, batch: int, classes: int) -> list[pb.ExchangeRequest]:
     ids, labels = torch.arange(batch), torch.randint(0, classes, (batch,))
     return [
-        pb.Contribution(
+        pb.ExchangeRequest(
             round=round_number,
-            batch=pb.Samples(
+            batch=pb.SampleOutputs(
                 ids=encode(ids, "int64"),
                 labels=encode(labels, "int64"),
                 outputs={"logits": encode(torch.randn(batch, classes), "float32")},

@@ -16,7 +16,7 @@ from google.protobuf.descriptor_pb2 import (
 
 from codistill import PROTOCOL_VERSION
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.checksum import CHECKSUM_FIELD, append_checksum
+from codistill.wire.checksum import CHECKSUM_FIELD, CHECKSUM_TAG, append_checksum
 
 __all__ = ["page", "read_comments"]
 
@@ -36,26 +36,7 @@ and stubs for many languages. This page is made from the same file.
 """
 
 _VERSIONS = """\
-## Versions
-
-**What `v1` promises.** Within the package `codistill.v1` a change keeps to protobuf's rules. A field keeps its number,
-its type and its meaning. New fields and enum values may come, and a peer skips those that it does not know. A change
-that breaks these rules is made in a package `v2`, beside the old one.
-
-**The version of behaviour.** Two peers can agree on every message and still not fit together: what a value decides may
-have changed. So `protocol_version` in [JoinRequest](#joinrequest) counts changes of behaviour that an older peer would
-misread. It is {version} now. Both sides must have the same, as a run's numbers depend on both.
-
-**How an older peer is met.** The server refuses its Join with `FAILED_PRECONDITION`, and the text names both versions.
-Nothing of the run has changed by then. A newer worker at an older server is met in the same way. So Join, its field
-`protocol_version` and its status stay as they are in every version.
-
-**What is reserved.**
-
-* Field number {field} belongs to `checksum`. No message that has one gets a field with a larger number.
-* The number and the name of a field that is removed become `reserved`. So no later field can be read as the old one.
-* Value 0 of every enum is never valid or never sent. It is what a peer reads where an older one set nothing.
-* Metadata keys that begin with `codistill-` belong to this contract.
+`protocol_version` in [JoinRequest](#joinrequest) is {version} now.
 
 ## Checksums with any protobuf library
 
@@ -63,16 +44,16 @@ Protobuf promises no order of the fields on the wire. That `checksum` comes last
 protobuf library can follow it, as a message's bytes may be continued by those of another field:
 
 1. Leave `checksum` unset, and serialise the message.
-2. Compute the CRC-32 of these bytes. For a [Contribution](#contribution), compute it over the session's number in
-   decimal, as ASCII, followed by these bytes.
-3. Append the byte `0x{tag:02x}`, the tag of field {field} as a fixed32.
-4. Append the CRC-32 as 4 bytes, little-endian.
+2. Compute the CRC-32C of these bytes. For an [ExchangeRequest](#exchangerequest), compute it over the session's number
+   in decimal, as ASCII, followed by these bytes.
+3. Append the bytes `{tag}`, the tag of field {field} as a fixed32.
+4. Append the CRC-32C as 4 bytes, little-endian.
 
 A library that writes fields in the order of their numbers, as Python's does, gives the same bytes if it sets `checksum` and
 serialises again. Protobuf does not promise that order, so a peer that relies on it tests it.
 
-A receiver checks the bytes as they came, before it parses them. The fifth byte from the end must be `0x{tag:02x}`, and the
-last four the CRC-32 of everything before that byte. To serialise a parsed message again is no check: a map's entries may
+A receiver checks the bytes as they came, before it parses them. Of the last six, the first two must be `{tag}`, and the
+other four the CRC-32C of everything before them. To serialise a parsed message again is no check: a map's entries may
 come in another order. gRPC hands out the bytes to a codec (Go), a marshaller (Java), a `ByteBuffer` (C++), or a
 deserialiser (Python, JavaScript).
 
@@ -283,16 +264,16 @@ class _Page:
         return "".join(parts)
 
     def _versions(self) -> str:
-        leave = pb.LeaveRequest(session=7, reason=pb.LEAVE_REASON_FINISHED)
-        contribution = pb.Contribution(round=3)
+        leave = pb.LeaveRequest(session_id=7, reason=pb.LEAVE_REASON_FINISHED)
+        contribution = pb.ExchangeRequest(round=3)
         examples = [
             f"| LeaveRequest: session 7, reason FINISHED | `{append_checksum(leave).hex(' ')}` |",
-            f"| Contribution: round 3, sent in session 7 | `{append_checksum(contribution, '7').hex(' ')}` |",
+            f"| ExchangeRequest: round 3, sent in session 7 | `{append_checksum(contribution, '7').hex(' ')}` |",
         ]
         return _VERSIONS.format(
             version=PROTOCOL_VERSION,
             field=CHECKSUM_FIELD,
-            tag=CHECKSUM_FIELD << 3 | 5,
+            tag=CHECKSUM_TAG.hex(" "),
             examples="\n".join(examples),
         )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import parse
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity_sha256
 from codistill.peer.grpc import GrpcTransport
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
@@ -78,21 +78,20 @@ class WorkerTask:
 
         def round_trip(round_number: int) -> torch.Tensor:
             outputs = {"logits": encode(logits, "float32")}
-            samples = pb.Samples(ids=encode(ids, "int64"), labels=encode(labels, "int64"), outputs=outputs)
-            transport.send(pb.Contribution(round=round_number, batch=samples))
+            samples = pb.SampleOutputs(ids=encode(ids, "int64"), labels=encode(labels, "int64"), outputs=outputs)
+            transport.send(pb.ExchangeRequest(round=round_number, batch=samples))
             return decode(transport.receive(round_number).targets["logits"])
 
         try:
             transport.join(
                 pb.JoinRequest(
                     protocol_version=PROTOCOL_VERSION,
-                    student=_student(workload.position),
-                    experiment=identity(parse(self.experiment)),
-                    data=pb.DataFingerprint(
-                        digest=64 * "0", train_samples=batch * workload.total_rounds, classes=classes
-                    ),
+                    participant=_student(workload.position),
+                    experiment_sha256=identity_sha256(parse(self.experiment)),
+                    data=pb.DataFingerprint(train_samples=batch * workload.total_rounds, classes=classes),
                     outputs={"logits": pb.Shape(dims=[classes])},
                     total_rounds=workload.total_rounds,
+                    total_steps=workload.total_rounds,
                 )
             )
             seconds = workload.time(round_trip)

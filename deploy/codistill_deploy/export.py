@@ -43,13 +43,13 @@ class Exported:
         weights: ``NAME.safetensors``.
         program: ``NAME.pt2``.
         about: ``NAME.json``.
-        round: the number of rounds that the weights were trained for.
+        steps_trained: the number of steps that the weights were trained for.
     """
 
     weights: Path
     program: Path
     about: Path
-    round: int
+    steps_trained: int
 
 
 class _FromPixels(nn.Module):
@@ -79,7 +79,7 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         folder: the run's folder.
         student: the student's name.
         target: the folder to write to.
-        which: "last", the weights after the last round; or "best", those with the best test accuracy on the way.
+        which: "last", the weights after the last step; or "best", those with the best test accuracy on the way.
 
     Raises:
         CommandError: there is no such student, or it has no weights yet, or they cannot be written. Or only the weights
@@ -103,12 +103,12 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
         "mean": dataset.mean,
         "std": dataset.std,
         "weights": which,
-        "round": checkpoint.round,
+        "steps_trained": checkpoint.step,
         "method": experiment.distillation.title,
         "seed": experiment.seed,
     }
     exported = Exported(
-        target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.round
+        target / f"{student}.safetensors", target / f"{student}.pt2", target / f"{student}.json", checkpoint.step
     )
     with _writing(target):
         target.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ Both sides import this package; it imports neither. A line for each room:
 * :mod:`codistill.process`: what every process shares.
 """
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """The version of the contract's behaviour; a worker and a server must speak the same."""
 
 __version__ = "0.1.0"

@@ -16,22 +16,22 @@ from typing import Protocol, TypeVar
 import torch
 
 from codistill.config.experiment import Experiment
-from codistill.config.schedule import ExchangeSchedule
 from codistill.methods.aggregator import NOTHING, RoundInputs, Targets
 from codistill.process.printable import printable
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
+from codistill.wire.times import duration
 from codistill_server import methods
 from codistill_server.admission.contributions import Contributions
 from codistill_server.admission.joins import JoinAdmission
-from codistill_server.admission.progress import check_rounds, check_values
+from codistill_server.admission.progress import check_counts, check_values
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import (
-    Absent,
     Action,
     Admit,
     Answer,
+    Awaited,
     Complete,
     Decide,
     End,
@@ -39,7 +39,7 @@ from codistill_server.rounds.actions import (
     Notify,
     Refuse,
     Remember,
-    Returned,
+    Skipped,
     Status,
     Waiting,
 )
@@ -51,10 +51,11 @@ from codistill_server.rounds.events import (
     Join,
     Leave,
     LeaveReason,
+    ParticipantRecord,
     Progress,
     Tick,
 )
-from codistill_server.rounds.machine import Presence, Rounds, Rules
+from codistill_server.rounds.machine import ParticipantState, Rounds, Rules
 from codistill_server.rounds.stragglers import straggler_policy
 from codistill_server.storage.codec import decode_state, encode_replies, encode_state
 from codistill_server.storage.journal import ClosedRound, Journal
@@ -72,11 +73,18 @@ _LEAVE_REASONS = {
 }
 
 
+_LEAVE_EVENTS = {
+    LeaveReason.FINISHED: pb.EVENT_KIND_FINISHED,
+    LeaveReason.STOPPED: pb.EVENT_KIND_STOPPED,
+    LeaveReason.FAILED: pb.EVENT_KIND_FAILED,
+}
+
+
 class Outbox(Protocol):
     """Carries the coordinator's replies to one session. Neither call may block or call the coordinator."""
 
     def reply(self, reply: bytes) -> None:
-        """Send an ``ExchangeReply``, serialised and with its checksum."""
+        """Send an ``ExchangeResponse``, serialised and with its checksum."""
         ...
 
     def end(self, status: Status, message: str) -> None:
@@ -125,7 +133,7 @@ class Coordinator:
         clock: seconds that never go back.
 
     Attributes:
-        on_complete: called when every student has finished; again if one joined again meanwhile.
+        on_complete: called when every participant has finished; again if one joined again meanwhile.
     """
 
     def __init__(
@@ -147,14 +155,13 @@ class Coordinator:
         self._teachers = frozenset(experiment.teacher_names)
         self._admission = JoinAdmission(experiment, journal, self._aggregator)
         self._contributions = Contributions(experiment)
-        self._schedule = self._schedule_for(self._admission.train_samples)
         self._outboxes: dict[int, Outbox] = {}
         self._recent: OrderedDict[int, ClosedRound] = OrderedDict()
         self._events: deque[tuple[Event, _Outcome]] = deque()
         self._processing = False
         restored = journal.restore()
         rules = Rules(
-            students=experiment.participants,
+            participants=experiment.participants,
             exchanges=experiment.distillation.exchanges,
             waiting_notice=experiment.exchange.waiting_notice,
             keep_all=experiment.exchange.journal.keep == "all",
@@ -162,28 +169,28 @@ class Coordinator:
             steps_per_round=experiment.distillation.exchange_schedule(1).every,
         )
         self._rounds = Rounds(rules, restored)
-        for record in restored.students:
-            if record.student in run_state.students:
-                status = run_state.students[record.student]
-                status.durable_round = status.round = self._schedule.round(record.durable_round)
+        self._show_length()
+        for record in restored.participants:
+            if record.participant in run_state.participants:
+                self._show_restored(run_state.participants[record.participant], record)
         if restored.frontier:
-            oldest, newest = self._schedule.round(restored.oldest), self._schedule.round(restored.frontier - 1)
-            run_state.record_event("resumed", message=f"the journal holds rounds {oldest} to {newest}")
+            message = f"the journal holds rounds {restored.oldest} to {restored.frontier - 1}"
+            run_state.record_event(pb.EVENT_KIND_RESUMED, message=message)
 
     @property
     def complete(self) -> bool:
-        """Whether every student has finished."""
+        """Whether every participant has finished."""
         return self._rounds.complete
 
     @property
-    def presence(self) -> Mapping[str, Presence]:
-        """Whether each student takes part at the moment."""
-        return self._rounds.presence
+    def states(self) -> Mapping[str, ParticipantState]:
+        """Where each participant stands."""
+        return self._rounds.states
 
     @property
     def frontier(self) -> int:
-        """The first round that exchanges and is not closed."""
-        return self._schedule.round(self._rounds.frontier)
+        """The first round that is not closed."""
+        return self._rounds.frontier
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Open a session.
@@ -194,63 +201,64 @@ class Coordinator:
         """
         try:
             self._admission.check(request)
-            schedule = self._schedule_for(request.data.train_samples)
             # A teacher learns nothing, so it needs no round that is closed.
-            learns = request.student not in self._teachers
-            first_round = schedule.exchanges_before(request.first_round) if learns else self._rounds.frontier
-            outcome = self._process(Join(request.student, first_round, request.worker, request.session))
+            learns = request.participant not in self._teachers
+            first_round = request.first_round if learns else self._rounds.frontier
+            outcome = self._process(Join(request.participant, first_round, request.worker_id, request.session_id))
             outcome.raise_if_rejected()
         except RequestRejected as rejected:
-            student = request.student if request.student in self._rounds.presence else ""
-            self.run_state.record_rejection("refused", student, str(rejected))
+            participant = request.participant if request.participant in self._rounds.states else ""
+            self.run_state.record_rejection(pb.EVENT_KIND_REFUSED, participant, str(rejected))
             raise
         admitted = outcome.admitted
         assert admitted is not None  # noqa: S101 - a join is either rejected or admitted
         self._admission.settle(request)
-        self._schedule = schedule
-        self.run_state.total_rounds = request.total_rounds
-        self.run_state.rounds_per_epoch = request.data.train_samples // self.experiment.training.batch_size
+        self._show_length()
         request.device = printable(request.device[:_LONGEST_DEVICE])
         self.run_state.record_join(request)
         where = f" on {request.device}" if request.device else ""
-        resumed = f", from round {request.first_round}" if request.first_round else ""
-        self.run_state.record_event("joined", request.student, f"joined{where}{resumed}")
+        resumed = f", from step {request.steps_trained}" if request.steps_trained else ""
+        self.run_state.record_event(pb.EVENT_KIND_JOINED, request.participant, f"joined{where}{resumed}")
         return pb.JoinResponse(
-            session=admitted.session, frontier=schedule.round(admitted.frontier), run=self.experiment.name
+            session_id=admitted.session_id,
+            frontier=admitted.frontier,
+            run=self.experiment.name,
+            lane=pb.LANE_GRPC,
+            encoding=pb.ENCODING_DENSE,
         )
 
-    def student_of(self, session: int) -> str | None:
-        """Return the student of a session, or None if the session is over or never was."""
-        return self._rounds.student_of(session)
+    def participant_of(self, session_id: int) -> str | None:
+        """Return the participant of a session, or None if the session is over or never was."""
+        return self._rounds.participant_of(session_id)
 
-    def open_stream(self, session: int, outbox: Outbox) -> None:
+    def open_stream(self, session_id: int, outbox: Outbox) -> None:
         """Set where a session's replies go; a stream that it opened before is ended.
 
         Raises:
             RequestRejected: the session is over.
         """
-        if self._rounds.student_of(session) is None:
-            raise _session_is_over(session)
-        replaced = self._outboxes.get(session)
-        self._outboxes[session] = outbox
+        if self._rounds.participant_of(session_id) is None:
+            raise _session_is_over(session_id)
+        replaced = self._outboxes.get(session_id)
+        self._outboxes[session_id] = outbox
         if replaced is not None:
-            replaced.end(Status.ABORTED, f"session {session} has opened another stream")
+            replaced.end(Status.ABORTED, f"session {session_id} has opened another stream")
 
-    def close_stream(self, session: int, outbox: Outbox) -> None:
+    def close_stream(self, session_id: int, outbox: Outbox) -> None:
         """End the session of a stream that is gone, unless another stream has taken its place."""
-        if self._outboxes.get(session) is outbox:
-            self.disconnect(session)
+        if self._outboxes.get(session_id) is outbox:
+            self.disconnect(session_id)
 
-    def expect_stream(self, session: int) -> None:
+    def expect_stream(self, session_id: int) -> None:
         """End a session that has not opened its stream by now."""
-        if session not in self._outboxes:
-            self.disconnect(session)
+        if session_id not in self._outboxes:
+            self.disconnect(session_id)
 
-    def contribute(self, session: int, message: pb.Contribution, size: int) -> None:
+    def contribute(self, session_id: int, message: pb.ExchangeRequest, size: int) -> None:
         """Process a contribution; the answers that it leads to go to the sessions' outboxes.
 
         Args:
-            session: the session on which it arrived.
+            session_id: the session on which it arrived.
             message: the contribution.
             size: its bytes on the wire.
 
@@ -259,53 +267,52 @@ class Coordinator:
             JournalError: the round cannot be journalled; the run cannot go on.
         """
         self.run_state.bytes_in += size
-        student = self._rounds.student_of(session)
+        participant = self._rounds.participant_of(session_id)
         try:
-            if student is None:
-                raise _session_is_over(session)
+            if participant is None:
+                raise _session_is_over(session_id)
             if self._aggregator is None:
                 raise RequestRejected(
                     Status.FAILED_PRECONDITION, "this run's method exchanges nothing; a contribution is not allowed"
                 )
-            shapes = self._admission.shapes_of(student)
-            contribution = self._contributions.decode(student, message, shapes, self._schedule)
-            self._process(Contribute(session, contribution)).raise_if_rejected()
+            shapes = self._admission.shapes_of(participant)
+            contribution = self._contributions.decode(participant, message, shapes)
+            self._process(Contribute(session_id, contribution)).raise_if_rejected()
         except RequestRejected as rejected:
             self.run_state.count_rejection(rejected.status)
-            self.run_state.record_rejection("rejected", student or "", str(rejected))
-            self._outboxes.pop(session, None)
-            self._process(Disconnect(session, lost=True))
+            self.run_state.record_rejection(pb.EVENT_KIND_REJECTED, participant or "", str(rejected))
+            self._outboxes.pop(session_id, None)
+            self._process(Disconnect(session_id, lost=True))
             raise
 
-    def reject_damaged(self, session: int, message: str) -> None:
+    def reject_damaged(self, session_id: int, message: str) -> None:
         """End the session of a contribution that was damaged on its way; its worker joins again."""
         self.run_state.count_rejection(Status.ABORTED)
-        self.run_state.record_event("damaged", self._rounds.student_of(session) or "", message)
-        self._outboxes.pop(session, None)
-        self._process(Disconnect(session))
+        self.run_state.record_event(pb.EVENT_KIND_DAMAGED, self._rounds.participant_of(session_id) or "", message)
+        self._outboxes.pop(session_id, None)
+        self._process(Disconnect(session_id))
 
     def report(self, request: pb.ReportRequest) -> None:
-        """Record a student's progress.
+        """Record a participant's progress.
 
         Raises:
             RequestRejected: the session is over, or a value is out of range.
             JournalError: the progress cannot be recorded.
         """
-        student = self._rounds.student_of(request.session)
-        if student is not None:  # else the machine rejects it
-            check_rounds(request, self.run_state.total_rounds)
+        participant = self._rounds.participant_of(request.session_id)
+        if participant is not None:  # else the machine rejects it
+            check_counts(request, self.run_state.total_rounds, self.run_state.total_steps)
         check_values(request)
-        durable_round = self._schedule.exchanges_before(request.durable_round)
-        self._process(Progress(request.session, durable_round)).raise_if_rejected()
-        assert student is not None  # noqa: S101 - else it was rejected
-        self.run_state.record_report(student, request)
+        self._process(Progress(request.session_id, request.durable_round)).raise_if_rejected()
+        assert participant is not None  # noqa: S101 - else it was rejected
+        self.run_state.record_report(participant, request)
 
     def leave(self, request: pb.LeaveRequest) -> None:
-        """End a session because its student leaves.
+        """End a session because its participant leaves.
 
         Raises:
             RequestRejected: the session is over already, or the reason is unknown.
-            JournalError: a round that this closes cannot be journalled, or that the student has finished.
+            JournalError: a round that this closes cannot be journalled, or that the participant has finished.
         """
         reason = _LEAVE_REASONS.get(request.reason)
         if reason is None:
@@ -313,24 +320,23 @@ class Coordinator:
                 Status.INVALID_ARGUMENT,
                 f"reason: {request.reason} is not allowed; allowed: FINISHED, STOPPED, FAILED",
             )
-        student = self._rounds.student_of(request.session)
-        kind = "left" if reason is LeaveReason.STOPPED else reason.value
-        if student is not None:  # before the run may complete
-            self.run_state.record_event(kind, student, printable(request.message[:500]))
-        self._outboxes.pop(request.session, None)
-        self._process(Leave(request.session, reason)).raise_if_rejected()
+        participant = self._rounds.participant_of(request.session_id)
+        if participant is not None:  # before the run may complete
+            self.run_state.record_event(_LEAVE_EVENTS[reason], participant, printable(request.message[:500]))
+        self._outboxes.pop(request.session_id, None)
+        self._process(Leave(request.session_id, reason)).raise_if_rejected()
 
-    def disconnect(self, session: int) -> None:
+    def disconnect(self, session_id: int) -> None:
         """End a session whose stream is gone."""
-        self._outboxes.pop(session, None)
-        student = self._rounds.student_of(session)
-        if student is None:
+        self._outboxes.pop(session_id, None)
+        participant = self._rounds.participant_of(session_id)
+        if participant is None:
             return
-        self._process(Disconnect(session))
-        self.run_state.record_event("disconnected", student, "its connection broke")
+        self._process(Disconnect(session_id))
+        self.run_state.record_event(pb.EVENT_KIND_DISCONNECTED, participant, "its connection broke")
 
     def tick(self) -> None:
-        """Do what is due: notify students that wait, close rounds at their deadline, end silent sessions.
+        """Do what is due: notify participants that wait, close rounds at their deadline, end silent sessions.
 
         Raises:
             JournalError: a round that this closes cannot be journalled.
@@ -340,16 +346,27 @@ class Coordinator:
     def snapshot(self) -> pb.Run:
         """Return the state of the run."""
         waiting = self._rounds.waiting(self._clock())
-        return self.run_state.snapshot(self._rounds.presence, self.frontier, waiting)
+        return self.run_state.snapshot(self._rounds.states, self._rounds.awaited, self.frontier, waiting)
 
     def close(self) -> None:
         """Record what the run's state still holds back, and close the journal."""
         self.run_state.flush()
         self._journal.close()
 
-    def _schedule_for(self, train_samples: int) -> ExchangeSchedule:
-        """Return which rounds exchange, with this number of samples to train on."""
-        return self.experiment.distillation.exchange_schedule(train_samples // self.experiment.training.batch_size)
+    def _show_length(self) -> None:
+        """Show the length of the run, as far as it is settled."""
+        run_state, admission = self.run_state, self._admission
+        run_state.total_rounds, run_state.total_steps = admission.total_rounds, admission.total_steps
+        run_state.steps_per_epoch = admission.steps_per_epoch
+        run_state.schedule = admission.schedule
+
+    def _show_restored(self, status: pb.ParticipantStatus, record: ParticipantRecord) -> None:
+        """Show the progress of a participant from the journal, until it reports."""
+        status.durable_round = status.round = record.durable_round
+        if record.finished:
+            status.steps_trained = self._admission.total_steps
+        elif self._rounds.rules.exchanges and record.durable_round:
+            status.steps_trained = self._admission.schedule.step_of(record.durable_round)
 
     # What the state machine asks for
 
@@ -379,66 +396,67 @@ class Coordinator:
 
     def _carry_out(self, action: Action, event: Event, outcome: _Outcome) -> None:
         """Carry out an action; the sender of a rejected contribution is answered by its outcome, not on its stream."""
-        sender = event.session if isinstance(event, Contribute) else None
+        sender = event.session_id if isinstance(event, Contribute) else None
         match action:
             case Admit():
                 outcome.admitted = action
             case Refuse():
                 outcome.rejected = RequestRejected(action.status, action.message)
-            case End() if action.session == sender:
-                self._outboxes.pop(action.session, None)
+            case End() if action.session_id == sender:
+                self._outboxes.pop(action.session_id, None)
                 outcome.rejected = RequestRejected(action.status, action.message)
             case End():
-                self._end(action, "superseded" if action.status is Status.SUPERSEDED else "evicted")
+                superseded = action.status is Status.SUPERSEDED
+                self._end(action, pb.EVENT_KIND_SUPERSEDED if superseded else pb.EVENT_KIND_EVICTED)
             case Decide():
                 self._decide(action)
             case Answer():
                 try:
-                    self._send(action.session, self._reply_to(action))
+                    self._send(action.session_id, self._reply_to(action))
                 except RequestRejected as rejected:
-                    if action.session == sender:
+                    if action.session_id == sender:
                         outcome.rejected = rejected
                     else:
                         self._reject_waiter(action, rejected)
             case Notify():
-                self._notify(action.session, action.waiting)
-            case Absent():
-                self.run_state.record_absence(action.student, self._schedule.round(action.round), action.reason)
-            case Returned():
-                self.run_state.record_return(action.student, self._schedule.round(action.round))
+                self._notify(action.session_id, action.waiting)
+            case Skipped():
+                self.run_state.record_skipped(action.participant, action.round, action.reason)
+            case Awaited():
+                self.run_state.record_awaited(action.participant, action.round)
             case Remember():
                 self._journal.remember(action.record)
             case Forget():
                 self._journal.forget(action.before)
             case Complete():
-                self.run_state.record_event("complete", message="every student has finished")
+                self.run_state.record_event(pb.EVENT_KIND_COMPLETE, message="every participant has finished")
                 self.on_complete()
 
-    def _end(self, action: End, kind: str) -> None:
-        outbox = self._outboxes.pop(action.session, None)
-        self.run_state.record_event(kind, action.student, action.message)
+    def _end(self, action: End, kind: pb.EventKind.ValueType) -> None:
+        outbox = self._outboxes.pop(action.session_id, None)
+        self.run_state.record_event(kind, action.participant, action.message)
         if outbox is not None:
             outbox.end(action.status, action.message)
 
     def _reject_waiter(self, answer: Answer, rejected: RequestRejected) -> None:
-        """End the session of a student that waits for a closed round and cannot be answered."""
+        """End the session of a participant that waits for a closed round and cannot be answered."""
         self.run_state.count_rejection(rejected.status)
-        self._end(End(answer.session, answer.student, rejected.status, str(rejected)), "rejected")
-        self._process(Disconnect(answer.session, lost=True))
+        self._end(End(answer.session_id, answer.participant, rejected.status, str(rejected)), pb.EVENT_KIND_REJECTED)
+        self._process(Disconnect(answer.session_id, lost=True))
 
     def _decide(self, decide: Decide) -> None:
         """Have a round's targets made; journal them before the round counts as decided."""
         aggregator = self._aggregator
         assert aggregator is not None  # noqa: S101 - a run without an exchange has no rounds to decide
         experiment, state = self.experiment, self._method_state
-        round_number = self._schedule.round(decide.round)
+        round_number = decide.round
         samples = next(iter(decide.contributions.values())).samples
         contributors = tuple(decide.contributions)
         missing = tuple(name for name in experiment.participants if name not in decide.contributions)
-        include_absent = self._rounds.rules.keep_all or bool(missing)
+        include_missing = self._rounds.rules.keep_all or bool(missing)
 
         def make() -> tuple[RoundInputs, Targets, ClosedRound]:
-            inputs = self._contributions.round_inputs(decide, state, include_absent=include_absent)
+            inputs = self._contributions.round_inputs(decide, state, include_missing=include_missing)
             with_targets = decide.targets and bool(inputs.students)
             targets = aggregator.targets(inputs) if with_targets else replace(NOTHING, state=state)
             replies = encode_replies(round_number, targets, experiment.teacher_names, experiment.exchange.dtype)
@@ -465,41 +483,41 @@ class Coordinator:
         """Return the reply to a contribution to a closed round.
 
         Raises:
-            RequestRejected: the round is not kept, is about other samples, or has no targets for this student.
+            RequestRejected: the round is not kept, is about other samples, or has no targets for this participant.
             JournalError: the round cannot be read.
         """
         contribution = answer.contribution
         closed = self._recent.get(contribution.round) or self._journal.read(contribution.round)
-        round_number = self._schedule.round(contribution.round)
+        round_number = contribution.round
         if closed is None:
             raise RequestRejected(Status.FAILED_PRECONDITION, f"round {round_number} is not in the journal")
         if closed.samples != contribution.samples:
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
-                f"round {round_number}: student {answer.student!r} has "
+                f"round {round_number}: participant {answer.participant!r} has "
                 f"{closed.samples.difference(contribution.samples)} when it was closed: seed, data and batch size must be "
                 "the same as then",
             )
-        reply = closed.reply_to(answer.student)
+        reply = closed.reply_to(answer.participant)
         if reply is None:
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"round {round_number} was closed by {', '.join(closed.contributors)} with targets for nobody else; a "
-                "student that joins later needs exchange.journal.keep: all from the run's start",
+                "participant that joins later needs exchange.journal.keep: all from the run's start",
             )
         return reply
 
-    def _notify(self, session: int, waiting: Waiting) -> None:
-        round_number = self._schedule.round(waiting.round)
-        message = pb.Waiting(round=round_number, students=waiting.students, seconds=waiting.seconds)
-        self._send(session, append_checksum(pb.ExchangeReply(waiting=message)))
+    def _notify(self, session_id: int, waiting: Waiting) -> None:
+        elapsed = duration(waiting.seconds)
+        message = pb.Waiting(round=waiting.round, participants=waiting.participants, elapsed=elapsed)
+        self._send(session_id, append_checksum(pb.ExchangeResponse(waiting=message)))
 
-    def _send(self, session: int, reply: bytes) -> None:
-        outbox = self._outboxes.get(session)
+    def _send(self, session_id: int, reply: bytes) -> None:
+        outbox = self._outboxes.get(session_id)
         if outbox is not None:
             self.run_state.bytes_out += len(reply)
             outbox.reply(reply)
 
 
-def _session_is_over(session: int) -> RequestRejected:
-    return RequestRejected(Status.ABORTED, f"session {session} is over or unknown to this server; join again")
+def _session_is_over(session_id: int) -> RequestRejected:
+    return RequestRejected(Status.ABORTED, f"session {session_id} is over or unknown to this server; join again")

@@ -52,7 +52,7 @@ class TestAbsence:
         aggregator = methods.create(experiment.distillation)
         assert aggregator is not None
         labels = decode(contribution(experiment, "ant", 0).batch.labels)
-        made = aggregator.targets(RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_absent=True))
+        made = aggregator.targets(RoundInputs(("ant", "cat"), {"logits": logits}, labels, include_missing=True))
         run.contribute("bee", 0)
         for student in run.experiment.names:
             (reply,) = [reply for reply in run.inboxes[student].replies if reply.HasField("targets")]

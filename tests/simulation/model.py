@@ -114,7 +114,7 @@ class Reference:
             else {},
             held_out_labels=decode(each[0].held_out.labels) if each[0].HasField("held_out") else None,
             state=state,
-            include_absent=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
+            include_missing=self.experiment.exchange.journal.keep == "all" or len(each) < len(self.experiment.names),
         )
         made = self._aggregator.targets(inputs) if targets else Targets(shared={}, state=state)
         arrays = dict(made.each or {})

@@ -159,8 +159,8 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
             if stop.is_set():
                 loop.stop()
                 return _stopped()
-            loop.begin_round()
-            loop.end_round()
+            loop.begin_step()
+            loop.end_step()
         loop.finish()
     except Interrupted:
         loop.stop()

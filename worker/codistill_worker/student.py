@@ -1,6 +1,6 @@
-"""A student's loop: rounds, evaluations, checkpoints and reports.
+"""A student's loop: steps, evaluations, checkpoints and reports.
 
-:class:`StudentLoop` is driven round by round, so that one process can drive one (a worker) or all (the in-process run).
+:class:`StudentLoop` is driven step by step, so that one process can drive one (a worker) or all (the in-process run).
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ class StudentLoop:
         check_batch(dataset, plan.training.batch_size)
         self.trainer = Trainer(experiment, plan, dataset, device)
         self._participant = Participant(
-            plan.student.name, "student", experiment, plan.training, transport, clock, watchdog
+            plan.student.name,
+            "student",
+            experiment,
+            plan.training,
+            self.trainer.steps_per_epoch,
+            transport,
+            clock,
+            watchdog,
         )
         self._plan = plan
         self._dataset = dataset
@@ -101,19 +108,19 @@ class StudentLoop:
         self._pace = _Pace()
         self._best = -1.0
         self._saved_at = clock()
-        self._saved_round = -1
+        self._saved_step = -1
         self._step_started: float | None = None
         self._resume()
 
     @property
-    def round(self) -> int:
-        """The next round to train."""
-        return self.trainer.round
+    def step(self) -> int:
+        """The next step to train."""
+        return self.trainer.step
 
     @property
     def done(self) -> bool:
-        """Whether all rounds are trained."""
-        return self.round >= self.trainer.total_rounds
+        """Whether all steps are trained."""
+        return self.step >= self.trainer.total_steps
 
     def join(self) -> None:
         """Open the session with the run.
@@ -126,37 +133,37 @@ class StudentLoop:
             self._dataset,
             trainer.shapes,
             trainer.device,
-            first_round=trainer.round,
-            total_rounds=trainer.total_rounds,
+            first_step=trainer.step,
+            total_steps=trainer.total_steps,
             parameters=trainer.parameters,
         )
         _log.info(
-            "student %s (%s, %s parameters) joined run %s on %s at round %d of %d",
+            "student %s (%s, %s parameters) joined run %s on %s at step %d of %d",
             trainer.student,
             self._plan.student.model,
             f"{trainer.parameters:,}",
             response.run,
             describe_device(trainer.device),
-            trainer.round,
-            trainer.total_rounds,
+            trainer.step,
+            trainer.total_steps,
         )
 
-    def begin_round(self) -> None:
-        """Run the forward pass of the next round and publish the outputs that the method needs."""
+    def begin_step(self) -> None:
+        """Run the forward pass of the next step and publish the outputs that the method needs."""
         self._step_started = self._clock()
         self._mark("the forward pass")
         published = self.trainer.begin()
         if published is not None:
             self._participant.publish(published)
 
-    def end_round(self) -> None:
-        """Wait for the round's targets and learn from them; measure, save and report where due."""
+    def end_step(self) -> None:
+        """Wait for the targets, if the step exchanges, and learn from them; measure, save and report where due."""
         self.trainer.prepare()
         waited = 0.0
         targets: dict[str, torch.Tensor] = {}
         if self.trainer.exchanges:
             began = self._clock()
-            received = self._participant.receive("waiting for the targets", self.trainer.round)
+            received = self._participant.receive("waiting for the targets", self.trainer.step)
             waited = self._clock() - began
             targets = {name: decode(value, f"targets.{name}") for name, value in received.targets.items()}
         self._mark("the backward pass")
@@ -164,7 +171,7 @@ class StudentLoop:
         if self._step_started is not None:
             self._pace.steps.append(self._clock() - self._step_started)
             self._pace.waits.append(waited)
-        self._after_round()
+        self._after_step()
 
     def finish(self) -> None:
         """Save the trained student, and leave as finished.
@@ -173,42 +180,42 @@ class StudentLoop:
             PeerError: it cannot be saved, or the server cannot be reached.
         """
         self._save()
-        if self._saved_round != self.trainer.round:
+        if self._saved_step != self.trainer.step:
             # If it left as finished, the server would drop the rounds that are needed to train it again.
             raise PeerError(
                 f"student {self.trainer.student!r} is trained, but cannot be saved to {self._store.folder}; free disk space "
                 "or check the folder's permissions, then resume the run"
             )
         self._report()
-        self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.round} rounds")
+        self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.step} steps")
 
     def stop(self) -> None:
-        """Save the student between two rounds and leave; a later worker can resume here."""
+        """Save the student between two steps and leave; a later worker can resume here."""
         self.keep()
         self._report()
-        self._leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.round} rounds")
+        self._leave(pb.LEAVE_REASON_STOPPED, f"stopped after {self.trainer.step} steps")
 
     def fail(self, message: str) -> None:
         """Leave because of an error; the last checkpoint stays as it is."""
         self._leave(pb.LEAVE_REASON_FAILED, message)
 
     def keep(self) -> None:
-        """Save the student in its state before the current round."""
+        """Save the student in its state before the current step."""
         self.trainer.abandon()
         self._save()
 
     def _mark(self, activity: str) -> None:
-        self._participant.mark(activity, self.trainer.round)
+        self._participant.mark(activity, self.trainer.step)
 
     def _leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        self._participant.leave(reason, message, self.trainer.round)
+        self._participant.leave(reason, message, self.trainer.step)
 
     def _resume(self) -> None:
         checkpoint = self._store.load(self.trainer.student, self._participant.identity)
         if checkpoint is None:
             return
         try:
-            self.trainer.restore(checkpoint.round, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
+            self.trainer.restore(checkpoint.step, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
         except (RuntimeError, ValueError, KeyError) as error:
             why = " ".join(str(error).split())
             raise ConfigurationError(
@@ -229,12 +236,12 @@ class StudentLoop:
                 if sums["distillation"] is None
                 else torch.tensor(sums["distillation"], device=self.trainer.device, dtype=torch.float64),
             )
-        self._saved_round = checkpoint.round
-        _log.info("student %s resumes from its checkpoint at round %d", self.trainer.student, checkpoint.round)
+        self._saved_step = checkpoint.step
+        _log.info("student %s resumes from its checkpoint at step %d", self.trainer.student, checkpoint.step)
 
-    def _after_round(self) -> None:
+    def _after_step(self) -> None:
         trainer, training = self.trainer, self._plan.training
-        epochs, rest = divmod(trainer.round, trainer.rounds_per_epoch)
+        epochs, rest = divmod(trainer.step, trainer.steps_per_epoch)
         if rest == 0:
             self._measure_training()
             if epochs % training.evaluate_every == 0 or self.done:
@@ -251,11 +258,11 @@ class StudentLoop:
             return
         loss = float(sums.cross_entropy) / sums.steps
         if not math.isfinite(loss):
-            raise divergence_error(self.trainer.student, self.trainer.round, f"its loss is {loss}")
+            raise divergence_error(self.trainer.student, self.trainer.step, f"its loss is {loss}")
         self._participant.measurements.append(
             pb.Measurement(
                 split=pb.SPLIT_TRAIN,
-                round=self.trainer.round,
+                steps_trained=self.trainer.step,
                 accuracy=int(sums.correct) / sums.samples,
                 loss=loss,
                 distillation_loss=None if sums.distillation is None else float(sums.distillation) / sums.steps,
@@ -265,12 +272,14 @@ class StudentLoop:
     def _evaluate(self) -> None:
         score = self.trainer.evaluate(self._dataset.test, lambda: self._mark("an evaluation"))
         self._participant.measurements.append(
-            pb.Measurement(split=pb.SPLIT_TEST, round=self.trainer.round, accuracy=score.accuracy, loss=score.loss)
+            pb.Measurement(
+                split=pb.SPLIT_TEST, steps_trained=self.trainer.step, accuracy=score.accuracy, loss=score.loss
+            )
         )
         _log.info(
             "student %s: epoch %d, test accuracy %.2f %%, loss %.4f",
             self.trainer.student,
-            self.trainer.round // self.trainer.rounds_per_epoch,
+            self.trainer.step // self.trainer.steps_per_epoch,
             100 * score.accuracy,
             score.loss,
         )
@@ -283,7 +292,7 @@ class StudentLoop:
 
     def _save(self) -> None:
         self._saved_at = self._clock()
-        if self._saved_round == self.trainer.round:
+        if self._saved_step == self.trainer.step:
             return
         self._mark("saving a checkpoint")
         try:
@@ -291,14 +300,14 @@ class StudentLoop:
         except OSError as error:
             self._log_unsaved("checkpoint", error)
             return
-        self._saved_round = self.trainer.round
+        self._saved_step = self.trainer.step
 
     def _log_unsaved(self, content: str, error: OSError) -> None:
         _log.error(
-            "%s of student %s at round %d cannot be written to %s: %s; what was saved before stays",
+            "%s of student %s at step %d cannot be written to %s: %s; what was saved before stays",
             content,
             self.trainer.student,
-            self.trainer.round,
+            self.trainer.step,
             self._store.folder,
             error.strerror or error,
         )
@@ -323,7 +332,7 @@ class StudentLoop:
         return Checkpoint(
             student=self.trainer.student,
             identity=self._participant.identity,
-            round=self.trainer.round,
+            step=self.trainer.step,
             model=self.trainer.model.state_dict(),
             extra=self.trainer.extra.state_dict(),
             optimizer=self.trainer.optimizer_state() if with_optimizer else {},
@@ -333,11 +342,10 @@ class StudentLoop:
     def _report(self) -> None:
         pace, self._pace = self._pace, _Pace()
         self._participant.report(
-            self.trainer.round,
-            self.trainer.round / self.trainer.rounds_per_epoch,
-            self._store.durable_round,
-            step_seconds=statistics.median(pace.steps) if pace.steps else 0.0,
-            wait_seconds=statistics.median(pace.waits) if pace.waits else 0.0,
+            self.trainer.step,
+            self._store.durable_step,
+            step_seconds=statistics.median(pace.steps) if pace.steps else None,
+            wait_seconds=statistics.median(pace.waits) if pace.waits else None,
         )
 
 

@@ -47,7 +47,7 @@ class TeacherLoop:
         watchdog: ends the process if a step hangs.
 
     Attributes:
-        round: the next round to publish in.
+        step: the step of the next round to publish in.
 
     Raises:
         ConfigurationError: its model, weights or layers cannot be used.
@@ -65,21 +65,30 @@ class TeacherLoop:
     ) -> None:
         training, teacher, shape = plan.training, plan.teacher, image_shape(dataset)
         check_batch(dataset, training.batch_size)
-        self.round = 0
+        self.step = 0
         self._experiment = experiment
         self._plan = plan
         self._dataset = dataset
         self._device = device
         self._clock = clock
-        self._participant = Participant(teacher.name, "teacher", experiment, training, transport, clock, watchdog)
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
-        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.rounds_per_epoch)
-        self._total_rounds = training.epochs * self._order.rounds_per_epoch
+        self._participant = Participant(
+            teacher.name,
+            "teacher",
+            experiment,
+            training,
+            self._order.steps_per_epoch,
+            transport,
+            clock,
+            watchdog,
+        )
+        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.steps_per_epoch)
+        self._total_steps = training.epochs * self._order.steps_per_epoch
         self._rounds_per_pass = max(1, training.evaluation_batch_size // training.batch_size)
         model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
         trained = weights.read(Path(teacher.weights), teacher.name)
         weights.apply(trained, model, teacher.weights, teacher.model, dataset.classes)
-        self._digest = weights.digest(trained)
+        self._digest = bytes.fromhex(weights.digest(trained))
         self._model = place_model(model, device, training)
         context = StudentContext(teacher.name, self._model, shape, dict)
         self._network = methods.teacher_network(plan.distillation, context)
@@ -91,7 +100,7 @@ class TeacherLoop:
     @property
     def done(self) -> bool:
         """Whether nothing is left to publish."""
-        return self.round >= self._total_rounds
+        return self.step >= self._total_steps
 
     def join(self) -> None:
         """Open the session with the run, and begin at its frontier.
@@ -103,47 +112,47 @@ class TeacherLoop:
             self._dataset,
             self._shapes,
             self._device,
-            first_round=0,
-            total_rounds=self._total_rounds,
+            first_step=0,
+            total_steps=self._total_steps,
             parameters=sum(parameter.numel() for parameter in self._model.parameters()),
-            weights=self._digest,
+            weights_sha256=self._digest,
         )
-        self.round = min(response.frontier, self._total_rounds)
+        self.step = min(self._exchange_schedule.step_of(response.frontier), self._total_steps)
         _log.info(
-            "teacher %s (%s) joined run %s on %s at round %d of %d",
+            "teacher %s (%s) joined run %s on %s at step %d of %d",
             self._plan.teacher.name,
             self._plan.teacher.model,
             response.run,
             describe_device(self._device),
-            self.round,
-            self._total_rounds,
+            self.step,
+            self._total_steps,
         )
         self._evaluate()
 
-    def begin_round(self) -> None:
-        """Publish the outputs of the next round that exchanges."""
-        self._prepare(self.round)
-        self._participant.publish(self._ready.pop(self.round))
+    def begin_step(self) -> None:
+        """Publish the outputs of the next round."""
+        self._prepare(self.step)
+        self._participant.publish(self._ready.pop(self.step))
 
-    def end_round(self) -> None:
-        """Compute the outputs of the next exchange, then wait for the end of the round."""
-        published = self.round
-        following = self._exchange_schedule.round(self._exchange_schedule.exchanges_before(published) + 1)
+    def end_step(self) -> None:
+        """Compute the outputs of the next round, then wait for the end of this one."""
+        schedule, published = self._exchange_schedule, self.step
+        following = schedule.step_of(schedule.rounds_before(published) + 1)
         self._prepare(following)
         self._participant.receive("waiting for the round's end", published)
-        self.round = min(following, self._total_rounds)
+        self.step = min(following, self._total_steps)
         if self._participant.report_due(self._clock()):
             self._report()
 
     def finish(self) -> None:
         """Leave as finished, at the end of the run."""
         self._report()
-        self._leave(pb.LEAVE_REASON_FINISHED, f"taught {self._total_rounds} rounds")
+        self._leave(pb.LEAVE_REASON_FINISHED, f"taught {self._total_steps} steps")
 
     def stop(self) -> None:
-        """Leave between two rounds; a later worker can resume here."""
+        """Leave between two steps; a later worker can resume here."""
         self._report()
-        self._leave(pb.LEAVE_REASON_STOPPED, f"stopped at round {self.round}")
+        self._leave(pb.LEAVE_REASON_STOPPED, f"stopped at step {self.step}")
 
     def fail(self, message: str) -> None:
         """Leave because of an error."""
@@ -152,18 +161,18 @@ class TeacherLoop:
     def keep(self) -> None:
         """Do nothing: a teacher has nothing to save."""
 
-    def _prepare(self, round_number: int) -> None:
-        """Compute the outputs of a round, and of the rounds that go with it, unless they are there."""
-        if round_number in self._ready or round_number >= self._total_rounds:
+    def _prepare(self, step: int) -> None:
+        """Compute the outputs of a step, and of the steps that go with it, unless they are there."""
+        if step in self._ready or step >= self._total_steps:
             return
         self._mark("the forward pass")
         set_threads(self._plan.training)
         schedule, together = self._exchange_schedule, self._rounds_per_pass
-        first = schedule.exchanges_before(round_number) // together * together
-        rounds = [schedule.round(exchange) for exchange in range(first, first + together)]
-        rounds = [exchanging for exchanging in rounds if exchanging < self._total_rounds]
-        batches = [self._order.samples(exchanging) for exchanging in rounds]
-        streamed = zip(rounds, batches, self._dataset.train.stream(iter(batches)), strict=True)
+        first = schedule.rounds_before(step) // together * together
+        steps = [schedule.step_of(round_number) for round_number in range(first, first + together)]
+        steps = [exchanging for exchanging in steps if exchanging < self._total_steps]
+        batches = [self._order.samples(exchanging) for exchanging in steps]
+        streamed = zip(steps, batches, self._dataset.train.stream(iter(batches)), strict=True)
         images = torch.cat([self._augmented(images, ids, exchanging) for exchanging, ids, images in streamed])
         normalised = self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
         with torch.inference_mode(), autocast(self._device, self._plan.training):
@@ -172,18 +181,18 @@ class TeacherLoop:
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
                 raise PeerError(
-                    f"teacher {self._plan.teacher.name!r}: its {name} are not finite in rounds {rounds[0]} to {rounds[-1]}; "
+                    f"teacher {self._plan.teacher.name!r}: its {name} are not finite in steps {steps[0]} to {steps[-1]}; "
                     "its weights are damaged, give others"
                 )
         by_round = {name: value.split(len(batches[0])) for name, value in arrays.items()}
         labels = self._dataset.train.labels
-        for position, (exchanging, ids) in enumerate(zip(rounds, batches, strict=True)):
-            if exchanging >= round_number:
+        for position, (exchanging, ids) in enumerate(zip(steps, batches, strict=True)):
+            if exchanging >= step:
                 of_round = {name: values[position] for name, values in by_round.items()}
                 self._ready[exchanging] = Published(exchanging, Outputs(ids, labels[ids], of_round))
 
-    def _augmented(self, images: torch.Tensor, ids: torch.Tensor, round_number: int) -> torch.Tensor:
-        seed = augmentation.view_seed(self._experiment, self._plan.teacher.name, round_number)
+    def _augmented(self, images: torch.Tensor, ids: torch.Tensor, step: int) -> torch.Tensor:
+        seed = augmentation.view_seed(self._experiment, self._plan.teacher.name, step)
         return augmentation.augment(images, ids, self._plan.data.augment, seed)
 
     def _evaluate(self) -> None:
@@ -197,15 +206,15 @@ class TeacherLoop:
             lambda: self._mark("an evaluation"),
         )
         self._participant.measurements.append(
-            pb.Measurement(split=pb.SPLIT_TEST, round=0, accuracy=score.accuracy, loss=score.loss)
+            pb.Measurement(split=pb.SPLIT_TEST, accuracy=score.accuracy, loss=score.loss)
         )
         self._report()
 
     def _report(self) -> None:
-        self._participant.report(self.round, self.round / self._order.rounds_per_epoch, self.round)
+        self._participant.report(self.step, self.step)
 
     def _leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
-        self._participant.leave(reason, message, self.round)
+        self._participant.leave(reason, message, self.step)
 
     def _mark(self, activity: str) -> None:
-        self._participant.mark(activity, self.round)
+        self._participant.mark(activity, self.step)

@@ -1,4 +1,4 @@
-"""All students of a run in one process, with the coordinator that the server runs.
+"""All participants of a run in one process, with the coordinator that the server runs.
 
 For one GPU, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
 """
@@ -51,40 +51,40 @@ class InProcessTransport:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._worker = secrets.randbits(64)
-        self._session = 0
-        self._open: pb.Contribution | None = None
-        self._replies: list[pb.ExchangeReply] = []
+        self._worker_id = secrets.randbits(64)
+        self._session_id = 0
+        self._open: pb.ExchangeRequest | None = None
+        self._replies: list[pb.ExchangeResponse] = []
         self._reports = Reports(lambda: None)
         self._ended: RequestRejected | None = None
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         """Open the session."""
-        request.worker, request.session = self._worker, self._session
+        request.worker_id, request.session_id = self._worker_id, self._session_id
         with _rejections():
             response = self._coordinator.join(request)
-            self._coordinator.open_stream(response.session, self)
-        self._session, self._ended = response.session, None
+            self._coordinator.open_stream(response.session_id, self)
+        self._session_id, self._ended = response.session_id, None
         self._publish()
         return response
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         """Publish a round's outputs."""
         self._open = contribution
-        if self._session:
+        if self._session_id:
             self._check_session()
             self._publish()
             self._check_session()
 
     def receive(self, round_number: int) -> pb.Targets:
-        """Return the targets of a round, which are there as soon as every student has sent."""
+        """Return the targets of a round, which are there as soon as every participant has sent."""
         while self._replies:
             reply = self._replies.pop(0)
             if reply.targets.round == round_number and reply.HasField("targets"):
                 self._open = None
                 return reply.targets
         self._check_session()
-        raise PeerError(f"round {round_number} was not closed although every student has contributed to it")
+        raise PeerError(f"round {round_number} was not closed although every participant has contributed to it")
 
     def report(self, report: pb.ReportRequest) -> None:
         """Report progress."""
@@ -99,31 +99,31 @@ class InProcessTransport:
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         """End the session; only a student that finished must be able to."""
         finished = reason == pb.LEAVE_REASON_FINISHED
-        if not finished and (not self._session or self._ended is not None):
+        if not finished and (not self._session_id or self._ended is not None):
             return
         self._check_session()
         try:
             self._deliver()
             with _rejections():
-                self._coordinator.leave(pb.LeaveRequest(session=self._session, reason=reason, message=message))
+                self._coordinator.leave(pb.LeaveRequest(session_id=self._session_id, reason=reason, message=message))
         except PeerError:
             if finished:
                 raise
 
     def close(self) -> None:
         """Break the session if it is open."""
-        self._coordinator.close_stream(self._session, self)
+        self._coordinator.close_stream(self._session_id, self)
 
     def reply(self, reply: bytes) -> None:
         """Store a reply of the coordinator for :meth:`receive`."""
-        self._replies.append(pb.ExchangeReply.FromString(reply))
+        self._replies.append(pb.ExchangeResponse.FromString(reply))
 
     def end(self, status: Status, message: str) -> None:
         """Record that the coordinator ended the session."""
         self._ended = RequestRejected(status, message)
 
     def _check_session(self) -> None:
-        if not self._session:
+        if not self._session_id:
             raise RuntimeError("send and receive come after join")
         if self._ended is not None:
             raise _peer_error(self._ended)
@@ -133,13 +133,13 @@ class InProcessTransport:
         if self._open is None:
             return
         try:
-            self._coordinator.contribute(self._session, self._open, self._open.ByteSize())
+            self._coordinator.contribute(self._session_id, self._open, self._open.ByteSize())
         except RequestRejected as rejected:
             self._ended = rejected
 
     def _deliver(self) -> None:
         with _rejections():
-            self._reports.flush(self._session, self._coordinator.report)
+            self._reports.flush(self._session_id, self._coordinator.report)
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
         experiment: what to run.
         folder: the run's folder, started; a run that it holds is resumed.
         view: where progress is shown.
-        stop: set to stop after the round under way.
+        stop: set to stop after the step under way.
 
     Returns:
         OK, or INTERRUPTED if it was stopped.
@@ -234,13 +234,13 @@ def _train(
                 loop.stop()
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
-        # Students resume at the rounds of their checkpoints; those behind catch up from the journal.
-        round_number = min(loop.round for loop in loops)
-        behind = [loop for loop in loops if loop.round == round_number]
+        # Students resume at the steps of their checkpoints; those behind catch up from the journal.
+        step = min(loop.step for loop in loops)
+        behind = [loop for loop in loops if loop.step == step]
         for loop in behind:
-            loop.begin_round()
+            loop.begin_step()
         for loop in behind:
-            loop.end_round()
+            loop.end_step()
         view.offer(coordinator.snapshot)
     for loop in loops:
         loop.finish()

@@ -78,7 +78,7 @@ class RoundInputs:
         held_out: each named output for the held-out samples, [K, N, ...], float32; empty in most rounds.
         held_out_labels: their classes, [N], int64; None in most rounds.
         state: the arrays that the aggregator returned with the round before; empty for the first.
-        include_absent: whether students that did not contribute will ask for the targets.
+        include_missing: whether students that did not contribute will ask for the targets.
     """
 
     students: tuple[str, ...]
@@ -88,7 +88,7 @@ class RoundInputs:
     held_out: Arrays = field(default_factory=_no_arrays)
     held_out_labels: torch.Tensor | None = None
     state: Arrays = field(default_factory=_no_arrays)
-    include_absent: bool = False
+    include_missing: bool = False
 
 
 @dataclass(frozen=True)

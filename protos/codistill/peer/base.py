@@ -42,7 +42,7 @@ class Transport(Protocol):
       that ``report`` and ``leave`` can follow.
 
     Before ``join``, ``receive``, ``report`` and a ``leave`` with FINISHED raise a plain ``RuntimeError``; the other calls
-    do not fail. Once the transport knows that a newer peer of the student has joined, ``join``, ``receive``, ``report``
+    do not fail. Once the transport knows that a newer peer of the participant has joined, ``join``, ``receive``, ``report``
     and a ``leave`` with FINISHED raise SUPERSEDED; ``send`` may.
     """
 
@@ -52,20 +52,20 @@ class Transport(Protocol):
         Blocks until the run accepts the peer, for at most ``connect_timeout``.
 
         Args:
-            request: names the participant, its experiment, its data and its outputs. The transport fills in ``worker`` and
-                ``session``, and may change ``first_round`` in a later join.
+            request: names the participant, its experiment, its data and its outputs. The transport fills in ``worker_id``
+                and ``session_id``, and may change ``first_round`` and ``steps_trained`` in a later join.
 
         Returns:
             The session's id, and where the run stands.
 
         Raises:
             PeerError: UNREACHABLE: no server answered in time. REFUSED: the run does not accept this peer; the text says
-                why. SUPERSEDED: a newer peer has taken the student over.
+                why. SUPERSEDED: a newer peer has taken the participant over.
             Interrupted: the peer was asked to stop.
         """
         ...
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         """Publish a round's outputs.
 
         Never blocks. The contribution stays open until ``receive`` returned its targets. The caller must not change it
@@ -90,7 +90,7 @@ class Transport(Protocol):
             round_number: the round of the open contribution.
 
         Raises:
-            PeerError: GAVE_UP: the round stayed open; the text names the students that it waits for. UNREACHABLE: the
+            PeerError: GAVE_UP: the round stayed open; the text names the participants that it waits for. UNREACHABLE: the
                 server stayed away. REFUSED, DIVERGED: it rejected the contribution. SUPERSEDED: a newer peer joined.
             Interrupted: the peer was asked to stop.
             RuntimeError: ``join`` was never called.
@@ -104,7 +104,7 @@ class Transport(Protocol):
         broken is restored first, which blocks for at most ``give_up_after``. A peer that was asked to stop skips that.
 
         Args:
-            report: the progress; the transport fills in ``session`` and keeps the message.
+            report: the progress; the transport fills in ``session_id`` and keeps the message.
 
         Raises:
             PeerError: SUPERSEDED: a newer peer joined; raised as soon as the transport knows. The broken connection could
@@ -122,7 +122,7 @@ class Transport(Protocol):
     def leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         """Deliver what is left to report, and end the session.
 
-        Blocks until the server has acknowledged it. Others wait for a student until the server knows that it finished. So
+        Blocks until the server has acknowledged it. Others wait for a participant until the server knows that it finished. So
         FINISHED is repeated over new connections, for at most ``give_up_after``. Any other reason is tried once, on a
         connection that is open; the end of the connection says enough otherwise. With such a reason nothing is raised.
 
@@ -131,9 +131,9 @@ class Transport(Protocol):
             message: one line for the run's log.
 
         Raises:
-            PeerError: a student that finished could not say so, as for ``receive``. SUPERSEDED: a newer peer joined.
+            PeerError: a participant that finished could not say so, as for ``receive``. SUPERSEDED: a newer peer joined.
             Interrupted: the peer was asked to stop before it could say so.
-            RuntimeError: a student finished for which ``join`` was never called.
+            RuntimeError: a participant finished for which ``join`` was never called.
         """
         ...
 

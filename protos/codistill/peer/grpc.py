@@ -24,6 +24,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire import diagnose
 from codistill.wire.channel import client_options
 from codistill.wire.security import Security
+from codistill.wire.times import seconds
 
 __all__ = ["GrpcTransport"]
 
@@ -71,11 +72,11 @@ class GrpcTransport:
         self._channel = self._security.channel(address, self._options)
         self._stub = Stub(self._channel)
         self._session = Session(address, connect_timeout, give_up_after, silence_after)
-        self._worker = secrets.randbits(64)
+        self._worker_id = secrets.randbits(64)
         self._join_request = pb.JoinRequest()
         self._join_response = pb.JoinResponse()
         self._stream: Stream | None = None
-        self._open: pb.Contribution | None = None
+        self._open: pb.ExchangeRequest | None = None
         self._leave_request = pb.LeaveRequest()
         self._reports = Reports(self._session.report_answered)
         self._reconnect_log = LogBackoff()
@@ -90,7 +91,7 @@ class GrpcTransport:
         self._carry_out()
         return self._join_response
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         """Publish a round's outputs; does not wait."""
         self._open = contribution
         if self._session.send(contribution.round) and self._stream is not None:
@@ -108,6 +109,7 @@ class GrpcTransport:
         """Report progress without waiting, one report under way at a time."""
         self._reports.add(report)
         self._session.reached(report.round)
+        self._join_request.steps_trained = report.steps_trained
         if not self._connected:
             if self._stop.is_set():
                 return
@@ -172,20 +174,20 @@ class GrpcTransport:
 
     def _join(self, step: Join) -> None:
         self._join_request.first_round = step.first_round
-        self._join_request.worker, self._join_request.session = self._worker, step.session_id
+        self._join_request.worker_id, self._join_request.session_id = self._worker_id, step.session_id
         try:
             if self._follow_address() or step.new_channel:
                 self._channel.close()
                 self._channel = self._security.channel(self._address, self._options)
                 self._stub = Stub(self._channel)
             self._join_response = decode_join_response(self._stub.join(self._join_request, timeout=step.timeout))
-            self._stream = Stream(self._stub, self._join_response.session)
+            self._stream = Stream(self._stub, self._join_response.session_id)
         except grpc.RpcError as error:
             if self._reconnect_log.due(time.monotonic()):
                 _log.info("waiting for server %s, %.0f s left", self._address, max(step.remaining, 0))
             self._session.join_failed(self._diagnose(read_failure(error), step), time.monotonic())
         else:
-            self._session.joined(self._join_response.session)
+            self._session.joined(self._join_response.session_id)
             if step.session_id:
                 _log.info("connected to %s again", self._address)
 
@@ -232,12 +234,12 @@ class GrpcTransport:
         elif reply.HasField("waiting"):
             self._check_stop()
             self._log_waiting(reply.waiting)
-            self._session.waiting(reply.waiting.round, reply.waiting.students, time.monotonic())
+            self._session.waiting(reply.waiting.round, reply.waiting.participants, time.monotonic())
         elif self._session.targets(reply.targets.round, time.monotonic()):
             return reply.targets
         return None
 
-    def _next_reply(self, deadline: float) -> pb.ExchangeReply | None:
+    def _next_reply(self, deadline: float) -> pb.ExchangeResponse | None:
         """Return the next message, or None if none comes in time.
 
         Raises:
@@ -252,15 +254,17 @@ class GrpcTransport:
         return None
 
     def _log_waiting(self, waiting: pb.Waiting) -> None:
-        """Log which students a round waits for: at the first notice, then less and less often while they stay the same."""
+        """Log which participants a round waits for: at the first notice, then less and less often while they stay the same."""
         now = time.monotonic()
-        content = (waiting.round, list(waiting.students))
+        content = (waiting.round, list(waiting.participants))
         if content != self._last_waiting:
             self._last_waiting = content
             self._waiting_log.begin(now)
         elif not self._waiting_log.due(now):
             return
-        _log.info("round %d waits for %s, %.0f s", waiting.round, ", ".join(waiting.students), waiting.seconds)
+        _log.info(
+            "round %d waits for %s, %.0f s", waiting.round, ", ".join(waiting.participants), seconds(waiting.elapsed)
+        )
 
     def _cancel_stream(self) -> grpc.RpcError:
         """End the stream, if there is one, and return how it ended."""
@@ -276,7 +280,7 @@ class GrpcTransport:
     # Leave
 
     def _leave(self) -> None:
-        session_id = self._leave_request.session = self._session.session_id
+        session_id = self._leave_request.session_id = self._session.session_id
         try:
             self._reports.flush(session_id, lambda request: self._stub.report(request, timeout=CALL_SECONDS))
             self._stub.leave(self._leave_request, timeout=CALL_SECONDS)

@@ -46,7 +46,7 @@ class Stub:
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
-        service = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+        service = pb.DESCRIPTOR.services_by_name["DistillationService"].full_name
 
         def unary(name: str) -> Any:
             return channel.unary_unary(
@@ -75,7 +75,7 @@ def decode_join_response(raw: bytes) -> pb.JoinResponse:
     return response
 
 
-def decode_reply(raw: bytes) -> pb.ExchangeReply:
+def decode_reply(raw: bytes) -> pb.ExchangeResponse:
     """Decode a message of the stream, which must have a checksum.
 
     Raises:
@@ -83,7 +83,7 @@ def decode_reply(raw: bytes) -> pb.ExchangeReply:
     """
     if not verify_checksum(raw):
         raise Damaged("reply", raw)
-    return pb.ExchangeReply.FromString(raw)
+    return pb.ExchangeResponse.FromString(raw)
 
 
 def read_failure(error: grpc.RpcError) -> Failure:

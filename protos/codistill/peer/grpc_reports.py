@@ -46,7 +46,7 @@ class Reports:
             return
         self._settle()
         if self._pending is not None:
-            self._pending.session = session_id
+            self._pending.session_id = session_id
             self._sent, self._pending = self._pending, None
             self._call = call(self._sent)
 
@@ -65,7 +65,7 @@ class Reports:
                 self._call.result(CALL_SECONDS)
             self._settle()
         if self._pending is not None:
-            self._pending.session = session_id
+            self._pending.session_id = session_id
             call(self._pending)
             self._pending = None
             self._arrived()

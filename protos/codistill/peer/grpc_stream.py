@@ -31,9 +31,9 @@ class Stream:
     """
 
     def __init__(self, stub: Stub, session_id: int) -> None:
-        self._outgoing: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
-        self._incoming: queue.SimpleQueue[pb.ExchangeReply | grpc.RpcError] = queue.SimpleQueue()
-        contributions: Iterator[pb.Contribution] = iter(cast("Any", self._outgoing.get), None)
+        self._outgoing: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[pb.ExchangeResponse | grpc.RpcError] = queue.SimpleQueue()
+        contributions: Iterator[pb.ExchangeRequest] = iter(cast("Any", self._outgoing.get), None)
         requests = (append_checksum(contribution, str(session_id)) for contribution in contributions)
         self._call: Any = stub.exchange(requests, metadata=((SESSION_KEY, format_session(session_id)),))
         self._thread = threading.Thread(target=self._read, name="codistill-replies", daemon=True)
@@ -44,11 +44,11 @@ class Stream:
         """Whether the call has not ended, as far as gRPC knows."""
         return bool(self._call.is_active())
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         """Queue a contribution; does not wait."""
         self._outgoing.put(contribution)
 
-    def receive(self, seconds: float) -> pb.ExchangeReply | None:
+    def receive(self, seconds: float) -> pb.ExchangeResponse | None:
         """Return the next reply, or None if none comes in time.
 
         Args:

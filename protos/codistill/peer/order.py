@@ -1,4 +1,4 @@
-"""The samples of each round, in order: a pure function of the seed."""
+"""The samples of each step, in order: a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
 
 
 class Order:
-    """The samples of every round, a pure function of the seed.
+    """The samples of every step, a pure function of the seed.
 
-    An epoch has as many rounds as whole batches; the rest of its permutation is dropped. The current epoch's permutation is
-    cached, so rounds in sequence cost a slice each.
+    An epoch has as many steps as whole batches; the rest of its permutation is dropped. The current epoch's permutation is
+    cached, so steps in sequence cost a slice each.
 
     Args:
         seed: of the run.
         size: number of training samples.
-        batch_size: samples of a round, at most `size`.
+        batch_size: samples of a step, at most `size`.
 
     Raises:
         ValueError: a batch is empty or larger than the training set.
@@ -47,17 +47,17 @@ class Order:
         self._cached: tuple[int, torch.Tensor] | None = None
 
     @property
-    def rounds_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Whole batches in an epoch, at least 1."""
         return self._size // self._batch_size
 
-    def epoch(self, round_number: int) -> int:
-        """Return the epoch that a round belongs to, both counted from 0."""
-        return round_number // self.rounds_per_epoch
+    def epoch(self, step: int) -> int:
+        """Return the epoch that a step belongs to, both counted from 0."""
+        return step // self.steps_per_epoch
 
-    def samples(self, round_number: int) -> torch.Tensor:
-        """Return the ids of a round's samples, int64 of shape [batch_size]."""
-        epoch, position = divmod(round_number, self.rounds_per_epoch)
+    def samples(self, step: int) -> torch.Tensor:
+        """Return the ids of a step's samples, int64 of shape [batch_size]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, epoch_order(self._seed, epoch, self._size))
         start = position * self._batch_size

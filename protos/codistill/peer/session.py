@@ -92,12 +92,12 @@ class _Receive(_Goal):
     Attributes:
         round_number: the round.
         heard_at: when the stream last brought a message, or last got the contribution.
-        awaited: the students that the server waits for.
+        waiting_for: the participants that the server waits for.
     """
 
     round_number: int
     heard_at: float
-    awaited: tuple[str, ...] = ()
+    waiting_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Leave(_Goal):
     """The end of the session.
 
     Attributes:
-        finished: whether the student trained all its rounds, so that the server must acknowledge this.
+        finished: whether the participant trained all its steps, so that the server must acknowledge this.
     """
 
     finished: bool
@@ -212,12 +212,12 @@ class Session:
     def leave(self, now: float, *, finished: bool, active: bool) -> None:
         """Aim at the end of the session.
 
-        The others wait for a student until the server knows that it finished, so a broken connection is restored for that.
+        The others wait for a participant until the server knows that it finished, so a broken connection is restored for that.
         For any other reason the end of the connection tells the server enough.
 
         Args:
             now: the time.
-            finished: whether the student trained all its rounds.
+            finished: whether the participant trained all its steps.
             active: whether the transport's stream is still open.
         """
         self._aim(_Leave(now, now + self._give_up_after, now, finished))
@@ -318,7 +318,7 @@ class Session:
         """Record that the targets of a round arrived.
 
         Returns:
-            Whether they are the awaited ones. Others answer a contribution that was sent twice, around a reconnection.
+            Whether they are the waiting_for ones. Others answer a contribution that was sent twice, around a reconnection.
 
         Raises:
             PeerError: they are not, and the wait is over.
@@ -332,8 +332,8 @@ class Session:
         self.silence(now)
         return False
 
-    def waiting(self, round_number: int, students: Sequence[str], now: float) -> None:
-        """Record which students the server waits for; this does not extend the deadline.
+    def waiting(self, round_number: int, participants: Sequence[str], now: float) -> None:
+        """Record which participants the server waits for; this does not extend the deadline.
 
         Raises:
             PeerError: the wait is over.
@@ -341,7 +341,7 @@ class Session:
         self._damage_in_a_row = 0
         self._hear(now)
         if isinstance(self._goal, _Receive) and self._goal.round_number == round_number:
-            self._goal = replace(self._goal, awaited=tuple(students))
+            self._goal = replace(self._goal, waiting_for=tuple(participants))
         self.silence(now)
 
     def silence(self, now: float) -> None:
@@ -384,10 +384,10 @@ class Session:
         self._goal = None
 
     def leave_failed(self, failure: Failure, now: float) -> None:
-        """Record that Leave failed. That of a student that finished is repeated in a new session.
+        """Record that Leave failed. That of a participant that finished is repeated in a new session.
 
         Raises:
-            PeerError: the student finished, and the server refused or was away for too long.
+            PeerError: the participant finished, and the server refused or was away for too long.
         """
         if not (isinstance(self._goal, _Leave) and self._goal.finished):
             self._goal = None
@@ -438,9 +438,9 @@ class Session:
         return PeerError(f"server {self._address} refused: {failure.details}", failure.exit_code)
 
     def _gave_up(self, goal: _Receive, now: float) -> PeerError:
-        awaited = ", ".join(goal.awaited) or "the server"
+        waiting_for = ", ".join(goal.waiting_for) or "the server"
         return PeerError(
-            f"gave up after {now - goal.since:.0f} s: round {goal.round_number} still waits for {awaited}; see why it is "
+            f"gave up after {now - goal.since:.0f} s: round {goal.round_number} still waits for {waiting_for}; see why it is "
             "away, then resume the run (exchange.give_up_after sets this limit)",
             ExitCode.GAVE_UP,
         )

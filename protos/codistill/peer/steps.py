@@ -34,7 +34,7 @@ class Failure:
     Attributes:
         code: the name of its gRPC status code.
         details: its text, on one line.
-        superseded: whether a newer worker has taken the student over.
+        superseded: whether a newer worker has taken the participant over.
         pushback: whether the server says after how long to try again.
         damaged: whether the bytes that arrived differ from those that the server sent.
         advice: what to do about a server that stays away.
@@ -71,7 +71,7 @@ class Join:
     """Call Join and open the session's stream, then report ``joined`` or ``join_failed``.
 
     Attributes:
-        first_round: the first round that the student needs.
+        first_round: the first round that the participant needs.
         session_id: the session that it had last; 0 for none.
         timeout: seconds that the call may take.
         remaining: seconds until the server is given up; negative once that time is over.

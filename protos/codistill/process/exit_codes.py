@@ -28,7 +28,7 @@ class ExitCode(IntEnum):
     DIVERGED = 7
     """A student's logits or loss are no longer finite."""
     SUPERSEDED = 8
-    """A newer worker of the same student replaced this one."""
+    """A newer worker of the same participant replaced this one."""
     WORKER_FAILED = 9
     """A process that the run needs has ended; the message shows its exit code and its last line."""
     OUT_OF_MEMORY = 10

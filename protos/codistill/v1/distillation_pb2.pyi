@@ -24,15 +24,22 @@ that still has rounds to learn from then calls Join again. A participant is *exp
 
 Versions
 
-The package codistill.v1 promises that a field keeps its number, its type and its meaning, and that names stay.
-What is added is optional: a peer that leaves it out is served as before, and unknown fields are ignored.
-What the messages *mean* has a version of its own: protocol_version in Join. Server and worker must have the same,
-as both compute the numbers of one run. Another one is refused with FAILED_PRECONDITION, and the text names both.
-This check comes before all others, so that a peer of any version can read why. Field 1 of JoinRequest is
-protocol_version in every version, and a Join without a checksum is always read.
+What v1 promises: within the package codistill.v1 a change keeps to protobuf's rules. A field keeps its number, its
+type and its meaning. New fields and enum values may come, and a peer skips those that it does not know. A change
+that breaks these rules is made in a package v2, beside this one.
 
-Reserved: field 15 is the checksum, a CRC-32C, wherever a message has one. A version with another checksum gives it
-another number. Field numbers from 1000 on are never used here, and are free for experiments.
+Two peers can agree on every message and still not fit together, as what a value decides may have changed. So
+protocol_version in JoinRequest counts changes of behaviour that another version would misread. Both sides must have
+the same, as a run's numbers depend on both.
+
+How another version is met: the server refuses its Join with FAILED_PRECONDITION before it looks at anything else,
+and the text names both versions. Nothing of the run has changed by then. So Join, protocol_version and this status
+stay as they are in every version. A version with another checksum gives that another field number, and a Join
+without the checksum of this one is read.
+
+Reserved: field 100 is the checksum, and no message that has one gets a field with a larger number. The number and
+the name of a field that is removed become reserved, so no later field can be read as the old one. Value 0 of every
+enum is never valid or never sent. Metadata keys that begin with codistill- belong to this contract.
 
 Status codes
 
@@ -57,9 +64,6 @@ Damage
 TCP's checksum has 16 bits and misses some damage, and a logit with a flipped bit is still a logit. So the messages
 that decide numbers can end in a *checksum*. This field comes last on the wire. It holds the CRC-32C (Castagnoli's,
 that of iSCSI) of all the message's bytes before it.
-
-Any protobuf library can write it: serialise the message without the field, then append the byte 0x7d and the
-CRC-32C of the bytes so far, in 4 bytes, the lowest first. To read it, look at the last 5 bytes before parsing.
 
 On the Exchange stream every message must have one, in both directions. In a unary call a request may leave it out.
 The server never believes a damaged message. It refuses one with ABORTED on the stream, and with UNAVAILABLE in a
@@ -482,10 +486,10 @@ class JoinRequest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     WORKER_ID_FIELD_NUMBER: builtins.int
     SESSION_ID_FIELD_NUMBER: builtins.int
-    CHECKSUM_FIELD_NUMBER: builtins.int
     WEIGHTS_SHA256_FIELD_NUMBER: builtins.int
     LANES_FIELD_NUMBER: builtins.int
     ENCODINGS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """protocol_version is the version of this contract's behaviour that the worker speaks. It must equal the server's."""
     participant: builtins.str
@@ -519,12 +523,12 @@ class JoinRequest(google.protobuf.message.Message):
     """session_id is the session that this worker had last; 0 if none. If another worker has taken the participant over
     since, the join is refused with ABORTED and the trailing metadata codistill-superseded.
     """
-    checksum: builtins.int
-    """checksum covers the message's bytes before it; see Damage above."""
     weights_sha256: builtins.bytes
     """weights_sha256 is a SHA-256 over a teacher's weights; empty for a student. Every later worker of that teacher must
     give the same.
     """
+    checksum: builtins.int
+    """checksum covers the message's bytes before it; see Damage above."""
     @property
     def data(self) -> global___DataFingerprint:
         """data describes the data set that the worker loaded."""
@@ -560,10 +564,10 @@ class JoinRequest(google.protobuf.message.Message):
         device: builtins.str = ...,
         worker_id: builtins.int = ...,
         session_id: builtins.int = ...,
-        checksum: builtins.int | None = ...,
         weights_sha256: builtins.bytes = ...,
         lanes: collections.abc.Iterable[global___Lane.ValueType] | None = ...,
         encodings: collections.abc.Iterable[global___Encoding.ValueType] | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "data", b"data", "device", b"device", "encodings", b"encodings", "experiment_json", b"experiment_json", "experiment_sha256", b"experiment_sha256", "first_round", b"first_round", "lanes", b"lanes", "outputs", b"outputs", "parameters", b"parameters", "participant", b"participant", "protocol_version", b"protocol_version", "session_id", b"session_id", "steps_trained", b"steps_trained", "total_rounds", b"total_rounds", "total_steps", b"total_steps", "weights_sha256", b"weights_sha256", "worker_id", b"worker_id"]) -> None: ...

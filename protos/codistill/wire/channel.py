@@ -25,7 +25,7 @@ SESSION_KEY = "codistill-session"
 """The metadata key of ``Exchange`` for the session: :func:`codistill.wire.checksum.format_session`."""
 
 SUPERSEDED_KEY = "codistill-superseded"
-"""The trailing metadata key of an ABORTED that means that a newer worker took the student over."""
+"""The trailing metadata key of an ABORTED that means that a newer worker took the participant over."""
 
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """gRPC's own trailing metadata key that says after how many milliseconds to try again."""

@@ -22,7 +22,7 @@ __all__ = ["MAX_DIMENSIONS", "TensorError", "check", "decode", "encode", "encode
 
 MAX_DIMENSIONS = 8
 
-_DTYPES: Mapping[str, tuple[pb.DType.ValueType, torch.dtype]] = {
+_DTYPES: Mapping[str, tuple[pb.Dtype.ValueType, torch.dtype]] = {
     "float32": (pb.DTYPE_FLOAT32, torch.float32),
     "float16": (pb.DTYPE_FLOAT16, torch.float16),
     "bfloat16": (pb.DTYPE_BFLOAT16, torch.bfloat16),

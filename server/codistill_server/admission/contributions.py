@@ -10,7 +10,6 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
-from codistill.config.schedule import ExchangeSchedule
 from codistill.methods.aggregator import Output, RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import TensorError, check, decode, encoded_size
@@ -70,25 +69,23 @@ class Contributions:
 
     def decode(
         self,
-        student: str,
-        message: pb.Contribution,
+        participant: str,
+        message: pb.ExchangeRequest,
         shapes: Mapping[str, list[int]],
-        schedule: ExchangeSchedule,
     ) -> Contribution:
         """Decode and validate a contribution.
 
         Args:
-            student: the student or teacher that sent it.
+            participant: its sender.
             message: the contribution as it arrived.
-            shapes: the shapes of the student's outputs by name, without the samples.
-            schedule: which rounds exchange.
+            shapes: the shapes of the participant's outputs by name, without the samples.
 
         Raises:
             RequestRejected: a value contradicts the experiment; the text names the field.
         """
         try:
             samples, outputs, labels = self._decode_samples(
-                student, message.batch, "batch", message.round, self._experiment.training.batch_size, shapes
+                participant, message.batch, "batch", message.round, self._experiment.training.batch_size, shapes
             )
             held_out: Samples | None = None
             held_out_outputs: Mapping[str, torch.Tensor] = {}
@@ -97,25 +94,19 @@ class Contributions:
                 if not self._experiment.data.held_out:
                     raise TensorError("held_out: some samples are not allowed; this run's experiment holds out none")
                 held_out, held_out_outputs, held_out_labels = self._decode_samples(
-                    student, message.held_out, "held_out", message.round, self._experiment.data.held_out, shapes
+                    participant, message.held_out, "held_out", message.round, self._experiment.data.held_out, shapes
                 )
         except TensorError as error:
             raise RequestRejected(
-                Status.INVALID_ARGUMENT, f"student {student!r}, round {message.round}: {error}"
+                Status.INVALID_ARGUMENT, f"participant {participant!r}, round {message.round}: {error}"
             ) from error
-        if not schedule.exchanges(message.round):
-            raise RequestRejected(
-                Status.FAILED_PRECONDITION,
-                f"round {message.round} exchanges nothing; allowed: round {schedule.start} and one in "
-                f"{schedule.every} from there",
-            )
         payload = _Payload(outputs, labels, held_out_outputs, held_out_labels)
-        return Contribution(schedule.exchanges_before(message.round), samples, held_out, payload)
+        return Contribution(message.round, samples, held_out, payload)
 
     def _decode_samples(
         self,
-        student: str,
-        message: pb.Samples,
+        participant: str,
+        message: pb.SampleOutputs,
         field: str,
         round_number: int,
         size: int,
@@ -123,6 +114,8 @@ class Contributions:
     ) -> tuple[Samples, Mapping[str, torch.Tensor], torch.Tensor]:
         check(message.ids, f"{field}.ids", dtype="int64", shape=[size])
         check(message.labels, f"{field}.labels", dtype="int64", shape=[size])
+        if message.sparse_outputs:
+            raise TensorError(f"{field}.sparse_outputs: some are not allowed; this session's arrays are dense")
         if set(message.outputs) != set(shapes):
             raise TensorError(f"{field}.outputs: {sorted(message.outputs)} are not allowed; expected {sorted(shapes)}")
         for name, dims in shapes.items():
@@ -138,23 +131,23 @@ class Contributions:
                 place = torch.nonzero(~(values.double().abs() <= _LARGEST_LOGIT))[0].tolist()
                 why = (
                     "the teacher's weights are damaged"
-                    if student in self._teachers
+                    if participant in self._teachers
                     else "the student has diverged, lower its learning rate"
                 )
                 raise RequestRejected(
                     Status.INVALID_ARGUMENT,
-                    f"student {student!r}, round {round_number}: {field}.outputs.{name}{place} is "
+                    f"participant {participant!r}, round {round_number}: {field}.outputs.{name}{place} is "
                     f"{values[tuple(place)].item()}; allowed are finite values of magnitude up to {_LARGEST_LOGIT:g}: {why}",
                 )
         return Samples(message.ids.data, message.labels.data), outputs, labels
 
-    def round_inputs(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_absent: bool) -> RoundInputs:
+    def round_inputs(self, decide: Decide, state: Mapping[str, torch.Tensor], *, include_missing: bool) -> RoundInputs:
         """Return a round's contributions as its method's inputs, float32.
 
         Args:
             decide: the round.
             state: the method's state after the round before.
-            include_absent: whether students that did not contribute will ask for the targets.
+            include_missing: whether students that did not contribute will ask for the targets.
         """
         payloads = {name: cast("_Payload", sent.payload) for name, sent in decide.contributions.items()}
         students = [payload for name, payload in payloads.items() if name not in self._teachers]
@@ -178,5 +171,5 @@ class Contributions:
             },
             held_out_labels=of_students.held_out_labels,
             state=state,
-            include_absent=include_absent,
+            include_missing=include_missing,
         )

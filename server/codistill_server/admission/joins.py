@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
-from codistill.config.fingerprint import difference, identity
+from codistill.config.fingerprint import difference, identity, identity_sha256
+from codistill.config.schedule import ExchangeSchedule
 from codistill.methods.aggregator import Aggregator, Output
-from codistill.process.printable import printable
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.words import word
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 
 __all__ = ["JoinAdmission"]
 
-_LARGEST_ROUND = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
+_DIGEST_BYTES = 64  # of a digest from outside, which may have any length
+_LARGEST_COUNT = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
 
 
 class JoinAdmission:
@@ -36,6 +39,7 @@ class JoinAdmission:
         self._journal = journal
         self._aggregator = aggregator
         self._identity = identity(experiment)
+        self._sha256 = identity_sha256(experiment)
         self._classes = experiment.data.class_count
         self._participants = frozenset(experiment.participants)
         self._teachers = frozenset(experiment.teacher_names)
@@ -46,6 +50,26 @@ class JoinAdmission:
     def train_samples(self) -> int:
         """The number of samples to train on; 0 until the first worker has joined."""
         return int(self._settled.get("data.train_samples", 0))
+
+    @property
+    def total_rounds(self) -> int:
+        """The number of rounds of the run; 0 until the first worker has joined, and where nothing is exchanged."""
+        return int(self._settled.get("total_rounds", 0))
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of each student; 0 until the first worker has joined."""
+        return int(self._settled.get("total_steps", 0))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps in an epoch; 0 until the first worker has joined."""
+        return self.train_samples // self._experiment.training.batch_size
+
+    @property
+    def schedule(self) -> ExchangeSchedule:
+        """Which steps exchange; it holds once the first worker has joined."""
+        return self._experiment.distillation.exchange_schedule(self.steps_per_epoch)
 
     def shapes_of(self, participant: str) -> Mapping[str, list[int]]:
         """Return the shapes of a participant's outputs by name, without the samples; empty before it has joined."""
@@ -63,26 +87,15 @@ class JoinAdmission:
                 f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {request.protocol_version}; "
                 "install the same codistill on both sides",
             )
-        if request.student not in self._participants:
-            return  # the state machine names the students there are
-        if request.total_rounds > _LARGEST_ROUND:
-            raise RequestRejected(
-                Status.INVALID_ARGUMENT,
-                f"total_rounds: {request.total_rounds} is not allowed; allowed are at most {_LARGEST_ROUND}",
-            )
-        if request.first_round > request.total_rounds:
-            raise RequestRejected(
-                Status.INVALID_ARGUMENT,
-                f"first_round: {request.first_round} is not allowed; allowed: 0 to total_rounds, {request.total_rounds}",
-            )
-        differs = difference(self._identity, request.experiment)
-        if differs is not None:
-            raise RequestRejected(Status.FAILED_PRECONDITION, f"{differs}; start both from the same experiment file")
+        if request.participant not in self._participants:
+            return  # the state machine names the participants there are
+        self._check_experiment(request)
         if request.data.classes != self._classes:
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
                 f"data.classes: the run has {self._classes}, this worker {request.data.classes}",
             )
+        self._check_length(request)
         facts = _facts(request)
         dataset = self._experiment.data.dataset
         seeding = (
@@ -92,15 +105,49 @@ class JoinAdmission:
             if facts[field] != value:
                 raise RequestRejected(
                     Status.FAILED_PRECONDITION,
-                    f"{field}: the run has {value}, this worker {facts[field]}; all students need the same data set, "
+                    f"{field}: the run has {value}, this worker {facts[field]}; all participants need the same data set, "
                     f"in the same order{seeding}",
                 )
         self._check_outputs(request)
         self._check_weights(request)
+        _check_offer("lanes", pb.Lane, request.lanes, pb.LANE_GRPC)
+        _check_offer("encodings", pb.Encoding, request.encodings, pb.ENCODING_DENSE)
+
+    def _check_experiment(self, request: pb.JoinRequest) -> None:
+        """Reject a worker of another experiment; its JSON, where it sent any, says what differs."""
+        if request.experiment_sha256 == self._sha256:
+            return
+        differs = difference(self._identity, request.experiment_json) if request.experiment_json else None
+        theirs = request.experiment_sha256[:_DIGEST_BYTES].hex() or "none"
+        digests = f"experiment_sha256: the run has {self._sha256.hex()}, this worker {theirs}"
+        raise RequestRejected(
+            Status.FAILED_PRECONDITION, f"{differs or digests}; start both from the same experiment file"
+        )
+
+    def _check_length(self, request: pb.JoinRequest) -> None:
+        """Reject a worker whose numbers of steps and rounds are impossible."""
+        steps_per_epoch = request.data.train_samples // self._experiment.training.batch_size
+        schedule = self._experiment.distillation.exchange_schedule(steps_per_epoch)
+        rounds = 0 if self._aggregator is None else schedule.rounds_before(request.total_steps)
+        for field, value, largest, what in (
+            ("total_steps", request.total_steps, _LARGEST_COUNT, ""),
+            ("steps_trained", request.steps_trained, request.total_steps, ", which is total_steps"),
+            ("first_round", request.first_round, request.total_rounds, ", which is total_rounds"),
+        ):
+            if value > largest:
+                raise RequestRejected(
+                    Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed: 0 to {largest}{what}"
+                )
+        if request.total_rounds != rounds:
+            raise RequestRejected(
+                Status.INVALID_ARGUMENT,
+                f"total_rounds: {request.total_rounds} is not allowed; allowed: {rounds}, as that many of "
+                f"{request.total_steps} steps exchange",
+            )
 
     def _check_outputs(self, request: pb.JoinRequest) -> None:
         """Reject a worker whose outputs are not those that the method takes, or not in the settled shapes."""
-        participant, outputs = request.student, _shapes(request)
+        participant, outputs = request.participant, _shapes(request)
         expected, classes = self._expected_outputs(participant), self._classes
         if self._aggregator is None:
             return
@@ -123,12 +170,13 @@ class JoinAdmission:
 
     def _check_weights(self, request: pb.JoinRequest) -> None:
         """Reject a teacher whose weights changed since the run began."""
-        settled = self._journal.settled(f"weights/{request.student}")
-        if request.student in self._teachers and settled not in (None, request.weights):
+        settled = self._journal.settled(f"weights/{request.participant}")
+        theirs = request.weights_sha256[:_DIGEST_BYTES].hex()
+        if request.participant in self._teachers and settled not in (None, theirs):
             raise RequestRejected(
                 Status.FAILED_PRECONDITION,
-                f"weights: the run has a teacher {request.student!r} with weights of digest {settled}, this worker's are "
-                f"{printable(request.weights[:128])}; give its teachers.weights the file that the run began with",
+                f"weights_sha256: the run has a teacher {request.participant!r} with weights of SHA-256 {settled}, this worker's are "
+                f"{theirs}; give its teachers.weights the file that the run began with",
             )
 
     def _expected_outputs(self, participant: str) -> Mapping[str, Output]:
@@ -150,16 +198,25 @@ class JoinAdmission:
         if not self._settled:
             self._settled = _facts(request)
             self._journal.settle("data", json.dumps(self._settled))
-        participant = request.student
+        participant = request.participant
         self._shapes[participant] = _shapes(request)
         if any(any(output.limits) for output in self._expected_outputs(participant).values()):
             self._settle_once(self._outputs_key(participant), json.dumps(self._shapes[participant]))
         if participant in self._teachers:
-            self._settle_once(f"weights/{participant}", printable(request.weights[:128]))
+            self._settle_once(f"weights/{participant}", request.weights_sha256[:_DIGEST_BYTES].hex())
 
     def _settle_once(self, key: str, value: str) -> None:
         if self._journal.settled(key) is None:
             self._journal.settle(key, value)
+
+
+def _check_offer(field: str, enum: Any, offered: Sequence[int], taken: int) -> None:
+    """Reject a worker that offers other ways of exchange than the one that this server takes."""
+    if offered and taken not in offered:
+        names = ", ".join(word(enum, number) for number in offered)
+        raise RequestRejected(
+            Status.FAILED_PRECONDITION, f"{field}: {names} is not allowed; this server takes {word(enum, taken)}"
+        )
 
 
 def _shapes(request: pb.JoinRequest) -> dict[str, list[int]]:
@@ -171,6 +228,7 @@ def _facts(request: pb.JoinRequest) -> dict[str, int | str]:
     """Return the facts on data and length that every worker must agree on, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
-        "data.digest": printable(request.data.digest[:128]),
+        "data.data_sha256": request.data.data_sha256[:_DIGEST_BYTES].hex(),
         "total_rounds": request.total_rounds,
+        "total_steps": request.total_steps,
     }

@@ -1,35 +1,40 @@
-"""Validation of a student's report, before any of it is shown."""
+"""Validation of a participant's report, before any of it is shown."""
 
 from __future__ import annotations
 
 import math
 
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import is_valid
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 
-__all__ = ["check_rounds", "check_values"]
+__all__ = ["check_counts", "check_values"]
 
 
-def check_rounds(request: pb.ReportRequest, last_round: int) -> None:
-    """Validate the rounds that a report names.
+def check_counts(request: pb.ReportRequest, total_rounds: int, total_steps: int) -> None:
+    """Validate the rounds and steps that a report names.
 
     Args:
         request: the report.
-        last_round: the run's last round.
+        total_rounds: the run's.
+        total_steps: the run's.
 
     Raises:
-        RequestRejected: one of them is after the last; the text names its field.
+        RequestRejected: one of them is larger than the run; the text names its field.
     """
-    rounds = {"round": request.round, "durable_round": request.durable_round}
-    rounds |= {
-        f"measurements.{index}.round": measurement.round for index, measurement in enumerate(request.measurements)
+    steps = {"steps_trained": request.steps_trained}
+    steps |= {
+        f"measurements.{index}.steps_trained": measurement.steps_trained
+        for index, measurement in enumerate(request.measurements)
     }
-    for field, round_number in rounds.items():
-        if round_number > last_round:
-            raise RequestRejected(
-                Status.INVALID_ARGUMENT, f"{field}: {round_number} is not allowed; allowed: 0 to {last_round}"
-            )
+    rounds = {"round": request.round, "durable_round": request.durable_round}
+    for counts, largest in ((steps, total_steps), (rounds, total_rounds)):
+        for field, count in counts.items():
+            if count > largest:
+                raise RequestRejected(
+                    Status.INVALID_ARGUMENT, f"{field}: {count} is not allowed; allowed: 0 to {largest}"
+                )
 
 
 def check_values(request: pb.ReportRequest) -> None:
@@ -38,14 +43,17 @@ def check_values(request: pb.ReportRequest) -> None:
     Raises:
         RequestRejected: a value is out of range; the text names its field.
     """
-    numbers = {
-        field.name: getattr(request, field.name)
-        for field in request.DESCRIPTOR.fields
-        if field.type == field.TYPE_DOUBLE
-    }
-    for field, value in numbers.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise RequestRejected(Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed are 0 and above")
+    epochs = request.epochs_trained
+    if not (math.isfinite(epochs) and epochs >= 0):
+        raise RequestRejected(
+            Status.INVALID_ARGUMENT, f"epochs_trained: {epochs} is not allowed; allowed are 0 and above"
+        )
+    for field, time in (("step_time", request.step_time), ("wait_time", request.wait_time)):
+        if not is_valid(time):
+            raise RequestRejected(
+                Status.INVALID_ARGUMENT,
+                f"{field}: {time.seconds} s and {time.nanos} ns is not allowed; allowed are 0 and above",
+            )
     for index, measurement in enumerate(request.measurements):
         if measurement.split not in (pb.SPLIT_TRAIN, pb.SPLIT_TEST):
             raise RequestRejected(

@@ -36,7 +36,7 @@ class _StageMeans:
     def targets(self, inputs: RoundInputs) -> Targets:
         """Return `same` and `other` for each student, [B, S, C], of S stages with the final classifier last."""
         logits = torch.stack([inputs.outputs[name] for name in self._names], 1)
-        shared = _arrays(*ensembles.pooled_dense_probabilities(logits)) if inputs.include_absent else None
+        shared = _arrays(*ensembles.pooled_dense_probabilities(logits)) if inputs.include_missing else None
         nothing: Arrays = {}
         if len(inputs.students) < 2:  # a single student has no peers; those that ask later learn from it
             return Targets(shared=shared or {}, each=dict.fromkeys(inputs.students, nothing))

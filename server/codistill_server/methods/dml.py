@@ -39,7 +39,7 @@ class _PeerMean:
             student: {"probabilities": probabilities[position], "divergence": divergence[position]}
             for position, student in enumerate(inputs.students)
         }
-        if not inputs.include_absent:
+        if not inputs.include_missing:
             return Targets(each=by_student)
         probabilities, divergence = ensembles.pooled_probabilities(logits, self._temperature)
         return Targets(each=by_student, shared={"probabilities": probabilities, "divergence": divergence})

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from codistill_server.rounds.events import Contribution, StudentRecord
+from codistill_server.rounds.events import Contribution, ParticipantRecord
 
 __all__ = [
-    "Absent",
     "Action",
     "Admit",
     "Answer",
+    "Awaited",
     "Complete",
     "Decide",
     "End",
@@ -20,7 +20,7 @@ __all__ = [
     "Notify",
     "Refuse",
     "Remember",
-    "Returned",
+    "Skipped",
     "Status",
     "Waiting",
 ]
@@ -41,16 +41,16 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Waiting:
-    """The students that an open round waits for.
+    """The participants that an open round waits for.
 
     Attributes:
         round: the round.
-        students: their names, in the experiment's order.
+        participants: their names, in the experiment's order.
         seconds: the time since the round's first contribution.
     """
 
     round: int
-    students: tuple[str, ...]
+    participants: tuple[str, ...]
     seconds: float
 
 
@@ -58,8 +58,8 @@ class Waiting:
 class Admit:
     """Answer a join with the worker's new session."""
 
-    student: str
-    session: int
+    participant: str
+    session_id: int
     frontier: int
 
 
@@ -75,8 +75,8 @@ class Refuse:
 class End:
     """End a session's stream with a status. The machine has forgotten the session already."""
 
-    session: int
-    student: str
+    session_id: int
+    participant: str
     status: Status
     message: str
 
@@ -87,7 +87,7 @@ class Decide:
 
     Attributes:
         round: the round.
-        contributions: by student, in the experiment's order; absent students may be missing.
+        contributions: by participant, in the experiment's order; skipped participants may be missing.
         arrived: when each contribution arrived, in seconds of the caller's clock.
         targets: whether the round is given targets; below the quorum it is not.
     """
@@ -102,41 +102,41 @@ class Decide:
 class Answer:
     """Send a session the targets of a closed round, in answer to its contribution."""
 
-    session: int
-    student: str
+    session_id: int
+    participant: str
     contribution: Contribution
 
 
 @dataclass(frozen=True)
 class Notify:
-    """Send a session the names of the students that it waits for."""
+    """Send a session the names of the participants that it waits for."""
 
-    session: int
+    session_id: int
     waiting: Waiting
 
 
 @dataclass(frozen=True)
-class Absent:
-    """Note that the frontier no longer waits for a student."""
+class Skipped:
+    """Note that the frontier no longer waits for a participant."""
 
-    student: str
+    participant: str
     round: int
     reason: str
 
 
 @dataclass(frozen=True)
-class Returned:
-    """Note that the frontier waits for a student again."""
+class Awaited:
+    """Note that the frontier waits for a participant again."""
 
-    student: str
+    participant: str
     round: int
 
 
 @dataclass(frozen=True)
 class Remember:
-    """Write a student's record to the journal."""
+    """Write a participant's record to the journal."""
 
-    record: StudentRecord
+    record: ParticipantRecord
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Forget:
 
 @dataclass(frozen=True)
 class Complete:
-    """Note that every student has finished."""
+    """Note that every participant has finished."""
 
 
-Action = Admit | Refuse | End | Decide | Answer | Notify | Absent | Returned | Remember | Forget | Complete
+Action = Admit | Refuse | End | Decide | Answer | Notify | Skipped | Awaited | Remember | Forget | Complete

@@ -20,16 +20,16 @@ __all__ = [
     "Join",
     "Leave",
     "LeaveReason",
+    "ParticipantRecord",
     "Progress",
     "Restored",
     "Samples",
-    "StudentRecord",
     "Tick",
 ]
 
 
 class LeaveReason(Enum):
-    """Why a student leaves."""
+    """Why a participant leaves."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
@@ -62,7 +62,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Contribution:
-    """The arrays that a student or a teacher publishes in a round; `payload` is opaque here."""
+    """The arrays that a participant publishes in a round; `payload` is opaque here."""
 
     round: int
     samples: Samples
@@ -71,22 +71,22 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class StudentRecord:
-    """The facts about a student that survive a restart of the server.
+class ParticipantRecord:
+    """The facts about a participant that survive a restart of the server.
 
     Attributes:
-        student: the student.
-        session: the newest session that it was given.
+        participant: the participant.
+        session_id: the newest session that it was given.
         durable_round: the first round that it would need again after a restart.
         finished: whether it has finished.
-        worker: the id of the newest session's worker; 0 if it sent none.
+        worker_id: the id of the newest session's worker; 0 if it sent none.
     """
 
-    student: str
-    session: int
+    participant: str
+    session_id: int
     durable_round: int
     finished: bool
-    worker: int = 0
+    worker_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Restored:
     Attributes:
         oldest: the oldest closed round that is kept; equal to `frontier` where none is.
         frontier: the first round that is not closed.
-        students: the newest record of each student.
+        participants: the newest record of each participant.
     """
 
     oldest: int = 0
     frontier: int = 0
-    students: tuple[StudentRecord, ...] = ()
+    participants: tuple[ParticipantRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,23 +109,23 @@ class Join:
     """A worker asks for a session.
 
     Attributes:
-        student: the student that it trains.
+        participant: the worker's participant.
         first_round: the first round that the worker needs.
-        worker: the worker's id, which distinguishes workers of one student; 0 if it sent none.
-        session: the session that this worker had last; 0 for none.
+        worker_id: the worker's id, which distinguishes workers of one participant; 0 if it sent none.
+        session_id: the session that this worker had last; 0 for none.
     """
 
-    student: str
+    participant: str
     first_round: int
-    worker: int = 0
-    session: int = 0
+    worker_id: int = 0
+    session_id: int = 0
 
 
 @dataclass(frozen=True)
 class Contribute:
     """A contribution arrived on a session."""
 
-    session: int
+    session_id: int
     contribution: Contribution
 
 
@@ -138,17 +138,17 @@ class Decided:
 
 @dataclass(frozen=True)
 class Progress:
-    """A student reports the first round that it would need again after a restart."""
+    """A participant reports the first round that it would need again after a restart."""
 
-    session: int
+    session_id: int
     durable_round: int
 
 
 @dataclass(frozen=True)
 class Leave:
-    """A student leaves."""
+    """A participant leaves."""
 
-    session: int
+    session_id: int
     reason: LeaveReason
 
 
@@ -157,11 +157,11 @@ class Disconnect:
     """A session's stream broke, or was ended because of what was sent on it.
 
     Attributes:
-        session: the session.
-        lost: whether to stop waiting for the student, as what it sends cannot be used.
+        session_id: the session.
+        lost: whether to stop waiting for the participant, as what it sends cannot be used.
     """
 
-    session: int
+    session_id: int
     lost: bool = False
 
 

@@ -1,9 +1,9 @@
-"""How long an open round waits, and for which students: pure functions of time and arrivals.
+"""How long an open round waits, and for which participants: pure functions of time and arrivals.
 
-Words. A student is *awaited* while the frontier waits for it, else it is *absent*. The *deadline* of a round counts from
-its first contribution. At the deadline, every awaited student that has not contributed becomes absent. A round closes as
-soon as every awaited student has contributed. The *quorum* is the number of contributions that a round must have to be
-given targets; those of absent students count too. Below the quorum the round closes without targets, and the students
+Words. A participant is *awaited* while the frontier waits for it, else it is *skipped*. The *deadline* of a round counts from
+its first contribution. At the deadline, every awaited participant that has not contributed becomes skipped. A round closes as
+soon as every awaited participant has contributed. The *quorum* is the number of contributions that a round must have to be
+given targets; those of skipped participants count too. Below the quorum the round closes without targets, and the participants
 learn from the labels alone.
 """
 
@@ -26,12 +26,12 @@ _SHORTEST_DEADLINE = 2.0
 
 @dataclass(frozen=True)
 class StragglerPolicy:
-    """How a run continues without a student (``exchange.on_absence: proceed``).
+    """How a run continues without a participant (``exchange.on_absence: proceed``).
 
     Attributes:
         quorum: contributions that a round needs to be given targets.
         round_deadline: seconds from a round's first contribution until it no longer waits; None derives them from recent arrivals.
-        evict_after: seconds of silence after which an absent student's session is ended. A student that has not joined
+        evict_after: seconds of silence after which a skipped participant's session is ended. A participant that has not joined
             since the server started is waited for as long.
     """
 
@@ -41,7 +41,7 @@ class StragglerPolicy:
 
 
 def straggler_policy(experiment: Experiment) -> StragglerPolicy | None:
-    """Return how an experiment's run continues without a student; None where it waits for every one."""
+    """Return how an experiment's run continues without a participant; None where it waits for every one."""
     exchange = experiment.exchange
     if exchange.on_absence == "wait":
         return None
@@ -53,7 +53,7 @@ class ArrivalLags:
     """How late the last contribution of recent rounds was; the automatic deadline follows from it.
 
     A lag is the time from a round's first contribution to its last. The deadline is median + 10·MAD of the last 64 rounds'
-    lags. It is at least 2 s, so that a pause (an evaluation, a checkpoint) makes no student absent. It is at most
+    lags. It is at least 2 s, so that a pause (an evaluation, a checkpoint) makes no participant skipped. It is at most
     `evict_after`, which also holds until 8 rounds are known.
     """
 
@@ -82,13 +82,13 @@ class CloseDecision:
     Attributes:
         close: whether it closes now.
         targets: whether it is given targets, if it closes.
-        absent: the awaited students that it no longer waits for.
+        skipped: the awaited participants that it no longer waits for.
         reason: why, for people.
     """
 
     close: bool
     targets: bool
-    absent: tuple[str, ...]
+    skipped: tuple[str, ...]
     reason: str
 
 
@@ -104,19 +104,23 @@ def close_decision(
     """Return whether an open round closes.
 
     Args:
-        policy: how the run continues without a student.
+        policy: how the run continues without a participant.
         waited: seconds since the round's first contribution.
         deadline: seconds that the round waits; see :meth:`ArrivalLags.deadline`.
-        awaited: the students that the round waits for, in the experiment's order.
-        expected: the students that have not joined since the server started; they are given `evict_after`.
-        contributed: the students whose contributions have arrived.
+        awaited: the participants that the round waits for, in the experiment's order.
+        expected: the participants that have not joined since the server started; they are given `evict_after`.
+        contributed: the participants whose contributions have arrived.
     """
-    missing = [student for student in awaited if student not in contributed]
-    late = tuple(student for student in missing if waited >= (policy.evict_after if student in expected else deadline))
-    still_awaited = [student for student in missing if student not in late]
+    missing = [participant for participant in awaited if participant not in contributed]
+    late = tuple(
+        participant
+        for participant in missing
+        if waited >= (policy.evict_after if participant in expected else deadline)
+    )
+    still_awaited = [participant for participant in missing if participant not in late]
     count = f"{len(contributed)} contributions, quorum {policy.quorum}"
     if still_awaited:
         return CloseDecision(False, False, late, f"waits for {', '.join(still_awaited)} since {waited:.1f} s; {count}")
-    why = f"without {', '.join(late)} after {waited:.1f} s" if late else "every awaited student is in"
+    why = f"without {', '.join(late)} after {waited:.1f} s" if late else "every awaited participant is in"
     enough = len(contributed) >= policy.quorum
     return CloseDecision(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))

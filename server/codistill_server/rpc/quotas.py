@@ -28,7 +28,7 @@ class Limits:
     """The limits for one peer. ``docs/security.md`` has the table, and why a correct peer stays below.
 
     Attributes:
-        joins: of one student; a worker that is restarted every second needs 1 per second.
+        joins: of one participant; a worker that is restarted every second needs 1 per second.
         calls: unary calls from one host; a worker needs 1 per second, a status that polls every 0.2 s needs 5.
         call_bytes: bytes of unary calls from one host; a report has some hundred, a join some thousand.
         repeats: contributions of one session to rounds that it has contributed to; a correct one makes none.
@@ -97,15 +97,17 @@ class Quotas:
                 f"{host} sends more than {self._limits.call_bytes.per_second / _MIB:g} MiB a second", seconds
             )
 
-    def join(self, student: str, now: float) -> None:
-        """Count a join; "" stands for all students that the experiment does not have.
+    def join(self, participant: str, now: float) -> None:
+        """Count a join; "" stands for all participants that the experiment does not have.
 
         Raises:
-            QuotaExceeded: there were too many for this student.
+            QuotaExceeded: there were too many for this participant.
         """
-        seconds = self._joins.take(student, now)
+        seconds = self._joins.take(participant, now)
         if seconds:
-            joining = f"student {student!r}" if student else "students that the experiment does not have"
+            joining = (
+                f"participant {participant!r}" if participant else "participants that the experiment does not have"
+            )
             raise QuotaExceeded(
                 f"{joining}: more than {self._limits.joins.per_second:g} joins a second; see that one worker runs, and why it "
                 "starts again",

@@ -1,7 +1,7 @@
 """The rpcs of the protocol on a coordinator.
 
 The event loop's thread is the coordinator's thread, so there are no locks. Replies are serialised once, by the coordinator,
-and the same bytes go to every student that shares them.
+and the same bytes go to every participant that shares them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
+from codistill.wire.times import is_valid, seconds
 from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
@@ -29,13 +30,14 @@ __all__ = ["SERVICE", "DistillationService"]
 
 _Request = TypeVar("_Request", bound=Message)
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+SERVICE = pb.DESCRIPTOR.services_by_name["DistillationService"].full_name
 _STREAM_GRACE = 30.0
 _TICK_SECONDS = 0.25
+_WATCH_SECONDS = 1.0
 
 
 class DistillationService:
-    """The rpcs of ``codistill.v1.Distillation`` on a coordinator.
+    """The rpcs of ``codistill.v1.DistillationService`` on a coordinator.
 
     Args:
         coordinator: the run.
@@ -67,9 +69,9 @@ class DistillationService:
             coordinator.leave(request)
             return pb.LeaveResponse()
 
-        def get_run(request: pb.GetRunRequest) -> pb.Run:
+        def get_run(request: pb.GetRunRequest) -> pb.GetRunResponse:
             del request
-            return coordinator.snapshot()
+            return pb.GetRunResponse(run=coordinator.snapshot())
 
         # Requests are parsed by the calls themselves, so that bytes that are no message get a status that says so;
         # the stream's replies come serialised.
@@ -80,7 +82,9 @@ class DistillationService:
                 "Report": self._unary(pb.ReportRequest, report),
                 "Leave": self._unary(pb.LeaveRequest, leave),
                 "GetRun": self._unary(pb.GetRunRequest, get_run),
-                "WatchRun": grpc.unary_stream_rpc_method_handler(self._watch_run, None, pb.Run.SerializeToString),
+                "WatchRun": grpc.unary_stream_rpc_method_handler(
+                    self._watch_run, None, pb.WatchRunResponse.SerializeToString
+                ),
                 "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange, None, None),
             },
         )
@@ -118,18 +122,21 @@ class DistillationService:
         return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
     def _join(self, request: pb.JoinRequest) -> pb.JoinResponse:
-        self._quotas.join(request.student if request.student in self._coordinator.presence else "", time.monotonic())
+        self._quotas.join(
+            request.participant if request.participant in self._coordinator.states else "", time.monotonic()
+        )
         response = self._coordinator.join(request)
         # A worker that dies between Join and Exchange has no stream whose end would tell.
         loop = asyncio.get_running_loop()
-        loop.call_later(_STREAM_GRACE, self._coordinator.expect_stream, response.session)
+        loop.call_later(_STREAM_GRACE, self._coordinator.expect_stream, response.session_id)
         return response
 
-    async def _watch_run(self, raw: bytes, context: Context) -> AsyncIterator[pb.Run]:
+    async def _watch_run(self, raw: bytes, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         try:
-            interval = parse(pb.WatchRunRequest, raw).interval_seconds or 1.0
-            if not 0.1 <= interval <= 60:
-                message = f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60, or 0 for 1"
+            request = parse(pb.WatchRunRequest, raw)
+            interval = seconds(request.interval) if request.HasField("interval") else _WATCH_SECONDS
+            if not (is_valid(request.interval) and 0.1 <= interval <= 60):
+                message = f"interval: {interval} s is not allowed; allowed: 0.1 s to 60 s"
                 raise RequestRejected(Status.INVALID_ARGUMENT, message)
             self._quotas.watch()
         except (RequestRejected, QuotaExceeded) as rejected:
@@ -137,7 +144,7 @@ class DistillationService:
         try:
             while True:
                 run = self._coordinator.snapshot()
-                yield run
+                yield pb.WatchRunResponse(run=run)
                 if run.complete or self._going_down.is_set():
                     return
                 with contextlib.suppress(TimeoutError):
@@ -147,10 +154,10 @@ class DistillationService:
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
         try:
-            session = session_of(context)
+            session_id = session_of(context)
             repeats = self._quotas.repeats(time.monotonic())
-            stream = SessionStream(session, self._coordinator, repeats, self._fail)
-            self._coordinator.open_stream(session, stream)
+            stream = SessionStream(session_id, self._coordinator, repeats, self._fail)
+            self._coordinator.open_stream(session_id, stream)
         except RequestRejected as rejected:
             await abort(context, rejected)
         self.streams += 1

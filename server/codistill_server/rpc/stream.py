@@ -32,30 +32,30 @@ def session_of(context: Context) -> int:
         RequestRejected: they name none, or it was damaged on the way.
     """
     value = dict(context.invocation_metadata() or ()).get(SESSION_KEY, "")
-    session = parse_session(str(value))
-    if session is None:
+    session_id = parse_session(str(value))
+    if session_id is None:
         raise RequestRejected(
             Status.ABORTED,
             f"metadata {SESSION_KEY}: {str(value)[:80]!r} is no session, or was damaged on the way; join again, and send the "
             "session in decimal, a hyphen and the CRC-32 of the decimal in hexadecimal",
         )
-    return session
+    return session_id
 
 
 class SessionStream:
     """The stream of one session; the coordinator's :class:`codistill_server.coordinator.Outbox` for it.
 
     Args:
-        session: the session.
+        session_id: the session.
         coordinator: the run.
         repeats: how often the session may repeat a contribution.
         on_failure: called with the error when the run cannot go on.
     """
 
     def __init__(
-        self, session: int, coordinator: Coordinator, repeats: RepeatQuota, on_failure: Callable[[Exception], None]
+        self, session_id: int, coordinator: Coordinator, repeats: RepeatQuota, on_failure: Callable[[Exception], None]
     ) -> None:
-        self._session = session
+        self._session_id = session_id
         self._coordinator = coordinator
         self._repeats = repeats
         self._on_failure = on_failure
@@ -91,7 +91,7 @@ class SessionStream:
                 await asyncio.wait([writing, *others, self._ended], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 # Before the status is sent: a worker that does not read holds that up, and the others need not wait.
-                self._coordinator.close_stream(self._session, self)
+                self._coordinator.close_stream(self._session_id, self)
                 for task in others:
                     task.cancel()
                 await asyncio.wait(others)
@@ -126,13 +126,13 @@ class SessionStream:
                 return
 
     def _contribute(self, raw: bytes) -> None:
-        if not verify_checksum(raw, str(self._session)):
+        if not verify_checksum(raw, str(self._session_id)):
             message = f"a contribution of {len(raw)} bytes {DAMAGED}; join again"
-            self._coordinator.reject_damaged(self._session, message)
+            self._coordinator.reject_damaged(self._session_id, message)
             raise RequestRejected(Status.ABORTED, message)
-        contribution = parse(pb.Contribution, raw)
+        contribution = parse(pb.ExchangeRequest, raw)
         self._repeats.contribute(contribution.round, time.monotonic())
-        self._coordinator.contribute(self._session, contribution, len(raw))
+        self._coordinator.contribute(self._session_id, contribution, len(raw))
 
     def _reject(self, rejected: RequestRejected | QuotaExceeded) -> None:
         if not self._ended.done():

@@ -1,4 +1,4 @@
-"""A closed round in bytes: the replies to its students, and the method's state after it."""
+"""A closed round in bytes: the replies to its participants, and the method's state after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["decode_state", "encode_replies", "encode_state"]
 def encode_replies(round_number: int, targets: Targets, teachers: Sequence[str], dtype: str) -> Mapping[str, bytes]:
     """Return the serialised replies to a round, with their checksums.
 
-    They are keyed as in :class:`codistill_server.storage.journal.ClosedRound`: by student, and under "" for every student
+    They are keyed as in :class:`codistill_server.storage.journal.ClosedRound`: by participant, and under "" for every participant
     that has no reply of its own.
 
     Args:
@@ -27,18 +27,18 @@ def encode_replies(round_number: int, targets: Targets, teachers: Sequence[str],
         dtype: the element type of the targets on the wire.
     """
     no_targets: Arrays = {}
-    by_student = {**(targets.each or {}), **dict.fromkeys(teachers, no_targets)}
+    by_participant = {**(targets.each or {}), **dict.fromkeys(teachers, no_targets)}
     if targets.shared is not None:
-        by_student[""] = targets.shared
+        by_participant[""] = targets.shared
     return {
-        student: append_checksum(
-            pb.ExchangeReply(
+        participant: append_checksum(
+            pb.ExchangeResponse(
                 targets=pb.Targets(
                     round=round_number, targets={name: encode(value, dtype) for name, value in arrays.items()}
                 )
             )
         )
-        for student, arrays in by_student.items()
+        for participant, arrays in by_participant.items()
     }
 
 

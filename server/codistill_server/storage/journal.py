@@ -1,7 +1,7 @@
 """The closed rounds of a run on disk, in SQLite.
 
-A round is written in one transaction before any student is answered. So whenever the process dies, a round is either wholly
-there or was never sent to anyone. A closed round is never changed. Rounds that no student needs any more are deleted, oldest
+A round is written in one transaction before any participant is answered. So whenever the process dies, a round is either wholly
+there or was never sent to anyone. A closed round is never changed. Rounds that no participant needs any more are deleted, oldest
 first.
 
 Disks damage what they hold, and SQLite notices only damage to its own structures. So every row has a checksum, and a
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.config.fingerprint import difference, extends
-from codistill_server.rounds.events import Restored, Samples, StudentRecord
+from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 
 __all__ = ["ClosedRound", "Journal", "JournalError", "holds_rounds"]
 
@@ -32,16 +32,16 @@ _REPLACE = "put a whole copy in its place and resume the run, or start it anew i
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS students (
-    student TEXT PRIMARY KEY, session INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
-    worker TEXT NOT NULL, checksum INTEGER NOT NULL
+CREATE TABLE IF NOT EXISTS participants (
+    participant TEXT PRIMARY KEY, session_id INTEGER NOT NULL, durable_round INTEGER NOT NULL, finished INTEGER NOT NULL,
+    worker_id TEXT NOT NULL, checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, ids BLOB NOT NULL, labels BLOB NOT NULL, state BLOB NOT NULL, contributors TEXT NOT NULL,
     checksum INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS targets (
-    round INTEGER NOT NULL, student TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, student)
+    round INTEGER NOT NULL, participant TEXT NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (round, participant)
 ) WITHOUT ROWID;
 """
 
@@ -57,9 +57,9 @@ class ClosedRound:
     Attributes:
         round: the round.
         samples: the samples of its contributions.
-        replies: the serialised ``ExchangeReply`` by student; under "" for every student that has none of its own.
+        replies: the serialised ``ExchangeResponse`` by participant; under "" for every participant that has none of its own.
         state: the method's serialised state after the round.
-        contributors: the students whose contributions the targets were made of, in the experiment's order.
+        contributors: the participants whose contributions the targets were made of, in the experiment's order.
     """
 
     round: int
@@ -68,9 +68,9 @@ class ClosedRound:
     state: bytes = field(default=b"", repr=False)
     contributors: tuple[str, ...] = ()
 
-    def reply_to(self, student: str) -> bytes | None:
-        """Return the reply to a student; None if none was made, as it did not contribute."""
-        return self.replies.get(student, self.replies.get(""))
+    def reply_to(self, participant: str) -> bytes | None:
+        """Return the reply to a participant; None if none was made, as it did not contribute."""
+        return self.replies.get(participant, self.replies.get(""))
 
 
 class Journal:
@@ -151,22 +151,24 @@ class Journal:
             if checksum != _checksum(*row):
                 raise self._damaged("what it says of the run is not what was written")
         for *row, checksum in self._query(
-            "SELECT student, session, durable_round, finished, worker, checksum FROM students"
+            "SELECT participant, session_id, durable_round, finished, worker_id, checksum FROM participants"
         ):
             if checksum != _checksum(*row):
-                raise self._damaged(f"what it says of student {row[0]!r} is not what was written")
+                raise self._damaged(f"what it says of participant {row[0]!r} is not what was written")
 
     def restore(self) -> Restored:
-        """Return the rounds that are kept and the students' records; the state machine starts from them."""
+        """Return the rounds that are kept and the participants' records; the state machine starts from them."""
         ((oldest, newest),) = self._query("SELECT min(round), max(round) FROM rounds")
         frontier = newest + 1 if newest is not None else 0
-        students = self._query("SELECT student, session, durable_round, finished, worker FROM students")
+        participants = self._query(
+            "SELECT participant, session_id, durable_round, finished, worker_id FROM participants"
+        )
         return Restored(
             oldest=frontier if oldest is None else oldest,
             frontier=frontier,
-            students=tuple(
-                StudentRecord(student, session, durable_round, bool(finished), int(worker))
-                for student, session, durable_round, finished, worker in students
+            participants=tuple(
+                ParticipantRecord(participant, session_id, durable_round, bool(finished), int(worker_id))
+                for participant, session_id, durable_round, finished, worker_id in participants
             ),
         )
 
@@ -215,23 +217,31 @@ class Journal:
         if not rows:
             return None
         ((*row, checksum),) = rows
-        replies = self._query("SELECT student, reply FROM targets WHERE round = ? ORDER BY student", (round_number,))
+        replies = self._query(
+            "SELECT participant, reply FROM targets WHERE round = ? ORDER BY participant", (round_number,)
+        )
         if checksum != _checksum(*row, *chain(*replies)):
             raise self._damaged(f"round {round_number} is not what was written")
         _, ids, labels, state, contributors = row
         names = tuple(contributors.split(",")) if contributors else ()
         return ClosedRound(round_number, Samples(ids, labels), dict(replies), state, names)
 
-    def remember(self, record: StudentRecord) -> None:
-        """Write a student's record in place of its earlier one.
+    def remember(self, record: ParticipantRecord) -> None:
+        """Write a participant's record in place of its earlier one.
 
         Raises:
             JournalError: it could not be written.
         """
         with self._transaction():
             # 64 bits without a sign are more than an INTEGER holds.
-            row = (record.student, record.session, record.durable_round, int(record.finished), str(record.worker))
-            self._write("INSERT OR REPLACE INTO students VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
+            row = (
+                record.participant,
+                record.session_id,
+                record.durable_round,
+                int(record.finished),
+                str(record.worker_id),
+            )
+            self._write("INSERT OR REPLACE INTO participants VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
 
     def forget(self, before: int) -> None:
         """Drop the rounds before one; the newest round always stays, as it holds the method's state.

@@ -27,7 +27,7 @@ class TestDcm:
 
     def test_who_asks_later_learns_from_all(self) -> None:
         outputs = self.OUTPUTS(2)
-        made = aggregator_of(Dcm(stages=1), ()).targets(RoundInputs(PAIR, outputs, LABELS, include_absent=True))
+        made = aggregator_of(Dcm(stages=1), ()).targets(RoundInputs(PAIR, outputs, LABELS, include_missing=True))
         expected, _ = ensembles.pooled_dense_probabilities(
             torch.stack([outputs["logits/stage1"], outputs["logits"]], 1)
         )
@@ -36,7 +36,7 @@ class TestDcm:
 
     def test_one_alone_has_no_peers(self) -> None:
         made = aggregator_of(Dcm(stages=1), ()).targets(
-            RoundInputs(("ant",), self.OUTPUTS(1), LABELS, include_absent=True)
+            RoundInputs(("ant",), self.OUTPUTS(1), LABELS, include_missing=True)
         )
         assert made.each == {"ant": {}}
         assert made.shared is not None

@@ -150,7 +150,7 @@ def test_a_dml_student_that_missed_a_round_has_the_loss_and_gradient_of_its_peer
     aggregator = server_methods.create(settings)
     assert aggregator is not None
     present = tuple(names[other] for other in others)
-    made = aggregator.targets(RoundInputs(present, {"logits": logits[others]}, labels, include_absent=True))
+    made = aggregator.targets(RoundInputs(present, {"logits": logits[others]}, labels, include_missing=True))
     assert made.shared is not None
 
     own = logits[student].clone().requires_grad_()

@@ -15,9 +15,9 @@ from codistill.peer.draws import derive, uniforms
 __all__ = ["augment", "normalise", "view_seed"]
 
 
-def view_seed(experiment: Experiment, participant: str, round_number: int) -> int:
-    """Return the seed of a participant's augmentation in a round; where all share one view, that of all."""
-    return derive(experiment.seed, "augment", "" if experiment.shared_view else participant, round_number)
+def view_seed(experiment: Experiment, participant: str, step: int) -> int:
+    """Return the seed of a participant's augmentation in a step; where all share one view, that of all."""
+    return derive(experiment.seed, "augment", "" if experiment.shared_view else participant, step)
 
 
 def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: in
         images: uint8 of shape [B, C, H, W], on any device.
         ids: the samples' ids, int64 of shape [B], on the CPU.
         settings: the padding, and whether to flip.
-        seed: of the participant and the round, from :func:`view_seed`.
+        seed: of the participant and the step, from :func:`view_seed`.
 
     Returns:
         uint8 of shape [B, C, H, W] on the images' device; the images themselves where no augmentation is set.

@@ -189,7 +189,7 @@ class Dataset:
 
 
 def check_batch(dataset: Dataset, batch_size: int) -> None:
-    """Check that a round's batch can be taken from the training samples.
+    """Check that a step's batch can be taken from the training samples.
 
     Raises:
         ConfigurationError: the batch is larger than the training set.

@@ -33,17 +33,17 @@ from codistill_worker.errors import ConfigurationError
 __all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read"]
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A student between two rounds.
+    """A student between two steps.
 
     Attributes:
         student: its name.
         identity: the :func:`codistill.config.fingerprint.identity` of its experiment.
-        round: the first round that it has not trained.
+        step: the first step that it has not trained.
         model: the model's state dict.
         extra: the state dict of the modules that the method trains besides the model.
         optimizer: the optimiser's state dict.
@@ -52,7 +52,7 @@ class Checkpoint:
 
     student: str
     identity: str
-    round: int
+    step: int
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, Any]
     progress: Mapping[str, Any]
@@ -65,19 +65,19 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._layout = ParticipantLayout(folder)
-        self._rounds: list[int] = []
+        self._steps: list[int] = []
         self._torn = False
         self._process = secrets.token_hex(4)  # a process id is another's too, in another container
 
     @property
-    def durable_round(self) -> int:
-        """The first round that the student needs again after going back to the older checkpoint kept."""
-        return self._rounds[0] if len(self._rounds) > 1 else 0
+    def durable_step(self) -> int:
+        """The first step that the student needs again after going back to the older checkpoint kept."""
+        return self._steps[0] if len(self._steps) > 1 else 0
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and keep the one before it.
 
-        A checkpoint of a later round is not replaced. A newer worker of the student wrote it, and the server may have
+        A checkpoint of a later step is not replaced. A newer worker of the student wrote it, and the server may have
         forgotten the rounds before it.
 
         Raises:
@@ -85,14 +85,14 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = self._layout.checkpoint
-        saved_round = None if self._torn else _round_of(newest)
-        if saved_round is not None and saved_round > checkpoint.round:
-            raise OSError(errno.EEXIST, f"a newer worker has saved round {saved_round} there", str(newest))
+        saved_step = None if self._torn else _step_of(newest)
+        if saved_step is not None and saved_step > checkpoint.step:
+            raise OSError(errno.EEXIST, f"a newer worker has saved step {saved_step} there", str(newest))
         # A torn one must not take the place of the good one before it.
         self._write(newest, checkpoint, previous=None if self._torn else self._layout.previous_checkpoint)
         self._torn = False
-        if not self._rounds or self._rounds[-1] != checkpoint.round:
-            self._rounds = [*self._rounds[-1:], checkpoint.round]
+        if not self._steps or self._steps[-1] != checkpoint.step:
+            self._steps = [*self._steps[-1:], checkpoint.step]
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Write the best weights so far, without the optimiser's state.
@@ -127,7 +127,7 @@ class CheckpointStore:
             return None
         path, newest = next(iter(readable.items()))
         for problem in problems.values():
-            _log.warning("%s; going on from %s, at round %d", problem, path.name, newest.round)
+            _log.warning("%s; going on from %s, at step %d", problem, path.name, newest.step)
         same = newest.identity == identity or extends(newest.identity, identity)
         if newest.student != student or not same:
             why = (
@@ -139,7 +139,7 @@ class CheckpointStore:
             )
             raise ConfigurationError(f"checkpoint {path} is of another run: {why}; choose another run folder")
         self._torn = self._layout.checkpoint in problems
-        self._rounds = [checkpoint.round for checkpoint in reversed(readable.values())]
+        self._steps = [checkpoint.step for checkpoint in reversed(readable.values())]
         return newest
 
     def load_best(self) -> Checkpoint | None:
@@ -196,7 +196,7 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(
             student=about["student"],
             identity=about["identity"],
-            round=about["round"],
+            step=about["step"],
             model=_under("model.", tensors),
             extra=_under("extra.", tensors),
             optimizer=_restore(about["optimizer"], tensors),
@@ -210,12 +210,12 @@ def read(path: Path) -> Checkpoint:
         raise ConfigurationError(f"checkpoint {path} was not written by codistill") from error
 
 
-def _round_of(path: Path) -> int | None:
-    """Return a checkpoint's round from its header alone; None if it cannot be read."""
+def _step_of(path: Path) -> int | None:
+    """Return a checkpoint's step from its header alone; None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             header = cast("dict[str, str] | None", file.metadata()) or {}
-        return int(json.loads(header["codistill"])["round"])
+        return int(json.loads(header["codistill"])["step"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -228,7 +228,7 @@ def _serialize(checkpoint: Checkpoint) -> bytes:
         "format": _FORMAT,
         "student": checkpoint.student,
         "identity": checkpoint.identity,
-        "round": checkpoint.round,
+        "step": checkpoint.step,
         "optimizer": optimizer,
         "progress": checkpoint.progress,
     }

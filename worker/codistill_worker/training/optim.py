@@ -1,4 +1,4 @@
-"""A student's optimiser, and its learning rate in each round."""
+"""A student's optimiser, and its learning rate in each step."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def build_optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
-def learning_rate(peak: float, schedule: Schedule, round_number: int, rounds_per_epoch: int, epochs: int) -> float:
-    """Return the learning rate of a round, a pure function of its number.
+def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Return the learning rate of a step, a pure function of its number.
 
     Args:
         peak: the highest rate.
         schedule: the rate's course.
-        round_number: the round, counted from 0.
-        rounds_per_epoch: rounds in an epoch.
+        step: the step, counted from 0.
+        steps_per_epoch: steps in an epoch.
         epochs: epochs in the run.
     """
-    warmup = schedule.warmup_epochs * rounds_per_epoch
-    if round_number < warmup:
-        return peak * (round_number + 1) / (warmup + 1)
+    warmup = schedule.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
     if schedule.name == "cosine":
-        share = (round_number - warmup) / max(epochs * rounds_per_epoch - warmup, 1)
+        share = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
         return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
     if schedule.name == "steps":
-        passed = sum(round_number >= milestone * rounds_per_epoch for milestone in schedule.milestones)
+        passed = sum(step >= milestone * steps_per_epoch for milestone in schedule.milestones)
         return peak * schedule.gamma**passed
     return peak

@@ -33,9 +33,9 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Published:
-    """The outputs that a participant publishes in a round: of its batch, and in some rounds of the held-out samples."""
+    """The outputs that a participant publishes in a step: of its batch, and in some steps of the held-out samples."""
 
-    round: int
+    step: int
     batch: Outputs
     held_out: Outputs | None = None
 

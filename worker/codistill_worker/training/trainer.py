@@ -2,7 +2,7 @@
 
 :meth:`Trainer.begin` runs the forward pass and returns the outputs to publish. :meth:`Trainer.finish` takes the targets,
 runs the backward pass and updates the weights. In between the outputs travel over gRPC, or within the process. A step
-depends on the experiment, the student's name, the round and the weights alone: on no generator's state and no clock.
+depends on the experiment, the student's name, the step and the weights alone: on no generator's state and no clock.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A round's batch, ready on the device."""
+    """A step's batch, ready on the device."""
 
-    round: int
+    step: int
     ids: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor
@@ -66,7 +66,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A round between its forward and its backward pass."""
+    """A step between its forward and its backward pass."""
 
     labels: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
@@ -74,7 +74,7 @@ class _Begun:
 
 
 class Trainer:
-    """One student: its model, its optimiser and its current round.
+    """One student: its model, its optimiser and its current step.
 
     Args:
         experiment: the run's experiment.
@@ -83,7 +83,7 @@ class Trainer:
         device: where the student is trained.
 
     Attributes:
-        round: the next round to train; the rounds before it are in the weights.
+        step: the next step to train; the steps before it are in the weights.
         model: the student.
         extra: modules that the method trains besides the model; empty for most methods.
         shapes: of the outputs that the student publishes, without the samples, by name.
@@ -96,12 +96,12 @@ class Trainer:
         training = plan.training
         self.student = plan.student.name
         self.device = device
-        self.round = 0
+        self.step = 0
         self._experiment = experiment
         self._plan = plan
         self._dataset = dataset
         self._order = Order(experiment.seed, len(dataset.train), training.batch_size)
-        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.rounds_per_epoch)
+        self._exchange_schedule = plan.distillation.exchange_schedule(self._order.steps_per_epoch)
         shape = image_shape(dataset)
         model = models.build(
             plan.student.model,
@@ -132,19 +132,19 @@ class Trainer:
         self._begun: _Begun | None = None
 
     @property
-    def rounds_per_epoch(self) -> int:
-        """The number of rounds in an epoch."""
-        return self._order.rounds_per_epoch
+    def steps_per_epoch(self) -> int:
+        """The number of steps in an epoch."""
+        return self._order.steps_per_epoch
 
     @property
-    def total_rounds(self) -> int:
-        """The number of rounds in the run."""
-        return self._plan.training.epochs * self.rounds_per_epoch
+    def total_steps(self) -> int:
+        """The number of steps in the run."""
+        return self._plan.training.epochs * self.steps_per_epoch
 
     @property
     def exchanges(self) -> bool:
-        """Whether the next round exchanges anything."""
-        return self._plan.distillation.exchanges and self._exchange_schedule.exchanges(self.round)
+        """Whether the next step exchanges anything."""
+        return self._plan.distillation.exchanges and self._exchange_schedule.exchanges(self.step)
 
     @property
     def parameters(self) -> int:
@@ -152,39 +152,39 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def prepare(self) -> None:
-        """Load the batch of the next round to begin, while the targets of the current one are on their way."""
-        upcoming = self.round if self._begun is None else self.round + 1
-        if upcoming < self.total_rounds and (self._prepared is None or self._prepared.round != upcoming):
+        """Load the batch of the next step to begin, while the targets of the current one are on their way."""
+        upcoming = self.step if self._begun is None else self.step + 1
+        if upcoming < self.total_steps and (self._prepared is None or self._prepared.step != upcoming):
             self._prepared = self._prepare(upcoming)
 
     def begin(self) -> Published | None:
-        """Run the forward pass of the next round; return what to publish, or None if the round exchanges nothing.
+        """Run the forward pass of the next step; return what to publish, or None if the step exchanges nothing.
 
         Raises:
             PeerError: the outputs are not finite any more.
         """
         if self._begun is not None:
-            raise RuntimeError(f"round {self.round} is begun already; finish or abandon it")
+            raise RuntimeError(f"step {self.step} is begun already; finish or abandon it")
         set_threads(self._plan.training)
         prepared = self._prepared
-        if prepared is None or prepared.round != self.round:
-            prepared = self._prepare(self.round)
+        if prepared is None or prepared.step != self.step:
+            prepared = self._prepare(self.step)
         self._prepared = None
         held_out = self._held_out() if self._measures_held_out() else None
         # The forward pass changes batch statistics; `abandon` restores them.
         buffers: list[torch.Tensor] = [getattr(module, name).detach().clone() for module, name in self._buffers]
         self.model.train()
         self._objective.network.train()
-        seed_forward(self._experiment.seed, self.student, self.round)
+        seed_forward(self._experiment.seed, self.student, self.step)
         outputs = self._outputs(prepared.images)
         self._begun = _Begun(prepared.labels, outputs, buffers)
         if not self.exchanges:
             return None
         labels = self._dataset.train.labels[prepared.ids]
-        return Published(self.round, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
+        return Published(self.step, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
-        """Run the backward pass of the round that was begun and update the weights.
+        """Run the backward pass of the step that was begun and update the weights.
 
         Args:
             targets: the method's named arrays, on the CPU; empty where nothing is exchanged, and for a round that
@@ -192,10 +192,10 @@ class Trainer:
         """
         begun = self._begun
         if begun is None:
-            raise RuntimeError("no round is begun")
+            raise RuntimeError("no step is begun")
         set_threads(self._plan.training)
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
-        epoch = self.round / self.rounds_per_epoch
+        epoch = self.step / self.steps_per_epoch
         step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
         without_targets = self._plan.distillation.exchanges and not on_device
         loss = label_loss(step) if without_targets else self._objective.loss(step)
@@ -207,12 +207,12 @@ class Trainer:
             nn.utils.clip_grad_norm_(self._trained.parameters(), self._plan.training.clip_norm)
         self._optimizer.step()
         self._begun = None
-        self.round += 1
+        self.step += 1
         correct = (begun.outputs["logits"].detach().argmax(-1) == begun.labels).sum()
         return StepLoss(correct, len(begun.labels), loss.cross_entropy, loss.distillation)
 
     def abandon(self) -> None:
-        """Undo :meth:`begin`, so that this process or another can begin the round again."""
+        """Undo :meth:`begin`, so that this process or another can begin the step again."""
         if self._begun is None:
             return
         with torch.no_grad():
@@ -233,7 +233,7 @@ class Trainer:
         set_threads(self._plan.training)
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
-            raise divergence_error(self.student, self.round, f"its loss is {score.loss}")
+            raise divergence_error(self.student, self.step, f"its loss is {score.loss}")
         return score
 
     def optimizer_state(self) -> Mapping[str, Any]:
@@ -242,7 +242,7 @@ class Trainer:
 
     def restore(
         self,
-        round_number: int,
+        step: int,
         model: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, Any],
         extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
@@ -257,20 +257,20 @@ class Trainer:
         self.extra.load_state_dict(dict(extra))
         # A copy, as the optimiser would keep and change the tensors that it is given.
         self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
-        self.round = round_number
+        self.step = step
 
-    def _prepare(self, round_number: int) -> _Prepared:
-        if self._streaming_from != round_number:
+    def _prepare(self, step: int) -> _Prepared:
+        if self._streaming_from != step:
             self._batches = self._dataset.train.stream(
-                self._order.samples(upcoming) for upcoming in range(round_number, self.total_rounds)
+                self._order.samples(upcoming) for upcoming in range(step, self.total_steps)
             )
         images = next(self._batches)
-        self._streaming_from = round_number + 1
-        ids = self._order.samples(round_number)
-        seed = augmentation.view_seed(self._experiment, self.student, round_number)
+        self._streaming_from = step + 1
+        ids = self._order.samples(step)
+        seed = augmentation.view_seed(self._experiment, self.student, step)
         images = augmentation.augment(images, ids, self._plan.data.augment, seed)
         labels = self._dataset.train.labels[ids].to(self.device, non_blocking=True)
-        return _Prepared(round_number, ids, labels, self._normalise(images))
+        return _Prepared(step, ids, labels, self._normalise(images))
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         return self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
@@ -280,7 +280,7 @@ class Trainer:
             return {name: value.float() for name, value in self._objective.network(images).items()}
 
     def _measures_held_out(self) -> bool:
-        return self._objective.measures_held_out and self.round > 0 and self.round % self.rounds_per_epoch == 0
+        return self._objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0
 
     def _held_out(self) -> Outputs:
         split = self._dataset.held_out
@@ -300,20 +300,18 @@ class Trainer:
         arrays = to_cpu({name: outputs[name] for name in self._objective.publishes}, self.device)
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
-                raise divergence_error(self.student, self.round, f"its {name} are not finite")
+                raise divergence_error(self.student, self.step, f"its {name} are not finite")
         return arrays
 
     def _learning_rate(self) -> float:
         training = self._plan.training
-        return learning_rate(
-            training.optimizer.lr, training.schedule, self.round, self.rounds_per_epoch, training.epochs
-        )
+        return learning_rate(training.optimizer.lr, training.schedule, self.step, self.steps_per_epoch, training.epochs)
 
 
-def divergence_error(student: str, round_number: int, problem: str) -> PeerError:
+def divergence_error(student: str, step: int, problem: str) -> PeerError:
     """Return the error of a student whose outputs or loss are not finite."""
     return PeerError(
-        f"student {student!r} has diverged in round {round_number}: {problem}; lower training.optimizer.lr, or set "
+        f"student {student!r} has diverged in step {step}: {problem}; lower training.optimizer.lr, or set "
         "training.clip_norm",
         ExitCode.DIVERGED,
     )
