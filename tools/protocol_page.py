@@ -63,16 +63,16 @@ Protobuf promises no order of the fields on the wire. That `checksum` comes last
 protobuf library can follow it, as a message's bytes may be continued by those of another field:
 
 1. Leave `checksum` unset, and serialise the message.
-2. Compute the CRC-32 of these bytes. For a [Contribution](#contribution), compute it over the session's number in
+2. Compute the CRC-32C of these bytes. For a [Contribution](#contribution), compute it over the session's number in
    decimal, as ASCII, followed by these bytes.
 3. Append the byte `0x{tag:02x}`, the tag of field {field} as a fixed32.
-4. Append the CRC-32 as 4 bytes, little-endian.
+4. Append the CRC-32C as 4 bytes, little-endian.
 
 A library that writes fields in the order of their numbers, as Python's does, gives the same bytes if it sets `checksum` and
 serialises again. Protobuf does not promise that order, so a peer that relies on it tests it.
 
 A receiver checks the bytes as they came, before it parses them. The fifth byte from the end must be `0x{tag:02x}`, and the
-last four the CRC-32 of everything before that byte. To serialise a parsed message again is no check: a map's entries may
+last four the CRC-32C of everything before that byte. To serialise a parsed message again is no check: a map's entries may
 come in another order. gRPC hands out the bytes to a codec (Go), a marshaller (Java), a `ByteBuffer` (C++), or a
 deserialiser (Python, JavaScript).
 
