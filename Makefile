@@ -44,13 +44,16 @@ fuzz: $(STAMP) ## INPUTS=100000 inputs from SEED=1 to a real server with a healt
 soak: $(STAMP) ## 15 minutes of random faults every few seconds: flat memory, and the bits of an undisturbed run
 	@$(BIN)/python tests/soak/soak.py --minutes 15
 
-lint: $(STAMP) ## ruff: rules and format
+lint: $(STAMP) ## ruff, and buf for the proto: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf format --diff --exit-code protos
 
-format: $(STAMP) ## let ruff format and fix what it can
+format: $(STAMP) ## let ruff and buf format, and fix what they can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/buf format --write protos
 
 types: $(STAMP) ## pyright, strict on the source
 	@$(BIN)/pyright

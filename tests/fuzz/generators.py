@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import google_crc32c
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
@@ -150,7 +150,7 @@ def mutate(rng: random.Random, raw: bytes, others: Sequence[bytes]) -> bytes:
 
 def with_checksum(raw: bytes, context: str = "") -> bytes:
     """Return bytes with the checksum of the contract behind them; of several in a message the last counts."""
-    return raw + CHECKSUM_TAG + zlib.crc32(context.encode() + raw).to_bytes(4, "little")
+    return raw + CHECKSUM_TAG + google_crc32c.value(context.encode() + raw).to_bytes(4, "little")
 
 
 def verify_checksum(raw: bytes, context: str = "") -> bool:

@@ -37,7 +37,7 @@ def session_of(context: Context) -> int:
         raise RequestRejected(
             Status.ABORTED,
             f"metadata {SESSION_KEY}: {str(value)[:80]!r} is no session, or was damaged on the way; join again, and send the "
-            "session in decimal, a hyphen and the CRC-32 of the decimal in hexadecimal",
+            "session in decimal, a hyphen and the CRC-32C of the decimal in hexadecimal",
         )
     return session_id
 

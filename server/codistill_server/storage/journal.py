@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.config.fingerprint import difference, extends
+from codistill.wire.checksum import crc32c
 from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 
 __all__ = ["ClosedRound", "Journal", "JournalError", "holds_rounds"]
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _CHECK_FILE = "check that it is a run's journal, whole and not locked, or choose another run folder"
 _MAKE_ROOM = "free disk space or check the folder's permissions, then resume the run"
 _REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
@@ -313,9 +313,9 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _checksum(*values: object) -> int:
-    """Return a CRC-32 over values, their types and their lengths; a damaged row may hold any type anywhere."""
+    """Return a CRC-32C over values, their types and their lengths; a damaged row may hold any type anywhere."""
     checksum = 0
     for value in values:
         content = value if isinstance(value, bytes) else str(value).encode()
-        checksum = zlib.crc32(content, zlib.crc32(f"{type(value).__name__} {len(content)} ".encode(), checksum))
+        checksum = crc32c(content, crc32c(f"{type(value).__name__} {len(content)} ".encode(), checksum))
     return checksum

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import zlib
-
+import google_crc32c
+import google_crc32c.python
 import pytest
 import torch
 from google.protobuf.message import DecodeError
@@ -12,6 +12,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import (
     CHECKSUM_FIELD,
     append_checksum,
+    crc32c,
     format_session,
     has_checksum,
     parse_session,
@@ -32,6 +33,25 @@ def contribution() -> pb.Contribution:
     return pb.Contribution(round=300, batch=samples)
 
 
+def test_the_vectors_of_rfc_3720() -> None:
+    """Its appendix B.4 writes the bytes as they are sent, the lowest first."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(b"\xff" * 32) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+    assert crc32c(bytes(range(31, -1, -1))) == 0x113FDB5C
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(b"56789", crc32c(b"1234")) == 0xE3069283
+
+
+def test_the_extension_in_c_is_used() -> None:
+    assert google_crc32c.implementation == "c"
+
+
+@given(st.binary(max_size=40), st.integers(0, 2**32 - 1))
+def test_a_machine_without_the_extension_computes_the_same(content: bytes, before: int) -> None:
+    assert google_crc32c.python.extend(before, content) == crc32c(content, before)
+
+
 @pytest.mark.parametrize("message", WITH_CHECKSUM, ids=lambda message: message.DESCRIPTOR.name)
 def test_the_checksum_is_the_last_field_of_every_message_that_has_one(message: type) -> None:
     fields = message.DESCRIPTOR.fields_by_name
@@ -46,10 +66,18 @@ def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
     raw = append_checksum(message, "41")
     bare = message.SerializeToString()
     assert raw[: len(bare)] == bare
-    assert pb.Contribution.FromString(raw).checksum == zlib.crc32(b"41" + bare)
+    assert pb.Contribution.FromString(raw).checksum == google_crc32c.value(b"41" + bare)
     assert verify_checksum(raw, "41")
     assert not verify_checksum(raw, "42"), "another student's"
     assert not verify_checksum(raw)
+
+
+@given(st.binary(max_size=40), st.text(max_size=8), st.integers(0, 2**32 - 1))
+def test_no_other_number_is_the_checksum(content: bytes, context: str, number: int) -> None:
+    right = google_crc32c.value(context.encode() + content)
+    for claimed in (right, number):
+        raw = content + b"\x7d" + claimed.to_bytes(4, "little")
+        assert verify_checksum(raw, context) is (claimed == right)
 
 
 def test_a_parsed_message_serialises_to_the_same_bytes() -> None:
@@ -93,7 +121,9 @@ def test_what_is_no_session(value: str) -> None:
 
 @given(st.binary(max_size=40))
 def test_bytes_that_never_had_a_checksum(raw: bytes) -> None:
-    assert verify_checksum(raw) is (has_checksum(raw) and raw[-4:] == zlib.crc32(raw[:-5]).to_bytes(4, "little"))
+    assert verify_checksum(raw) is (
+        has_checksum(raw) and raw[-4:] == google_crc32c.value(raw[:-5]).to_bytes(4, "little")
+    )
     assert len(raw) >= 5 or not has_checksum(raw)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +20,7 @@ from codistill.rundir.records import Record
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationStub
 from codistill.wire.channel import SESSION_KEY, server_options
-from codistill.wire.checksum import append_checksum, format_session
+from codistill.wire.checksum import append_checksum, crc32c, format_session
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
@@ -119,7 +118,7 @@ class Student:
 
 def with_checksum(raw: bytes, session: int) -> bytes:
     """Return bytes, whatever they are, with the checksum of a contribution."""
-    return raw + b"\x7d" + zlib.crc32(str(session).encode() + raw).to_bytes(4, "little")
+    return raw + b"\x7d" + crc32c(str(session).encode() + raw).to_bytes(4, "little")
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import pytest
 from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
-from codistill.wire.checksum import append_checksum, format_session
+from codistill.wire.checksum import append_checksum, crc32c, format_session
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
@@ -169,7 +168,7 @@ class TestStreams:
             "9" * 5000,
             format_session(1)[:-1],
             f"{format_session(1)} 2",
-            f"{'9' * 20}-{zlib.crc32(b'9' * 20):08x}",
+            f"{'9' * 20}-{crc32c(b'9' * 20):08x}",
             format_session(2).replace("2-", "1-"),
             format_session(0),
             format_session(10**18),

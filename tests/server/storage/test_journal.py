@@ -244,7 +244,7 @@ class TestRun:
 
     def test_another_format_is_refused(self, journal: Journal, path: Path) -> None:
         journal._database.execute("UPDATE run SET value = '99' WHERE key = 'schema'")
-        with pytest.raises(JournalError, match=r"has format 99; this version reads 2"):
+        with pytest.raises(JournalError, match=r"has format 99; this version reads 3"):
             Journal(path, IDENTITY)
 
     def test_in_memory_nothing_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
