@@ -6,6 +6,7 @@ time-out). It is text: it travels in joins and lies in journals and checkpoints.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, TypeAlias, cast
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from codistill.config.errors import shorten
 
-__all__ = ["difference", "extends", "identity"]
+__all__ = ["difference", "extends", "identity", "identity_sha256"]
 
 _MISSING = object()
 _NOTHING = "nothing"
@@ -24,6 +25,11 @@ _Path: TypeAlias = "tuple[_Path, str] | None"
 def identity(experiment: BaseModel) -> str:
     """Return the part of an experiment that must be the same in every process, as canonical JSON."""
     return json.dumps(_decisive_part(experiment), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def identity_sha256(experiment: BaseModel) -> bytes:
+    """Return the SHA-256 of an experiment's identity, by which two processes tell that theirs are the same."""
+    return hashlib.sha256(identity(experiment).encode("ascii")).digest()
 
 
 def difference(ours: str, theirs: str) -> str | None:
