@@ -15,7 +15,7 @@ from codistill.wire.tensors import decode, encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.observability.prometheus import registry
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from server.support import (
     BATCH,
     CLASSES,
@@ -38,7 +38,7 @@ def outputs(**shapes: list[int]) -> dict[str, list[int]]:
     return {name.replace("_", "/"): dims for name, dims in shapes.items()}
 
 
-def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.Contribution:
+def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.ExchangeRequest:
     message = contribution(experiment, experiment.names[0], number)
     message.batch.outputs.clear()
     for name, value in arrays.items():
@@ -52,8 +52,8 @@ class Taught(Run):
     def join_student(self, name: str, first_round: int = 0) -> pb.JoinResponse:
         return self.join(name, first_round, outputs={})
 
-    def join_teacher(self, weights: str = "f00d", **shapes: list[int]) -> pb.JoinResponse:
-        return self.join("old", outputs=outputs(**(shapes or {"logits": [CLASSES]})), weights=weights)
+    def join_teacher(self, weights: bytes = b"\xf0\x0d", **shapes: list[int]) -> pb.JoinResponse:
+        return self.join("old", outputs=outputs(**(shapes or {"logits": [CLASSES]})), weights_sha256=weights)
 
     def teach(self, number: int) -> torch.Tensor:
         logits = torch.full((BATCH, CLASSES), float(number))
@@ -79,8 +79,8 @@ class TestTeacher:
         logits = run.teach(0)
         assert not run.inboxes["old"].replies, "it is waited for as everybody is"
         run.learn("bee", 0)
-        for student in ("ant", "bee"):
-            (reply,) = run.inboxes[student].replies
+        for participant in ("ant", "bee"):
+            (reply,) = run.inboxes[participant].replies
             assert torch.equal(decode(reply.targets.targets["logits"]), logits)
         (end,) = run.inboxes["old"].replies
         assert end.targets.round == 0
@@ -92,7 +92,7 @@ class TestTeacher:
             run.learn("bee", number)
             run.teach(number)
         assert run.join_teacher().frontier == 3
-        assert run.coordinator.presence["old"] is Presence.PRESENT
+        assert run.coordinator.states["old"] is ParticipantState.CONNECTED
 
     def test_what_it_reported_lets_rounds_go(self, run: Taught) -> None:
         for number in range(3):
@@ -105,10 +105,10 @@ class TestTeacher:
         assert run.journal.read(1) is None
 
     def test_other_weights_than_the_run_began_with_are_refused(self, run: Taught) -> None:
-        error = refused(lambda: run.join_teacher("beef"))
+        error = refused(lambda: run.join_teacher(b"\xbe\xef"))
         assert error.status is Status.FAILED_PRECONDITION
         assert str(error) == (
-            "weights: the run has a teacher 'old' with weights of digest f00d, this worker's are beef; give its "
+            "weights_sha256: the run has a teacher 'old' with weights of SHA-256 f00d, this worker's are beef; give its "
             "teachers.weights the file that the run began with"
         )
 
@@ -126,10 +126,10 @@ class TestTeacher:
         assert "publishes {'logits': [4]}, method kd with 3 classes takes {'logits': [3]}" in str(error)
 
     def test_it_is_shown_as_a_teacher(self, run: Taught) -> None:
-        assert [(each.name, each.teacher) for each in run.coordinator.snapshot().students] == [
-            ("ant", False),
-            ("bee", False),
-            ("old", True),
+        assert [(each.name, each.role) for each in run.coordinator.snapshot().participants] == [
+            ("ant", pb.ROLE_STUDENT),
+            ("bee", pb.ROLE_STUDENT),
+            ("old", pb.ROLE_TEACHER),
         ]
 
     def test_metrics_tell_of_it_and_of_students_that_publish_nothing(self, run: Taught) -> None:
@@ -137,15 +137,15 @@ class TestTeacher:
             run.learn("ant", number)
             run.learn("bee", number)
             run.teach(number)
-        tested = pb.Measurement(split=pb.SPLIT_TEST, round=0, accuracy=0.75, loss=0.5)
+        tested = pb.Measurement(split=pb.SPLIT_TEST, steps_trained=0, accuracy=0.75, loss=0.5)
         run.report("old", round=2, durable_round=2, measurements=[tested])
         run.learn("ant", 2)
         run.learn("bee", 2)
         run.clock.now += 20
         text = generate_latest(registry(run.run_state, run.coordinator.snapshot)).decode()
-        assert 'codistill_student_accuracy_ratio{model="mlp",run="small",split="test",student="old"} 0.75' in text
-        assert 'codistill_student_state{run="small",state="present",student="old"} 1.0' in text
-        assert 'codistill_waited_for{run="small",student="old"} 1.0' in text
+        assert 'codistill_student_accuracy_ratio{model="mlp",run="small",split="test",participant="old"} 0.75' in text
+        assert 'codistill_student_state{run="small",state="present",participant="old"} 1.0' in text
+        assert 'codistill_waited_for{run="small",participant="old"} 1.0' in text
         assert 'codistill_students_present{run="small"} 3.0' in text
         assert "codistill_disagreement_ratio{" not in text, "of who publishes no logits there is none"
         assert "codistill_ensemble_accuracy_ratio{" not in text
@@ -167,7 +167,7 @@ class TestTeacher:
         assert reply.HasField("targets")
         assert not reply.targets.targets
         assert run.run_state.rounds_without_targets == 1
-        assert [each.message for each in run.events("below quorum")] == [
+        assert [each.message for each in run.events("below_quorum")] == [
             "round 0 closed with 2 contributions, without its teacher: no targets"
         ]
 
@@ -275,7 +275,7 @@ class TestExchangeSchedule:
         run.clock.now += 6
         run.coordinator.tick()
         (notice,) = run.inboxes["ant"].replies
-        assert (notice.waiting.round, list(notice.waiting.students)) == (3, ["bee"])
+        assert (notice.waiting.round, list(notice.waiting.participants)) == (3, ["bee"])
 
     def test_spans_and_events_have_the_runs_rounds(self) -> None:
         run = Run(self.experiment(exchange={"on_absence": "proceed", "round_deadline": 5.0}))
@@ -284,5 +284,5 @@ class TestExchangeSchedule:
         run.contribute("ant", 5)
         run.clock.now += 6
         run.coordinator.tick()
-        (absent,) = run.events("absent")
-        assert absent.message.startswith("absent from round 5 on")
+        (skipped,) = run.events("skipped")
+        assert skipped.message.startswith("skipped from round 5 on")

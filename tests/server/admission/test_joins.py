@@ -10,7 +10,7 @@ from codistill import PROTOCOL_VERSION
 from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from server.support import (
     TOTAL_ROUNDS,
     Run,
@@ -26,16 +26,16 @@ class TestJoin:
     def test_the_session_is_opened_and_told(self) -> None:
         run = Run()
         first, second = run.join("ant"), run.join("bee")
-        assert (first.session, first.frontier, first.run) == (1, 0, "small")
-        assert second.session > first.session
-        assert [event.student for event in run.events("joined")] == ["ant", "bee"]
-        assert run.coordinator.presence == {"ant": Presence.PRESENT, "bee": Presence.PRESENT}
+        assert (first.session_id, first.frontier, first.run) == (1, 0, "small")
+        assert second.session_id > first.session_id
+        assert [event.participant for event in run.events("joined")] == ["ant", "bee"]
+        assert run.coordinator.states == {"ant": ParticipantState.CONNECTED, "bee": ParticipantState.CONNECTED}
 
     @pytest.mark.parametrize(
         ("changes", "parts"),
         [
             ({"protocol_version": 7}, ["protocol_version", f"server speaks {PROTOCOL_VERSION}", "this worker 7"]),
-            ({"student": "cow"}, ["'cow'", "ant, bee"]),
+            ({"participant": "cow"}, ["'cow'", "ant, bee"]),
             ({"experiment": "no JSON"}, ["experiment", "not the JSON"]),
             ({"data__classes": 10}, ["data.classes", "has 3", "worker 10"]),
         ],
@@ -46,7 +46,7 @@ class TestJoin:
         assert error.status is Status.FAILED_PRECONDITION
         for part in parts:
             assert part in str(error)
-        assert run.coordinator.presence["ant"] is Presence.EXPECTED
+        assert run.coordinator.states["ant"] is ParticipantState.EXPECTED
         (event,) = run.events("refused")
         assert event.message == str(error)
 
@@ -145,19 +145,19 @@ class TestJoin:
     def test_without_an_exchange_outputs_and_first_rounds_are_free(self) -> None:
         run = Run(independent_experiment())
         run.join("ant", 7)
-        assert run.coordinator.snapshot().students[0].round == 7
+        assert run.coordinator.snapshot().participants[0].round == 7
 
     def test_a_newer_worker_supersedes_the_older(self, run: Run) -> None:
-        older, session = run.inboxes["ant"], run.sessions["ant"]
+        older, session_id = run.inboxes["ant"], run.session_ids["ant"]
         run.join("ant")
         assert older.ended is not None
         status, message = older.ended
         assert status is Status.SUPERSEDED
-        assert "newer worker of student 'ant'" in message
-        assert [event.student for event in run.events("superseded")] == ["ant"]
+        assert "newer worker of participant 'ant'" in message
+        assert [event.participant for event in run.events("superseded")] == ["ant"]
         late = contribution(run.experiment, "ant", 0)
-        assert refused(lambda: run.coordinator.contribute(session, late, 0)).status is Status.ABORTED
-        run.coordinator.close_stream(session, older)
-        assert run.coordinator.presence["ant"] is Presence.PRESENT
+        assert refused(lambda: run.coordinator.contribute(session_id, late, 0)).status is Status.ABORTED
+        run.coordinator.close_stream(session_id, older)
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED
         run.close_round(0)
         assert older.raw == []

@@ -6,7 +6,7 @@ import pytest
 
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from server.support import TOTAL_ROUNDS, Run, independent_experiment, make_experiment, refused
 
 
@@ -14,10 +14,10 @@ class TestReports:
     def test_measurements_reach_the_run_state(self, run: Run) -> None:
         measured = pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.5, loss=1.25)
         run.report("ant", round=4, epoch=4 / 3, measurements=[measured], step_seconds=0.5, wait_seconds=0.1)
-        (student, _) = run.coordinator.snapshot().students
-        assert student.round == 4
-        assert list(student.measurements) == [measured]
-        assert (student.step_seconds, student.wait_seconds) == (0.5, 0.1)
+        (participant, _) = run.coordinator.snapshot().participants
+        assert participant.round == 4
+        assert list(participant.measurements) == [measured]
+        assert (participant.step_seconds, participant.wait_seconds) == (0.5, 0.1)
 
     @pytest.mark.parametrize(
         ("fields", "part"),
@@ -45,13 +45,13 @@ class TestReports:
         error = refused(lambda: run.report("ant", **fields))
         assert error.status is Status.INVALID_ARGUMENT
         assert part in str(error)
-        assert run.coordinator.presence["ant"] is Presence.PRESENT
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED
         run.report("ant", round=1, durable_round=1)
 
     def test_a_session_that_is_over_reports_nothing(self, run: Run) -> None:
-        session = run.sessions["ant"]
+        session_id = run.session_ids["ant"]
         run.join("ant")
-        error = refused(lambda: run.coordinator.report(pb.ReportRequest(session=session, round=2)))
+        error = refused(lambda: run.coordinator.report(pb.ReportRequest(session_id=session_id, round=2)))
         assert error.status is Status.ABORTED
 
     def test_rounds_that_nobody_needs_are_forgotten(self, run: Run) -> None:
@@ -73,6 +73,6 @@ class TestReports:
         run.join_all()
         for number in range(6):
             run.close_round(number)
-        for student in run.experiment.names:
-            run.report(student, round=6, durable_round=6)
+        for participant in run.experiment.names:
+            run.report(participant, round=6, durable_round=6)
         assert run.journal.restore().oldest == 0

@@ -12,35 +12,35 @@ from codistill.methods.aggregator import LOGITS, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
 from codistill_server import methods
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
-from server.rpc.support import PATIENCE, Student, drive, error_of, returning, serving, until
+from server.rpc.support import PATIENCE, Participant, drive, error_of, returning, serving, until
 from server.support import join_request, make_experiment
 
 
 class TestRounds:
-    def test_eight_students_get_the_same_bytes(self) -> None:
+    def test_eight_participants_get_the_same_bytes(self) -> None:
         async def test() -> None:
             async with serving(make_experiment([f"s{number}" for number in range(8)])) as served:
-                students = await served.students()
+                participants = await served.participants()
                 for number in range(12):
-                    await asyncio.gather(*(student.send(number) for student in students))
-                    answers = await asyncio.gather(*(student.answer() for student in students))
+                    await asyncio.gather(*(participant.send(number) for participant in participants))
+                    answers = await asyncio.gather(*(participant.answer() for participant in participants))
                     assert len(set(answers)) == 1
-                    assert pb.ExchangeReply.FromString(answers[0]).targets.round == number
+                    assert pb.ExchangeResponse.FromString(answers[0]).targets.round == number
                 assert served.coordinator.frontier == 12
 
         drive(test)
 
-    def test_a_student_that_comes_back_is_answered_from_the_journal(self) -> None:
+    def test_a_participant_that_comes_back_is_answered_from_the_journal(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 answers: list[bytes] = []
                 for number in range(7):
                     await asyncio.gather(ant.send(number), bee.send(number))
                     answers.append(await ant.answer())
                 ant.call.cancel()
-                await until(lambda: served.presence["ant"] == "absent")
-                again = Student(served, "ant")
+                await until(lambda: served.states["ant"] == "disconnected")
+                again = Participant(served, "ant")
                 await again.start(2)
                 for number in range(2, 7):
                     await again.send(number)
@@ -51,11 +51,11 @@ class TestRounds:
     def test_who_waits_is_told_whom_for(self) -> None:
         async def test() -> None:
             async with serving(make_experiment(exchange={"waiting_notice": 0.3})) as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 await ant.send(0)
                 raw = await ant.call.read()
-                waiting = pb.ExchangeReply.FromString(raw).waiting
-                assert (waiting.round, list(waiting.students)) == (0, ["bee"])
+                waiting = pb.ExchangeResponse.FromString(raw).waiting
+                assert (waiting.round, list(waiting.participants)) == (0, ["bee"])
                 assert waiting.seconds >= 0.3
                 run = await served.stub.GetRun(pb.GetRunRequest())
                 assert list(run.waiting_for) == ["bee"]
@@ -64,18 +64,18 @@ class TestRounds:
 
         drive(test)
 
-    def test_a_student_that_finished_is_reported_and_completes_the_run(self) -> None:
+    def test_a_participant_that_finished_is_reported_and_completes_the_run(self) -> None:
         async def test() -> None:
             async with serving(make_experiment()) as served:
-                ant, bee = await served.students()
-                await served.stub.Report(pb.ReportRequest(session=ant.session, round=3, epoch=1, durable_round=0))
+                ant, bee = await served.participants()
+                await served.stub.Report(pb.ReportRequest(session_id=ant.session_id, round=3, epoch=1, durable_round=0))
                 run = await served.stub.GetRun(pb.GetRunRequest())
-                assert [(student.name, student.round) for student in run.students] == [("ant", 3), ("bee", 0)]
-                for student in (ant, bee):
+                assert [(participant.name, participant.round) for participant in run.participants] == [("ant", 3), ("bee", 0)]
+                for participant in (ant, bee):
                     assert not served.coordinator.complete
-                    leave = pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED)
+                    leave = pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
                     await served.stub.Leave(leave)
-                    student.call.cancel()
+                    participant.call.cancel()
                 assert served.coordinator.complete
 
         drive(test)
@@ -99,8 +99,8 @@ class TestWatchRun:
             async with serving() as served:
                 call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
                 assert not (await call.read()).complete
-                for student in await served.students():
-                    await served.stub.Leave(pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED))
+                for participant in await served.participants():
+                    await served.stub.Leave(pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED))
                 async with asyncio.timeout(PATIENCE):
                     states = []
                     while (state := await call.read()) is not grpc.aio.EOF:
@@ -137,14 +137,14 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
-                students = await served.students()
-                for student in students:
-                    await student.send(0)
+                participants = await served.participants()
+                for participant in participants:
+                    await participant.send(0)
                 await until(lambda: bool(served.failures))
                 assert [str(failure) for failure in served.failures] == ["the disk is full"]
                 served.service.end()  # as the process does on a failure
-                for student in students:
-                    assert (await student.ending()).code() is grpc.StatusCode.UNAVAILABLE
+                for participant in participants:
+                    assert (await participant.ending()).code() is grpc.StatusCode.UNAVAILABLE
 
         drive(test)
 
@@ -156,7 +156,7 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
-                first, _ = await served.students()
+                first, _ = await served.participants()
                 await first.send(0)
                 await until(lambda: bool(served.failures))
                 assert [str(failure) for failure in served.failures] == ["the disk is full"]
@@ -173,7 +173,7 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment) as served:
-                first, second = await served.students()
+                first, second = await served.participants()
 
                 def fault(record: object) -> None:
                     raise ZeroDivisionError("a fault of ours")
@@ -183,7 +183,7 @@ class TestFaults:
                 await first.send(0)
                 await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
                 if goes == "Leave":
-                    call = served.stub.Leave(pb.LeaveRequest(session=second.session, reason=pb.LEAVE_REASON_STOPPED))
+                    call = served.stub.Leave(pb.LeaveRequest(session_id=second.session_id, reason=pb.LEAVE_REASON_STOPPED))
                 else:
                     call = served.stub.Join(join_request(experiment, "bee"))
                 error = await error_of(call)
@@ -199,7 +199,7 @@ class TestFaults:
         """Nobody is left to wait for a round that cannot be decided."""
 
         class Broken:
-            student: ClassVar = {"logits": LOGITS}
+            participant: ClassVar = {"logits": LOGITS}
             teacher: ClassVar = {}
 
             def __init__(self) -> None:
@@ -213,8 +213,8 @@ class TestFaults:
 
         async def test() -> None:
             async with serving() as served:
-                for student in await served.students():
-                    await student.send(0)
+                for participant in await served.participants():
+                    await participant.send(0)
                 await until(lambda: bool(served.failures))
                 assert [type(failure) for failure in served.failures] == [ZeroDivisionError]
 

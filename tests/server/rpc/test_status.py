@@ -9,7 +9,7 @@ from codistill.wire.channel import SUPERSEDED_KEY
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.rounds.actions import Status
-from server.rpc.support import Student, drive, error_of, serving, trailing, until
+from server.rpc.support import Participant, drive, error_of, serving, trailing, until
 from server.support import BATCH, CLASSES, contribution, join_request
 
 
@@ -17,7 +17,7 @@ class TestStatus:
     def test_a_join_that_differs(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                for changes in ({"protocol_version": 9}, {"student": "cow"}, {"student": "😀" * 8_000}):
+                for changes in ({"protocol_version": 9}, {"participant": "cow"}, {"participant": "😀" * 8_000}):
                     error = await error_of(served.stub.Join(join_request(served.experiment, "ant", **changes)))
                     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
                     assert SUPERSEDED_KEY not in trailing(error)
@@ -31,23 +31,23 @@ class TestStatus:
                 broken.batch.outputs["logits"].CopyFrom(encode(torch.full((BATCH, CLASSES), torch.nan), "float32"))
                 future = contribution(served.experiment, "ant", 5)
                 other = contribution(served.experiment, "ant", 0, first=7)
-                bee = Student(served, "bee")
+                bee = Participant(served, "bee")
                 await bee.start()
                 await bee.send(0)
                 for message, code, part in (
                     (broken, grpc.StatusCode.INVALID_ARGUMENT, "batch.outputs.logits[0, 0] is nan"),
                     (future, grpc.StatusCode.ABORTED, "expected round 0"),
-                    (other, grpc.StatusCode.FAILED_PRECONDITION, "student 'ant' has at position 0 sample 7"),
+                    (other, grpc.StatusCode.FAILED_PRECONDITION, "participant 'ant' has at position 0 sample 7"),
                 ):
-                    ant = Student(served, "ant")
+                    ant = Participant(served, "ant")
                     await ant.start()
                     await ant.contribute(message)
                     error = await ant.ending()
                     assert error.code() is code
                     assert part in (error.details() or "")
                     assert SUPERSEDED_KEY not in trailing(error)
-                    assert served.presence == {"ant": "absent", "bee": "present"}
-                ant = Student(served, "ant")
+                    assert served.states == {"ant": "disconnected", "bee": "connected"}
+                ant = Participant(served, "ant")
                 await ant.start()
                 await ant.send(0)
                 assert await ant.answer() == await bee.answer()
@@ -62,15 +62,15 @@ class TestStatus:
     def test_the_older_worker_is_told_that_it_is_superseded(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                older, newer = Student(served, "ant"), Student(served, "ant")
+                older, newer = Participant(served, "ant"), Participant(served, "ant")
                 await older.start()
                 await newer.start()
                 error = await older.ending()
                 assert error.code() is grpc.StatusCode.ABORTED
                 assert trailing(error)[SUPERSEDED_KEY] == "1"
                 assert "newer worker" in (error.details() or "")
-                assert served.presence["ant"] == "present"
-                late = await error_of(served.stub.Report(pb.ReportRequest(session=older.session)))
+                assert served.states["ant"] == "connected"
+                late = await error_of(served.stub.Report(pb.ReportRequest(session_id=older.session_id)))
                 assert late.code() is grpc.StatusCode.ABORTED
 
         drive(test)
@@ -79,15 +79,15 @@ class TestStatus:
         async def test() -> None:
             async with serving() as served:
                 calls = (
-                    served.stub.Report(pb.ReportRequest(session=3)),
-                    served.stub.Leave(pb.LeaveRequest(session=3, reason=pb.LEAVE_REASON_STOPPED)),
+                    served.stub.Report(pb.ReportRequest(session_id=3)),
+                    served.stub.Leave(pb.LeaveRequest(session_id=3, reason=pb.LEAVE_REASON_STOPPED)),
                 )
                 for call in calls:
                     error = await error_of(call)
                     assert error.code() is grpc.StatusCode.ABORTED
                     assert "session 3" in (error.details() or "")
                     assert "join again" in (error.details() or "")
-                unknown = await error_of(served.stub.Leave(pb.LeaveRequest(session=3)))
+                unknown = await error_of(served.stub.Leave(pb.LeaveRequest(session_id=3)))
                 assert unknown.code() is grpc.StatusCode.INVALID_ARGUMENT
 
         drive(test)
@@ -96,11 +96,11 @@ class TestStatus:
         async def test() -> None:
             async with serving() as served:
                 raw = bytes(receive_limit(served.experiment) + 1)
-                error = await error_of(served.channel.unary_unary("/codistill.v1.Distillation/Join")(raw))
+                error = await error_of(served.channel.unary_unary("/codistill.v1.DistillationService/Join")(raw))
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-                ant, _ = await served.students()
+                ant, _ = await served.participants()
                 await ant.write(raw)
                 assert (await ant.ending()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-                await until(lambda: served.presence == {"ant": "absent", "bee": "present"})
+                await until(lambda: served.states == {"ant": "disconnected", "bee": "connected"})
 
         drive(test)
