@@ -229,7 +229,9 @@ class Run:
         self.coordinator.report(pb.ReportRequest(session_id=self.session_ids[participant], **fields))
 
     def leave(self, participant: str, reason: pb.LeaveReason.ValueType, message: str = "") -> None:
-        self.coordinator.leave(pb.LeaveRequest(session_id=self.session_ids[participant], reason=reason, message=message))
+        self.coordinator.leave(
+            pb.LeaveRequest(session_id=self.session_ids[participant], reason=reason, message=message)
+        )
 
     def events(self, what: str) -> list[Happened]:
         return [record for record in self.records if isinstance(record, Happened) and record.what == what]

@@ -112,7 +112,7 @@ class TestRefused:
             )
             ours = certificates.of(ca and "worker", certificate and "ca", token)
             with ours.channel(served.address) as channel:
-                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert [warned is not None and text.startswith(warned) for text in warnings] == [True] * (warned is not None)
         assert TOKEN not in caplog.text
@@ -160,9 +160,11 @@ class TestServing:
             assert served.announced == {"address": served.address, "metrics": "", "pid": os.getpid()}
             with grpc.insecure_channel(served.address) as channel:
                 stub = DistillationServiceStub(channel)
-                assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
                 session_id = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session_id
-                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, format_session(session_id)),), timeout=PATIENCE)
+                stream = stub.Exchange(
+                    iter(()), metadata=((SESSION_KEY, format_session(session_id)),), timeout=PATIENCE
+                )
                 assert list(stream) == []
             served.stop.set()
             assert served.end() is ExitCode.OK
@@ -306,7 +308,7 @@ class TestServing:
         with serving(tmp_path, listen="[::1]:0") as served:
             assert served.address.startswith("[::1]:")
             with grpc.insecure_channel(served.address) as channel:
-                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
 
 
 def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
@@ -316,9 +318,9 @@ def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
     journal.append(ClosedRound(0, Samples(bytes(8), bytes(8)), {"": b""}))
     journal.close()
     with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
-        run = DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        run = DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run
         assert run.frontier == 1
-        assert [event.kind for event in run.events] == ["resumed"]
+        assert [event.kind for event in run.events] == [pb.EVENT_KIND_RESUMED]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -435,8 +437,9 @@ class TestMetrics:
     def test_over_http(self, tmp_path: Path) -> None:
         with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
             url = f"http://{served.announced['metrics']}/metrics"
-            assert 'codistill_students_present{run="small"} 0.0' in get(url)
+            connected = 'codistill_participant_state{participant="ant",run="small",state="connected"}'
+            assert f"{connected} 0.0" in get(url)
             DistillationServiceStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
-            assert 'codistill_students_present{run="small"} 1.0' in get(url)
+            assert f"{connected} 1.0" in get(url)
         with pytest.raises(urllib.error.URLError):
             get(url)

@@ -13,6 +13,7 @@ from codistill.rundir.records import Happened, RoundsClosed
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill.wire.times import duration, seconds
+from codistill.wire.words import word
 from codistill_server.rounds.actions import Status
 from codistill_server.rounds.machine import ParticipantState
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
@@ -22,6 +23,8 @@ from server.support import (
     HELD_OUT,
     ROUNDS_PER_EPOCH,
     STUDENTS,
+    TOTAL_ROUNDS,
+    TOTAL_STEPS,
     Inbox,
     Run,
     contribution,
@@ -168,6 +171,28 @@ class TestRestart:
         run = Run(path=tmp_path / "journal.sqlite")
         assert run.coordinator.complete
         assert run.completed == 0, "nothing happened in this one"
+
+    def test_the_length_and_everyones_steps_are_shown_again(self, tmp_path: Path) -> None:
+        run = Run(path=tmp_path / "journal.sqlite")
+        run.join_all()
+        for number in range(TOTAL_ROUNDS):
+            run.close_round(number)
+        run.report("ant", steps_trained=TOTAL_STEPS, round=TOTAL_ROUNDS, durable_round=7)
+        run.leave("bee", pb.LEAVE_REASON_FINISHED)
+        run.coordinator.close()
+        run = Run(path=tmp_path / "journal.sqlite")
+        state = run.coordinator.snapshot()
+        assert (state.total_steps, state.total_rounds) == (TOTAL_STEPS, TOTAL_ROUNDS)
+        assert (state.frontier, state.steps_trained) == (TOTAL_ROUNDS, TOTAL_STEPS)
+        shown = {each.name: (each.steps_trained, each.round, each.durable_round) for each in state.participants}
+        assert shown == {"ant": (7, 7, 7), "bee": (TOTAL_STEPS, TOTAL_ROUNDS, TOTAL_ROUNDS)}
+        assert {each.name: word(pb.ParticipantState, each.state) for each in state.participants} == {
+            "ant": "expected",
+            "bee": "finished",
+        }
+        run.join("ant", 7)
+        (ant, _) = run.coordinator.snapshot().participants
+        assert (ant.steps_trained, ant.epochs_trained) == (7, 7 / ROUNDS_PER_EPOCH)
 
     def test_a_worker_ahead_of_the_journal_is_refused(self) -> None:
         run = Run()

@@ -87,6 +87,24 @@ class TestSkipped:
         assert sum(span.missed.get("cat", 0) for span in spans) == 3
         assert sum(span.without_targets for span in spans) == 0
 
+    def test_who_is_awaited_is_shown(self) -> None:
+        run = self.run()
+
+        def awaited() -> dict[str, bool]:
+            return {each.name: each.awaited for each in run.coordinator.snapshot().participants}
+
+        assert awaited() == {"ant": True, "bee": True, "cat": True}
+        for number in range(3):
+            run.contribute("ant", number)
+            run.contribute("bee", number)
+            self.late(run)
+            assert awaited() == {"ant": True, "bee": True, "cat": False}
+        (*_, cat) = run.coordinator.snapshot().participants
+        assert (cat.state, cat.missed_rounds) == (pb.PARTICIPANT_STATE_CONNECTED, 3), "another fact than its state"
+        for number in range(3):
+            run.contribute("cat", number)
+        assert awaited() == {"ant": True, "bee": True, "cat": True}
+
     def test_below_the_quorum_there_are_no_targets_and_it_is_counted(self) -> None:
         run = self.run()
         run.contribute("bee", 0)

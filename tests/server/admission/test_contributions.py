@@ -63,6 +63,10 @@ WRONG: list[tuple[Callable[[pb.ExchangeRequest], object], list[str]]] = [
         lambda m: m.batch.outputs["more"].CopyFrom(encode(torch.zeros(BATCH), "float32")),
         ["batch.outputs", "['logits', 'more']", "['logits']"],
     ),
+    (
+        lambda m: m.batch.sparse_outputs["logits"].CopyFrom(pb.SparseTensor(size=CLASSES)),
+        ["batch.sparse_outputs", "not allowed", "this session's arrays are dense"],
+    ),
     (lambda m: m.ClearField("batch"), ["batch.ids"]),
     (lambda m: m.held_out.CopyFrom(samples(torch.zeros(0, CLASSES))), ["held_out", "holds out none"]),
 ]
@@ -136,7 +140,7 @@ class TestContribute:
         error = refused(lambda: run.send("ant", pb.ExchangeRequest(batch=samples(logits, dtype))))
         assert error.status is Status.INVALID_ARGUMENT
         assert "participant 'ant', round 0: batch.outputs.logits[2, 1] is " in str(error)
-        assert "the participant has diverged, lower its learning rate" in str(error)
+        assert "the student has diverged, lower its learning rate" in str(error)
         shown = str(error).split("[2, 1] is ")[1].split(";")[0]
         assert shown == str(value) or float(shown) == pytest.approx(value, rel=1e-2)
         run.join("ant")
@@ -150,7 +154,10 @@ class TestContribute:
         for participant in experiment.names:
             signs = logits_of(experiment, participant, 0).sign()
             logits = signs * torch.nextafter(torch.tensor(1e30), torch.tensor(0.0))
-            run.send(participant, pb.ExchangeRequest(batch=samples(logits), held_out=samples(logits[:1].expand(HELD_OUT, -1))))
+            run.send(
+                participant,
+                pb.ExchangeRequest(batch=samples(logits), held_out=samples(logits[:1].expand(HELD_OUT, -1))),
+            )
         for inbox in run.inboxes.values():
             (reply,) = inbox.replies
             assert bool(torch.isfinite(decode(reply.targets.targets["logits"])).all())
@@ -212,6 +219,15 @@ class TestHeldOut:
         error = refused(lambda: run.send("ant", message))
         assert error.status is Status.INVALID_ARGUMENT
         assert f"held_out.ids.shape: [{HELD_OUT + 1}] is not allowed; expected [{HELD_OUT}]" in str(error)
+
+    def test_sparse_arrays_are_refused_there_too(self) -> None:
+        run = Run(general_experiment())
+        run.join_all()
+        message = contribution(run.experiment, "ant", 0, held_out=True)
+        message.held_out.sparse_outputs["logits"].size = CLASSES
+        error = refused(lambda: run.send("ant", message))
+        assert error.status is Status.INVALID_ARGUMENT
+        assert "held_out.sparse_outputs: some are not allowed; this session's arrays are dense" in str(error)
 
     def test_values_are_checked_there_too(self) -> None:
         run = Run(general_experiment())

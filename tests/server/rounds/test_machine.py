@@ -22,10 +22,10 @@ from codistill_server.rounds.events import (
     Join,
     Leave,
     LeaveReason,
+    ParticipantRecord,
     Progress,
     Restored,
     Samples,
-    ParticipantRecord,
     Tick,
 )
 from codistill_server.rounds.machine import ParticipantState, Rounds, Rules
@@ -350,7 +350,8 @@ class TestMismatch:
 
 class TestLeave:
     @pytest.mark.parametrize(
-        ("reason", "state"), [(LeaveReason.STOPPED, ParticipantState.DISCONNECTED), (LeaveReason.FAILED, ParticipantState.FAILED)]
+        ("reason", "state"),
+        [(LeaveReason.STOPPED, ParticipantState.DISCONNECTED), (LeaveReason.FAILED, ParticipantState.FAILED)],
     )
     def test_who_leaves_before_its_end_is_waited_for(self, reason: LeaveReason, state: ParticipantState) -> None:
         rounds, ant, bee = pair()
@@ -375,7 +376,9 @@ class TestLeave:
         assert rounds.complete
 
     def test_a_finished_participant_that_joins_again_is_not_finished(self) -> None:
-        rounds = Rounds(RULES, Restored(1, 2, tuple(ParticipantRecord(name, 1, 2, finished=True) for name in PARTICIPANTS)))
+        rounds = Rounds(
+            RULES, Restored(1, 2, tuple(ParticipantRecord(name, 1, 2, finished=True) for name in PARTICIPANTS))
+        )
         assert rounds.complete
         assert rounds.apply(Join("ant", 2), 0.0) == [record("ant", 2, durable=2), Admit("ant", 2, 2)]
         assert not rounds.complete

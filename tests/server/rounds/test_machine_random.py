@@ -35,10 +35,10 @@ from codistill_server.rounds.events import (
     Join,
     Leave,
     LeaveReason,
+    ParticipantRecord,
     Progress,
     Restored,
     Samples,
-    ParticipantRecord,
     Tick,
 )
 from codistill_server.rounds.machine import ParticipantState, Rounds, Rules
@@ -456,7 +456,9 @@ class RoundsMachine(RuleBasedStateMachine):
         if name in self.live:
             session_id = self.live[name]
             assert self.apply(Leave(session_id, reason)) == []
-            self.hang_up(session_id, ParticipantState.DISCONNECTED if reason is LeaveReason.STOPPED else ParticipantState.FAILED)
+            self.hang_up(
+                session_id, ParticipantState.DISCONNECTED if reason is LeaveReason.STOPPED else ParticipantState.FAILED
+            )
 
     @rule(data=st.data())
     def dead_session_speaks(self, data: st.DataObject) -> None:

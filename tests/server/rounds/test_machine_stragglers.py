@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from codistill_server.rounds.actions import (
-    Skipped,
     Action,
     Admit,
     Answer,
+    Awaited,
     Complete,
     Decide,
     End,
     Forget,
     Notify,
     Remember,
-    Awaited,
+    Skipped,
     Status,
 )
 from codistill_server.rounds.events import (
@@ -31,9 +31,9 @@ from codistill_server.rounds.events import (
     Join,
     Leave,
     LeaveReason,
+    ParticipantRecord,
     Progress,
     Restored,
-    ParticipantRecord,
     Tick,
 )
 from codistill_server.rounds.machine import ParticipantState, Rounds, Rules

@@ -34,7 +34,9 @@ class TestQuotas:
         quotas = Quotas(Limits())
         for _ in range(50):
             quotas.join("ant", 0)
-        with pytest.raises(QuotaExceeded, match=r"participant 'ant': more than 5 joins a second; see that one worker runs"):
+        with pytest.raises(
+            QuotaExceeded, match=r"participant 'ant': more than 5 joins a second; see that one worker runs"
+        ):
             quotas.join("ant", 0)
         quotas.join("bee", 0)
         quotas.join("ant", 0.2)

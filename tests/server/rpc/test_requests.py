@@ -43,7 +43,9 @@ class TestRequests:
                 request: Any = {
                     "Join": join_request(served.experiment, "ant"),
                     "Report": pb.ReportRequest(session_id=ant.session_id, round=3, durable_round=2),
-                    "Leave": pb.LeaveRequest(session_id=ant.session_id, reason=pb.LEAVE_REASON_FINISHED, message="done"),
+                    "Leave": pb.LeaveRequest(
+                        session_id=ant.session_id, reason=pb.LEAVE_REASON_FINISHED, message="done"
+                    ),
                 }[name]
                 raw = append_checksum(request)
                 call = served.channel.unary_unary(f"/codistill.v1.DistillationService/{name}")

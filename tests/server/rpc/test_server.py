@@ -136,7 +136,7 @@ def _comes(raw: socket.socket, kind: int) -> bool:
 def _answers(address: str) -> bool:
     with grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         try:
-            return DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+            return DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
         except grpc.RpcError:
             return False
 

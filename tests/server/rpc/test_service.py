@@ -6,10 +6,12 @@ from typing import ClassVar
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from codistill.config.fingerprint import identity
 from codistill.methods.aggregator import LOGITS, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import duration, seconds
 from codistill_server import methods
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 from server.rpc.support import PATIENCE, Participant, drive, error_of, returning, serving, until
@@ -56,8 +58,8 @@ class TestRounds:
                 raw = await ant.call.read()
                 waiting = pb.ExchangeResponse.FromString(raw).waiting
                 assert (waiting.round, list(waiting.participants)) == (0, ["bee"])
-                assert waiting.seconds >= 0.3
-                run = await served.stub.GetRun(pb.GetRunRequest())
+                assert seconds(waiting.elapsed) >= 0.3
+                run = (await served.stub.GetRun(pb.GetRunRequest())).run
                 assert list(run.waiting_for) == ["bee"]
                 await bee.send(0)
                 assert await ant.answer() == await bee.answer()
@@ -68,9 +70,12 @@ class TestRounds:
         async def test() -> None:
             async with serving(make_experiment()) as served:
                 ant, bee = await served.participants()
-                await served.stub.Report(pb.ReportRequest(session_id=ant.session_id, round=3, epoch=1, durable_round=0))
-                run = await served.stub.GetRun(pb.GetRunRequest())
-                assert [(participant.name, participant.round) for participant in run.participants] == [("ant", 3), ("bee", 0)]
+                await served.stub.Report(pb.ReportRequest(session_id=ant.session_id, round=3, epochs_trained=1))
+                run = (await served.stub.GetRun(pb.GetRunRequest())).run
+                assert [(participant.name, participant.round) for participant in run.participants] == [
+                    ("ant", 3),
+                    ("bee", 0),
+                ]
                 for participant in (ant, bee):
                     assert not served.coordinator.complete
                     leave = pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
@@ -82,29 +87,44 @@ class TestRounds:
 
 
 class TestWatchRun:
-    @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
-    def test_an_interval_that_is_not_allowed(self, interval: float) -> None:
+    @pytest.mark.parametrize(
+        ("interval", "shown"),
+        [
+            (Duration(), "0.0"),
+            (Duration(nanos=99_999_999), "0.099999999"),
+            (Duration(seconds=60, nanos=1), "60.000000001"),
+            (Duration(seconds=61), "61.0"),
+            (Duration(seconds=-1), "-1.0"),
+            (Duration(nanos=-1), "-1e-09"),
+            (Duration(seconds=1, nanos=-1), "0.999999999"),
+            (Duration(nanos=2 * 10**9), "2.0"),
+            (Duration(seconds=2**62), str(float(2**62))),
+        ],
+    )
+    def test_an_interval_that_is_not_allowed(self, interval: Duration, shown: str) -> None:
         async def test() -> None:
             async with serving() as served:
-                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval=interval))
                 error = await error_of(call.read())
                 assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60" in (error.details() or "")
+                assert f"interval: {shown} s is not allowed; allowed: 0.1 s to 60 s" in (error.details() or "")
 
         drive(test)
 
-    @pytest.mark.parametrize("interval", [0.0, 0.1])
-    def test_it_goes_on_until_the_run_is_complete(self, interval: float) -> None:
+    @pytest.mark.parametrize("interval", [None, duration(0.1)])
+    def test_it_goes_on_until_the_run_is_complete(self, interval: Duration | None) -> None:
         async def test() -> None:
             async with serving() as served:
-                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
-                assert not (await call.read()).complete
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval=interval))
+                assert not (await call.read()).run.complete
                 for participant in await served.participants():
-                    await served.stub.Leave(pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED))
+                    await served.stub.Leave(
+                        pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
+                    )
                 async with asyncio.timeout(PATIENCE):
                     states = []
                     while (state := await call.read()) is not grpc.aio.EOF:
-                        states.append(state.complete)
+                        states.append(state.run.complete)
                 assert states[-1]
                 assert not any(states[:-1])
 
@@ -114,7 +134,7 @@ class TestWatchRun:
         async def test() -> None:
             async with serving() as served:
                 before = len(asyncio.all_tasks())
-                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=0.1)) for _ in range(5)]
+                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval=duration(0.1))) for _ in range(5)]
                 for call in calls:
                     await call.read()
                 while calls:
@@ -183,7 +203,9 @@ class TestFaults:
                 await first.send(0)
                 await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
                 if goes == "Leave":
-                    call = served.stub.Leave(pb.LeaveRequest(session_id=second.session_id, reason=pb.LEAVE_REASON_STOPPED))
+                    call = served.stub.Leave(
+                        pb.LeaveRequest(session_id=second.session_id, reason=pb.LEAVE_REASON_STOPPED)
+                    )
                 else:
                     call = served.stub.Join(join_request(experiment, "bee"))
                 error = await error_of(call)
@@ -199,7 +221,7 @@ class TestFaults:
         """Nobody is left to wait for a round that cannot be decided."""
 
         class Broken:
-            participant: ClassVar = {"logits": LOGITS}
+            student: ClassVar = {"logits": LOGITS}
             teacher: ClassVar = {}
 
             def __init__(self) -> None:

@@ -12,6 +12,7 @@ from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire import channel
 from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
+from codistill.wire.times import duration
 from codistill_server.ratelimit import Rate
 from codistill_server.rpc.quotas import Limits
 from server.rpc.support import EXCHANGE, PATIENCE, Participant, drive, error_of, relay, serving, trailing, until
@@ -75,7 +76,9 @@ class TestLimits:
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "made-up names have one share in all"
                 await served.stub.Join(join_request(served.experiment, "bee"))
                 kinds = [event.kind for event in served.coordinator.snapshot().events]
-                assert kinds.count("refused") == 2, "what the limit refuses leaves no event: nobody fills the disk"
+                assert kinds.count(pb.EVENT_KIND_REFUSED) == 2, (
+                    "what the limit refuses leaves no event: nobody fills the disk"
+                )
 
         drive(test)
 
@@ -103,7 +106,7 @@ class TestLimits:
     def test_watchers(self) -> None:
         async def test() -> None:
             async with serving(limits=Limits(watchers=3)) as served:
-                request = pb.WatchRunRequest(interval_seconds=60)
+                request = pb.WatchRunRequest(interval=duration(60))
                 for _ in range(5):  # whoever ends makes room
                     watching = [served.stub.WatchRun(request) for _ in range(3)]
                     for each in watching:
@@ -125,7 +128,9 @@ class TestLimits:
                 relay(served.port) as (port, cut),
                 grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
             ):
-                unread = cast("Any", DistillationServiceStub(channel)).WatchRun(pb.WatchRunRequest(interval_seconds=0.1))
+                unread = cast("Any", DistillationServiceStub(channel)).WatchRun(
+                    pb.WatchRunRequest(interval=duration(0.1))
+                )
                 await unread.initial_metadata()
                 await until(lambda: served.service._quotas.watching == 1)
                 cut()
@@ -137,7 +142,9 @@ class TestLimits:
         async def test() -> None:
             async with serving() as served:
                 ant, bee = await served.participants()
-                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(ant.session_id)),))
+                second = served.channel.stream_stream(EXCHANGE)(
+                    metadata=((SESSION_KEY, format_session(ant.session_id)),)
+                )
                 await second.initial_metadata()
                 error = await ant.ending()
                 assert error.code() is grpc.StatusCode.ABORTED
@@ -153,7 +160,7 @@ class TestLimits:
 
         async def test() -> None:
             async with serving() as served:
-                held = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60)) for _ in range(4)]
+                held = [served.stub.WatchRun(pb.WatchRunRequest(interval=duration(60))) for _ in range(4)]
                 for each in held:
                     await each.read()
                 error = await error_of(served.stub.GetRun(pb.GetRunRequest(), timeout=0.5))

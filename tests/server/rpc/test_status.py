@@ -1,16 +1,55 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import grpc
 import grpc.aio
+import pytest
 import torch
 
+from codistill import PROTOCOL_VERSION
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import SUPERSEDED_KEY
+from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.rounds.actions import Status
 from server.rpc.support import Participant, drive, error_of, serving, trailing, until
 from server.support import BATCH, CLASSES, contribution, join_request
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """Return a field of bytes as it is on the wire."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def _others(request: pb.JoinRequest) -> pb.JoinRequest:
+    """Return a join in which everything else is wrong too."""
+    wrong = pb.JoinRequest(participant="cow", experiment_json="no JSON", first_round=2**63, total_rounds=2**62)
+    wrong.lanes.append(pb.LANE_SHARED_MEMORY)
+    wrong.outputs["more"].dims.append(9)
+    wrong.protocol_version = request.protocol_version
+    return wrong
+
+
+# What a join of another version may be like, as bytes.
+ANOTHER_VERSION: Mapping[str, Callable[[pb.JoinRequest], bytes]] = {
+    "all else is right": append_checksum,
+    "no checksum": lambda request: request.SerializeToString(),
+    "all else is wrong": lambda request: append_checksum(_others(request)),
+    "all else is missing": lambda request: bytes([1 << 3, request.protocol_version]),
+    "unknown fields": lambda request: request.SerializeToString() + b"\xa2\x1f\x03abc" + b"\xc0\x3e\x07",
+    "another checksum": lambda request: request.SerializeToString() + b"\x7d\x01\x02\x03\x04",
+    "a field of another type": lambda request: request.SerializeToString() + b"\x20\x07",
+    # Version 2 had the data's fingerprint where this one has a text: its 60,000 samples are no UTF-8.
+    "a field that cannot be read": lambda request: (
+        bytes([1 << 3, request.protocol_version])
+        + _field(2, b"ant")
+        + _field(3, b"{}")
+        + _field(4, _field(1, b"0" * 64) + b"\x10\xe0\xd4\x03\x18\x0a")
+        + b"\x7d\x01\x02\x03\x04"
+    ),
+}
 
 
 class TestStatus:
@@ -21,6 +60,38 @@ class TestStatus:
                     error = await error_of(served.stub.Join(join_request(served.experiment, "ant", **changes)))
                     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
                     assert SUPERSEDED_KEY not in trailing(error)
+
+        drive(test)
+
+    @pytest.mark.parametrize("change", ANOTHER_VERSION, ids=str)
+    def test_a_join_of_another_version_is_told_both_versions(self, change: str) -> None:
+        """Whatever else is wrong with it, missing in it, or unknown to this version."""
+
+        async def test() -> None:
+            async with serving() as served:
+                request = join_request(served.experiment, "ant", protocol_version=PROTOCOL_VERSION - 1)
+                raw = ANOTHER_VERSION[change](request)
+                join = served.channel.unary_unary("/codistill.v1.DistillationService/Join")
+                error = await error_of(join(raw))
+                assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+                assert error.details() == (
+                    f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {PROTOCOL_VERSION - 1}; "
+                    "install the same codistill on both sides"
+                )
+                assert SUPERSEDED_KEY not in trailing(error)
+                run = served.coordinator.snapshot()
+                assert [event.kind for event in run.events] == [pb.EVENT_KIND_REFUSED]
+                assert (run.total_steps, served.states["ant"]) == (0, "expected"), "nothing of the run has changed"
+
+        drive(test)
+
+    def test_a_join_of_this_version_that_is_no_message_is_told_so(self) -> None:
+        async def test() -> None:
+            async with serving() as served:
+                raw = pb.JoinRequest(protocol_version=PROTOCOL_VERSION).SerializeToString() + _field(4, b"\x80")
+                error = await error_of(served.channel.unary_unary("/codistill.v1.DistillationService/Join")(raw))
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert "are not a codistill.v1.JoinRequest" in (error.details() or "")
 
         drive(test)
 

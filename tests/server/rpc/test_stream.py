@@ -13,6 +13,7 @@ from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, crc32c, format_session
+from codistill.wire.times import duration
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
@@ -143,7 +144,7 @@ class TestStreams:
             async with serving() as served:
                 participants = await served.participants()
                 await participants[0].send(0)
-                watch = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60))
+                watch = served.stub.WatchRun(pb.WatchRunRequest(interval=duration(60)))
                 await watch.read()
                 served.service.end()
                 for participant in participants:
@@ -217,7 +218,7 @@ class TestStreams:
                 assert served.coordinator.frontier == 0
                 assert served.coordinator.run_state.rejected[Status.ABORTED] == 1
                 events = served.coordinator.snapshot().events
-                assert [event.participant for event in events if event.kind == "damaged"] == ["ant"]
+                assert [event.participant for event in events if event.kind == pb.EVENT_KIND_DAMAGED] == ["ant"]
                 ant = Participant(served, "ant")
                 await ant.start()
                 await ant.send(0)

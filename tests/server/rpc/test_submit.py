@@ -22,7 +22,7 @@ class TestHeavyWork:
         release, threads = threading.Event(), list[str]()
 
         class Held:
-            heavy, participant, teacher = aggregator.heavy, aggregator.participant, aggregator.teacher
+            heavy, student, teacher = aggregator.heavy, aggregator.student, aggregator.teacher
 
             def targets(self, inputs: RoundInputs) -> Targets:
                 threads.append(threading.current_thread().name)

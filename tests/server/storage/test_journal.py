@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codistill_server.rounds.events import Restored, Samples, ParticipantRecord
+from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 
 IDENTITY = '{"seed":1,"name":"x"}'
@@ -305,7 +305,10 @@ class TestFaults:
             ("UPDATE targets SET participant = x'616e' WHERE participant = 'ant'", "round 0 is not what was written"),
             ("UPDATE participants SET worker_id = '8'", "what it says of participant 'ant' is not what was written"),
             ("UPDATE participants SET durable_round = 9", "what it says of participant 'ant' is not what was written"),
-            ("UPDATE participants SET participant = 'anu'", "what it says of participant 'anu' is not what was written"),
+            (
+                "UPDATE participants SET participant = 'anu'",
+                "what it says of participant 'anu' is not what was written",
+            ),
             ("UPDATE run SET value = 'yours' WHERE key = 'data'", "what it says of the run is not what was written"),
             ("UPDATE run SET key = 'dada' WHERE key = 'data'", "what it says of the run is not what was written"),
         ],
