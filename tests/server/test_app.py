@@ -178,7 +178,7 @@ class TestServing:
             assert served.end() is ExitCode.OK
         with serving(tmp_path, experiment, stay=True) as again:
             with grpc.insecure_channel(again.address) as channel:
-                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.complete
             assert again.thread.is_alive(), "it stays where it is asked to"
         assert again.outcome == [ExitCode.OK]
 
@@ -205,7 +205,7 @@ class TestServing:
                 hold.set()
                 assert list(stream) == []
             session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
-            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.complete
             stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             assert served.end() is ExitCode.OK
 

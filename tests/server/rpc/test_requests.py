@@ -49,7 +49,7 @@ class TestRequests:
                 }[name]
                 raw = append_checksum(request)
                 call = served.channel.unary_unary(f"/codistill.v1.DistillationService/{name}")
-                for position in range(0, len(raw) - 5, max(1, len(raw) // 30)):
+                for position in range(0, len(raw) - 6, max(1, len(raw) // 30)):
                     damaged = bytearray(raw)
                     damaged[position] ^= 2
                     error = await error_of(call(bytes(damaged)))

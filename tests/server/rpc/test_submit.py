@@ -40,8 +40,8 @@ class TestHeavyWork:
                     await participant.send(0)
                 if aggregator.heavy:
                     await until(lambda: len(threads) == 1)
-                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
-                    assert run.frontier == 0
+                    response = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
+                    assert response.run.frontier == 0
                     release.set()
                 answers = {await participant.answer() for participant in participants}
                 assert len(answers) == 1
