@@ -1,8 +1,13 @@
 """The run's metrics for Prometheus: a table with one row for each metric.
 
-Gauges are read from the run's state at each scrape. The series of a student that left without finishing end. One that
+Gauges are read from the run's state at each scrape. The series of a participant that left without finishing end. One that
 finished keeps its final values until the server ends, as they are often scraped only then. Counters and histograms are the
-server's own and only ever grow. Those of a student stay while it is away, as they count its absences.
+server's own and only ever grow. Those of a participant stay while it is away, as they count the rounds that it misses.
+
+To add a metric of the server, touch two places: where it is counted, and the table here. To add one that a participant
+reports, touch four: the proto, where it is measured, the worker's ``participant.py`` that fills in the report, and the
+table. In the proto the field has one name in ``ReportRequest`` and ``ParticipantStatus``; the run's state copies it by that
+name. ``make docs`` then writes the page.
 """
 
 from __future__ import annotations
@@ -18,20 +23,14 @@ from prometheus_client.registry import Collector
 
 from codistill import __version__
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import seconds
+from codistill.wire.words import word, words
 from codistill_server.observability.state import RunState
 
 __all__ = ["HISTOGRAMS", "METRICS", "RunMetric", "registry"]
 
 _BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
-_SPLITS = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
-_VISIBLE = (pb.STUDENT_STATE_PRESENT, pb.STUDENT_STATE_FINISHED)
-_STATES = {
-    pb.STUDENT_STATE_EXPECTED: "expected",
-    pb.STUDENT_STATE_PRESENT: "present",
-    pb.STUDENT_STATE_ABSENT: "absent",
-    pb.STUDENT_STATE_FINISHED: "finished",
-    pb.STUDENT_STATE_FAILED: "failed",
-}
+_VISIBLE = (pb.PARTICIPANT_STATE_CONNECTED, pb.PARTICIPANT_STATE_FINISHED)
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class _Scrape:
     run: pb.Run
 
     @cached_property
-    def students(self) -> Sequence[pb.StudentStatus]:
-        """The students whose gauges are shown."""
-        return [student for student in self.run.students if student.state in _VISIBLE]
+    def visible(self) -> Sequence[pb.ParticipantStatus]:
+        """The participants whose gauges are shown."""
+        return [status for status in self.run.participants if status.state in _VISIBLE]
 
 
 _Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
@@ -74,25 +73,37 @@ def _one(value: Callable[[_Scrape], float]) -> Callable[[_Scrape], _Samples]:
     return lambda scrape: [((), value(scrape))]
 
 
-def _by_student(value: Callable[[pb.Run, pb.StudentStatus], float]) -> Callable[[_Scrape], _Samples]:
-    """Return a reader of one series for each visible student, with the labels :data:`_STUDENT`."""
-    return lambda scrape: [((student.name, student.model), value(scrape.run, student)) for student in scrape.students]
+def _by_participant(value: Callable[[pb.ParticipantStatus], float | None]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of one series for each visible participant with a value, with the labels :data:`_PARTICIPANT`."""
+
+    def samples(scrape: _Scrape) -> Iterator[tuple[Sequence[str], float]]:
+        for status in scrape.visible:
+            found = value(status)
+            if found is not None:
+                yield (status.name, status.model), found
+
+    return samples
 
 
-def _of_every_student(value: Callable[[pb.StudentStatus], float]) -> Callable[[_Scrape], _Samples]:
-    """Return a reader of one series for each student, visible or not, with the labels :data:`_STUDENT`."""
-    return lambda scrape: [((student.name, student.model), value(student)) for student in scrape.run.students]
+def _of_every_participant(value: Callable[[pb.ParticipantStatus], float]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of one series for each participant, visible or not, with the labels :data:`_PARTICIPANT`."""
+    return lambda scrape: [((status.name, status.model), value(status)) for status in scrape.run.participants]
+
+
+def _fact(value: Callable[[pb.Run, pb.ParticipantStatus], bool]) -> Callable[[_Scrape], _Samples]:
+    """Return a reader of 1 or 0 for each participant, visible or not, with the label `participant`."""
+    return lambda scrape: [((status.name,), float(value(scrape.run, status))) for status in scrape.run.participants]
 
 
 def _by_split(value: Callable[[pb.Measurement], float | None]) -> Callable[[_Scrape], _Samples]:
-    """Return a reader of each visible student's latest measurements, with the labels :data:`_SPLIT`."""
+    """Return a reader of each visible participant's latest measurements, with the labels :data:`_SPLIT`."""
 
     def samples(scrape: _Scrape) -> Iterator[tuple[Sequence[str], float]]:
-        for student in scrape.students:
-            for measurement in student.measurements:
+        for status in scrape.visible:
+            for measurement in status.measurements:
                 found = value(measurement)
                 if found is not None:
-                    yield (student.name, student.model, _SPLITS[measurement.split]), found
+                    yield (status.name, status.model, word(pb.Split, measurement.split)), found
 
     return samples
 
@@ -101,31 +112,28 @@ def _distillation_loss(measurement: pb.Measurement) -> float | None:
     return measurement.distillation_loss if measurement.HasField("distillation_loss") else None
 
 
+def _behind(scrape: _Scrape) -> _Samples:
+    if scrape.counts.exchanges:
+        for status in scrape.visible:
+            yield (status.name, status.model), max(0, scrape.run.frontier - status.round)
+
+
 def _ensemble_accuracy(scrape: _Scrape) -> _Samples:
     return [(("train",), scrape.run.ensemble_accuracy)] if scrape.run.HasField("ensemble_accuracy") else []
 
 
 def _disagreements(scrape: _Scrape) -> _Samples:
-    visible = {student.name for student in scrape.students}
+    visible = {status.name for status in scrape.visible}
     for pair in scrape.run.disagreements:
         if pair.first in visible and pair.second in visible:
             yield (pair.first, pair.second), pair.ratio
 
 
-def _count(state: pb.StudentState.ValueType) -> Callable[[_Scrape], _Samples]:
-    """Return a reader of the number of students in a state."""
-    return _one(lambda scrape: sum(student.state == state for student in scrape.run.students))
-
-
-def _waited_for(scrape: _Scrape) -> _Samples:
-    for student in scrape.run.students:
-        yield (student.name,), float(student.name in scrape.run.waiting_for)
-
-
 def _states(scrape: _Scrape) -> _Samples:
-    for student in scrape.run.students:
-        for state, name in _STATES.items():
-            yield (student.name, name), float(student.state == state)
+    for status in scrape.run.participants:
+        now = word(pb.ParticipantState, status.state)
+        for state in words(pb.ParticipantState):
+            yield (status.name, state), float(state == now)
 
 
 def _rejected(scrape: _Scrape) -> _Samples:
@@ -133,8 +141,8 @@ def _rejected(scrape: _Scrape) -> _Samples:
         yield (status.name.lower(),), count
 
 
-_STUDENT = ("student", "model")
-_SPLIT = (*_STUDENT, "split")
+_PARTICIPANT = ("participant", "model")
+_SPLIT = (*_PARTICIPANT, "split")
 METRICS = (
     RunMetric(
         "run_info",
@@ -143,39 +151,29 @@ METRICS = (
         ("method", "version"),
     ),
     RunMetric(
-        "student_accuracy_ratio",
-        "Share of samples classified correctly.",
-        _by_split(lambda measurement: measurement.accuracy),
-        _SPLIT,
-    ),
-    RunMetric("student_loss", "Mean cross-entropy, in nats.", _by_split(lambda measurement: measurement.loss), _SPLIT),
-    RunMetric(
-        "student_distillation_loss",
-        "Mean of the method's term, weight included.",
-        _by_split(_distillation_loss),
-        _SPLIT,
-    ),
-    RunMetric("round", "Rounds that a student has trained.", _by_student(lambda _, student: student.round), _STUDENT),
-    RunMetric(
-        "student_behind_rounds",
-        "Rounds that a student is behind the frontier.",
-        _by_student(lambda run, student: max(0, run.frontier - student.round)),
-        _STUDENT,
+        "run_steps",
+        "Steps of each student; 0 until a participant has joined.",
+        _one(lambda scrape: scrape.run.total_steps),
     ),
     RunMetric(
-        "student_parameters", "Trainable parameters.", _by_student(lambda _, student: student.parameters), _STUDENT
+        "run_steps_trained",
+        "Steps that the run has behind it: those before the frontier; where nothing is exchanged, those of the slowest student.",
+        _one(lambda scrape: scrape.run.steps_trained),
     ),
     RunMetric(
-        "student_step_seconds",
-        "Median training step, waiting included.",
-        _by_student(lambda _, student: student.step_seconds),
-        _STUDENT,
+        "run_rounds",
+        "Rounds of the whole run; 0 until a participant has joined, and where nothing is exchanged.",
+        _one(lambda scrape: scrape.run.total_rounds),
     ),
     RunMetric(
-        "student_wait_seconds",
-        "Median wait of a step for its targets.",
-        _by_student(lambda _, student: student.wait_seconds),
-        _STUDENT,
+        "frontier_round",
+        "First round that is not closed; 0 where nothing is exchanged.",
+        _one(lambda scrape: scrape.run.frontier),
+    ),
+    RunMetric(
+        "open_round_wait_seconds",
+        "How long the open round has waited.",
+        _one(lambda scrape: seconds(scrape.run.waiting_time)),
     ),
     RunMetric(
         "ensemble_accuracy_ratio",
@@ -189,50 +187,96 @@ METRICS = (
         _disagreements,
         ("first", "second"),
     ),
-    RunMetric("students_present", "Students whose session is open.", _count(pb.STUDENT_STATE_PRESENT)),
-    RunMetric("students_expected", "Students of the experiment.", _one(lambda scrape: len(scrape.run.students))),
-    RunMetric("students_finished", "Students that trained all rounds.", _count(pb.STUDENT_STATE_FINISHED)),
-    RunMetric("frontier_round", "First round that is not closed.", _one(lambda scrape: scrape.run.frontier)),
-    RunMetric("expected_rounds", "Rounds of the whole run.", _one(lambda scrape: scrape.run.total_rounds)),
     RunMetric(
-        "open_round_wait_seconds",
-        "How long the open round has waited.",
-        _one(lambda scrape: scrape.run.waiting_seconds),
-    ),
-    RunMetric("waited_for", "1 for a student that the open round waits for, else 0.", _waited_for, ("student",)),
-    RunMetric(
-        "student_state",
-        "1 for the state that a student is in, 0 for the others; failed is one that left with an error, as when it diverged.",
+        "participant_state",
+        "1 for the state of a participant, 0 for the other states; failed means that it left with an error.",
         _states,
-        ("student", "state"),
+        ("participant", "state"),
     ),
     RunMetric(
-        "rounds",
+        "participant_awaited",
+        "1 while the frontier waits for a participant, 0 while rounds close without it.",
+        _fact(lambda _, status: status.awaited),
+        ("participant",),
+    ),
+    RunMetric(
+        "waiting_for",
+        "1 while the open round waits for this participant's contribution, else 0.",
+        _fact(lambda run, status: status.name in run.waiting_for),
+        ("participant",),
+    ),
+    RunMetric(
+        "participant_accuracy_ratio",
+        "Share of samples classified correctly.",
+        _by_split(lambda measurement: measurement.accuracy),
+        _SPLIT,
+    ),
+    RunMetric(
+        "participant_loss", "Mean cross-entropy, in nats.", _by_split(lambda measurement: measurement.loss), _SPLIT
+    ),
+    RunMetric(
+        "participant_distillation_loss",
+        "Mean of the method's term, weight included.",
+        _by_split(_distillation_loss),
+        _SPLIT,
+    ),
+    RunMetric(
+        "participant_steps_trained",
+        "Steps that a student has trained, or a teacher taught.",
+        _by_participant(lambda status: status.steps_trained),
+        _PARTICIPANT,
+    ),
+    RunMetric(
+        "participant_behind_rounds",
+        "Rounds before the frontier that a participant has not learned from; none where nothing is exchanged.",
+        _behind,
+        _PARTICIPANT,
+    ),
+    RunMetric(
+        "participant_parameters",
+        "Trainable parameters.",
+        _by_participant(lambda status: status.parameters),
+        _PARTICIPANT,
+    ),
+    RunMetric(
+        "participant_step_seconds",
+        "Median training step, waiting included.",
+        _by_participant(lambda status: seconds(status.step_time) if status.HasField("step_time") else None),
+        _PARTICIPANT,
+    ),
+    RunMetric(
+        "participant_wait_seconds",
+        "Median wait of a step for its targets.",
+        _by_participant(lambda status: seconds(status.wait_time) if status.HasField("wait_time") else None),
+        _PARTICIPANT,
+    ),
+    RunMetric(
+        "participant_missed_rounds",
+        "Rounds closed without a participant.",
+        _of_every_participant(lambda status: status.missed_rounds),
+        _PARTICIPANT,
+        CounterMetricFamily,
+    ),
+    RunMetric(
+        "participant_joins",
+        "Sessions opened by a participant's workers; every one after the first is a restart or a reconnection.",
+        _of_every_participant(lambda status: status.joins),
+        _PARTICIPANT,
+        CounterMetricFamily,
+    ),
+    RunMetric(
+        "rounds_closed",
         "Rounds closed by this server.",
         _one(lambda scrape: scrape.counts.closed_rounds),
         family=CounterMetricFamily,
     ),
     RunMetric(
-        "rounds_without_target",
-        "Rounds trained on labels alone for want of a quorum.",
+        "rounds_without_targets",
+        "Rounds closed without targets, in which students learned from the labels alone.",
         _one(lambda scrape: scrape.counts.rounds_without_targets),
         family=CounterMetricFamily,
     ),
-    RunMetric(
-        "student_missed_rounds",
-        "Rounds closed without a student.",
-        _of_every_student(lambda student: student.missed_rounds),
-        _STUDENT,
-        CounterMetricFamily,
-    ),
-    RunMetric(
-        "student_joins",
-        "Sessions opened by a student's workers; every one after the first is a restart or a reconnection.",
-        _of_every_student(lambda student: student.joins),
-        _STUDENT,
-        CounterMetricFamily,
-    ),
-    RunMetric("contributions_rejected", "Contributions turned away.", _rejected, ("reason",), CounterMetricFamily),
+    RunMetric("contributions_rejected", "Contributions rejected.", _rejected, ("reason",), CounterMetricFamily),
     RunMetric(
         "bytes",
         "Bytes of contributions received and of replies sent.",

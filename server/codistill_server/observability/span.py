@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from codistill.rundir.records import RoundsClosed, StudentWait
+from codistill.rundir.records import ParticipantWait, RoundsClosed
 
 __all__ = ["Span"]
 
@@ -33,8 +33,8 @@ class Span:
 
         Args:
             round_number: the round's.
-            arrived: when each contribution arrived, by student.
-            missing: the students without a contribution.
+            arrived: when each contribution arrived, by participant.
+            missing: the participants without a contribution.
             targets: whether the round had any.
 
         Returns:
@@ -57,6 +57,7 @@ class Span:
         self,
         time: float,
         ended: float,
+        steps_trained: int,
         ensemble_accuracy: float | None,
         disagreement: Mapping[tuple[str, str], float],
     ) -> RoundsClosed:
@@ -65,6 +66,7 @@ class Span:
         Args:
             time: the record's, in seconds since 1970.
             ended: when the last round closed, by the clock of `started`.
+            steps_trained: the number of steps up to and with that of the last round.
             ensemble_accuracy: of the students together, by now.
             disagreement: of each pair of students, by now.
         """
@@ -73,11 +75,12 @@ class Span:
             time=time,
             first=self._first,
             last=self.last,
+            steps_trained=steps_trained,
             seconds=ended - self.started,
             wait_p50=waits[len(waits) // 2],
             wait_max=waits[-1],
             waits={
-                name: StudentWait(rounds=count, seconds=self._last_seconds[name])
+                name: ParticipantWait(rounds=count, seconds=self._last_seconds[name])
                 for name, count in self._last_rounds.items()
             },
             ensemble_accuracy=ensemble_accuracy,

@@ -5,21 +5,27 @@ The coordinator keeps :class:`RunState` up to date. Nothing in here has any effe
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, cast
 
 import torch
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from codistill.config.experiment import Experiment
+from codistill.config.fingerprint import identity_sha256
+from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
 from codistill.rundir.records import Happened, Joined, Measured, Paced, Record
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import duration, seconds
+from codistill.wire.words import word
 from codistill_server.observability.agreement import Agreement
 from codistill_server.observability.span import Span
 from codistill_server.ratelimit import Rate, TokenBuckets
 from codistill_server.rounds.actions import Status, Waiting
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 
 __all__ = ["RunState"]
 
@@ -27,22 +33,15 @@ _EVENTS = 200
 _RATE_MARKS = 20
 _RATE_INTERVAL = 0.5
 _SPAN_SECONDS = 30.0
-_REJECTIONS = Rate(20, 1 / 60)  # events of a kind and a student: a stranger's calls must not fill the disk
+_REJECTIONS = Rate(20, 1 / 60)  # events of a kind and a participant: a stranger's calls must not fill the disk
+_NANOSECONDS = 1_000_000_000
 
-# A number that a report and a status both have by one name is shown as last reported.
-_REPORTED = {
-    field.name: field
+# What a report and a status both have by one name is shown as last reported.
+_REPORTED = tuple(
+    field
     for field in pb.ReportRequest.DESCRIPTOR.fields
-    if field.name in pb.StudentStatus.DESCRIPTOR.fields_by_name and field.message_type is None
-}
-_SPLITS: Mapping[pb.Split.ValueType, Literal["train", "test"]] = {pb.SPLIT_TRAIN: "train", pb.SPLIT_TEST: "test"}
-_STATES: Mapping[Presence, pb.StudentState.ValueType] = {
-    Presence.EXPECTED: pb.STUDENT_STATE_EXPECTED,
-    Presence.PRESENT: pb.STUDENT_STATE_PRESENT,
-    Presence.ABSENT: pb.STUDENT_STATE_ABSENT,
-    Presence.FINISHED: pb.STUDENT_STATE_FINISHED,
-    Presence.FAILED: pb.STUDENT_STATE_FAILED,
-}
+    if field.name in pb.ParticipantStatus.DESCRIPTOR.fields_by_name and field.name != "measurements"
+)
 
 
 class RunState:
@@ -55,7 +54,16 @@ class RunState:
         wall: seconds since 1970, for records.
 
     Attributes:
-        students: the status of each student and teacher, by name; :meth:`snapshot` sets its `state`.
+        participants: the status of each participant, by name; :meth:`snapshot` sets `state` and `awaited`.
+        total_rounds: the number of rounds of the run; 0 until known, and where nothing is exchanged.
+        total_steps: the number of steps of each student; 0 until known.
+        schedule: the steps that exchange.
+        steps_per_epoch: the number of steps in an epoch; 0 until known.
+        closed_rounds: the number of rounds that this server closed.
+        rounds_without_targets: how many of them closed without targets.
+        rejected: the number of rejected contributions, by reason.
+        bytes_in: the size of all contributions received.
+        bytes_out: the size of all replies sent.
         on_round: called with each round's wait and its time since the round before, in seconds; not for the first.
     """
 
@@ -69,11 +77,15 @@ class RunState:
         self.name = experiment.name
         self.method = experiment.distillation.title
         self.exchanges = experiment.distillation.exchanges
-        self.students = {spec.name: pb.StudentStatus(name=spec.name, model=spec.model) for spec in experiment.students}
-        for spec in experiment.teachers:
-            self.students[spec.name] = pb.StudentStatus(name=spec.name, model=spec.model, teacher=True)
+        self.participants = {
+            spec.name: pb.ParticipantStatus(name=spec.name, role=role, model=spec.model)
+            for role, specs in ((pb.ROLE_STUDENT, experiment.students), (pb.ROLE_TEACHER, experiment.teachers))
+            for spec in specs
+        }
         self.total_rounds = 0
-        self.rounds_per_epoch = 0
+        self.total_steps = 0
+        self.schedule: ExchangeSchedule = EVERY_STEP
+        self.steps_per_epoch = 0
         self.closed_rounds = 0
         self.rounds_without_targets = 0
         # From 0 on, so that the first of a kind shows as a rise.
@@ -81,81 +93,84 @@ class RunState:
         self.bytes_in = 0
         self.bytes_out = 0
         self.on_round: Callable[[float, float], None] = _ignore
+        self._experiment_sha256 = identity_sha256(experiment)
         self._record = record
         self._clock = clock
         self._wall = wall
         self._started = clock()
-        self._events: deque[Happened] = deque(maxlen=_EVENTS)
+        self._events: deque[pb.Event] = deque(maxlen=_EVENTS)
         self._rejections = TokenBuckets(_REJECTIONS)
-        self._suppressed: Counter[tuple[str, str]] = Counter()
+        self._suppressed: Counter[tuple[pb.EventKind.ValueType, str]] = Counter()
         self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_MARKS)
         self._last_closing: float | None = None
         self._last_without_targets = -2
-        self._absent_since: dict[str, int] = {}
+        self._skipped_since: dict[str, int] = {}
         self._span: Span | None = None
         self._agreement = Agreement()
 
-    def record_event(self, what: str, student: str = "", message: str = "") -> None:
+    def record_event(self, kind: pb.EventKind.ValueType, participant: str = "", message: str = "") -> None:
         """Record an event."""
-        happened = Happened(time=self._wall(), what=what, student=student, message=message)
-        self._events.append(happened)
-        self._record(happened)
+        now = self._wall()
+        self._events.append(pb.Event(time=_timestamp(now), kind=kind, participant=participant, message=message))
+        self._record(Happened(time=now, what=word(pb.EventKind, kind), participant=participant, message=message))
 
-    def record_rejection(self, what: str, student: str, message: str) -> None:
+    def record_rejection(self, kind: pb.EventKind.ValueType, participant: str, message: str) -> None:
         """Record a rejected call as an event; of many, record one a minute that counts the others."""
-        if self._rejections.take(f"{what} {student}", self._clock()):
-            self._suppressed[what, student] += 1
+        if self._rejections.take(f"{kind} {participant}", self._clock()):
+            self._suppressed[kind, participant] += 1
             return
-        others = self._suppressed.pop((what, student), 0)
-        self.record_event(what, student, f"{message} (and {others} more before it)" if others else message)
+        others = self._suppressed.pop((kind, participant), 0)
+        self.record_event(kind, participant, f"{message} (and {others} more before it)" if others else message)
 
     def record_join(self, request: pb.JoinRequest) -> None:
-        """Record that a student or teacher joined."""
-        status = self.students[request.student]
+        """Record that a participant joined."""
+        status = self.participants[request.participant]
         status.parameters, status.device = request.parameters, request.device
-        status.round, status.epoch = request.first_round, self._epoch(request.first_round)
+        status.round, status.steps_trained = request.first_round, request.steps_trained
+        status.epochs_trained = self._epochs(request.steps_trained)
         status.joins += 1
         self._record(
             Joined(
                 time=self._wall(),
-                student=status.name,
+                participant=status.name,
                 model=status.model,
                 parameters=status.parameters,
                 device=status.device,
                 total_rounds=request.total_rounds,
+                total_steps=request.total_steps,
             )
         )
 
-    def record_report(self, student: str, report: pb.ReportRequest) -> None:
-        """Record the progress that a student or teacher reports."""
-        status = self.students[student]
-        given = {field.name for field, _ in report.ListFields()}
-        unknown = {name for name, field in _REPORTED.items() if field.has_presence and name not in given}
-        if not report.step_seconds > 0:
-            unknown |= {"step_seconds", "wait_seconds"}
-        for name in _REPORTED.keys() - unknown:
-            setattr(status, name, getattr(report, name))
-        if report.step_seconds > 0:
+    def record_report(self, participant: str, request: pb.ReportRequest) -> None:
+        """Record the progress that a participant reports. What the report leaves unset stays as it was."""
+        status = self.participants[participant]
+        for field in _REPORTED:
+            if field.message_type is not None:
+                if request.HasField(field.name):
+                    getattr(status, field.name).CopyFrom(getattr(request, field.name))
+            elif not field.has_presence or request.HasField(field.name):
+                setattr(status, field.name, getattr(request, field.name))
+        if request.HasField("step_time"):
             self._record(
                 Paced(
                     time=self._wall(),
-                    student=student,
-                    round=report.round,
-                    step_seconds=report.step_seconds,
-                    wait_seconds=report.wait_seconds,
+                    participant=participant,
+                    steps_trained=request.steps_trained,
+                    step_seconds=seconds(request.step_time),
+                    wait_seconds=seconds(request.wait_time),
                 )
             )
-        latest = {measurement.split: measurement for measurement in (*status.measurements, *report.measurements)}
+        latest = {measurement.split: measurement for measurement in (*status.measurements, *request.measurements)}
         status.ClearField("measurements")
-        status.measurements.extend(latest[split] for split in _SPLITS if split in latest)
-        for measurement in report.measurements:
+        status.measurements.extend(latest[split] for split in sorted(latest))
+        for measurement in request.measurements:
             self._record(
                 Measured(
                     time=self._wall(),
-                    student=student,
-                    split=_SPLITS[measurement.split],
-                    round=measurement.round,
-                    epoch=self._epoch(measurement.round),
+                    participant=participant,
+                    split=cast("Literal['train', 'test']", word(pb.Split, measurement.split)),
+                    steps_trained=measurement.steps_trained,
+                    epochs_trained=self._epochs(measurement.steps_trained),
                     accuracy=measurement.accuracy,
                     loss=measurement.loss,
                     distillation_loss=measurement.distillation_loss
@@ -168,17 +183,18 @@ class RunState:
         """Count a contribution that was rejected."""
         self.rejected[status] = self.rejected.get(status, 0) + 1
 
-    def record_absence(self, student: str, round_number: int, reason: str) -> None:
-        """Record that the frontier no longer waits for a student."""
-        self._absent_since[student] = round_number
-        self.record_event("absent", student, f"absent from round {round_number} on: {reason}")
+    def record_skipped(self, participant: str, round_number: int, reason: str) -> None:
+        """Record that the frontier no longer waits for a participant."""
+        self._skipped_since[participant] = round_number
+        self.record_event(pb.EVENT_KIND_SKIPPED, participant, f"skipped from round {round_number} on: {reason}")
 
-    def record_return(self, student: str, round_number: int) -> None:
-        """Record that the frontier waits for a student again."""
-        since = self._absent_since.pop(student, round_number)
+    def record_awaited(self, participant: str, round_number: int) -> None:
+        """Record that the frontier waits for a participant again."""
+        since = self._skipped_since.pop(participant, round_number)
         missed = f"; it missed rounds from {since} on" if since < round_number else ""
-        in_all = self.students[student].missed_rounds
-        self.record_event("returned", student, f"back at round {round_number}{missed}, {in_all} rounds missed in all")
+        in_all = self.participants[participant].missed_rounds
+        message = f"awaited from round {round_number} on{missed}, {in_all} rounds missed in all"
+        self.record_event(pb.EVENT_KIND_AWAITED, participant, message)
 
     def record_round(
         self,
@@ -193,8 +209,8 @@ class RunState:
 
         Args:
             round_number: the round's.
-            arrived: when each contribution arrived, by student.
-            missing: the students without a contribution.
+            arrived: when each contribution arrived, by participant.
+            missing: the participants without a contribution.
             targets: whether the round had any.
             why: the reason, if it had none.
         """
@@ -205,7 +221,7 @@ class RunState:
         span = self._span
         wait = span.add(round_number, arrived, missing, targets=targets)
         for name in missing:
-            self.students[name].missed_rounds += 1
+            self.participants[name].missed_rounds += 1
         if not targets:
             self._closed_without_targets(round_number, len(arrived), why)
         if self._last_closing is not None:
@@ -214,18 +230,26 @@ class RunState:
         self.closed_rounds += 1
         if not self._marks or now - self._marks[-1][0] >= _RATE_INTERVAL:
             self._marks.append((now, self.closed_rounds))
-        epoch_ends = self.rounds_per_epoch > 0 and (round_number + 1) % self.rounds_per_epoch == 0
-        if epoch_ends or now - span.started >= _SPAN_SECONDS:
+        if self._ends_epoch(round_number) or now - span.started >= _SPAN_SECONDS:
             self._record_span(now)
 
-    def _epoch(self, rounds: int) -> float:
-        """Return a number of rounds in epochs; 0 before the first join, which tells how long an epoch is."""
-        return rounds / self.rounds_per_epoch if self.rounds_per_epoch else 0.0
+    def _epochs(self, steps: int) -> float:
+        """Return a number of steps in epochs; 0 before the first join, which tells how long an epoch is."""
+        return steps / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
+    def _ends_epoch(self, round_number: int) -> bool:
+        """Return whether the next round belongs to a later epoch."""
+        if not self.steps_per_epoch:
+            return False
+        epoch, following = (
+            self.schedule.step_of(number) // self.steps_per_epoch for number in (round_number, round_number + 1)
+        )
+        return epoch != following
 
     def _closed_without_targets(self, round_number: int, contributions: int, why: str) -> None:
         if self._last_without_targets != round_number - 1:
             message = f"round {round_number} closed with {contributions} contributions, {why}: no targets"
-            self.record_event("below quorum", message=message)
+            self.record_event(pb.EVENT_KIND_BELOW_QUORUM, message=message)
         self._last_without_targets = round_number
         self.rounds_without_targets += 1
 
@@ -236,12 +260,13 @@ class RunState:
 
         Call it before :meth:`record_round`, so that a span's record covers its own last round.
         """
-        self._agreement.measure(round_number, students, logits, labels, self.rounds_per_epoch)
+        rounds_per_epoch = math.ceil(self.steps_per_epoch / self.schedule.every)
+        self._agreement.measure(round_number, students, logits, labels, rounds_per_epoch)
 
     def flush(self) -> None:
         """Record the closed rounds, and the numbers of rejected calls, that are not recorded yet."""
-        for (what, student), others in self._suppressed.items():
-            self.record_event(what, student, f"{others} more")
+        for (kind, participant), others in self._suppressed.items():
+            self.record_event(kind, participant, f"{others} more")
         self._suppressed.clear()
         self._record_span(self._clock())
 
@@ -254,57 +279,65 @@ class RunState:
 
     def snapshot(
         self,
-        presence: Mapping[str, Presence],
+        states: Mapping[str, ParticipantState],
+        awaited: Collection[str],
         frontier: int,
         waiting: Waiting | None,
     ) -> pb.Run:
         """Return the run's state as a message.
 
         Args:
-            presence: of each student and teacher, by name.
+            states: the state of each participant, by name.
+            awaited: the participants that the frontier waits for.
             frontier: the first round that is not closed.
-            waiting: the students that the open round waits for, if any.
+            waiting: the participants that the open round waits for, if any.
         """
         run = pb.Run(
             name=self.name,
             method=self.method,
-            frontier=self._frontier(frontier),
+            experiment_sha256=self._experiment_sha256,
+            frontier=frontier,
             total_rounds=self.total_rounds,
-            students=self.students.values(),
-            waiting_for=waiting.students if waiting is not None else (),
-            waiting_seconds=waiting.seconds if waiting is not None else 0.0,
+            steps_trained=self._steps_trained(frontier),
+            total_steps=self.total_steps,
+            participants=self.participants.values(),
+            waiting_for=waiting.participants if waiting is not None else (),
+            waiting_time=duration(waiting.seconds if waiting is not None else 0.0),
             rounds_per_second=self.rounds_per_second(),
             ensemble_accuracy=self._agreement.ensemble_accuracy,
             disagreements=[
                 pb.Disagreement(first=first, second=second, ratio=ratio)
                 for (first, second), ratio in self._agreement.disagreement.items()
             ],
-            events=[
-                pb.Event(unix_seconds=event.time, kind=event.what, student=event.student, message=event.message)
-                for event in self._events
-            ],
-            complete=all(state is Presence.FINISHED for state in presence.values()),
-            uptime_seconds=self._clock() - self._started,
+            events=self._events,
+            complete=all(state is ParticipantState.FINISHED for state in states.values()),
+            uptime=duration(self._clock() - self._started),
         )
-        for status in run.students:
-            status.state = _STATES[presence[status.name]]
+        for status in run.participants:
+            status.state = pb.ParticipantState.Value(f"PARTICIPANT_STATE_{states[status.name].name}")
+            status.awaited = status.name in awaited
         return run
 
-    def _frontier(self, exchanged: int) -> int:
-        """Return the run's frontier, which never exceeds the run's rounds.
-
-        Where nothing is exchanged it is the round of the slowest student.
-        """
+    def _steps_trained(self, frontier: int) -> int:
+        """Return the number of steps before the frontier; where nothing is exchanged, that of the slowest student."""
         if not self.exchanges:
-            return min(status.round for status in self.students.values())
-        return min(exchanged, self.total_rounds) if self.total_rounds else exchanged
+            students = (status for status in self.participants.values() if status.role == pb.ROLE_STUDENT)
+            return min(status.steps_trained for status in students)
+        steps = self.schedule.step_of(frontier)
+        return min(steps, self.total_steps) if self.total_steps else steps
 
     def _record_span(self, now: float) -> None:
         span, self._span = self._span, None
         if span is not None:
             agreement = self._agreement
-            self._record(span.record(self._wall(), now, agreement.ensemble_accuracy, agreement.disagreement))
+            steps = self.schedule.step_of(span.last) + 1
+            self._record(span.record(self._wall(), now, steps, agreement.ensemble_accuracy, agreement.disagreement))
 
 
 def _ignore(wait: float, seconds: float) -> None:
     """Do nothing: the default of `on_round`."""
+
+
+def _timestamp(unix_seconds: float) -> Timestamp:
+    whole, nanos = divmod(round(unix_seconds * _NANOSECONDS), _NANOSECONDS)
+    return Timestamp(seconds=whole, nanos=nanos)
