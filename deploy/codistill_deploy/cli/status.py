@@ -25,12 +25,12 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
     security_files: SecurityFiles,
 ) -> None:
-    """Show each student's round and for whom the run waits.
+    """Show each participant's steps and for whom the run waits.
 
     If no server serves the run any more, show where it ended.
     """
-    from codistill_deploy.console.recorded import add_supervisor_events, describe_recorded
-    from codistill_deploy.console.status import print_status
+    from codistill_deploy.console.recorded import describe_recorded, supervisor_events
+    from codistill_deploy.console.status import print_status, status_document
     from codistill_deploy.supervise.status_client import fetch_status
 
     if server is None and run_dir is not None and not as_json:
@@ -43,12 +43,8 @@ def status(
 
         server = find_server(run_dir, 0, threading.Event())
     run = fetch_status(server or DEFAULT_SERVER, security_files.read())
-    if run_dir is not None:
-        add_supervisor_events(run, RunFolder(run_dir))
+    more = supervisor_events(RunFolder(run_dir)) if run_dir is not None else []
     if as_json:
-        from google.protobuf.json_format import MessageToDict
-
-        fields = MessageToDict(run, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        sys.stdout.write(json.dumps(fields, indent=2) + "\n")
+        sys.stdout.write(json.dumps(status_document(run, more), indent=2) + "\n")
         return
-    print_status(run, console)
+    print_status(run, console, more)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from codistill.config.experiment import ExperimentError
 from codistill.rundir import history
-from codistill.rundir.history import History, StudentHistory
+from codistill.rundir.history import History, ParticipantHistory
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Measured
 from codistill_deploy.compare.index import ComparisonIndex
@@ -196,9 +196,9 @@ def _require_one_of_each(runs: Sequence[MethodRun]) -> None:
             )
 
 
-def _students(run: MethodRun) -> tuple[StudentHistory, ...]:
+def _students(run: MethodRun) -> tuple[ParticipantHistory, ...]:
     """Return the students of a run without its teachers; none where the run cannot be read."""
-    return () if run.history is None else tuple(student for student in run.history.students if not student.teacher)
+    return () if run.history is None else run.history.students
 
 
 def _student_names(runs: Sequence[MethodRun]) -> list[str]:
@@ -217,8 +217,8 @@ def _incomplete(runs: Sequence[MethodRun]) -> Iterator[Incomplete]:
             yield Incomplete(run.method, run.seed, run.path, f"{reasons}; the last epoch is {last_epoch}")
 
 
-def _last_test(student: StudentHistory) -> str:
-    return f"was last tested at epoch {student.test[-1].epoch:g}" if student.test else "was never tested"
+def _last_test(student: ParticipantHistory) -> str:
+    return f"was last tested at epoch {student.test[-1].epochs_trained:g}" if student.test else "was never tested"
 
 
 def _compare_student(name: str, runs: Sequence[MethodRun], methods: Sequence[str]) -> StudentComparison:
@@ -258,7 +258,9 @@ def _mean(spreads: Sequence[Spread]) -> Spread:
 def _curve(tests: Sequence[tuple[int, Sequence[Measured]]]) -> Curve:
     """Return the curve of one student with one method, from the test measurements of each seed."""
     # Epochs are ratios of whole numbers, equal up to rounding in all runs.
-    by_epoch = [(seed, {round(measured.epoch, 6): measured.accuracy for measured in series}) for seed, series in tests]
+    by_epoch = [
+        (seed, {round(measured.epochs_trained, 6): measured.accuracy for measured in series}) for seed, series in tests
+    ]
     epochs = _shared(accuracies for _, accuracies in by_epoch)
     spreads = (Spread({seed: accuracies[epoch] for seed, accuracies in by_epoch}) for epoch in epochs)
     return Curve(tuple(epochs), tuple(spreads))

@@ -148,13 +148,12 @@ class PlainProgress:
 
 
 def _panel(title: str, run: pb.Run) -> RenderableType:
-    rounds_done = _rounds_done(run)
     header = Table.grid(padding=(0, 2))
     header.add_row(
         literal(title, style="bold"),
-        ProgressBar(total=max(run.total_rounds, 1), completed=rounds_done, width=30),
-        literal(f"{rounds_done}/{run.total_rounds or '?'} rounds"),
-        literal(f"{run.rounds_per_second:.0f}/s" if run.rounds_per_second >= 1 else ""),
+        ProgressBar(total=max(run.total_steps, 1), completed=run.steps_trained, width=30),
+        literal(f"{run.steps_trained}/{run.total_steps or '?'} steps"),
+        literal(f"{run.rounds_per_second:.0f} rounds/s" if run.rounds_per_second >= 1 else ""),
         literal(f"ensemble {100 * run.ensemble_accuracy:.1f} % (train)" if run.HasField("ensemble_accuracy") else ""),
     )
     lines: list[RenderableType] = [header, status_table(run)]
@@ -165,12 +164,10 @@ def _panel(title: str, run: pb.Run) -> RenderableType:
 
 
 def _line(run: pb.Run) -> str:
-    students = ", ".join(f"{student.name} {format_accuracy(student, pb.SPLIT_TEST) or '–'}" for student in run.students)
+    accuracies = ", ".join(
+        f"{participant.name} {format_accuracy(participant, pb.SPLIT_TEST) or '–'}" for participant in run.participants
+    )
     waiting = waiting_line(run)
-    return f"round {_rounds_done(run)}/{run.total_rounds or '?'}; test accuracy: {students}" + (
+    return f"step {run.steps_trained}/{run.total_steps or '?'}; test accuracy: {accuracies}" + (
         f"; {waiting}" if waiting else ""
     )
-
-
-def _rounds_done(run: pb.Run) -> int:
-    return min((student.round for student in run.students), default=0) if run.complete else run.frontier

@@ -8,11 +8,10 @@ from codistill.rundir import records
 from codistill.rundir.history import History, read
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened
-from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
-__all__ = ["add_supervisor_events", "describe_recorded"]
+__all__ = ["describe_recorded", "supervisor_events"]
 
 
 def describe_recorded(folder: RunFolder) -> str | None:
@@ -28,10 +27,10 @@ def describe_recorded(folder: RunFolder) -> str | None:
         history = read(folder.path)
     except (OSError, ValueError) as error:
         raise CommandError(f"run folder {folder.path} cannot be read: {error}") from error
-    reached = _rounds_reached(history)
-    of_total = f"round {reached} of {history.total_rounds or '?'}"
+    reached = _steps_reached(history)
+    of_total = f"step {reached} of {history.total_steps or '?'}"
     if history.complete:
-        stage = f"complete at round {reached}"
+        stage = f"complete at step {reached}"
     elif folder.in_use:
         stage = f"under way without a server, at {of_total} when it last reported"
     else:
@@ -39,11 +38,13 @@ def describe_recorded(folder: RunFolder) -> str | None:
     return f"{history.experiment.name} ({history.experiment.distillation.title}): {stage}"
 
 
-def _rounds_reached(history: History) -> int:
+def _steps_reached(history: History) -> int:
     reported = (
-        record.round for student in history.students for record in (*student.pace, *student.train, *student.test)
+        record.steps_trained
+        for participant in history.participants
+        for record in (*participant.pace, *participant.train, *participant.test)
     )
-    return max((*(span.last + 1 for span in history.rounds), *reported), default=0)
+    return max((*(span.steps_trained for span in history.rounds), *reported), default=0)
 
 
 def _resume_command(history: History, folder: RunFolder) -> str:
@@ -59,18 +60,13 @@ def _resume_command(history: History, folder: RunFolder) -> str:
     return shlex.join(command)
 
 
-def add_supervisor_events(run: pb.Run, folder: RunLayout) -> None:
-    """Add what `codistill run` recorded of its processes to the events of a run, in order of time.
+def supervisor_events(folder: RunLayout) -> list[Happened]:
+    """Return what `codistill run` recorded of its processes, oldest first; the server does not know of these events.
 
     Raises:
         CommandError: the records cannot be read.
     """
     try:
-        for record in records.read(folder.supervisor_file):
-            if isinstance(record, Happened):
-                run.events.add(
-                    unix_seconds=record.time, kind=record.what, student=record.student, message=record.message
-                )
+        return [record for record in records.read(folder.supervisor_file) if isinstance(record, Happened)]
     except (OSError, ValueError) as error:
         raise CommandError(f"{folder.supervisor_file} cannot be read: {error}") from error
-    run.events.sort(key=lambda event: event.unix_seconds)

@@ -90,7 +90,7 @@ def _curve(result: Result) -> dict[str, Any]:
         return None if mean is None or deviation is None else rounded(mean + sign * deviation)
 
     return {
-        "epoch": [rounded(epoch) for epoch, _ in kept],
+        "epochs_trained": [rounded(epochs) for epochs, _ in kept],
         "mean": column(spread.mean for _, spread in kept),
         "low": [edge(spread, -1) for _, spread in kept],
         "high": [edge(spread, 1) for _, spread in kept],
@@ -130,16 +130,18 @@ def _run_summary(run: MethodRun) -> dict[str, Any]:
     }
     if history is None:
         return summary
-    blocking = max(history.waits.items(), key=lambda item: item[1].seconds, default=None)
+    most_waited_for = max(history.waits.items(), key=lambda item: item[1].seconds, default=None)
     return {
         **summary,
         "teachers": list(history.experiment.teacher_names),
         "report": quote(str(RunLayout(Path(run.path)).report_file)) if run.path else None,
         "complete": history.complete,
         "seconds": finite(history.seconds),
-        "rounds": history.closed_rounds,
+        "closed_rounds": history.closed_rounds,
         "median_wait": finite(median_wait(history.rounds)),
         "longest_wait": finite(longest_wait(history.rounds)),
-        "blocking": None if blocking is None else {"student": blocking[0], "seconds": finite(blocking[1].seconds)},
+        "most_waited_for": None
+        if most_waited_for is None
+        else {"participant": most_waited_for[0], "seconds": finite(most_waited_for[1].seconds)},
         "events": dict(sorted(Counter(event.what for event in history.events).items())),
     }

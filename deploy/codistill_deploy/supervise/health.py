@@ -1,4 +1,4 @@
-"""Whether a server serves, and whether it has a student's worker: what a container's healthcheck asks again and again."""
+"""Whether a server serves, and whether it has a participant's worker: what a container's healthcheck asks again and again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import Security
+from codistill.wire.words import word
 from codistill_deploy.errors import CommandError
 from codistill_deploy.supervise.status_client import fetch_status
 
-__all__ = ["check_server", "check_student"]
+__all__ = ["check_participant", "check_server"]
 
 _CALL_SECONDS = 5.0
-_HEALTHY = (pb.STUDENT_STATE_PRESENT, pb.STUDENT_STATE_FINISHED)
+_HEALTHY = (pb.PARTICIPANT_STATE_CONNECTED, pb.PARTICIPANT_STATE_FINISHED)
 
 
 def check_server(address: str, security: Security | None = None) -> str:
@@ -47,12 +48,12 @@ def check_server(address: str, security: Security | None = None) -> str:
     return f"server {address} serves"
 
 
-def check_student(address: str, student: str, security: Security | None = None) -> str:
-    """Check that a student's worker is at its server, or has finished; return a line that says so.
+def check_participant(address: str, name: str, security: Security | None = None) -> str:
+    """Check that a participant's worker is at its server, or has finished; return a line that says so.
 
     Args:
         address: the server's "HOST:PORT".
-        student: the student's name.
+        name: the participant's name.
         security: TLS and token.
 
     Raises:
@@ -60,12 +61,12 @@ def check_student(address: str, student: str, security: Security | None = None) 
         SecurityError: a certificate or key cannot be used.
     """
     run = fetch_status(address, security)
-    states = {status.name: status.state for status in run.students}
-    if student not in states:
-        raise CommandError(f"student: {student!r} is not one of the run's; allowed: {', '.join(states)}")
-    state = pb.StudentState.Name(states[student]).removeprefix("STUDENT_STATE_").lower()
-    if states[student] not in _HEALTHY:
+    states = {status.name: status.state for status in run.participants}
+    if name not in states:
+        raise CommandError(f"--student: {name!r} is not one of the run's participants; allowed: {', '.join(states)}")
+    state = word(pb.ParticipantState, states[name])
+    if states[name] not in _HEALTHY:
         raise CommandError(
-            f"student {student!r} is {state} at server {address}; see its worker's log", ExitCode.UNREACHABLE
+            f"participant {name!r} is {state} at server {address}; see its worker's log", ExitCode.UNREACHABLE
         )
-    return f"student {student!r} is {state} at server {address}"
+    return f"participant {name!r} is {state} at server {address}"

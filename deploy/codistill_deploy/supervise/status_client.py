@@ -10,9 +10,10 @@ import grpc
 
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire import diagnose
 from codistill.wire.security import REFUSALS, Security
+from codistill.wire.times import duration
 from codistill_deploy.errors import CommandError
 
 __all__ = ["fetch_status", "watch_status"]
@@ -40,7 +41,7 @@ def fetch_status(address: str, security: Security | None = None) -> pb.Run:
     security = security or Security()
     with security.channel(address) as channel:
         try:
-            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=_CALL_SECONDS)
+            return DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=_CALL_SECONDS).run
         except grpc.RpcError as error:
             call = cast("grpc.Call", error)  # what a failed call raises is the call itself
             code, details = call.code(), " ".join(str(call.details()).split())
@@ -79,9 +80,10 @@ def watch_status(
             continue
         with (security or Security()).channel(address, _WATCH_OPTIONS) as channel:
             try:
-                for run in DistillationStub(channel).WatchRun(pb.WatchRunRequest(interval_seconds=interval)):
-                    show(run)
-                    if over.is_set() or run.complete:
+                request = pb.WatchRunRequest(interval=duration(interval))
+                for response in DistillationServiceStub(channel).WatchRun(request):
+                    show(response.run)
+                    if over.is_set() or response.run.complete:
                         return
             except grpc.RpcError:
                 over.wait(interval)

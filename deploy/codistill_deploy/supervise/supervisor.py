@@ -182,7 +182,7 @@ class Supervisor:
                 self._view.note(f"{child.title} {message}; the others go on without it")
         if self._writer is not None:
             line = message if child.participant else f"{child.title} {message}"
-            self._writer.write(Happened(time=time.time(), what=kind, student=child.participant, message=line))
+            self._writer.write(Happened(time=time.time(), what=kind, participant=child.participant, message=line))
 
     def _failure(self, server: Child) -> CommandError:
         """Return the error of the child that most likely failed first."""

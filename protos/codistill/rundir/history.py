@@ -1,6 +1,6 @@
 """The history of one run, from the records in its folder: typed series, each measurement once.
 
-A student that resumes from a checkpoint repeats rounds. A server that lost its last journalled rounds closes them again. So
+A student that resumes from a checkpoint repeats steps. A server that lost its last journalled rounds closes them again. So
 ``metrics.jsonl`` may hold several lines for one measurement or round; the last one counts. :func:`collect` is pure;
 :func:`read` reads a folder; :class:`codistill.rundir.follower.Follower` reads one while the run goes on.
 """
@@ -18,10 +18,10 @@ from codistill.config.experiment import Experiment
 from codistill.rundir import records, spans
 from codistill.rundir.info import RunInfo
 from codistill.rundir.layout import RunLayout
-from codistill.rundir.records import Happened, Joined, Measured, Paced, Record, RoundsClosed, StudentWait
+from codistill.rundir.records import Happened, Joined, Measured, Paced, ParticipantWait, Record, RoundsClosed
 from codistill.rundir.series import Series, better
 
-__all__ = ["RESTARTED", "Collector", "History", "StudentHistory", "collect", "read"]
+__all__ = ["RESTARTED", "Collector", "History", "ParticipantHistory", "collect", "read"]
 
 RESTARTED = "restarted"
 """The event of a process that ended and was started again."""
@@ -30,8 +30,8 @@ _UNMERGED = 50  # of the newest spans: a server that lost its last rounds closes
 
 
 @dataclass(frozen=True)
-class StudentHistory:
-    """The series of one student or teacher, each in the order of its rounds."""
+class ParticipantHistory:
+    """The series of one participant, each in the order of its steps."""
 
     name: str
     model: str
@@ -57,7 +57,7 @@ class StudentHistory:
     missed_rounds: int = 0
     """How many rounds closed without it."""
     teacher: bool = False
-    """Whether it is a teacher."""
+    """Whether it is a teacher, not a student."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -76,27 +76,34 @@ class History:
 
     experiment: Experiment
     info: RunInfo
-    students: tuple[StudentHistory, ...]
-    """In the experiment's order."""
+    participants: tuple[ParticipantHistory, ...]
+    """The students in the experiment's order, then the teachers."""
     rounds: tuple[RoundsClosed, ...]
     """Spans of closed rounds that do not overlap, in order."""
     events: tuple[Happened, ...]
     """In order of time."""
     total_rounds: int | None
-    """The rounds of the whole run; None if no student joined."""
+    """The rounds of the whole run, 0 where nothing is exchanged; None if nobody joined."""
+    total_steps: int | None
+    """The steps of each student; None if nobody joined."""
     started: float | None = None
     """The time of the first record, in seconds since 1970-01-01 UTC; None if there is none."""
     ended: float | None = None
     """The time of the last record."""
-    waits: Mapping[str, StudentWait] = field(default_factory=dict[str, StudentWait])
-    """How long each student was waited for, over all rounds."""
+    waits: Mapping[str, ParticipantWait] = field(default_factory=dict[str, ParticipantWait])
+    """How long each participant was waited for, over all rounds."""
     server_restarts: int = 0
     """How often the server was started again."""
 
     @property
+    def students(self) -> tuple[ParticipantHistory, ...]:
+        """The participants without the teachers."""
+        return tuple(participant for participant in self.participants if not participant.teacher)
+
+    @property
     def complete(self) -> bool:
         """Whether every student was tested after the last epoch."""
-        return all(student.final is not None for student in self.students if not student.teacher)
+        return all(student.final is not None for student in self.students)
 
     @property
     def closed_rounds(self) -> int:
@@ -122,9 +129,9 @@ class History:
         known = (span.ensemble_accuracy for span in reversed(self.rounds) if span.ensemble_accuracy is not None)
         return next(known, None)
 
-    def epoch(self, rounds: int) -> float | None:
-        """Return a number of rounds in epochs; None if no student joined."""
-        return rounds * self.experiment.training.epochs / self.total_rounds if self.total_rounds else None
+    def epoch(self, steps: int) -> float | None:
+        """Return a number of steps in epochs; None if nobody joined."""
+        return steps * self.experiment.training.epochs / self.total_steps if self.total_steps else None
 
 
 def collect(
@@ -133,7 +140,7 @@ def collect(
     """Return the history of a run from its records.
 
     Args:
-        experiment: the run's; its students come first, in its order, with or without records.
+        experiment: the run's; its participants come first, in its order, with or without records.
         metrics: the records of ``metrics.jsonl``, in the file's order.
         events: the records of ``events.jsonl`` and ``supervisor.jsonl``, each in the file's order.
         info: the content of ``run.json``.
@@ -188,50 +195,51 @@ class Collector:
         self._ended = record.time if self._ended is None else max(self._ended, record.time)
         match record:
             case Joined():
-                self._joined[record.student] = record
-                self._joins[record.student] += 1
-                self._names.setdefault(record.student)
+                self._joined[record.participant] = record
+                self._joins[record.participant] += 1
+                self._names.setdefault(record.participant)
             case Measured():
-                self._series(record.student, record.split).add(record)
-                self._names.setdefault(record.student)
+                self._series(record.participant, record.split).add(record)
+                self._names.setdefault(record.participant)
             case Paced():
-                self._paces(record.student).add(record)
-                self._names.setdefault(record.student)
+                self._paces(record.participant).add(record)
+                self._names.setdefault(record.participant)
             case RoundsClosed():
                 spans.add(self._spans, record)
                 if self._limit is not None and len(self._spans) > self._limit:
                     self._spans[:-_UNMERGED] = spans.merged_by_two(self._spans[:-_UNMERGED])
             case Happened():
                 self._happened.append(record)
-                self._restarts[record.student] += record.what == RESTARTED
+                self._restarts[record.participant] += record.what == RESTARTED
 
     def history(self, info: RunInfo) -> History:
         """Return the history of the records added so far."""
         return History(
             experiment=self._experiment,
             info=info,
-            students=tuple(self._student(name) for name in self._names),
+            participants=tuple(self._participant(name) for name in self._names),
             rounds=tuple(self._spans),
             events=tuple(sorted(self._happened, key=lambda event: event.time)),
             total_rounds=max((join.total_rounds for join in self._joined.values()), default=None),
+            total_steps=max((join.total_steps for join in self._joined.values()), default=None),
             started=self._started,
             ended=self._ended,
             waits=spans.waited_for(self._spans),
             server_restarts=self._restarts[""],
         )
 
-    def _student(self, name: str) -> StudentHistory:
+    def _participant(self, name: str) -> ParticipantHistory:
         experiment = self._experiment
         models = {spec.name: spec.model for spec in (*experiment.students, *experiment.teachers)}
         join = self._joined.get(name)
         train, test = self._series(name, "train"), self._series(name, "test")
         tested = test.records
         teacher = name in experiment.teacher_names  # evaluated once: its weights do not change
-        done = bool(tested) and (teacher or tested[-1].epoch >= experiment.training.epochs - 1e-6)
+        done = bool(tested) and (teacher or tested[-1].epochs_trained >= experiment.training.epochs - 1e-6)
         best = test.best
         for measured in tested:
             best = better(best, measured)
-        return StudentHistory(
+        return ParticipantHistory(
             name=name,
             model=models.get(name, join.model if join else ""),
             parameters=join.parameters if join else None,
@@ -249,11 +257,11 @@ class Collector:
             missed_rounds=sum(span.missed.get(name, 0) for span in self._spans),
         )
 
-    def _series(self, student: str, split: str) -> Series[Measured]:
-        return self._measured.setdefault((student, split), Series[Measured](self._limit))
+    def _series(self, participant: str, split: str) -> Series[Measured]:
+        return self._measured.setdefault((participant, split), Series[Measured](self._limit))
 
-    def _paces(self, student: str) -> Series[Paced]:
-        return self._paced.setdefault(student, Series[Paced](self._limit))
+    def _paces(self, participant: str) -> Series[Paced]:
+        return self._paced.setdefault(participant, Series[Paced](self._limit))
 
 
 def _median(values: Iterable[float]) -> float | None:

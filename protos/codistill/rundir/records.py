@@ -4,8 +4,8 @@ The server appends to two files of a run's folder. ``metrics.jsonl`` holds :clas
 :class:`Paced` and :class:`RoundsClosed`; ``events.jsonl`` holds :class:`Happened`. ``supervisor.jsonl`` holds
 :class:`Happened` lines of the process that starts and restarts the others, so it also has events of times without a server.
 
-A student that resumes repeats the rounds after its checkpoint. So of several lines about the same student, split and
-round, the last one counts. A last line without its end, as a killed process leaves it, is ignored.
+A student that resumes repeats the steps after its checkpoint. So of several lines about the same participant, split and
+number of steps, the last one counts. A last line without its end, as a killed process leaves it, is ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-__all__ = ["Happened", "Joined", "Measured", "Paced", "Record", "RoundsClosed", "StudentWait", "parse", "read"]
+__all__ = ["Happened", "Joined", "Measured", "Paced", "ParticipantWait", "Record", "RoundsClosed", "parse", "read"]
 
 
 class _Record(BaseModel):
@@ -26,24 +26,29 @@ class _Record(BaseModel):
 
 
 class Joined(_Record):
-    """A student joined the run."""
+    """A participant joined the run."""
 
     kind: Literal["joined"] = "joined"
-    student: str
+    participant: str
     model: str
     parameters: int
     device: str
     total_rounds: int
+    """Rounds of the whole run; 0 where nothing is exchanged."""
+    total_steps: int
+    """Steps of each student."""
 
 
 class Measured(_Record):
-    """A student's accuracy and loss on one split after `round` rounds."""
+    """A participant's accuracy and loss on one split."""
 
     kind: Literal["measured"] = "measured"
-    student: str
+    participant: str
     split: Literal["train", "test"]
-    round: int
-    epoch: float
+    steps_trained: int
+    """Steps that the student had trained when it was measured; 0 for a teacher."""
+    epochs_trained: float
+    """The same in epochs, fractions included."""
     accuracy: float
     """Share of samples classified correctly, 0 to 1."""
     loss: float
@@ -52,17 +57,20 @@ class Measured(_Record):
 
 
 class Paced(_Record):
-    """A student's speed: medians since its last report, in seconds."""
+    """A participant's speed: medians since its last report, in seconds."""
 
     kind: Literal["paced"] = "paced"
-    student: str
-    round: int
+    participant: str
+    steps_trained: int
+    """Steps that the student has trained; for a teacher, those it has taught."""
     step_seconds: float
+    """The time of a step, waiting included."""
     wait_seconds: float
+    """The time that a step waited for its targets."""
 
 
-class StudentWait(BaseModel):
-    """How long the other students waited for one, over a span of rounds."""
+class ParticipantWait(BaseModel):
+    """How long the other participants waited for one, over a span of rounds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,29 +86,31 @@ class RoundsClosed(_Record):
     kind: Literal["rounds"] = "rounds"
     first: int
     last: int
+    steps_trained: int
+    """Steps of each student up to and with that of `last`."""
     seconds: float
     """From the closing of the round before `first` to the closing of `last`."""
     wait_p50: float
     """Median over the rounds of the time from the first contribution to the last, in seconds."""
     wait_max: float
-    waits: dict[str, StudentWait]
+    waits: dict[str, ParticipantWait]
     ensemble_accuracy: float | None = None
     """Share of training samples that the mean of the students' probabilities classifies correctly, over the rounds of one
     epoch up to `last`."""
     disagreement: dict[str, float] = Field(default_factory=dict)
     """Share of the same samples on which two students differ, by ``first|second``."""
     missed: dict[str, int] = Field(default_factory=dict)
-    """How many of the rounds closed without a student, by its name."""
+    """How many of the rounds closed without a participant, by its name."""
     without_targets: int = 0
     """How many of the rounds closed below the quorum, without targets."""
 
 
 class Happened(_Record):
-    """An event: a short stable word, the student or teacher if any, and a line for people."""
+    """An event: a short stable word, the participant if any, and a line for people."""
 
     kind: Literal["event"] = "event"
     what: str
-    student: str = ""
+    participant: str = ""
     message: str = ""
 
 

@@ -6,20 +6,20 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from codistill.rundir.records import RoundsClosed, StudentWait
+from codistill.rundir.records import ParticipantWait, RoundsClosed
 
 __all__ = ["add", "length", "longest_wait", "median_wait", "merged_by_two", "waited_for"]
 
 
-def waited_for(spans: Sequence[RoundsClosed]) -> dict[str, StudentWait]:
-    """Return the rounds and seconds that each student was waited for, summed over spans."""
+def waited_for(spans: Sequence[RoundsClosed]) -> dict[str, ParticipantWait]:
+    """Return the rounds and seconds that each participant was waited for, summed over spans."""
     rounds: Counter[str] = Counter()
     seconds: dict[str, float] = {}
     for span in spans:
         for name, wait in span.waits.items():
             rounds[name] += wait.rounds
             seconds[name] = seconds.get(name, 0.0) + wait.seconds
-    return {name: StudentWait.model_construct(rounds=rounds[name], seconds=seconds[name]) for name in seconds}
+    return {name: ParticipantWait.model_construct(rounds=rounds[name], seconds=seconds[name]) for name in seconds}
 
 
 def median_wait(spans: Sequence[RoundsClosed]) -> float | None:
@@ -73,6 +73,7 @@ def merged_by_two(spans: Sequence[RoundsClosed]) -> list[RoundsClosed]:
                 time=second.time,
                 first=first.first,
                 last=second.last,
+                steps_trained=second.steps_trained,
                 seconds=first.seconds + second.seconds,
                 wait_p50=median_wait(both) or 0.0,
                 wait_max=max(first.wait_max, second.wait_max),

@@ -133,8 +133,18 @@ class TestTeachers:
             record.model_dump_json()
             for student, accuracy in (("a", 0.7), ("b", 0.8))
             for record in (
-                Joined(time=1, student=student, model="m", parameters=1, device="cpu", total_rounds=9),
-                Measured(time=2, student=student, split="test", round=9, epoch=1, accuracy=accuracy, loss=1),
+                Joined(
+                    time=1, participant=student, model="m", parameters=1, device="cpu", total_rounds=0, total_steps=9
+                ),
+                Measured(
+                    time=2,
+                    participant=student,
+                    split="test",
+                    steps_trained=9,
+                    epochs_trained=1,
+                    accuracy=accuracy,
+                    loss=1,
+                ),
             )
         ]
         alone.metrics_file.write_text("\n".join(lines) + "\n")

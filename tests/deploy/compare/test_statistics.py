@@ -25,10 +25,26 @@ def run(method: str, seed: int, accuracies: Mapping[str, Sequence[float]]) -> Me
     records: list[Record] = []
     for name, values in accuracies.items():
         records.append(
-            Joined(time=0, student=name, model="", parameters={"a": 10, "b": 20}[name], device="cpu", total_rounds=10)
+            Joined(
+                time=0,
+                participant=name,
+                model="",
+                parameters={"a": 10, "b": 20}[name],
+                device="cpu",
+                total_rounds=10,
+                total_steps=10,
+            )
         )
         records += [
-            Measured(time=0, student=name, split="test", round=5 * epoch, epoch=epoch, accuracy=value, loss=1)
+            Measured(
+                time=0,
+                participant=name,
+                split="test",
+                steps_trained=5 * epoch,
+                epochs_trained=epoch,
+                accuracy=value,
+                loss=1,
+            )
             for epoch, value in enumerate(values, 1)
         ]
     return MethodRun(method, seed, history.collect(parse(SETTINGS), records), f"{method}/{seed}")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import codistill_deploy
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import duration
 from codistill_deploy.cli import stdio
 from codistill_deploy.console.literal import literal, make_console
 from codistill_deploy.console.progress import LiveProgress, PlainProgress
@@ -37,10 +38,10 @@ def run_of(name: str) -> pb.Run:
     return pb.Run(
         name=name,
         method=name,
-        students=[pb.StudentStatus(name=name, model=name, state=pb.STUDENT_STATE_PRESENT)],
+        participants=[pb.ParticipantStatus(name=name, model=name, state=pb.PARTICIPANT_STATE_CONNECTED)],
         waiting_for=[name],
-        waiting_seconds=9,
-        events=[pb.Event(kind="refused", student=name, message=name)],
+        waiting_time=duration(9),
+        events=[pb.Event(kind=pb.EVENT_KIND_REFUSED, participant=name, message=name)],
     )
 
 

@@ -18,16 +18,16 @@ def test_plain_lines_are_spaced_and_the_last_is_always_shown(monkeypatch: pytest
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     view = PlainProgress(console)
     view.start("digits")
-    for round_number in range(1, 21):
+    for step in range(1, 21):
         now[0] += 0.5
-        view.update(run_at(round_number))
+        view.update(run_at(step))
     view.update(run_at(40, complete=True))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().splitlines() == [
         "digits: starting",
-        "digits: round 10/40; test accuracy: cnn 91.2 %, vit –",
-        "digits: round 20/40; test accuracy: cnn 91.2 %, vit –",
-        "digits: round 39/40; test accuracy: cnn 91.2 %, vit –",
+        "digits: step 10/40; test accuracy: cnn 91.2 %, vit –",
+        "digits: step 20/40; test accuracy: cnn 91.2 %, vit –",
+        "digits: step 40/40; test accuracy: cnn 91.2 %, vit –",
     ]
 
 
@@ -58,7 +58,7 @@ def test_a_terminal_gets_the_live_table() -> None:
     view.finish()
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    for fragment in ("20/40 rounds", "cnn", "resnet8", "91.2 %", "round 20 has waited 7 s for vit", "a line"):
+    for fragment in ("20/40 steps", "cnn", "resnet8", "91.2 %", "round 10 has waited 7 s for vit", "a line"):
         assert fragment in shown
 
 

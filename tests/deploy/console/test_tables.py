@@ -54,8 +54,12 @@ def written(tmp_path: Path, accuracies: Mapping[tuple[str, int], Mapping[str, fl
             record.model_dump_json()
             for student, value in accuracy.items()
             for record in (
-                Joined(time=1, student=student, model="m", parameters=1234, device="cpu", total_rounds=9),
-                Measured(time=2, student=student, split="test", round=9, epoch=1, accuracy=value, loss=1),
+                Joined(
+                    time=1, participant=student, model="m", parameters=1234, device="cpu", total_rounds=9, total_steps=9
+                ),
+                Measured(
+                    time=2, participant=student, split="test", steps_trained=9, epochs_trained=1, accuracy=value, loss=1
+                ),
             )
         ]
         (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -67,7 +67,7 @@ def test_a_comparisons_document_holds_the_tables_numbers_unrounded(tmp_path: Pat
         }
         assert data["results"]["independent"]["gain"] is None
     assert shown["runs"][3]["report"] == "kdcl/seed-0/report.html"
-    assert shown["runs"][3]["events"] == {"absent": 1, "finished": 1, "joined": 2}
+    assert shown["runs"][3]["events"] == {"disconnected": 1, "finished": 1, "joined": 2}
     assert shown["runs"][3]["longest_wait"] == 4.2
     assert json.loads(html.embedded_json(shown)) == shown
 
@@ -181,7 +181,7 @@ def test_the_pictures_text_is_escaped() -> None:
     experiment = parse(
         "name: x\ndata: {dataset: digits}\ntraining: {epochs: 1}\nstudents: [{name: a, model: mlp}]\ndistillation: {method: independent}\n"
     )
-    test = Measured(time=0, student=NASTY, split="test", round=1, epoch=1, accuracy=0.5, loss=1)
+    test = Measured(time=0, participant=NASTY, split="test", steps_trained=1, epochs_trained=1, accuracy=0.5, loss=1)
     runs = [statistics.MethodRun(method, 0, history.collect(experiment, [test])) for method in ("independent", NASTY)]
     for width in (370, 860):
         svg = ET.fromstring(report.gain_svg(statistics.summarise(runs), width))  # noqa: S314

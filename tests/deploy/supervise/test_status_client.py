@@ -13,14 +13,15 @@ import pytest
 
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
+from codistill.v1.distillation_pb2_grpc import DistillationServiceServicer, add_DistillationServiceServicer_to_server
 from codistill.wire.security import Security
+from codistill.wire.times import seconds
 from codistill_deploy.errors import CommandError
 from codistill_deploy.supervise.status_client import fetch_status, watch_status
 from support_certificates import TOKEN, Certificates
 
 
-class Server(DistillationServicer):
+class Server(DistillationServiceServicer):
     """Answers calls with the right token, and ends every other call with a code."""
 
     def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAUTHENTICATED) -> None:
@@ -32,19 +33,20 @@ class Server(DistillationServicer):
             self.refused.set()
             context.abort(self.code, "not you;\n  give something else")
 
-    def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.Run:  # noqa: N802 - gRPC's name
+    def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802 - gRPC's name
         self._check(context)
-        return pb.Run(name="small")
+        return pb.GetRunResponse(run=pb.Run(name="small"))
 
-    def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Generator[pb.Run]:  # noqa: N802 - gRPC's name
+    def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> Generator[pb.WatchRunResponse]:  # noqa: N802 - gRPC's name
         self._check(context)
-        yield pb.Run(name="small", complete=True)
+        assert seconds(request.interval) == 0.1
+        yield pb.WatchRunResponse(run=pb.Run(name="small", complete=True))
 
 
 @contextlib.contextmanager
 def serving(servicer: Server, security: Security) -> Generator[str]:
     server = grpc.server(ThreadPoolExecutor(2))
-    add_DistillationServicer_to_server(servicer, server)
+    add_DistillationServiceServicer_to_server(servicer, server)
     credentials = security.server_credentials()
     assert credentials is not None
     port = server.add_secure_port("127.0.0.1:0", credentials)

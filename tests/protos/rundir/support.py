@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codistill.config.experiment import Experiment, parse
-from codistill.rundir.records import Joined, Measured, RoundsClosed, StudentWait
+from codistill.rundir.records import Joined, Measured, ParticipantWait, RoundsClosed
 
 
 def experiment(epochs: int = 4) -> Experiment:
@@ -13,23 +13,29 @@ def experiment(epochs: int = 4) -> Experiment:
     )
 
 
-def measured(student: str, at: int, accuracy: float, split: str = "test", time: float = 0.0) -> Measured:
+def measured(participant: str, at: int, accuracy: float, split: str = "test", time: float = 0.0) -> Measured:
     return Measured.model_validate(
         {
             "time": time,
-            "student": student,
+            "participant": participant,
             "split": split,
-            "round": at,
-            "epoch": at / 10,
+            "steps_trained": at,
+            "epochs_trained": at / 10,
             "accuracy": accuracy,
             "loss": 1 - accuracy,
         }
     )
 
 
-def joined(student: str, device: str = "cpu", time: float = 0.0) -> Joined:
+def joined(participant: str, device: str = "cpu", time: float = 0.0) -> Joined:
     return Joined(
-        time=time, student=student, model=f"model of {student}", parameters=1000, device=device, total_rounds=40
+        time=time,
+        participant=participant,
+        model=f"model of {participant}",
+        parameters=1000,
+        device=device,
+        total_rounds=20,
+        total_steps=40,
     )
 
 
@@ -38,8 +44,9 @@ def span(first: int, last: int, p50: float = 0.001, longest: float = 0.002, **wa
         time=float(last),
         first=first,
         last=last,
+        steps_trained=2 * (last + 1),
         seconds=1.0,
         wait_p50=p50,
         wait_max=longest,
-        waits={name: StudentWait(rounds=rounds, seconds=seconds) for name, (rounds, seconds) in waits.items()},
+        waits={name: ParticipantWait(rounds=rounds, seconds=seconds) for name, (rounds, seconds) in waits.items()},
     )

@@ -10,7 +10,7 @@ from protos.rundir.support import experiment, joined, measured, span
 def test_a_history_that_is_followed_is_the_one_that_is_read(tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text(experiment().to_yaml())
     follower = Follower(experiment(), tmp_path)
-    assert follower.advance().students[0].test == ()
+    assert follower.advance().participants[0].test == ()
     lines = [
         joined("a"),
         measured("a", 10, 0.5),
@@ -24,4 +24,4 @@ def test_a_history_that_is_followed_is_the_one_that_is_read(tmp_path: Path) -> N
         assert follower.version != follower.written
         assert follower.advance() == history.read(tmp_path)
         assert follower.version == follower.written
-    assert follower.advance().students[0].test_count == 2
+    assert follower.advance().participants[0].test_count == 2

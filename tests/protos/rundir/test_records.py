@@ -7,25 +7,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from codistill.rundir.records import Happened, Joined, Measured, Paced, RoundsClosed, StudentWait, read
+from codistill.rundir.records import Happened, Joined, Measured, Paced, ParticipantWait, RoundsClosed, read
 
 ALL = [
-    Joined(time=1.5, student="mlp", model="mlp", parameters=12, device="cpu", total_rounds=360),
-    Measured(time=2.0, student="mlp", split="train", round=6, epoch=1.0, accuracy=0.25, loss=2.3),
-    Measured(time=2.0, student="mlp", split="test", round=6, epoch=1.0, accuracy=1.0, loss=0, distillation_loss=0.1),
-    Paced(time=3.0, student="mlp", round=6, step_seconds=0.01, wait_seconds=0.0),
+    Joined(time=1.5, participant="mlp", model="mlp", parameters=12, device="cpu", total_rounds=360, total_steps=720),
+    Measured(time=2.0, participant="mlp", split="train", steps_trained=6, epochs_trained=1.0, accuracy=0.25, loss=2.3),
+    Measured(
+        time=2.0,
+        participant="mlp",
+        split="test",
+        steps_trained=6,
+        epochs_trained=1.0,
+        accuracy=1.0,
+        loss=0,
+        distillation_loss=0.1,
+    ),
+    Paced(time=3.0, participant="mlp", steps_trained=6, step_seconds=0.01, wait_seconds=0.0),
     RoundsClosed(
         time=4.0,
         first=0,
         last=5,
+        steps_trained=12,
         seconds=0.5,
         wait_p50=0.001,
         wait_max=0.25,
-        waits={"mlp": StudentWait(rounds=2, seconds=0.3)},
+        waits={"mlp": ParticipantWait(rounds=2, seconds=0.3)},
         ensemble_accuracy=0.5,
         disagreement={"mlp|cnn": 0.125},
     ),
-    Happened(time=5.0, what="left", student="mlp", message="Ctrl-C, ½ of the way\nsecond line"),
+    Happened(time=5.0, what="stopped", participant="mlp", message="Ctrl-C, ½ of the way\nsecond line"),
 ]
 
 
@@ -41,12 +51,12 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
 @given(
     message=st.text(st.characters(exclude_categories=["Cs"])),
     time=st.floats(0, 1e12),
-    student=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    participant=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
 )
 def test_any_text_and_time_survive(
-    message: str, time: float, student: str, tmp_path_factory: pytest.TempPathFactory
+    message: str, time: float, participant: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    record = Happened(time=time, what="failed", student=student, message=message)
+    record = Happened(time=time, what="failed", participant=participant, message=message)
     assert list(read(write(tmp_path_factory.mktemp("run") / "events.jsonl", [record]))) == [record]
 
 
@@ -90,9 +100,9 @@ def test_a_damaged_line_is_named_after_those_before_it(damage: bytes, tmp_path: 
 
 def test_a_split_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match="'train' or 'test'"):
-        Measured(time=0, student="a", split="valid", round=0, epoch=0, accuracy=0, loss=0)  # type: ignore[arg-type]
+        Measured(time=0, participant="a", split="valid", steps_trained=0, epochs_trained=0, accuracy=0, loss=0)  # type: ignore[arg-type]
 
 
 def test_records_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        ALL[0].student = "other"  # type: ignore[misc]
+        ALL[0].participant = "other"  # type: ignore[misc]

@@ -15,7 +15,7 @@ def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[i
     series = Series[Measured](limit)
     for number, score in enumerate(scores):
         series.add(measured("a", number, score / 40))
-    kept = [record.round for record in series.records]
+    kept = [record.steps_trained for record in series.records]
     assert len(kept) <= limit
     assert kept[0] == 0
     assert kept[-1] == len(scores) - 1
@@ -25,7 +25,7 @@ def test_a_bounded_series_keeps_its_newest_its_best_and_even_gaps(scores: list[i
     for record in series.records:
         best = better(best, record)
     assert best is not None
-    assert (best.accuracy, best.round) == (max(scores) / 40, scores.index(max(scores)))
+    assert (best.accuracy, best.steps_trained) == (max(scores) / 40, scores.index(max(scores)))
 
 
 def test_a_bounded_series_takes_a_resumed_students_repetitions_for_what_they_are() -> None:

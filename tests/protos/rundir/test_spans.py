@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.rundir import history, spans
-from codistill.rundir.records import RoundsClosed, StudentWait
+from codistill.rundir.records import ParticipantWait, RoundsClosed
 from protos.rundir.support import experiment, span
 
 
@@ -36,6 +36,6 @@ def test_rounds_closed_again_replace_the_spans_they_overlap() -> None:
 
 def test_waits_are_summed_over_spans() -> None:
     run = history.collect(experiment(), [span(0, 9, a=(4, 0.5), b=(6, 0.25)), span(10, 19, longest=3.0, a=(10, 1.5))])
-    assert run.waits == {"a": StudentWait(rounds=14, seconds=2.0), "b": StudentWait(rounds=6, seconds=0.25)}
+    assert run.waits == {"a": ParticipantWait(rounds=14, seconds=2.0), "b": ParticipantWait(rounds=6, seconds=0.25)}
     assert run.closed_rounds == 20
     assert spans.longest_wait(run.rounds) == 3.0

@@ -13,11 +13,11 @@ from codistill.rundir.writer import RecordWriter
 
 
 def event(number: int, length: int = 0) -> Happened:
-    return Happened(time=float(number), what="joined", student="ant", message="x" * length)
+    return Happened(time=float(number), what="joined", participant="ant", message="x" * length)
 
 
 def pace(number: int) -> Paced:
-    return Paced(time=1.0, student="ant", round=number, step_seconds=0.1, wait_seconds=0.0)
+    return Paced(time=1.0, participant="ant", steps_trained=number, step_seconds=0.1, wait_seconds=0.0)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ LIMIT = 500
 def evenly_spaced(count: int, limit: int = LIMIT) -> list[int]:
     """Return the indices of the points to draw of a curve of `count`: evenly spaced, with the first and the last.
 
-    Series of the same length keep the same points, so students measured together stay comparable.
+    Series of the same length keep the same points, so participants measured together stay comparable.
     """
     if count <= limit:
         return list(range(count))

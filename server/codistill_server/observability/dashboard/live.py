@@ -19,6 +19,8 @@ from typing import Any
 from codistill.config.experiment import Experiment
 from codistill.rundir.follower import Follower
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import seconds
+from codistill.wire.words import word
 from codistill_server.observability.dashboard.document import run_document
 from codistill_server.observability.dashboard.html import encoded_json
 
@@ -32,13 +34,6 @@ _DOCUMENT_SECONDS = 1.0
 _PAUSE_FACTOR = 20  # a new document no earlier than 20 times the time of the last one: 5 % of a core
 _EVENTS = 6
 _SWITCH_SECONDS = 0.0005
-_STATES = {
-    pb.STUDENT_STATE_EXPECTED: "expected",
-    pb.STUDENT_STATE_PRESENT: "training",
-    pb.STUDENT_STATE_ABSENT: "absent",
-    pb.STUDENT_STATE_FINISHED: "finished",
-    pb.STUDENT_STATE_FAILED: "failed",
-}
 
 
 class LivePage:
@@ -134,36 +129,45 @@ class LivePage:
             "version": f"{self._started}-{self._follower.written}",
             "complete": state.complete,
             "ending": self._ending,
-            "round": state.frontier,
-            "rounds": state.total_rounds,
-            "rate": state.rounds_per_second,
-            "ensemble": state.ensemble_accuracy if state.HasField("ensemble_accuracy") else None,
-            "waiting": {"students": list(state.waiting_for), "seconds": state.waiting_seconds},
-            "students": [_student(student) for student in state.students],
+            "steps_trained": state.steps_trained,
+            "total_steps": state.total_steps,
+            "frontier": state.frontier,
+            "total_rounds": state.total_rounds,
+            "rounds_per_second": state.rounds_per_second,
+            "ensemble_accuracy": state.ensemble_accuracy if state.HasField("ensemble_accuracy") else None,
+            "waiting": {"participants": list(state.waiting_for), "seconds": seconds(state.waiting_time)},
+            "participants": [_participant(participant) for participant in state.participants],
             "events": [
-                {"time": event.unix_seconds, "what": event.kind, "student": event.student, "message": event.message}
+                {
+                    "time": event.time.seconds + event.time.nanos / 1e9,
+                    "what": word(pb.EventKind, event.kind),
+                    "participant": event.participant,
+                    "message": event.message,
+                }
                 for event in state.events[-_EVENTS:]
             ],
         }
 
 
-def _student(student: pb.StudentStatus) -> dict[str, Any]:
+def _participant(participant: pb.ParticipantStatus) -> dict[str, Any]:
     return {
-        "name": student.name,
-        "state": _STATES.get(student.state, "unknown"),
-        "round": student.round,
-        "epoch": student.epoch,
-        "train": _accuracy(student, pb.SPLIT_TRAIN),
-        "test": _accuracy(student, pb.SPLIT_TEST),
-        "step": student.step_seconds or None,
-        "wait": student.wait_seconds if student.step_seconds else None,
-        "missed_rounds": student.missed_rounds,
-        "joins": student.joins,
+        "name": participant.name,
+        "role": word(pb.Role, participant.role),
+        "state": word(pb.ParticipantState, participant.state),
+        "awaited": participant.awaited,
+        "steps_trained": participant.steps_trained,
+        "epochs_trained": participant.epochs_trained,
+        "train_accuracy": _accuracy(participant, pb.SPLIT_TRAIN),
+        "test_accuracy": _accuracy(participant, pb.SPLIT_TEST),
+        "step_seconds": seconds(participant.step_time) if participant.HasField("step_time") else None,
+        "wait_seconds": seconds(participant.wait_time) if participant.HasField("wait_time") else None,
+        "missed_rounds": participant.missed_rounds,
+        "joins": participant.joins,
     }
 
 
-def _accuracy(student: pb.StudentStatus, split: pb.Split.ValueType) -> float | None:
-    return next((measured.accuracy for measured in student.measurements if measured.split == split), None)
+def _accuracy(participant: pb.ParticipantStatus, split: pb.Split.ValueType) -> float | None:
+    return next((measured.accuracy for measured in participant.measurements if measured.split == split), None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The colours of students and methods, in one place for the page and for pictures.
+"""The colours of participants and methods, in one place for the page and for pictures.
 
 The light colours are six of Okabe and Ito's (2008); the dark ones are lighter or stronger ones of the same hues. Any
 two of a set stay apart for people with protanopia, deuteranopia or tritanopia. Past six, the page repeats the colours

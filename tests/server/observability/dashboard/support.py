@@ -23,7 +23,7 @@ import pytest
 
 from codistill.config.experiment import parse
 from codistill.rundir import history
-from codistill.rundir.records import Happened, Joined, Measured, Paced, RoundsClosed, StudentWait
+from codistill.rundir.records import Happened, Joined, Measured, Paced, ParticipantWait, RoundsClosed
 from codistill_server.observability.dashboard.document import run_document
 from codistill_server.observability.dashboard.html import render
 
@@ -78,11 +78,12 @@ def write_run(
     lines: list[Joined | Measured | Paced | RoundsClosed] = [
         Joined(
             time=start,
-            student=name,
+            participant=name,
             model=name.split("-")[0],
             parameters=24_000 + 61_000 * number,
             device="cpu",
-            total_rounds=total,
+            total_rounds=total if exchanges else 0,
+            total_steps=total,
         )
         for number, name in enumerate(names)
     ]
@@ -96,10 +97,10 @@ def write_run(
             reached = 0.1 + (top - 0.1) * (1 - math.exp(-epoch / (0.05 * epochs + 2 + number % 3)))
             train = Measured(
                 time=now,
-                student=name,
+                participant=name,
                 split="train",
-                round=epoch * per_epoch,
-                epoch=epoch,
+                steps_trained=epoch * per_epoch,
+                epochs_trained=epoch,
                 accuracy=min(1.0, max(0.0, reached + 0.02 + draw.gauss(0, 0.008))),
                 loss=-math.log(max(0.02, min(0.998, reached + 0.01))) * 1.6 + abs(draw.gauss(0, 0.01)),
                 distillation_loss=0.95 * math.exp(-epoch / (0.2 * epochs)) + abs(draw.gauss(0, 0.01))
@@ -119,8 +120,8 @@ def write_run(
             lines.append(
                 Paced(
                     time=now,
-                    student=name,
-                    round=epoch * per_epoch,
+                    participant=name,
+                    steps_trained=epoch * per_epoch,
                     step_seconds=0.0094 + draw.random() * 0.0004,
                     wait_seconds=wait,
                 )
@@ -131,11 +132,12 @@ def write_run(
                     time=now,
                     first=(epoch - 1) * per_epoch,
                     last=epoch * per_epoch - 1,
+                    steps_trained=epoch * per_epoch,
                     seconds=1.9,
                     wait_p50=0.0016 * math.exp(draw.gauss(0, 0.15)),
                     wait_max=4.2 if epoch == epochs // 2 else 0.004 * math.exp(abs(draw.gauss(0, 0.5))),
                     waits={
-                        name: StudentWait(
+                        name: ParticipantWait(
                             rounds=per_epoch // 2 if number == 0 else 1,
                             seconds=(0.004 if number else 0.0015) * math.exp(draw.gauss(0, 0.3)),
                         )
@@ -157,14 +159,14 @@ def write_run(
         if events is not None
         else [
             (0.4, "joined", names[0], "joined at round 0"),
-            (57.0, "absent", names[-1], f"{names[-1]} closed its stream; round {total // 2} waits for it"),
+            (57.0, "disconnected", names[-1], f"{names[-1]} closed its stream; round {total // 2} waits for it"),
             (61.2, "joined", names[-1], f"joined at round {total // 2 - 9}, 9 rounds behind"),
             (1.9 * epochs, "finished", "", "every student has finished"),
         ]
     )
     (folder / "events.jsonl").write_text(
         "".join(
-            f"{Happened(time=start + at, what=what, student=who, message=message).model_dump_json()}\n"
+            f"{Happened(time=start + at, what=what, participant=who, message=message).model_dump_json()}\n"
             for at, what, who, message in told
         ),
         encoding="utf-8",

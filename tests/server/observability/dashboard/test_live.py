@@ -31,14 +31,19 @@ class Shown:
 
     def __init__(self, folder: Path, names: tuple[str, ...] = NAMES, **run: Any) -> None:
         self.folder = write_run(folder / "run", students=dict.fromkeys(names, 0.9), **run)
-        self.state = pb.Run(name="digits", frontier=100, total_rounds=360, rounds_per_second=25)
+        self.state = pb.Run(
+            name="digits", frontier=100, total_rounds=360, steps_trained=200, total_steps=720, rounds_per_second=25
+        )
         for name in names:
-            self.state.students.add(
+            self.state.participants.add(
                 name=name,
-                state=pb.STUDENT_STATE_PRESENT,
+                role=pb.ROLE_STUDENT,
+                state=pb.PARTICIPANT_STATE_CONNECTED,
+                awaited=True,
+                steps_trained=200,
                 round=100,
                 joins=1,
-                measurements=[pb.Measurement(split=pb.SPLIT_TEST, round=100, accuracy=0.5)],
+                measurements=[pb.Measurement(split=pb.SPLIT_TEST, steps_trained=200, accuracy=0.5)],
             )
         self.now = 1000.0
         self.snapshots = 0
@@ -66,6 +71,24 @@ def test_the_document_is_the_reports(shown: Shown) -> None:
     document = json.loads(text)
     assert document.pop("version") == version == json.loads(shown.page.now())["version"]
     assert document == run_document(history.read(shown.folder))
+
+
+def test_the_state_now_has_the_protos_words(shown: Shown) -> None:
+    teacher = shown.state.participants[2]
+    teacher.role, teacher.awaited = pb.ROLE_TEACHER, False
+    teacher.step_time.nanos = 250_000_000
+    shown.state.waiting_for.append("cnn")
+    shown.state.waiting_time.FromMilliseconds(1500)
+    event = shown.state.events.add(kind=pb.EVENT_KIND_BELOW_QUORUM, message="round 5 closed")
+    event.time.FromMilliseconds(2500)
+    now = json.loads(shown.page.now())
+    assert [now[key] for key in ("steps_trained", "total_steps", "frontier", "total_rounds")] == [200, 720, 100, 360]
+    assert now["waiting"] == {"participants": ["cnn"], "seconds": 1.5}
+    assert now["events"] == [{"time": 2.5, "what": "below_quorum", "participant": "", "message": "round 5 closed"}]
+    first, _, last = now["participants"]
+    assert [first[key] for key in ("role", "state", "awaited", "test_accuracy")] == ["student", "connected", True, 0.5]
+    assert (first["step_seconds"], first["train_accuracy"]) == (None, None)
+    assert [last[key] for key in ("role", "awaited", "step_seconds", "wait_seconds")] == ["teacher", False, 0.25, None]
 
 
 def test_a_value_in_pieces_is_the_value() -> None:
@@ -163,31 +186,34 @@ class TestBrowser:
 
     def test_it_goes_on_without_a_reload_when_its_server_is_back(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=12, every=1, events=[(1.0, "told", NAMES[0], NASTY)])
-        run.state.students[2].state = pb.STUDENT_STATE_ABSENT
-        run.state.events.add(kind="told", student=NASTY, message=NASTY)
+        run.state.participants[2].state = pb.PARTICIPANT_STATE_DISCONNECTED
+        run.state.participants[2].awaited = False
+        run.state.events.add(kind=pb.EVENT_KIND_BELOW_QUORUM, participant=NASTY, message=NASTY)
         http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{http_server.port}/")
             tab.until("document.documentElement.dataset.version")
             tab.ask("window.kept = document.querySelector('canvas'); window.loads = 'no reload'")
-            assert tab.ask("document.getElementById('state').textContent").startswith("Running. Round 100 of 360")
-            assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "training", "absent"]
-            assert NASTY in tab.ask("document.getElementById('latest').textContent")
+            assert tab.ask("document.getElementById('state').textContent").startswith(
+                "Running. Step 200 of 720, about 10\u202fs left at 25 rounds/s"
+            )
+            assert [row[1] for row in tab.rows("states")[1:]] == ["connected", "connected", "disconnected, skipped"]
+            assert f"below quorum {NASTY} {NASTY}" in tab.ask("document.getElementById('latest').textContent")
             assert tab.ask("document.querySelectorAll('img').length") == 0
             tab.ask("[...document.querySelectorAll('.legend button')][0].click()")
 
             run.state.waiting_for.append("cnn")
-            run.state.waiting_seconds = 12
+            run.state.waiting_time.seconds = 12
             run.now += 1
             tab.until("document.getElementById('state').textContent.includes('for cnn in round 100, for 12')")
-            assert tab.rows("peers")[2][1] == "training, waited for"
+            assert tab.rows("states")[2][1] == "connected, waited for"
         finally:
             http_server.close()
         tab.until("document.documentElement.dataset.state === 'lost'")
         assert "Connection lost. The server does not answer. What is shown is of " in tab.ask(
             "document.body.textContent"
         )
-        assert len(tab.rows("students")) == 4, "what was known stays"
+        assert len(tab.rows("participants")) == 4, "what was known stays"
 
         run.state.ClearField("waiting_for")
         run.happens("after the break")
@@ -204,30 +230,32 @@ class TestBrowser:
             run.now += 1
             tab.until("document.documentElement.dataset.state === 'finished'")
             assert "Finished. Every student has trained" in tab.ask("document.getElementById('state').textContent")
-            assert not tab.rows("peers"), "what remains is the report"
+            assert not tab.rows("states"), "what remains is the report"
         finally:
             http_server.close()
 
     def test_a_run_that_nobody_joined_and_one_that_is_stopped(self, tab: Tab, tmp_path: Path) -> None:
         run = Shown(tmp_path, epochs=2, every=1)
-        run.state.total_rounds = 0
+        run.state.total_rounds = run.state.total_steps = 0
         http_server = HttpServer("127.0.0.1", 0, run.page, CollectorRegistry())
         try:
             tab.open(f"http://127.0.0.1:{http_server.port}/")
-            tab.until("document.getElementById('state')?.textContent === 'Ready. No student has joined yet.'")
-            run.state.total_rounds = 360
-            run.state.students[1].state = pb.STUDENT_STATE_FAILED
+            tab.until("document.getElementById('state')?.textContent === 'Ready. Nobody has joined yet.'")
+            run.state.total_rounds, run.state.total_steps = 360, 720
+            run.state.participants[1].state = pb.PARTICIPANT_STATE_FAILED
             run.page.end()
             tab.until("document.getElementById('state').textContent === 'Stopping. The server goes down.'")
         finally:
             http_server.close()
         tab.until("document.getElementById('state').textContent.startsWith('Stopped. The server went down at ')")
-        assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "failed", "training"], "what was known stays"
+        assert [row[1] for row in tab.rows("states")[1:]] == ["connected", "failed", "connected"], (
+            "what was known stays"
+        )
         http_server = HttpServer(
             "127.0.0.1", http_server.port, Shown(tmp_path / "next", epochs=2, every=1).page, CollectorRegistry()
         )
         try:
-            tab.until("document.getElementById('state').textContent.startsWith('Running. Round 100 of 360')")
+            tab.until("document.getElementById('state').textContent.startsWith('Running. Step 200 of 720')")
         finally:
             http_server.close()
 
@@ -254,12 +282,12 @@ class TestBrowser:
             render = "const begun = performance.now(); codistill.render(data); return performance.now() - begun"
             took = tab.ask(f"fetch('run.json').then((answer) => answer.json()).then((data) => {{{render}}})")
             assert took < 1500, "well below the two seconds after which the next one may come"
-            rows = tab.rows("students")[1:]
+            rows = tab.rows("participants")[1:]
             assert [row[0] for row in rows] == list(names)
             for row, student in zip(rows, history.read(run.folder).students, strict=True):
                 assert student.final is not None
                 assert number(row[4]) == pytest.approx(100 * student.final.accuracy, abs=0.005001)
-            looks = "[...document.querySelectorAll('#students .swatch path')].map((path) => path.outerHTML)"
+            looks = "[...document.querySelectorAll('#participants .swatch path')].map((path) => path.outerHTML)"
             assert len(set(tab.ask(looks))) == 20, "any two students look different"
         finally:
             http_server.close()

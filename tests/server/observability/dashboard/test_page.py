@@ -56,15 +56,15 @@ def test_a_long_run_of_many_students_is_cut_down_and_loses_neither_its_end_nor_i
     names = {f"mlp-{number}": 0.7 + 0.01 * number for number in range(20)}
     run = history.read(write_run(tmp_path, students=names, epochs=1000, every=1))
     shown = run_document(run)
-    for student, data in zip(run.students, shown["students"], strict=True):
-        assert len(data["test"]["epoch"]) == len(data["test"]["accuracy"]) == downsample.LIMIT
+    for student, data in zip(run.students, shown["participants"], strict=True):
+        assert len(data["test"]["epochs_trained"]) == len(data["test"]["accuracy"]) == downsample.LIMIT
         assert data["test"]["count"] == 1000
-        assert data["test"]["epoch"][-1] == 1000
+        assert data["test"]["epochs_trained"][-1] == 1000
         assert data["test"]["accuracy"][-1] == pytest.approx(student.test[-1].accuracy, rel=1e-4)
         assert data["final"]["accuracy"] == student.test[-1].accuracy
     assert len(shown["rounds"]["longest"]) == downsample.LIMIT
     assert max(shown["rounds"]["longest"]) == 4.2
-    assert shown["rounds"]["round"][-1] == run.closed_rounds == 6000
+    assert (shown["rounds"]["x"], shown["rounds"]["position"][-1], run.closed_rounds) == ("epoch", 1000, 6000)
     assert len(shown["disagreement"]["pairs"]) == 190
     assert [line["students"] for line in shown["disagreement"]["lines"]] == [[name] for name in names]
     assert len(html.render(shown)) < 1_500_000
@@ -75,21 +75,27 @@ def test_a_mean_disagreement_is_that_over_a_students_pairs() -> None:
     listed = ", ".join(f"{{name: {name}, model: mlp}}" for name in names)
     experiment = parse(f"name: x\ndata: {{dataset: digits}}\ntraining: {{epochs: 1}}\nstudents: [{listed}]\n")
     ratios = {f"{a}|{b}": 0.01 * number for number, (a, b) in enumerate(itertools.combinations(names, 2))}
-    span = RoundsClosed(time=0, first=0, last=9, seconds=1, wait_p50=0, wait_max=0, waits={}, disagreement=ratios)
+    span = RoundsClosed(
+        time=0, first=0, last=9, steps_trained=30, seconds=1, wait_p50=0, wait_max=0, waits={}, disagreement=ratios
+    )
     shown = run_document(history.collect(experiment, [span]))["disagreement"]
-    assert shown["x"] == "round"
-    assert shown["lines"][1]["position"] == [10]
+    assert shown["x"] == "step"
+    assert shown["lines"][1]["position"] == [30]
     expected = sum(value for pair, value in ratios.items() if "s1" in pair.split("|")) / 5
     assert shown["lines"][1]["ratio"] == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     run = history.read(write_run(tmp_path))
-    broken = Measured(time=0, student="mlp", split="test", round=360, epoch=60, accuracy=0.1, loss=math.nan)
-    worse = Measured(time=0, student="mlp", split="train", round=360, epoch=60, accuracy=0.1, loss=math.inf)
+    broken = Measured(
+        time=0, participant="mlp", split="test", steps_trained=360, epochs_trained=60, accuracy=0.1, loss=math.nan
+    )
+    worse = Measured(
+        time=0, participant="mlp", split="train", steps_trained=360, epochs_trained=60, accuracy=0.1, loss=math.inf
+    )
     shown = run_document(history.collect(run.experiment, [broken, worse]))
-    assert shown["students"][0]["final"] == {"epoch": 60, "accuracy": 0.1, "loss": None}
-    assert shown["students"][0]["train"]["loss"] == [None]
+    assert shown["participants"][0]["final"] == {"epochs_trained": 60, "accuracy": 0.1, "loss": None}
+    assert shown["participants"][0]["train"]["loss"] == [None]
     assert Page(html.render(shown)).document == shown
 
 
@@ -105,10 +111,18 @@ def test_a_run_without_a_record_makes_a_page(tmp_path: Path) -> None:
 def test_the_last_of_a_series_is_the_tables_number_unrounded(tmp_path: Path) -> None:
     run = history.read(write_run(tmp_path, epochs=2, every=1))
     test = [
-        Measured(time=0, student="mlp", split="test", round=round_, epoch=epoch, accuracy=accuracy, loss=loss)
-        for round_, epoch, accuracy, loss in ((6, 1, 1 / 3, 2 / 3), (12, 2, 0.889949999, 0.3333335))
+        Measured(
+            time=0,
+            participant="mlp",
+            split="test",
+            steps_trained=steps,
+            epochs_trained=epochs,
+            accuracy=accuracy,
+            loss=loss,
+        )
+        for steps, epochs, accuracy, loss in ((6, 1, 1 / 3, 2 / 3), (12, 2, 0.889949999, 0.3333335))
     ]
-    shown = run_document(history.collect(run.experiment, test))["students"][0]
+    shown = run_document(history.collect(run.experiment, test))["participants"][0]
     assert shown["test"]["accuracy"] == [0.33333, 0.889949999], "0.88995 would be shown as 89.00 %"
     assert shown["test"]["loss"] == [0.66667, 0.3333335] == [0.66667, shown["final"]["loss"]]
     whole = run_document(run)
@@ -213,7 +227,7 @@ class TestBrowser:
     pytestmark = browser
 
     def test_a_runs_page_draws_its_charts_and_its_numbers_are_the_datas(self, tmp_path: Path) -> None:
-        folder = write_run(tmp_path / "run", events=[(1.0, "absent", "vit", NASTY)])
+        folder = write_run(tmp_path / "run", events=[(1.0, "disconnected", "vit", NASTY)])
         run = history.read(folder)
         read = Page(loaded(write_page(folder), tmp_path / "profile"))
         assert "data-error" not in root(read)
@@ -221,7 +235,7 @@ class TestBrowser:
         assert root(read)["data-charts"] == str(len(charts)) == "9"
         assert [tag for tag, _ in read.tags].count("canvas") == 9
         assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in charts)
-        rows = read.tables["students"][1:]
+        rows = read.tables["participants"][1:]
         assert [row[0] for row in rows] == ["mlp", "cnn", "vit"]
         for row, student in zip(rows, run.students, strict=True):
             assert student.final is not None
@@ -251,7 +265,7 @@ class TestBrowser:
             for line in lines:
                 record = json.loads(line)
                 if record["kind"] == "measured":
-                    record["accuracy"] = 0.5 + spread * (record["epoch"] - 1)
+                    record["accuracy"] = 0.5 + spread * (record["epochs_trained"] - 1)
                 changed.append(json.dumps(record))
             (folder / "metrics.jsonl").write_text("\n".join(changed) + "\n", encoding="utf-8")
             text = write_page(folder).read_text(encoding="utf-8")
@@ -278,7 +292,7 @@ class TestBrowser:
             "const page = document.querySelector('iframe').contentDocument;"
             "const right = (each) => each.getBoundingClientRect().right;"
             "const free = [...page.querySelectorAll('main *')].filter((each) => !each.closest('.scroll'));"
-            "const shown = [...page.querySelectorAll('#students tr > :nth-child(5), #students .meter')];"
+            "const shown = [...page.querySelectorAll('#participants tr > :nth-child(5), #participants .meter')];"
             "document.documentElement.dataset.free = Math.max(...free.map(right));"
             "document.documentElement.dataset.shown = Math.max(...shown.map(right));"
         )
@@ -298,7 +312,7 @@ class TestBrowser:
         killed = "was killed by SIGKILL; started again in 0.1 s, restart 1 of 10"
         (RunLayout(folder).supervisor_file).write_text(
             "".join(
-                Happened(time=1e9, what=history.RESTARTED, student=who, message=killed).model_dump_json() + "\n"
+                Happened(time=1e9, what=history.RESTARTED, participant=who, message=killed).model_dump_json() + "\n"
                 for who in ("cnn", "", "cnn")
             )
         )
@@ -319,7 +333,7 @@ class TestBrowser:
         spans = [record for record in records if record["kind"] == "rounds"]
         spans[1] |= {"missed": {"vit": 3, "cnn": 1}, "without_targets": 1}
         spans[3] |= {"missed": {"vit": 3}}
-        records += [record for record in records if record["kind"] == "joined" and record["student"] == "vit"]
+        records += [record for record in records if record["kind"] == "joined" and record["participant"] == "vit"]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
         dom = loaded(write_page(folder), tmp_path / "profile")
         waits = Page(dom).tables["waits"]
@@ -340,7 +354,7 @@ class TestBrowser:
         assert "Not complete: a has not been tested and b has not been tested; the last epoch is 1." in dom
         for sentence in (
             "Nothing has been measured yet.",
-            "No student has been tested yet.",
+            "No participant has been tested yet.",
             "No closed round and no step time",
             "No disagreement",
             "No event",

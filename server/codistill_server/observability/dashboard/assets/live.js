@@ -47,7 +47,7 @@
     codistill.now(state, link);
     const finished = state !== null && state.complete && (drawn === state.version || link.lost !== null);
     root.dataset.state = finished ? "finished" : link.lost === null ? "running" : "lost";
-    if (finished && link.lost !== null) return; // while it is there, a student that joins again takes the run's end back
+    if (finished && link.lost !== null) return; // while it is there, a participant that joins again takes the run's end back
     await pause(POLL);
   }
 })();

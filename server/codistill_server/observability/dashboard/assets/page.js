@@ -14,7 +14,7 @@ const codistill = (() => {
   const drawnIn = new WeakMap(); // figure -> its chart
   let charts = [];
   let live = false; // whether a server sends newer documents
-  let best = new Map(); // student -> its best test accuracy, and how often its worker was started again
+  let best = new Map(); // participant -> its best test accuracy, and how often its worker was started again
 
   // ---- text
 
@@ -49,6 +49,9 @@ const codistill = (() => {
     const whole = Math.max(0, Math.floor(value));
     return [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60), whole % 60].map((part) => String(part).padStart(2, "0")).join(":");
   }
+
+  const shownKind = (what) => what.replaceAll("_", " ");
+  const modelOf = (participant) => (participant.role === "teacher" ? `${participant.model} (teacher)` : participant.model);
 
   const moment = (value) => (known(value) ? `${new Date(1000 * value).toISOString().slice(0, 19).replace("T", " ")} UTC` : "–");
 
@@ -149,7 +152,7 @@ const codistill = (() => {
 
   const paint = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-  // A figure with one chart. spec: title, x ("epoch" or "round"), y (label), axis (a name in AXES), series (name, look,
+  // A figure with one chart. spec: title, x ("epoch" or "step"), y (label), axis (a name in AXES), series (name, look,
   // x, y and optionally low, high, width), note, small, ranges ({x, y}), nothing (the sentence in place of an empty chart).
   function chart(spec) {
     const axis = AXES[spec.axis];
@@ -299,22 +302,24 @@ const codistill = (() => {
   // ---- a run
 
   function run(data) {
-    const { run: about, students, rounds, events } = data;
+    const { run: about, participants, rounds, events } = data;
+    const students = onlyStudents(participants);
     const together = about.exchanges ? `together, by ${about.method}` : `each alone (${about.method})`;
     const versions = Object.entries(about.versions).map(([name, version]) => `${name} ${version}`).join(" · ");
     const behind = students.filter((student) => !student.final);
     const summary = [
       runTiles(data),
-      studentTable(students),
+      participantTable(participants),
       facts([
         ["Begun", about.created ? moment(Date.parse(about.created) / 1000) : known(about.started) ? moment(about.started) : null],
         ["First record to last", known(about.seconds) ? seconds(about.seconds) : null],
         ["Training samples", about.train_size === null ? "all of the training split" : `${count(about.train_size)} chosen by the experiment`],
         ["Optimiser", `${about.optimizer}, learning rate ${about.lr}, schedule ${about.schedule}`],
-        ["Rounds for each student", count(about.total_rounds)],
-        ["Started again", times([["the server", about.server_restarts], ...students.map((student) => [student.name, student.restarts])])],
-        ["Joined again", times(students.map((student) => [student.name, student.joins - 1]))],
-        ["How", { grpc: "worker processes over gRPC", "in-process": "all students in one process" }[about.mode]],
+        ["Steps of each student", count(about.total_steps)],
+        ["Rounds", about.exchanges ? count(about.total_rounds) : null],
+        ["Started again", times([["the server", about.server_restarts], ...participants.map(({ name, restarts }) => [name, restarts])])],
+        ["Joined again", times(participants.map(({ name, joins }) => [name, joins - 1]))],
+        ["How", { grpc: "worker processes over gRPC", "in-process": "all participants in one process" }[about.mode]],
         ["Versions", versions],
         ["Machine", Object.entries(about.machine).map(([name, value]) => `${name}: ${value}`).join(" · "), true],
         ["Command", about.command.length ? h("code", {}, about.command.join(" ")) : null, true],
@@ -322,8 +327,8 @@ const codistill = (() => {
     ];
     const drawn = [
       h("h2", {}, "Learning curves"),
-      h("p", { class: "note hint" }, "Point at a chart to read every student’s value there; choose a name to hide or show it; drag to zoom, double-click to zoom out."),
-      curves(students, rounds, about),
+      h("p", { class: "note hint" }, "Point at a chart to read every participant’s value there; choose a name to hide or show it; drag to zoom, double-click to zoom out."),
+      curves(participants, rounds, about),
     ];
     const going = live && behind.length > 0; // then the curves come first: what else is of interest stands above them
     return [
@@ -332,23 +337,26 @@ const codistill = (() => {
           `${about.exchanges || students.length === 1 ? " " : ", "}${students.length === 1 && !about.exchanges ? `alone (${about.method})` : together}: ${plural(about.epochs, "epoch")} in batches of ${count(about.batch_size)}, seed ${about.seed}.`)),
       live ? h("section", { id: "now" }) : null,
       behind.length && !live ? h("div", { class: "warning", role: "status" }, `Not complete: ${list(behind.map((student) =>
-        `${student.name} ${student.latest ? `was last tested at epoch ${trimmed(student.latest.epoch, 4)}` : "has not been tested"}`))}; the last epoch is ${count(about.epochs)}.`) : null,
+        `${student.name} ${student.latest ? `was last tested at epoch ${trimmed(student.latest.epochs_trained, 4)}` : "has not been tested"}`))}; the last epoch is ${count(about.epochs)}.`) : null,
       ...(going ? [...drawn, h("h2", {}, "So far"), ...summary] : [...summary, ...drawn]),
       h("h2", {}, "Waiting"),
       waiting(data),
       h("h2", {}, "Disagreement"),
-      disagreement(students, data.disagreement, about),
+      disagreement(participants, data.disagreement, about),
       h("h2", {}, "Events"),
       eventTable(events),
     ];
   }
+
+  const onlyStudents = (participants) => participants.filter((participant) => participant.role === "student");
 
   function times(counted) {
     const some = counted.filter(([, number]) => number > 0);
     return some.length ? list(some.map(([name, number]) => `${name} ${number === 1 ? "once" : plural(number, "time")}`)) : null;
   }
 
-  function runTiles({ run: about, students, complete }) {
+  function runTiles({ run: about, participants, complete }) {
+    const students = onlyStudents(participants);
     const measured = students.filter((student) => student.latest && known(student.latest.accuracy));
     const tiles = [];
     if (measured.length) {
@@ -365,95 +373,95 @@ const codistill = (() => {
     return tiles.length ? h("div", { class: "tiles" }, tiles) : empty("Nothing has been measured yet.");
   }
 
-  function studentTable(students) {
-    return table("students", "Students, tested after the last epoch (not the best one); where training did not get there, at the latest test.",
-      h("tr", {}, head("Student"), head("Model"), head("Parameters", { class: "number" }), head("Device"), head("Test accuracy", { class: "number" }),
-        head("Cross-entropy, nats", { class: "number" }), head("Epoch", { class: "number" }), head("Best test accuracy", { class: "number" })),
-      students.map((student, number) => {
-        const point = student.final || student.latest;
-        return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name), h("td", {}, student.model), cell(count(student.parameters)),
-          h("td", {}, student.device || "–"),
+  function participantTable(participants) {
+    return table("participants", "Participants. Students are tested after the last epoch (not the best one); where training did not get there, at the latest test.",
+      h("tr", {}, head("Participant"), head("Model"), head("Parameters", { class: "number" }), head("Device"), head("Test accuracy", { class: "number" }),
+        head("Cross-entropy, nats", { class: "number" }), head("Epochs", { class: "number" }), head("Best test accuracy", { class: "number" })),
+      participants.map((participant, number) => {
+        const point = participant.final || participant.latest;
+        return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), participant.name), h("td", {}, modelOf(participant)), cell(count(participant.parameters)),
+          h("td", {}, participant.device || "–"),
           cell([point ? percent(point.accuracy) : "–", point && known(point.accuracy) ? h("span", { class: "meter", "aria-hidden": "true" }, h("i", { style: { width: `${100 * point.accuracy}%`, background: `var(${look(number).colour})` } })) : ""]),
-          cell(point ? nats(point.loss) : "–"), cell(point ? trimmed(point.epoch, 6) : "–"),
-          cell(student.best ? [percent(student.best.accuracy), h("span", { class: "spread" }, ` at ${trimmed(student.best.epoch, 6)}`)] : "–"));
+          cell(point ? nats(point.loss) : "–"), cell(point ? trimmed(point.epochs_trained, 6) : "–"),
+          cell(participant.best ? [percent(participant.best.accuracy), h("span", { class: "spread" }, ` at ${trimmed(participant.best.epochs_trained, 6)}`)] : "–"));
       }));
   }
 
-  function curves(students, rounds, about) {
-    const of = (split, column) => students.map((student, number) => ({ name: student.name, look: look(number), x: student[split].epoch, y: student[split][column] }));
+  function curves(participants, rounds, about) {
+    const of = (split, column) => participants.map((participant, number) => ({ name: participant.name, look: look(number), x: participant[split].epochs_trained, y: participant[split][column] }));
     const ensemble = { name: "ensemble", look: ink(), width: 2.5, x: rounds.ensemble.position, y: rounds.ensemble.accuracy, points: false };
     const thinned = (split) => {
-      const longest = students.reduce((most, student) => (student[split].count > most.count ? student[split] : most), { count: 0, epoch: [] });
-      return longest.count > longest.epoch.length ? `${longest.epoch.length} of ${count(longest.count)} measurements are drawn, evenly spaced, the last among them.` : null;
+      const longest = participants.reduce((most, participant) => (participant[split].count > most.count ? participant[split] : most), { count: 0, epochs_trained: [] });
+      return longest.count > longest.epochs_trained.length ? `${longest.epochs_trained.length} of ${count(longest.count)} measurements are drawn, evenly spaced, the last among them.` : null;
     };
     const figures = [
-      chart({ title: "Test accuracy", x: "epoch", y: "test accuracy, %", axis: "share", series: of("test", "accuracy"), note: thinned("test"), nothing: "No student has been tested yet." }),
-      chart({ title: "Test cross-entropy (log-loss)", x: "epoch", y: "nats, log scale", axis: "nats", series: of("test", "loss"), nothing: "No student has been tested yet." }),
+      chart({ title: "Test accuracy", x: "epoch", y: "test accuracy, %", axis: "share", series: of("test", "accuracy"), note: thinned("test"), nothing: "No participant has been tested yet." }),
+      chart({ title: "Test cross-entropy (log-loss)", x: "epoch", y: "nats, log scale", axis: "nats", series: of("test", "loss"), nothing: "No participant has been tested yet." }),
       chart({ title: "Training accuracy", x: "epoch", y: "training accuracy, %", axis: "share",
         series: of("train", "accuracy"), nothing: "No training accuracy is recorded.",
         note: thinned("train") }),
       chart({ title: "Training cross-entropy", x: "epoch", y: "nats, log scale", axis: "nats", series: of("train", "loss"), nothing: "No training loss is recorded." }),
     ];
     if (about.exchanges) {
-      figures.push(chart({ title: "Distillation loss", x: "epoch", y: "nats, log scale", axis: "nats", series: of("train", "distillation"), note: "The method’s term, its weight included.", nothing: "No distillation loss is recorded." }));
+      figures.push(chart({ title: "Distillation loss", x: "epoch", y: "nats, log scale", axis: "nats", series: of("train", "distillation_loss"), note: "The method’s term, its weight included.", nothing: "No distillation loss is recorded." }));
       figures.push(chart({ title: "Ensemble accuracy", x: rounds.x, y: "ensemble accuracy, %", axis: "share", series: [ensemble], note: "Share of training samples that the mean of the students’ probabilities classifies correctly. Each point is the mean over the epoch before it.", nothing: "No ensemble accuracy is recorded." }));
     }
     return h("div", { class: "charts" }, figures);
   }
 
-  function waiting({ run: about, students, rounds }) {
-    const paced = students.some((student) => known(student.step));
+  function waiting({ run: about, participants, rounds }) {
+    const paced = participants.some((participant) => known(participant.step_seconds));
     if (!about.exchanges && !paced) return empty(`With ${about.method} nothing is exchanged, so nobody waits; no step times are recorded.`);
     if (about.exchanges && !paced && !rounds.spans) return empty("No closed round and no step time is recorded.");
-    const slowest = Math.max(...students.map((student) => student.step || 0));
-    const steps = (student, number) => (known(student.step) ? h("div", { class: "steps", "aria-hidden": "true" },
-      h("i", { style: { width: `${(100 * Math.max(student.step - student.wait, 0)) / slowest}%`, background: `var(${look(number).colour})` } }),
-      student.wait > 0 ? h("i", { class: "waiting", style: { width: `${(100 * Math.min(student.wait, student.step)) / slowest}%` } }) : "") : "–");
+    const slowest = Math.max(...participants.map((participant) => participant.step_seconds || 0));
+    const parts = ({ step_seconds: step, wait_seconds: wait }, number) => (known(step) ? h("div", { class: "parts", "aria-hidden": "true" },
+      h("i", { style: { width: `${(100 * Math.max(step - wait, 0)) / slowest}%`, background: `var(${look(number).colour})` } }),
+      wait > 0 ? h("i", { class: "waiting", style: { width: `${(100 * Math.min(wait, step)) / slowest}%` } }) : "") : "–");
     const closed = rounds.spans > 0;
-    const missed = students.some((student) => student.missed_rounds > 0);
-    const rows = students.map((student, number) => h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name),
-      cell(seconds(student.step)),
-      about.exchanges ? cell(seconds(student.wait)) : null,
-      h("td", {}, steps(student, number)),
-      closed ? cell(`${count(student.last)} (${percent(student.last / about.closed_rounds, 1)})`) : null,
-      closed ? cell(seconds(student.missed)) : null,
-      missed ? cell(`${count(student.missed_rounds)} (${percent(student.missed_rounds / about.closed_rounds, 1)})`) : null));
-    const heads = h("tr", {}, head("Student"), head("Step, median", { class: "number" }),
+    const missed = participants.some((participant) => participant.missed_rounds > 0);
+    const rows = participants.map((participant, number) => h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), participant.name),
+      cell(seconds(participant.step_seconds)),
+      about.exchanges ? cell(seconds(participant.wait_seconds)) : null,
+      h("td", {}, parts(participant, number)),
+      closed ? cell(`${count(participant.last_to_contribute)} (${percent(participant.last_to_contribute / about.closed_rounds, 1)})`) : null,
+      closed ? cell(seconds(participant.waited_for_seconds)) : null,
+      missed ? cell(`${count(participant.missed_rounds)} (${percent(participant.missed_rounds / about.closed_rounds, 1)})`) : null));
+    const heads = h("tr", {}, head("Participant"), head("Step time, median", { class: "number" }),
       about.exchanges ? head("of it waiting", { class: "number" }) : null, head(about.exchanges ? "Working, and waiting (hatched)" : "Working"),
       closed ? head("Last to contribute, rounds", { class: "number" }) : null, closed ? head("Others waited for it", { class: "number" }) : null,
       missed ? head("Missed, rounds", { class: "number" }) : null);
     const caption = about.exchanges
-      ? "Medians over the student’s reports. A student is waited for while it is the only one whose contribution to a round is missing." + (missed ? " A round that closed without a student is one that it missed." : "")
-      : `Medians over the student’s reports. With ${about.method} nothing is exchanged, so nobody waits.`;
+      ? "Medians over the participant’s reports. A participant is waited for while it is the only one whose contribution to a round is missing." + (missed ? " A round that closed without a participant is one that it missed." : "")
+      : `Medians over the participant’s reports. With ${about.method} nothing is exchanged, so nobody waits.`;
     const block = [table("waits", caption, heads, rows)];
     if (closed) {
-      const columns = rounds.round;
+      const columns = rounds.position;
       const merged = rounds.spans > columns.length ? ` ${count(rounds.spans)} records are merged into ${columns.length} points; no maximum is lost.` : "";
       block.push(h("p", {}, `Over ${plural(about.closed_rounds, "closed round")}, the median time from the first contribution to the last was ${seconds(about.median_wait)}; the longest was ${seconds(about.longest_wait)}.`),
-        about.without_targets ? h("p", {}, `${plural(about.without_targets, "round")} closed below the quorum and had no targets: whoever was there learned from the labels alone.`) : "",
+        about.rounds_without_targets ? h("p", {}, `${plural(about.rounds_without_targets, "round")} closed below the quorum and had no targets: whoever was there learned from the labels alone.`) : "",
         h("div", { class: "charts" },
-          chart({ title: "Wait in a round, first contribution to last", x: "round", y: "time, log scale", axis: "time", nothing: "No wait is recorded.",
+          chart({ title: "Wait in a round, first contribution to last", x: rounds.x, y: "time, log scale", axis: "time", nothing: "No wait is recorded.",
             note: `Each point is a span of rounds that ends there.${merged}`,
             series: [{ name: "median", look: ink(), x: columns, y: rounds.median, points: false }, { name: "longest", look: { colour: "--soft", dash: [3, 3] }, x: columns, y: rounds.longest, points: false, width: 1.5 }] }),
-          chart({ title: "Who was waited for", x: "round", y: "time per round", axis: "duration", nothing: "No wait is recorded.",
-            note: "Mean over each span of the time for which the student was the only one missing.",
-            series: students.map((student, number) => ({ name: student.name, look: look(number), x: columns, y: rounds.blocked[student.name], points: false })) })));
+          chart({ title: "Who was waited for", x: rounds.x, y: "time per round", axis: "duration", nothing: "No wait is recorded.",
+            note: "Mean over each span of the time for which the participant was the only one missing.",
+            series: participants.map(({ name }, number) => ({ name, look: look(number), x: columns, y: rounds.waited_for[name], points: false })) })));
     } else if (about.exchanges) block.push(empty("No closed round is recorded, so there is nothing to say about waits in rounds."));
     return h("div", {}, block);
   }
 
-  function disagreement(students, { pairs, lines, x }, about) {
+  function disagreement(participants, { pairs, lines, x }, about) {
     if (!pairs.length) return empty(about.exchanges ? "No disagreement between students is recorded." : `With ${about.method} nothing is exchanged, so students’ predictions are not compared.`);
-    const looks = new Map(students.map((student, number) => [student.name, look(number)]));
+    const looks = new Map(participants.map(({ name }, number) => [name, look(number)]));
     const ratio = new Map(pairs.flatMap((pair) => [[`${pair.first}|${pair.second}`, pair.latest], [`${pair.second}|${pair.first}`, pair.latest]]));
     const most = Math.max(...pairs.map((pair) => pair.latest || 0), 0.2); // so that a small difference stays pale
-    const present = students.filter((student) => pairs.some((pair) => pair.first === student.name || pair.second === student.name));
+    const compared = participants.filter(({ name }) => pairs.some((pair) => pair.first === name || pair.second === name));
     const shade = (value) => ({ background: `rgba(var(--heat), ${((0.55 * value) / most).toFixed(3)})` });
-    const rows = present.map((row) => h("tr", {}, h("th", { scope: "row" }, swatch(looks.get(row.name)), row.name), present.map((column) => {
+    const rows = compared.map((row) => h("tr", {}, h("th", { scope: "row" }, swatch(looks.get(row.name)), row.name), compared.map((column) => {
       const value = ratio.get(`${row.name}|${column.name}`);
       return known(value) ? h("td", { style: shade(value) }, (100 * value).toFixed(1)) : h("td", {}, "·");
     })));
-    const heads = h("tr", {}, h("td", {}), present.map((student) => head(student.name)));
+    const heads = h("tr", {}, h("td", {}), compared.map((student) => head(student.name)));
     const grid = table("disagreement", "Share of training samples on which two students predict different classes, %, over the last epoch.", heads, rows);
     grid.querySelector("table").classList.add("heat");
     const each = lines.every((line) => line.students.length === 2);
@@ -464,15 +472,15 @@ const codistill = (() => {
     }));
     const drawn = chart({ title: each ? "Disagreement of pairs" : "Mean disagreement with the others", x, y: "samples, %", axis: "share", series, nothing: "No disagreement is recorded.",
       note: each ? "Each line bears the colours of its two students." : `${count(pairs.length)} pairs are too many to draw; each line is a student’s mean over its pairs.` });
-    return present.length > 5 ? h("div", {}, h("div", { class: "charts" }, drawn), grid) : h("div", { class: "charts" }, drawn, grid);
+    return compared.length > 5 ? h("div", {}, h("div", { class: "charts" }, drawn), grid) : h("div", { class: "charts" }, drawn, grid);
   }
 
   function eventTable(events) {
     if (!events.length) return empty("No event is recorded.");
     return table("events", `${plural(events.length, "event")}. Time is counted from the first record; point at it for the date.`,
-      h("tr", {}, head("Time"), head("Event"), head("Student"), head("Message")),
-      events.map((event) => h("tr", {}, h("td", { class: "time", title: moment(event.time) }, clock(event.offset)), h("td", {}, h("code", {}, event.what)),
-        h("td", {}, event.student || "–"), h("td", { class: "message" }, event.message))), events.length > 14);
+      h("tr", {}, head("Time"), head("Event"), head("Participant"), head("Message")),
+      events.map((event) => h("tr", {}, h("td", { class: "time", title: moment(event.time) }, clock(event.offset)), h("td", {}, h("code", {}, shownKind(event.what))),
+        h("td", {}, event.participant || "–"), h("td", { class: "message" }, event.message))), events.length > 14);
   }
 
   // ---- a comparison
@@ -603,16 +611,16 @@ const codistill = (() => {
 
   function line(student, method, style, name) {
     const curve = student.results[method].curve;
-    return { name, look: style, x: curve.epoch, y: curve.mean, low: curve.low, high: curve.high, points: false };
+    return { name, look: style, x: curve.epochs_trained, y: curve.mean, low: curve.low, high: curve.high, points: false };
   }
 
   // Axes that hold all curves, and the note that says so.
   function sameAxes(all, baseline) {
     const numbers = all.flatMap((student) => Object.values(student.results).map((result) => result.curve));
-    const epochs = numbers.flatMap((curve) => curve.epoch).filter(known);
+    const epochs = numbers.flatMap((curve) => curve.epochs_trained).filter(known);
     const [first, end] = [Math.min(...epochs), Math.max(...epochs)];
     // The steep beginning would press the differences of the end together, so it may run out of the charts.
-    const settled = (from) => numbers.flatMap((curve) => [curve.mean, curve.low, curve.high].flatMap((column) => column.filter((_, index) => curve.epoch[index] >= from))).filter(known);
+    const settled = (from) => numbers.flatMap((curve) => [curve.mean, curve.low, curve.high].flatMap((column) => column.filter((_, index) => curve.epochs_trained[index] >= from))).filter(known);
     const late = settled(first + (end - first) / 4);
     const bounds = late.length ? AXES.share.range(Math.min(...late), Math.max(...settled(first))) : [0, 1];
     const cut = numbers.some((curve) => curve.mean.some((value) => value < bounds[0]));
@@ -640,15 +648,14 @@ const codistill = (() => {
       runs.map((run) => {
         const name = `${run.method}, seed ${run.seed}`;
         if (run.problem) return h("tr", {}, h("th", { scope: "row" }, name), h("td", { colspan: "6" }, run.problem));
-        const events = Object.entries(run.events).map(([what, times]) => (times > 1 ? `${what} ×${count(times)}` : what)).join(", ");
-        return h("tr", {}, h("th", { scope: "row" }, run.report ? h("a", { href: run.report }, name) : name), cell(seconds(run.seconds)), cell(run.rounds ? count(run.rounds) : "–"),
-          cell(seconds(run.median_wait)), cell(seconds(run.longest_wait)), h("td", {}, run.blocking ? `${run.blocking.student}, ${seconds(run.blocking.seconds)}` : "–"), h("td", { class: "message" }, events || "none"));
+        const events = Object.entries(run.events).map(([what, times]) => (times > 1 ? `${shownKind(what)} ×${count(times)}` : shownKind(what))).join(", ");
+        return h("tr", {}, h("th", { scope: "row" }, run.report ? h("a", { href: run.report }, name) : name), cell(seconds(run.seconds)), cell(run.closed_rounds ? count(run.closed_rounds) : "–"),
+          cell(seconds(run.median_wait)), cell(seconds(run.longest_wait)), h("td", {}, run.most_waited_for ? `${run.most_waited_for.participant}, ${seconds(run.most_waited_for.seconds)}` : "–"), h("td", { class: "message" }, events || "none"));
       }));
   }
 
   // ---- a run that goes on
 
-  const STATES = { expected: "not here yet", training: "training", absent: "absent", finished: "finished", failed: "failed" };
   const NOTICE_SECONDS = 3; // shorter waits are the rounds' own
 
   // link: { lost: why nothing was heard, or null; since: when something was heard last, in ms since 1970 }
@@ -661,46 +668,54 @@ const codistill = (() => {
 
   function nowLine(state, { lost, since }) {
     const line = (kind, name, ...text) => h("p", { class: `state ${kind}`, role: "status", id: "state" }, h("b", {}, name), " ", h("span", {}, ...text));
-    if (state && state.complete) return line("good", "Finished.", "Every student has trained all its rounds; this page is the run’s report.");
+    if (state && state.complete) return line("good", "Finished.", "Every student has trained all its steps; this page is the run’s report.");
     if (lost && state && state.ending) return line("bad", "Stopped.", `The server went down at ${hour(since)}. This page goes on by itself when it is started again.`);
     if (lost) return line("bad", "Connection lost.", `${lost}. ${state ? `What is shown is of ${hour(since)}. ` : ""}Trying again every two seconds.`);
     if (!state) return line("", "Connecting …");
     if (state.ending) return line("bad", "Stopping.", "The server goes down.");
     const { waiting } = state;
-    if (waiting.students.length && waiting.seconds >= NOTICE_SECONDS)
-      return line("bad", "Waiting", `for ${list(waiting.students)} in round ${count(state.round)}, for ${seconds(waiting.seconds, (number) => number.toFixed(0))}.`);
-    if (!state.rounds) return line("", "Ready.", "No student has joined yet.");
-    const left = state.rate > 0 ? (state.rounds - state.round) / state.rate : null;
-    return line("good", "Running.", `Round ${count(state.round)} of ${count(state.rounds)}${known(left) && state.rate >= 0.01 ? `, about ${seconds(left, (number) => number.toFixed(0))} left at ${rate(state.rate)}` : ""}.`);
+    if (waiting.participants.length && waiting.seconds >= NOTICE_SECONDS)
+      return line("bad", "Waiting", `for ${list(waiting.participants)} in round ${count(state.frontier)}, for ${seconds(waiting.seconds, (number) => number.toFixed(0))}.`);
+    if (!state.total_steps) return line("", "Ready.", "Nobody has joined yet.");
+    const left = state.rounds_per_second > 0 ? (state.total_rounds - state.frontier) / state.rounds_per_second : null;
+    return line("good", "Running.", `Step ${count(state.steps_trained)} of ${count(state.total_steps)}${known(left) && state.rounds_per_second >= 0.01 ? `, about ${seconds(left, (number) => number.toFixed(0))} left at ${rate(state.rounds_per_second)}` : ""}.`);
   }
 
   const rate = (value) => `${value >= 100 ? value.toFixed(0) : value.toPrecision(2)} rounds/s`;
 
+  // What the server says of a participant, and beside it whether the open round waits for it, or rounds close without it.
+  function stateCell(participant, state, waitedFor) {
+    const skipped = state.total_rounds > 0 && !participant.awaited && participant.state !== "finished";
+    const more = waitedFor ? ", waited for" : skipped ? ", skipped" : "";
+    return h("td", {}, h("span", { class: `state-of ${participant.state}${waitedFor ? " waited-for" : ""}` }, participant.state + more));
+  }
+
   function nowDetails(state, { lost }) {
     if (state.complete) return [];
-    const { waiting, students } = state;
-    const awaited = new Set(waiting.seconds >= NOTICE_SECONDS ? waiting.students : []);
+    const { waiting, participants } = state;
+    const waitedFor = new Set(waiting.seconds >= NOTICE_SECONDS ? waiting.participants : []);
     const figures = [
-      tile(state.rounds ? percent(state.round / state.rounds, 1) : "–", `of the rounds: ${count(state.round)} of ${count(state.rounds || null)}`, true),
-      tile(rate(state.rate), "closed, over the last seconds"),
-      tile(waiting.students.length ? seconds(waiting.seconds) : `0${GAP}s`, waiting.students.length ? `round ${count(state.round)} waits for ${list(waiting.students)}` : `nobody is waited for in round ${count(state.round)}`),
-      ...(known(state.ensemble) ? [tile(percent(state.ensemble), "accuracy of the ensemble on training samples, over the last epoch")] : []),
+      tile(state.total_steps ? percent(state.steps_trained / state.total_steps, 1) : "–", `of the steps: ${count(state.steps_trained)} of ${count(state.total_steps || null)}`, true),
+      ...(state.total_rounds ? [ // a run that exchanges nothing has no rounds
+        tile(rate(state.rounds_per_second), "closed, over the last seconds"),
+        tile(waiting.participants.length ? seconds(waiting.seconds) : `0${GAP}s`, waiting.participants.length ? `round ${count(state.frontier)} waits for ${list(waiting.participants)}` : `nobody is waited for in round ${count(state.frontier)}`),
+      ] : []),
+      ...(known(state.ensemble_accuracy) ? [tile(percent(state.ensemble_accuracy), "accuracy of the ensemble on training samples, over the last epoch")] : []),
     ];
-    const some = { missed: students.some((student) => student.missed_rounds), joins: students.some((student) => student.joins > 1), restarts: [...best.values()].some((each) => each.restarts) };
-    const rows = students.map((student, number) => {
-      const more = best.get(student.name) || {};
-      return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), student.name),
-        h("td", {}, h("span", { class: `peer ${awaited.has(student.name) ? "awaited" : student.state}` }, awaited.has(student.name) ? `${STATES[student.state] || student.state}, waited for` : STATES[student.state] || student.state)),
-        cell(count(student.round)), cell(student.epoch.toFixed(1)), cell(percent(student.train)), cell(percent(student.test)), cell(percent(more.accuracy)),
-        cell(seconds(student.step)), cell(seconds(student.wait)),
-        some.missed ? cell(count(student.missed_rounds)) : null, some.restarts ? cell(count(more.restarts || 0)) : null, some.joins ? cell(count(student.joins)) : null);
+    const some = { missed: participants.some((participant) => participant.missed_rounds), joins: participants.some((participant) => participant.joins > 1), restarts: [...best.values()].some((each) => each.restarts) };
+    const rows = participants.map((participant, number) => {
+      const more = best.get(participant.name) || {};
+      return h("tr", {}, h("th", { scope: "row" }, swatch(look(number)), participant.role === "teacher" ? `${participant.name} (teacher)` : participant.name), stateCell(participant, state, waitedFor.has(participant.name)),
+        cell(count(participant.steps_trained)), cell(participant.epochs_trained.toFixed(1)), cell(percent(participant.train_accuracy)), cell(percent(participant.test_accuracy)), cell(percent(more.accuracy)),
+        cell(seconds(participant.step_seconds)), cell(seconds(participant.wait_seconds)),
+        some.missed ? cell(count(participant.missed_rounds)) : null, some.restarts ? cell(count(more.restarts || 0)) : null, some.joins ? cell(count(participant.joins)) : null);
     });
-    const heads = h("tr", {}, head("Student"), head("State"), head("Round", { class: "number" }), head("Epoch", { class: "number" }), head("Training accuracy", { class: "number" }),
-      head("Test accuracy", { class: "number" }), head("Best test", { class: "number" }), head("Step", { class: "number" }), head("of it waiting", { class: "number" }),
+    const heads = h("tr", {}, head("Participant"), head("State"), head("Steps", { class: "number" }), head("Epochs", { class: "number" }), head("Training accuracy", { class: "number" }),
+      head("Test accuracy", { class: "number" }), head("Best test", { class: "number" }), head("Step time", { class: "number" }), head("of it waiting", { class: "number" }),
       some.missed ? head("Missed rounds", { class: "number" }) : null, some.restarts ? head("Restarts", { class: "number" }) : null, some.joins ? head("Joins", { class: "number" }) : null);
     const events = h("ol", { class: "latest", id: "latest" }, [...state.events].reverse().map((event) => h("li", {}, h("time", { title: moment(event.time) }, hour(1000 * event.time)), " ",
-      h("code", {}, event.what), " ", event.student ? h("b", {}, event.student) : "", ` ${event.message}`)));
-    return h("div", { class: lost ? "stale" : null, id: "details" }, h("div", { class: "tiles" }, figures), table("peers", "Where every student is now.", heads, rows),
+      h("code", {}, shownKind(event.what)), " ", event.participant ? h("b", {}, event.participant) : "", ` ${event.message}`)));
+    return h("div", { class: lost ? "stale" : null, id: "details" }, h("div", { class: "tiles" }, figures), table("states", "Where every participant is now.", heads, rows),
       state.events.length ? [h("h3", {}, "Last events"), events] : null);
   }
 
@@ -762,7 +777,7 @@ const codistill = (() => {
     const before = charts;
     charts = [];
     live = live || data.kind === "live";
-    if (data.kind === "run") best = new Map(data.students.map((student) => [student.name, { accuracy: student.best ? student.best.accuracy : null, restarts: student.restarts }]));
+    if (data.kind === "run") best = new Map(data.participants.map(({ name, best: measured, restarts }) => [name, { accuracy: measured ? measured.accuracy : null, restarts }]));
     const content = data.kind === "comparison" ? comparison(data) : data.kind === "run" ? run(data) : waitingForData(data);
     adoptChildren(document.getElementById("report"), [...content.filter(Boolean),
       h("footer", {}, live ? "Made by codistill from the records of this run, by its own server. This page loads nothing from anywhere else." : "Made by codistill from the records in this folder. This page loads nothing from anywhere.")]);
