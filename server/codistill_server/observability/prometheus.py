@@ -189,7 +189,7 @@ METRICS = (
     ),
     RunMetric(
         "participant_state",
-        "1 for the state of a participant, 0 for the other states; failed means that it left with an error.",
+        f"1 for the state of a participant, 0 for the others: {', '.join(words(pb.ParticipantState))}.",
         _states,
         ("participant", "state"),
     ),
