@@ -448,7 +448,7 @@ class TestSnapshot:
         assert [status.awaited for status in run.participants] == [True, False, True]
 
     def test_complete_when_all_have_finished(self) -> None:
-        finished = dict.fromkeys(NAMES, ParticipantState.FINISHED)
+        finished: dict[str, ParticipantState] = dict.fromkeys(NAMES, ParticipantState.FINISHED)
         assert Watched().run_state.snapshot(finished, (), 0, None).complete
 
 
