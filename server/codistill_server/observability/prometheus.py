@@ -157,7 +157,7 @@ METRICS = (
     ),
     RunMetric(
         "run_steps_trained",
-        "Steps that the run has behind it: those before the frontier; where nothing is exchanged, those of the slowest student.",
+        "Steps that the run has behind it: those before the frontier; while no round is closed, those of the slowest student.",
         _one(lambda scrape: scrape.run.steps_trained),
     ),
     RunMetric(

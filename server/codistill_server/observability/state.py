@@ -322,8 +322,8 @@ class RunState:
         return run
 
     def _steps_trained(self, frontier: int) -> int:
-        """Return the number of steps before the frontier; where nothing is exchanged, that of the slowest student."""
-        if not self.exchanges:
+        """Return the number of steps before the frontier; before the first round, that of the slowest student."""
+        if not (self.exchanges and frontier):
             students = (status for status in self.participants.values() if status.role == pb.ROLE_STUDENT)
             return min(status.steps_trained for status in students)
         steps = self.schedule.step_of(frontier)
