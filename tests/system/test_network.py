@@ -82,14 +82,14 @@ def test_a_silent_link_that_comes_back_before_and_after_the_connection_is_given_
         link = run.proxies["cnn"]
         link.up.hold = link.down.hold = True
         run.until(lambda: run.state().waiting_for == ["cnn"] and run.state().waiting_seconds > 1.5, "cnn is waited for")
-        assert run.present() == set(STUDENTS), "a short silence ends no session"
+        assert run.connected() == set(STUDENTS), "a short silence ends no session"
         link.up.hold = link.down.hold = False
         run.progress(10)
         assert run.events("disconnected") == []
 
         # Now nothing arrives any more, either way, nor will it: neither side is told.
         link.up.swallow = link.down.swallow = True
-        run.until(lambda: run.present() == {"mlp"}, "the server frees the session")
+        run.until(lambda: run.connected() == {"mlp"}, "the server frees the session")
         assert run.events("disconnected") == ["cnn"]
         link.up.swallow = link.down.swallow = False
         run.progress(10)
@@ -125,7 +125,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 for name in STUDENTS:
                     run.work(name)
                 run.until(lambda: rounds_trained(run.folder) >= 150, "rounds to ask for")
-                assert run.present() == {*STUDENTS, "vit"}
+                assert run.connected() == {*STUDENTS, "vit"}
                 for number in range(140):
                     message = _contribution(run.folder, number)
                     sent.put(pb.Contribution.FromString(append_checksum(message, str(session))))
@@ -135,7 +135,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 sent.put(None)
                 stream.cancel()
         assert run.events("disconnected") == ["vit"]
-        assert set(run.events("absent")) == {"vit"}
+        assert set(run.events("skipped")) == {"vit"}
         assert rounds_trained(run.folder) == ROUNDS
         assert_bit_equal(weights(run.folder), reference)
 
