@@ -26,7 +26,7 @@ from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 
-__all__ = ["WorkOptions", "check_student", "choose_device", "use_deterministic_kernels", "work"]
+__all__ = ["WorkOptions", "check_participant", "choose_device", "use_deterministic_kernels", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -40,22 +40,22 @@ class WorkOptions:
     """The options of a worker.
 
     Attributes:
-        student: the student to train, or the teacher to run.
+        participant: the student to train, or the teacher to run.
         server: the aggregation server's "HOST:PORT".
-        run_dir: the run folder, which holds the student's checkpoints.
+        run_dir: the run folder, which holds a student's checkpoints.
         security: TLS and token.
         find: returns the server's present address, as it may have moved; None while it is not known.
     """
 
-    student: str
+    participant: str
     server: str
     run_dir: Path
     security: Security = field(default_factory=Security)
     find: Callable[[], str | None] = lambda: None
 
 
-def check_student(experiment: Experiment, name: str) -> None:
-    """Check that an experiment has a student, or a teacher.
+def check_participant(experiment: Experiment, name: str) -> None:
+    """Check that an experiment has a participant of a name.
 
     Raises:
         ConfigurationError: it has no participant of that name.
@@ -71,7 +71,7 @@ def choose_device(wanted: str, position: int) -> torch.device:
 
     Args:
         wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
-        position: of the student among the experiment's participants, from 0.
+        position: of the participant among the experiment's participants, from 0.
 
     Raises:
         ConfigurationError: the device is not there.
@@ -108,12 +108,12 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     """
     stop = stop or threading.Event()
     _stop_on_signals(stop)
-    check_student(experiment, options.student)
-    teaches = options.student in experiment.teacher_names
-    plan = experiment.teacher_plan(options.student) if teaches else experiment.plan(options.student)
+    check_participant(experiment, options.participant)
+    teaches = options.participant in experiment.teacher_names
+    plan = experiment.teacher_plan(options.participant) if teaches else experiment.plan(options.participant)
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
-    device = choose_device(plan.training.device, experiment.participants.index(options.student))
+    device = choose_device(plan.training.device, experiment.participants.index(options.participant))
     transport = GrpcTransport(
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
@@ -127,12 +127,13 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     try:
         with Watchdog() as watchdog:
             watchdog.begin(
-                f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
+                f"participant {options.participant!r} at loading its data and its model",
+                _LOADING * plan.training.hang_after,
             )
             dataset = data.load(plan.data, device)
             if isinstance(plan, TeacherPlan):
                 return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-            store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)
+            store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
             return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
@@ -141,7 +142,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             raise
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise PeerError(
-            f"student {options.student!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
+            f"participant {options.participant!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
             "training.precision: bfloat16",
             ExitCode.OUT_OF_MEMORY,
         ) from error

@@ -37,7 +37,7 @@ def work(
     exit_with_parent(stop)
     loaded = load(experiment)
     from codistill_deploy.compare.generations import require_single_run
-    from codistill_worker.app import WorkOptions, check_student
+    from codistill_worker.app import WorkOptions, check_participant
     from codistill_worker.app import work as run_worker
 
     start_heartbeat()  # the imports above may hold up every thread, for long on a distant disk
@@ -45,7 +45,7 @@ def work(
     find_modules_beside(experiment)
     if server is None and run_dir is None:
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
-    check_student(loaded, student)
+    check_participant(loaded, student)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
     security = security_files.read()
     folder.join(loaded, [student] if student in loaded.names else [])

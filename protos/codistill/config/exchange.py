@@ -49,7 +49,7 @@ class Exchange(Section):
     )
     on_absence: Literal["wait", "proceed"] = Field(
         default="wait",
-        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits. `proceed`: a round closes at its deadline without the absent students, which catch up from the journal.",
+        description="`wait`: a round waits for every student, and a run in which processes died ends with the same bits. `proceed`: a round closes at its deadline without the students that are late or away, which catch up from the journal.",
         json_schema_extra=OPERATIONAL,
     )
     quorum: int = Field(
@@ -60,13 +60,13 @@ class Exchange(Section):
     )
     round_deadline: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default="auto",
-        description="With `proceed`: seconds from a round's first contribution until it closes without the absent. `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
+        description="With `proceed`: seconds from a round's first contribution until it closes without the others. `auto` is median + 10·MAD of the recent rounds' lags, from 2 s up to `evict_after`.",
         json_schema_extra=OPERATIONAL,
     )
     evict_after: float = Field(
         default=30.0,
         gt=0,
-        description="With `proceed`: seconds of silence after which an absent student's session is ended. Also the seconds to wait for a student that has not joined yet.",
+        description="With `proceed`: seconds of silence after which the session of a skipped student is ended. Also the seconds to wait for a student that has not joined yet.",
         json_schema_extra=OPERATIONAL,
     )
     keepalive: float = Field(

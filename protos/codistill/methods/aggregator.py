@@ -5,7 +5,7 @@ So the same round gives the same targets wherever and whenever they are computed
 nothing between the aggregator and the worker's objective knows their names.
 
 A round may close without some students. Its targets are then made of the outputs of the others, and a student that was
-absent learns from all of them. A round without its teacher has no targets.
+away learns from all of them. A round without its teacher has no targets.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Transport(Protocol):
     def receive(self, round_number: int) -> pb.Targets:
         """Return the targets of the round sent last.
 
-        Blocks until the round is closed, for at most ``give_up_after``. An absent server does not extend this.
+        Blocks until the round is closed, for at most ``give_up_after``. A server that is away does not extend this.
 
         Args:
             round_number: the round of the open contribution.

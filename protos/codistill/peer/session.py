@@ -9,7 +9,7 @@ There are no threads, clock, sockets or sleeps in here; time and jitter are argu
 What ends the peer is raised, with its exit code. gRPC drives these decisions, and so does a simulation with its own clock.
 
 The state has three parts. The *link* is connected, abandoned (open, to be cancelled) or disconnected. The *goal* has one
-deadline, which an absent server does not move. The *pauses* keep attempts apart.
+deadline, which a server that is away does not move. The *pauses* keep attempts apart.
 
 A server that let this peer join is an aggregation server. A later status that denies it comes from damage on the way,
 unless it comes again and again. What was sent on a stream that stays silent counts as lost.

@@ -1155,8 +1155,8 @@ class Run(google.protobuf.message.Message):
     exchanged.
     """
     steps_trained: builtins.int
-    """steps_trained is the number of steps that the run has behind it: those before the frontier; where nothing is
-    exchanged, those of the slowest student.
+    """steps_trained is the number of steps that the run has behind it: those before the frontier; while no round is
+    closed, those of the slowest student.
     """
     total_steps: builtins.int
     """total_steps is the number of steps of each student; 0 until a participant has joined."""
