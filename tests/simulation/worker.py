@@ -87,7 +87,7 @@ class Worker:
         self.stop = False
         self.doing: tuple[str, float, float] | None = None  # what, since when, how long it may
         self._paused_before = 0.0
-        self.core = cluster.plant.session_id(
+        self.core = cluster.plant.session(
             "server:1", cluster.connect_timeout, cluster.give_up_after, cluster.silence_after
         )
         self.stream: Stream | None = None
