@@ -118,7 +118,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
         with grpc.insecure_channel(run.address, options=small) as channel:
             stub = DistillationStub(channel)
             session = stub.Join(_join_request(experiment, "vit"), timeout=20).session
-            sent: queue.SimpleQueue[pb.Contribution | None] = queue.SimpleQueue()
+            sent: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
             metadata = ((SESSION_KEY, format_session(session)),)
             stream = stub.Exchange(iter(sent.get, None), metadata=metadata)
             try:
@@ -128,7 +128,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 assert run.present() == {*STUDENTS, "vit"}
                 for number in range(140):
                     message = _contribution(run.folder, number)
-                    sent.put(pb.Contribution.FromString(append_checksum(message, str(session))))
+                    sent.put(pb.ExchangeRequest.FromString(append_checksum(message, str(session))))
                 run.until(lambda: run.events("disconnected") == ["vit"], "it is cut off")
                 run.until(lambda: all(each.poll() == 0 for each in run.workers.values()), "the others' end")
             finally:
@@ -155,17 +155,17 @@ def _join_request(experiment: Experiment, student: str) -> pb.JoinRequest:
     )
 
 
-def _contribution(folder: Path, number: int) -> pb.Contribution:
+def _contribution(folder: Path, number: int) -> pb.ExchangeRequest:
     """Return a contribution to a closed round, about its samples."""
     with contextlib.closing(sqlite3.connect(f"file:{folder / 'journal.sqlite'}?mode=ro", uri=True)) as journal:
         ((ids, labels),) = journal.execute("SELECT ids, labels FROM rounds WHERE round = ?", (number,)).fetchall()
     size = [len(ids) // 8]
-    samples = pb.Samples(
+    samples = pb.SampleOutputs(
         ids=pb.Tensor(dtype=pb.DTYPE_INT64, shape=size, data=ids),
         labels=pb.Tensor(dtype=pb.DTYPE_INT64, shape=size, data=labels),
         outputs={"logits": encode(torch.zeros(*size, 10), "float32")},
     )
-    return pb.Contribution(round=number, batch=samples)
+    return pb.ExchangeRequest(round=number, batch=samples)
 
 
 def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, reference: Any) -> None:
