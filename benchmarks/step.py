@@ -118,14 +118,14 @@ def summarise(found: Iterable[records.Record]) -> Run:
     return Run(paces, overlapped)
 
 
-def _experiment(method: Mapping[str, str], models: Sequence[str], classes: int, batch_size: int, rounds: int) -> str:
-    epochs = math.ceil(rounds / _ROUNDS_PER_EPOCH)
+def _experiment(method: Mapping[str, str], models: Sequence[str], classes: int, batch_size: int, steps: int) -> str:
+    epochs = math.ceil(steps / _ROUNDS_PER_EPOCH)
     document = {
         "name": "benchmark",
         "data": {
             "dataset": f"{Path(__file__).stem}:{images.__name__}",
             "classes": classes,
-            "train_size": batch_size * min(rounds, _ROUNDS_PER_EPOCH),
+            "train_size": batch_size * min(steps, _ROUNDS_PER_EPOCH),
             "test_size": batch_size,
         },
         "training": {
@@ -166,7 +166,7 @@ def _run(experiment: str, limit: float) -> Run:
                 text=True,
             )
         except subprocess.TimeoutExpired:
-            raise BenchmarkError(f"a run was not done after {limit:g} s; raise --limit or lower --rounds") from None
+            raise BenchmarkError(f"a run was not done after {limit:g} s; raise --limit or lower --steps") from None
         if ended.returncode:
             raise BenchmarkError(f"codistill run ended with exit code {ended.returncode}:\n{ended.stdout.strip()}")
         return summarise(records.read(RunLayout(folder / "run").metrics_file))
@@ -200,7 +200,7 @@ def main(
     models: Annotated[str, typer.Option(help="The students' models, separated by commas.")] = "resnet20,wrn16_2",
     batch_size: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 64,
     classes: Annotated[int, typer.Option(min=2, help="Classes of the images.")] = 100,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of a run; above 50, rounded up to a multiple of it.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run; above 50, rounded up to a multiple of it.")] = 50,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median of them is shown.")] = 5,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 900.0,
     json_file: Annotated[
@@ -211,8 +211,8 @@ def main(
     names = [part.strip() for part in models.split(",")]
     if len(names) < 2:
         raise typer.BadParameter("an exchange needs two students at least", param_hint="--models")
-    alone = _experiment({"method": "independent"}, names, classes, batch_size, rounds)
-    together = _experiment({"method": "kdcl", "ensemble": "min_logit"}, names, classes, batch_size, rounds)
+    alone = _experiment({"method": "independent"}, names, classes, batch_size, steps)
+    together = _experiment({"method": "kdcl", "ensemble": "min_logit"}, names, classes, batch_size, steps)
     progress = Console(stderr=True, highlight=False)
     repetitions: list[Repetition] = []
     try:
@@ -225,7 +225,7 @@ def main(
         progress.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if not all(run.overlapped for pair in repetitions for run in (pair.alone, pair.together)):
-        progress.print("the runs are too short to count only the time in which all students train; raise --rounds")
+        progress.print("the runs are too short to count only the time in which all students train; raise --steps")
     Console(width=200).print(_table(repetitions))
     if json_file is not None:
         written = {"repetitions": [asdict(pair) for pair in repetitions]}

@@ -138,7 +138,7 @@ def test_an_exported_student_answers_as_it_did_in_training(
 ) -> None:
     written = exported[model]
     about = json.loads(written.about.read_text())
-    assert written.round == about["round"] == 6
+    assert written.steps_trained == about["steps_trained"] == 6
     assert about["image"] == [1, 8, 8]
     assert (about["model"], about["classes"], about["weights"]) == (model, 10, "last")
     assert about["model_args"] == MODELS[model]
@@ -168,7 +168,7 @@ def test_an_exported_student_answers_as_it_did_in_training(
 def test_the_best_weights(folder: RunFolder, tmp_path: Path) -> None:
     best = read(folder.student("a-mlp").path / "best.safetensors")
     written = export(folder, "a-mlp", tmp_path, "best")
-    assert written.round == best.round
+    assert written.steps_trained == best.step
     assert json.loads(written.about.read_text())["weights"] == "best"
     weights = load_file(written.weights)
     assert weights.keys() == best.model.keys()

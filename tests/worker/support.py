@@ -83,10 +83,10 @@ def answer(published: Published | None) -> Mapping[str, torch.Tensor]:
     return {} if published is None else {"logits": published.batch.arrays["logits"].roll(1, 0) * 0.5}
 
 
-def run(trainer: Trainer, rounds: int) -> list[torch.Tensor]:
-    """Train some rounds; return the logits of each."""
+def run(trainer: Trainer, steps: int) -> list[torch.Tensor]:
+    """Train some steps; return the logits of each."""
     seen: list[torch.Tensor] = []
-    for _ in range(rounds):
+    for _ in range(steps):
         published = trainer.begin()
         if published is not None:
             seen.append(published.batch.arrays["logits"].clone())
@@ -98,7 +98,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     """Return a copy of everything that training changes."""
     return cast(
         "dict[str, Any]",
-        _copy({"round": trainer.round, "model": trainer.model.state_dict(), "optimizer": trainer.optimizer_state()}),
+        _copy({"step": trainer.step, "model": trainer.model.state_dict(), "optimizer": trainer.optimizer_state()}),
     )
 
 

@@ -65,7 +65,9 @@ class Server:
     def events(self) -> list[tuple[str, str]]:
         """Return what happened to whom."""
         return [
-            (event.what, event.student) for event in self.records("events.jsonl") if isinstance(event, records.Happened)
+            (event.what, event.participant)
+            for event in self.records("events.jsonl")
+            if isinstance(event, records.Happened)
         ]
 
 

@@ -99,9 +99,9 @@ class Workers:
 
     def _work(self, experiment: Experiment, options: WorkOptions) -> None:
         try:
-            self.outcomes[options.student] = work(experiment, options, self.stops[options.student])
+            self.outcomes[options.participant] = work(experiment, options, self.stops[options.participant])
         except BaseException as error:  # noqa: BLE001 - handed to the test
-            self.outcomes[options.student] = error
+            self.outcomes[options.participant] = error
 
     def wait(self) -> dict[str, object]:
         for thread in self._threads.values():
@@ -122,7 +122,7 @@ def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_p
     assert undisturbed.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
     server.wait()
     assert server.ended is ExitCode.OK
-    tests = [(each.student, each.round) for each in server.measured() if each.split == "test"]
+    tests = [(each.participant, each.steps_trained) for each in server.measured() if each.split == "test"]
     assert sorted(tests) == sorted((name, number) for name in ("cnn", "mlp") for number in (3, 6, 9))
 
     server = serving(experiment)
@@ -136,12 +136,12 @@ def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_p
     alone.set()  # it waits for its peer, which never came
     waiting.join(60)
     assert outcome == [ExitCode.INTERRUPTED]
-    assert server.events()[-1] == ("left", "cnn")
-    assert weights(tmp_path / "stopped", "cnn").round == 0
+    assert server.events()[-1] == ("stopped", "cnn")
+    assert weights(tmp_path / "stopped", "cnn").step == 0
     again = Workers(experiment, server.address, tmp_path / "stopped")
     assert again.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
     for name in ("cnn", "mlp"):
-        assert weights(tmp_path / "stopped", name).round == weights(tmp_path / "undisturbed", name).round == 9
+        assert weights(tmp_path / "stopped", name).step == weights(tmp_path / "undisturbed", name).step == 9
 
 
 class Interrupting:
@@ -196,7 +196,7 @@ def test_a_worker_that_gives_up_has_saved_its_student(
     send = GrpcTransport.send
 
     def silent(self: GrpcTransport, contribution: Any) -> None:
-        if contribution.round == 4 and self._join_request.student == "mlp":  # type: ignore[union-attr]
+        if contribution.round == 4 and self._join_request.participant == "mlp":  # type: ignore[union-attr]
             if gone == "the server":
                 server.stop()
             return
@@ -207,7 +207,7 @@ def test_a_worker_that_gives_up_has_saved_its_student(
     error = outcomes["cnn"]
     assert isinstance(error, PeerError)
     assert error.code is (ExitCode.GAVE_UP if gone == "the peer" else ExitCode.UNREACHABLE)
-    assert weights(tmp_path, "cnn").round == 4
+    assert weights(tmp_path, "cnn").step == 4
 
 
 class Failing(nn.Module):
@@ -241,15 +241,15 @@ class Failing(nn.Module):
         (
             "memory",
             ExitCode.OUT_OF_MEMORY,
-            "student 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
+            "participant 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
         ),
         (
             "memory of the machine",
             ExitCode.OUT_OF_MEMORY,
-            "student 'bad' ran out of memory on cpu: [enforce fail",
+            "participant 'bad' ran out of memory on cpu: [enforce fail",
         ),
-        ("memory of Python", ExitCode.OUT_OF_MEMORY, "student 'bad' ran out of memory on cpu: MemoryError; lower"),
-        ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in round 1"),
+        ("memory of Python", ExitCode.OUT_OF_MEMORY, "participant 'bad' ran out of memory on cpu: MemoryError; lower"),
+        ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in step 1"),
         ("kernel", None, "a kernel failed"),
     ],
 )
@@ -286,4 +286,4 @@ def test_a_student_that_fails_tells_the_run(
     )
     workers.stops["mlp"].set()
     assert workers.wait()["mlp"] is ExitCode.INTERRUPTED
-    assert weights(tmp_path, "mlp").round == 1
+    assert weights(tmp_path, "mlp").step == 1

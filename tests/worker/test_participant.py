@@ -13,13 +13,14 @@ from codistill.config.fingerprint import identity
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode
+from codistill.wire.times import seconds
 from codistill_worker import data
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training.outputs import Outputs, Published
 from worker.support import CPU
 
 Tiny = Callable[..., Experiment]
-LOST = pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.5, loss=1)
+LOST = pb.Measurement(split=pb.SPLIT_TEST, steps_trained=3, accuracy=0.5, loss=1)
 
 
 class Transport:
@@ -30,9 +31,9 @@ class Transport:
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         self.messages.append(request)
-        return pb.JoinResponse(session=1, run="tiny")
+        return pb.JoinResponse(session_id=1, run="tiny")
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         self.messages.append(contribution)
 
     def receive(self, number: int) -> pb.Targets:
@@ -66,7 +67,7 @@ class Taking:
     def __init__(self, experiment: Experiment) -> None:
         self.transport, self.marks, self.now = Transport(), Marks(), 100.0
         self.participant = Participant(
-            "old", "teacher", experiment, experiment.training, self.transport, lambda: self.now, self.marks
+            "old", "teacher", experiment, experiment.training, 3, self.transport, lambda: self.now, self.marks
         )
 
 
@@ -82,22 +83,23 @@ def test_every_wait_is_marked_with_its_limit(
 ) -> None:
     participant = taking.participant
     dataset = load_data(tiny().data)
-    participant.join(dataset, {"logits": (10,)}, CPU, first_round=2, total_rounds=9, parameters=5, weights="w")
+    participant.join(dataset, {"logits": (10,)}, CPU, first_step=2, total_steps=9, parameters=5, weights_sha256=b"w")
     participant.mark("the forward pass", 2)
     assert participant.receive("waiting for the targets", 3).round == 3
-    participant.report(4, 1.5, 3)
+    participant.report(4, 3)
     participant.leave(pb.LEAVE_REASON_FINISHED, "done", 9)
     assert taking.marks.marks == [
-        ("teacher 'old' at joining the run, round 2", 100 + 60 + 7),
-        ("teacher 'old' at the forward pass, round 2", 7),
-        ("teacher 'old' at waiting for the targets, round 3", 1000 + 60 + 7),
-        ("teacher 'old' at reporting, round 4", 1000 + 60 + 7),
-        ("teacher 'old' at saying goodbye, round 9", 1000 + 60 + 7),
+        ("teacher 'old' at joining the run, step 2", 100 + 60 + 7),
+        ("teacher 'old' at the forward pass, step 2", 7),
+        ("teacher 'old' at waiting for the targets, step 3", 1000 + 60 + 7),
+        ("teacher 'old' at reporting, step 4", 1000 + 60 + 7),
+        ("teacher 'old' at saying goodbye, step 9", 1000 + 60 + 7),
     ]
     join = taking.transport.messages[0]
     assert isinstance(join, pb.JoinRequest)
-    assert (join.student, join.weights, join.first_round, join.total_rounds, join.parameters) == ("old", "w", 2, 9, 5)
-    assert join.data.digest == dataset.fingerprint()
+    assert (join.participant, join.weights_sha256, join.parameters) == ("old", b"w", 5)
+    assert (join.first_round, join.total_rounds, join.steps_trained, join.total_steps) == (2, 9, 2, 9)
+    assert join.data.data_sha256.hex() == dataset.fingerprint()
 
 
 def test_the_identity_is_that_of_the_experiment(tiny: Tiny) -> None:
@@ -109,7 +111,7 @@ def test_outputs_have_the_experiments_dtype(taking: Taking) -> None:
     outputs = Outputs(torch.tensor([4, 7]), torch.tensor([0, 1]), {"logits": torch.ones(2, 10)})
     taking.participant.publish(Published(3, outputs))
     (sent,) = taking.transport.messages
-    assert isinstance(sent, pb.Contribution)
+    assert isinstance(sent, pb.ExchangeRequest)
     assert (sent.round, sent.HasField("held_out")) == (3, False)
     assert decode(sent.batch.ids).tolist() == [4, 7]
     assert decode(sent.batch.labels).tolist() == [0, 1]
@@ -117,22 +119,28 @@ def test_outputs_have_the_experiments_dtype(taking: Taking) -> None:
 
 
 def test_a_measurement_is_reported_once(taking: Taking) -> None:
-    participant, measurement = taking.participant, pb.Measurement(split=pb.SPLIT_TEST, round=6, accuracy=0.5, loss=1)
+    participant, measurement = (
+        taking.participant,
+        pb.Measurement(split=pb.SPLIT_TEST, steps_trained=6, accuracy=0.5, loss=1),
+    )
     participant.measurements.append(measurement)
     assert participant.undelivered() == [LOST, measurement]
-    participant.report(6, 2.0, 5, step_seconds=0.5, wait_seconds=0.25)
-    participant.report(7, 2.5, 6)
+    participant.report(6, 5, step_seconds=0.5, wait_seconds=0.25)
+    participant.report(7, 6)
     reports = [each for each in taking.transport.messages if isinstance(each, pb.ReportRequest)]
     assert [list(report.measurements) for report in reports] == [[measurement], []]
-    assert [(report.round, report.epoch, report.durable_round) for report in reports] == [(6, 2.0, 5), (7, 2.5, 6)]
-    assert [(report.step_seconds, report.wait_seconds) for report in reports] == [(0.5, 0.25), (0, 0)]
+    assert [(report.steps_trained, report.epochs_trained) for report in reports] == [(6, 2.0), (7, 7 / 3)]
+    assert [(report.round, report.durable_round) for report in reports] == [(6, 5), (7, 6)]
+    assert [(seconds(report.step_time), seconds(report.wait_time)) for report in reports] == [(0.5, 0.25), (0, 0)]
+    assert [report.HasField("step_time") for report in reports] == [True, False]
+    assert [report.HasField("wait_time") for report in reports] == [True, False]
 
 
 def test_a_report_is_due_after_a_second(taking: Taking) -> None:
     assert not taking.participant.report_due(100.9)
     assert taking.participant.report_due(101.0)
     taking.now = 101.0
-    taking.participant.report(1, 0.5, 0)
+    taking.participant.report(1, 0)
     assert not taking.participant.report_due(101.9)
 
 

@@ -9,7 +9,7 @@ from codistill.peer.draws import derive
 from codistill_worker.randomness import seed_forward
 
 
-def test_the_global_generator_follows_student_and_round() -> None:
+def test_the_global_generator_follows_student_and_step() -> None:
     def draw(seed: int, student: str, number: int) -> float:
         seed_forward(seed, student, number)
         return torch.rand(()).item()

@@ -12,12 +12,13 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity, identity_sha256
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
+from codistill.wire.times import seconds
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.student import StudentLoop
 from codistill_worker.training.checkpoints import CheckpointStore, read
@@ -31,16 +32,16 @@ class RecordingTransport:
 
     def __init__(self) -> None:
         self.joined: list[pb.JoinRequest] = []
-        self.sent: list[pb.Contribution] = []
+        self.sent: list[pb.ExchangeRequest] = []
         self.reports: list[pb.ReportRequest] = []
         self.left: list[tuple[Any, str]] = []
         self.lost: list[pb.Measurement] = []
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         self.joined.append(request)
-        return pb.JoinResponse(session=1, run="recorded")
+        return pb.JoinResponse(session_id=1, run="recorded")
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         self.sent.append(contribution)
 
     def receive(self, number: int) -> pb.Targets:
@@ -93,11 +94,11 @@ def learn(tmp_path: Path, load_data: Any) -> Callable[..., tuple[StudentLoop, Re
     return make
 
 
-def go(loop: StudentLoop, rounds: int | None = None) -> None:
-    while not loop.done and rounds != 0:
-        loop.begin_round()
-        loop.end_round()
-        rounds = None if rounds is None else rounds - 1
+def go(loop: StudentLoop, steps: int | None = None) -> None:
+    while not loop.done and steps != 0:
+        loop.begin_step()
+        loop.end_step()
+        steps = None if steps is None else steps - 1
 
 
 def to_the_end(loop: StudentLoop) -> None:
@@ -113,12 +114,14 @@ def test_what_a_join_says(tiny: Tiny, learn: Any, load_data: Any) -> None:
     loop, transport = learn(experiment)
     loop.join()
     (request,) = transport.joined
-    assert (request.protocol_version, request.student) == (PROTOCOL_VERSION, "cnn")
-    assert request.experiment == identity(experiment)
-    assert request.data.digest == load_data(experiment.data).fingerprint()
+    assert (request.protocol_version, request.participant) == (PROTOCOL_VERSION, "cnn")
+    assert (request.experiment_json, request.experiment_sha256) == (identity(experiment), identity_sha256(experiment))
+    assert request.data.data_sha256.hex() == load_data(experiment.data).fingerprint()
     assert (request.data.train_samples, request.data.classes) == (48, 10)
     assert {name: list(shape.dims) for name, shape in request.outputs.items()} == {"logits": [10]}
-    assert (request.first_round, request.total_rounds, request.device) == (0, 9, "cpu")
+    assert (request.first_round, request.total_rounds) == (0, 9)
+    assert (request.steps_trained, request.total_steps, request.device) == (0, 9, "cpu")
+    assert (request.lanes, request.encodings) == ([pb.LANE_GRPC], [pb.ENCODING_DENSE])
     assert request.parameters == sum(each.numel() for each in loop.trainer.model.parameters())
     alone, transport = learn(tiny(distillation={"method": "independent"}), "alone")
     alone.join()
@@ -161,8 +164,8 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Tiny, learn: Any) -> None
 def test_when_a_student_is_evaluated(every: int, epochs: int, at: list[int], tiny: Tiny, learn: Any) -> None:
     loop, transport = learn(tiny(training__evaluate_every=every, training__epochs=epochs))
     to_the_end(loop)
-    assert [each.round for each in transport.measured(pb.SPLIT_TEST)] == at
-    assert [each.round for each in transport.measured(pb.SPLIT_TRAIN)] == list(range(3, 3 * epochs + 1, 3))
+    assert [each.steps_trained for each in transport.measured(pb.SPLIT_TEST)] == at
+    assert [each.steps_trained for each in transport.measured(pb.SPLIT_TRAIN)] == list(range(3, 3 * epochs + 1, 3))
     last = transport.measured(pb.SPLIT_TEST)[-1]
     score = loop.trainer.evaluate(loop.trainer._dataset.test)
     assert (last.accuracy, last.loss) == (score.accuracy, score.loss)
@@ -198,7 +201,7 @@ def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: 
             students=[{"name": "cnn", "model": "mlp"}],
         )
     )
-    with pytest.raises(PeerError, match="student 'cnn' has diverged in round 3: its loss is nan") as ended:
+    with pytest.raises(PeerError, match="student 'cnn' has diverged in step 3: its loss is nan") as ended:
         go(loop)
     assert ended.value.code is ExitCode.DIVERGED
 
@@ -209,17 +212,20 @@ def test_a_training_loss_that_is_not_finite_ends_the_student(tiny: Tiny, learn: 
 def test_what_a_report_says(tiny: Tiny, learn: Any) -> None:
     loop, transport = learn(tiny(training__checkpoint_every=0), clock=Clock(step=0.4))
     to_the_end(loop)
-    assert [each.round for each in transport.reports] == sorted(each.round for each in transport.reports)
+    assert [each.steps_trained for each in transport.reports] == sorted(
+        each.steps_trained for each in transport.reports
+    )
     assert len(transport.reports) >= 5, "after a second at the latest"
     last = transport.reports[-1]
-    assert (last.round, last.epoch) == (9, 3.0)
-    assert [each.epoch for each in transport.reports] == [each.round / 3 for each in transport.reports]
+    assert (last.steps_trained, last.epochs_trained) == (9, 3.0)
+    assert [each.epochs_trained for each in transport.reports] == [each.steps_trained / 3 for each in transport.reports]
+    assert [each.round for each in transport.reports] == [each.steps_trained for each in transport.reports]
     # The older of the two checkpoints kept is the one that it may have to go back to; the last is saved by finish().
     *others, saved = [(each.round, each.durable_round) for each in transport.reports]
     assert others == [(number, max(min(number, 8) - 1, 0)) for number, _ in others]
     assert saved == (9, 8)
-    assert all(each.step_seconds > each.wait_seconds > 0 for each in transport.reports[:-1])
-    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert all(seconds(each.step_time) > seconds(each.wait_time) > 0 for each in transport.reports[:-1])
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 steps")]
 
 
 def test_reports_are_at_least_a_second_apart_but_for_the_last(tiny: Tiny, learn: Any) -> None:
@@ -227,7 +233,7 @@ def test_reports_are_at_least_a_second_apart_but_for_the_last(tiny: Tiny, learn:
     to_the_end(loop)
     (only,) = transport.reports
     assert len(only.measurements) == 6
-    assert (only.step_seconds, only.durable_round) == (0, 0)
+    assert (seconds(only.step_time), only.durable_round) == (0, 0)
 
 
 def test_a_failed_student_says_so_and_saves_nothing(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
@@ -241,21 +247,21 @@ def test_a_failed_student_says_so_and_saves_nothing(tiny: Tiny, learn: Any, tmp_
 # --- saving
 
 
-def test_the_last_round_is_saved_whatever_the_interval(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
+def test_the_last_step_is_saved_whatever_the_interval(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
     loop, _ = learn(tiny(training__checkpoint_every=1e9))
     to_the_end(loop)
-    assert read(tmp_path / "run" / NEWEST).round == 9
+    assert read(tmp_path / "run" / NEWEST).step == 9
 
 
-def test_every_round_is_saved_if_asked_to(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
+def test_every_step_is_saved_if_asked_to(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
     loop, _ = learn(tiny(training__checkpoint_every=0))
     for number in range(1, 9):
         go(loop, 1)
-        assert read(tmp_path / "run" / NEWEST).round == number
+        assert read(tmp_path / "run" / NEWEST).step == number
     go(loop, 1)
-    assert read(tmp_path / "run" / NEWEST).round == 8, "the last one is saved by finish()"
+    assert read(tmp_path / "run" / NEWEST).step == 8, "the last one is saved by finish()"
     loop.finish()
-    assert read(tmp_path / "run" / NEWEST).round == 9
+    assert read(tmp_path / "run" / NEWEST).step == 9
 
 
 def test_checkpoints_are_apart_by_the_interval(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
@@ -266,7 +272,7 @@ def test_checkpoints_are_apart_by_the_interval(tiny: Tiny, learn: Any, tmp_path:
         clock.now += 4
         go(loop, 1)
         path = tmp_path / "run" / NEWEST
-        saved.append(read(path).round if path.exists() else 0)
+        saved.append(read(path).step if path.exists() else 0)
     assert saved == [0, 0, 3, 3, 3, 6, 6, 6]
 
 
@@ -275,13 +281,13 @@ def test_the_best_weights_are_kept(tiny: Tiny, learn: Any, tmp_path: Path, same:
     best, expected, at = -1.0, None, 0
     while not loop.done:
         go(loop, 1)
-        if loop.trainer.round % 3 == 0:
+        if loop.trainer.step % 3 == 0:
             accuracy = loop.trainer.evaluate(loop.trainer._dataset.test).accuracy
             if accuracy > best:
-                best, expected, at = accuracy, state(loop.trainer)["model"], loop.trainer.round
+                best, expected, at = accuracy, state(loop.trainer)["model"], loop.trainer.step
     loop.finish()
     kept = read(tmp_path / "run" / BEST)
-    assert kept.round == at
+    assert kept.step == at
     assert same(dict(kept.model), expected)
     assert kept.optimizer == {}
     assert max(each.accuracy for each in transport.measured(pb.SPLIT_TEST)) == best
@@ -308,10 +314,10 @@ def test_a_full_disk_is_logged_and_training_goes_on(
     assert all("student cnn" in line and str(tmp_path / "run") in line for line in errors)
     assert all("No space left on device; what was saved before stays" in line for line in errors)
     assert {line.split(" of ")[0] for line in errors} <= {"checkpoint", "best weights"}
-    assert read(tmp_path / "run" / NEWEST).round == 4
+    assert read(tmp_path / "run" / NEWEST).step == 4
     to_the_end(loop)
-    assert read(tmp_path / "run" / NEWEST).round == 9
-    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert read(tmp_path / "run" / NEWEST).step == 9
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 steps")]
 
 
 def test_a_student_that_cannot_be_saved_at_the_end_has_not_finished(
@@ -328,9 +334,9 @@ def test_a_student_that_cannot_be_saved_at_the_end_has_not_finished(
             loop.finish()
     assert transport.left == []
     again, transport = learn(tiny())
-    assert again.trainer.round == 5
+    assert again.trainer.step == 5
     to_the_end(again)
-    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 steps")]
 
 
 # --- going on
@@ -349,19 +355,20 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits_and_the_same_measurement
     stopped, before = learn(experiment)
     go(stopped, stop_after)
     if begun:
-        stopped.begin_round()
+        stopped.begin_step()
         stopped.trainer.prepare()
     stopped.stop()
-    assert before.left == [(pb.LEAVE_REASON_STOPPED, f"stopped after {stop_after} rounds")]
+    assert before.left == [(pb.LEAVE_REASON_STOPPED, f"stopped after {stop_after} steps")]
     resumed, after = learn(experiment)
     resumed.join()
-    assert after.joined[0].first_round == stop_after
+    assert after.joined[0].steps_trained == stop_after
+    assert after.joined[0].first_round == (stop_after if method == "kdcl" else 0)
     to_the_end(resumed)
     assert same(state(resumed.trainer), state(undisturbed.trainer))
 
     def values(transport: RecordingTransport) -> dict[tuple[Any, int], tuple[float, ...]]:
         return {
-            (each.split, each.round): (each.accuracy, each.loss, each.distillation_loss)
+            (each.split, each.steps_trained): (each.accuracy, each.loss, each.distillation_loss)
             for each in transport.measured()
         }
 
@@ -373,12 +380,14 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits_and_the_same_measurement
 def test_what_the_server_may_not_have_is_told_again(tiny: Tiny, learn: Any) -> None:
     """A worker that dies after its checkpoint and before its report would not measure the epoch again."""
     loop, transport = learn(tiny(training__checkpoint_every=0))
-    transport.lost = [pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.25, loss=2, distillation_loss=0.0)]
+    transport.lost = [
+        pb.Measurement(split=pb.SPLIT_TEST, steps_trained=3, accuracy=0.25, loss=2, distillation_loss=0.0)
+    ]
     go(loop, 7)  # no report so far, and now it is gone
     assert transport.reports == []
     resumed, after = learn(tiny(training__checkpoint_every=0))
     to_the_end(resumed)
-    told = [(each.split, each.round) for each in after.measured()]
+    told = [(each.split, each.steps_trained) for each in after.measured()]
     assert told[0] == (pb.SPLIT_TEST, 3)
     assert after.measured()[0] == transport.lost[0]
     assert set(told) == {(split, number) for split in (pb.SPLIT_TRAIN, pb.SPLIT_TEST) for number in (3, 6, 9)}
@@ -393,8 +402,8 @@ def test_a_student_killed_at_its_very_end_reports_after_all(tiny: Tiny, learn: A
     resumed, after = learn(tiny())
     assert resumed.done
     to_the_end(resumed)
-    assert {each.round for each in after.measured(pb.SPLIT_TEST)} == {3, 6, 9}
-    assert after.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 rounds")]
+    assert {each.steps_trained for each in after.measured(pb.SPLIT_TEST)} == {3, 6, 9}
+    assert after.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 steps")]
 
 
 def test_the_best_accuracy_is_remembered(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
@@ -409,7 +418,7 @@ def test_the_best_accuracy_is_remembered(tiny: Tiny, learn: Any, tmp_path: Path)
     assert (tmp_path / "run" / BEST).read_bytes() == best, "nothing better came"
 
 
-def test_a_torn_checkpoint_costs_rounds_and_changes_no_bit(
+def test_a_torn_checkpoint_costs_steps_and_changes_no_bit(
     tiny: Tiny, learn: Any, tmp_path: Path, state: Any, same: Any
 ) -> None:
     experiment = tiny(training__checkpoint_every=0)
@@ -420,7 +429,7 @@ def test_a_torn_checkpoint_costs_rounds_and_changes_no_bit(
     path = tmp_path / "run" / NEWEST
     path.write_bytes(path.read_bytes()[:1000])
     resumed, _ = learn(experiment)
-    assert resumed.trainer.round == 4
+    assert resumed.trainer.step == 4
     to_the_end(resumed)
     assert same(state(resumed.trainer), state(undisturbed.trainer))
 
@@ -474,18 +483,18 @@ def test_the_watchdog_is_told_of_everything_that_may_take_time(tiny: Tiny, learn
     loop, _ = learn(experiment, watchdog=marks)
     loop.join()
     to_the_end(loop)
-    first, last = 0, loop.trainer.total_rounds
+    first, last = 0, loop.trainer.total_steps
     computing, waiting = 7, 1000 + 60 + 7
     assert marks.marks[:4] == [
-        (f"student 'cnn' at joining the run, round {first}", 100 + 60 + 7),
-        (f"student 'cnn' at the forward pass, round {first}", computing),
-        (f"student 'cnn' at waiting for the targets, round {first}", waiting),
-        (f"student 'cnn' at the backward pass, round {first}", computing),
+        (f"student 'cnn' at joining the run, step {first}", 100 + 60 + 7),
+        (f"student 'cnn' at the forward pass, step {first}", computing),
+        (f"student 'cnn' at waiting for the targets, step {first}", waiting),
+        (f"student 'cnn' at the backward pass, step {first}", computing),
     ]
     assert marks.marks[-3:] == [
-        (f"student 'cnn' at saving a checkpoint, round {last}", computing),
-        (f"student 'cnn' at reporting, round {last}", waiting),
-        (f"student 'cnn' at saying goodbye, round {last}", waiting),
+        (f"student 'cnn' at saving a checkpoint, step {last}", computing),
+        (f"student 'cnn' at reporting, step {last}", waiting),
+        (f"student 'cnn' at saying goodbye, step {last}", waiting),
     ]
-    evaluation = (f"student 'cnn' at an evaluation, round {last}", computing)
+    evaluation = (f"student 'cnn' at an evaluation, step {last}", computing)
     assert marks.marks.count(evaluation) > 2, "each batch is a step of its own"

@@ -30,15 +30,15 @@ class ClosingTransport:
     def __init__(self, frontier: int = 0) -> None:
         self.frontier = frontier
         self.joined: list[pb.JoinRequest] = []
-        self.sent: list[pb.Contribution] = []
+        self.sent: list[pb.ExchangeRequest] = []
         self.reports: list[pb.ReportRequest] = []
         self.left: list[tuple[int, str]] = []
 
     def join(self, request: pb.JoinRequest) -> pb.JoinResponse:
         self.joined.append(request)
-        return pb.JoinResponse(session=1, frontier=self.frontier, run="tiny")
+        return pb.JoinResponse(session_id=1, frontier=self.frontier, run="tiny")
 
-    def send(self, contribution: pb.Contribution) -> None:
+    def send(self, contribution: pb.ExchangeRequest) -> None:
         self.sent.append(contribution)
 
     def receive(self, number: int) -> pb.Targets:
@@ -82,8 +82,8 @@ def teacher(
 def teach(loop: TeacherLoop) -> None:
     loop.join()
     while not loop.done:
-        loop.begin_round()
-        loop.end_round()
+        loop.begin_step()
+        loop.end_step()
     loop.finish()
 
 
@@ -95,14 +95,15 @@ def test_a_run_from_its_first_round(teacher: Callable[..., tuple[TeacherLoop, Cl
     loop, transport = teacher()
     teach(loop)
     (request,) = transport.joined
-    assert (request.student, request.first_round, request.total_rounds) == ("old", 0, 9)
+    assert (request.participant, request.first_round, request.total_rounds) == ("old", 0, 9)
+    assert (request.steps_trained, request.total_steps) == (0, 9)
     assert {name: list(shape.dims) for name, shape in request.outputs.items()} == {"logits": [10]}
-    assert len(request.weights) == 64
+    assert len(request.weights_sha256) == 32
     assert [each.round for each in transport.sent] == list(range(9))
     measured = [each for report in transport.reports for each in report.measurements]
-    assert [(each.split, each.round) for each in measured] == [(pb.SPLIT_TEST, 0)], "evaluated once"
+    assert [(each.split, each.steps_trained) for each in measured] == [(pb.SPLIT_TEST, 0)], "evaluated once"
     assert [(each.round, each.durable_round) for each in transport.reports][-1] == (9, 9), "it needs no round again"
-    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "taught 9 rounds")]
+    assert transport.left == [(pb.LEAVE_REASON_FINISHED, "taught 9 steps")]
 
 
 @pytest.mark.parametrize("frontier", [1, 2, 5, 8, 9])
@@ -142,9 +143,30 @@ def test_it_publishes_in_rounds_that_exchange_alone(
     teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]],
 ) -> None:
     custom = {"method": "custom", "server": "a:b", "worker": "a:c", "every": 2, "start_epoch": 1}
-    loop, transport = teacher(3, distillation=custom)
+    loop, transport = teacher(distillation=custom)
     teach(loop)
-    assert [each.round for each in transport.sent] == [3, 5, 7]
+    (request,) = transport.joined
+    assert (request.total_rounds, request.total_steps) == (3, 9)
+    assert [each.round for each in transport.sent] == [0, 1, 2]
+    ids = [decode(each.batch.ids).tolist() for each in transport.sent]
+    assert ids == [loop._order.samples(step).tolist() for step in (3, 5, 7)]
+
+
+@pytest.mark.parametrize("frontier", [0, 1, 2, 3])
+def test_at_a_later_frontier_it_begins_at_that_rounds_step(
+    frontier: int, teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]]
+) -> None:
+    custom = {"method": "custom", "server": "a:b", "worker": "a:c", "every": 2, "start_epoch": 1}
+    loop, transport = teacher(frontier, distillation=custom)
+    loop.join()
+    assert loop.step == [3, 5, 7, 9][frontier]
+    assert [each.first_round for each in transport.joined] == [0], "a teacher needs no round"
+    assert transport.reports[-1].round == frontier
+    loop, transport = teacher(frontier, distillation=custom)
+    teach(loop)
+    assert [each.round for each in transport.sent] == list(range(frontier, 3))
+    assert (transport.reports[-1].round, transport.reports[-1].durable_round) == (3, 3)
+    assert transport.reports[-1].steps_trained == 9
 
 
 def test_stopped_and_failed(teacher: Callable[..., tuple[TeacherLoop, ClosingTransport]]) -> None:
@@ -152,7 +174,7 @@ def test_stopped_and_failed(teacher: Callable[..., tuple[TeacherLoop, ClosingTra
     loop.join()
     loop.stop()
     loop.fail("why")
-    assert transport.left == [(pb.LEAVE_REASON_STOPPED, "stopped at round 0"), (pb.LEAVE_REASON_FAILED, "why")]
+    assert transport.left == [(pb.LEAVE_REASON_STOPPED, "stopped at step 0"), (pb.LEAVE_REASON_FAILED, "why")]
 
 
 def test_weights_that_give_no_number_end_it(
@@ -167,7 +189,7 @@ def test_weights_that_give_no_number_end_it(
         weights,
     )
     loop, _ = teacher()
-    with pytest.raises(PeerError, match=r"teacher 'old': its logits are not finite in rounds 0 to 1; its weights are"):
+    with pytest.raises(PeerError, match=r"teacher 'old': its logits are not finite in steps 0 to 1; its weights are"):
         loop._prepare(0)
 
 

@@ -27,7 +27,7 @@ def export(
     student: Annotated[str, typer.Option(help="The student whose weights are written.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("exported"),
     which: Annotated[
-        Which, typer.Option(help="The weights after the last round, or those with the best test accuracy.")
+        Which, typer.Option(help="The weights after the last step, or those with the best test accuracy.")
     ] = Which.last,
 ) -> None:
     """Write a student's weights for plain PyTorch."""

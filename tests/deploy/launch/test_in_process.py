@@ -31,11 +31,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class RecordingView:
-    """A view that keeps each state that it is shown, and calls a function after each round."""
+    """A view that keeps each state that it is shown, and calls a function after each step."""
 
-    def __init__(self, after_round: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
         self.runs: list[pb.Run] = []
-        self._after_round = after_round
+        self._after_step = after_step
 
     def start(self, title: str) -> None:
         pass
@@ -45,7 +45,7 @@ class RecordingView:
 
     def offer(self, snapshot: Callable[[], pb.Run]) -> None:
         del snapshot
-        self._after_round()
+        self._after_step()
 
     def note(self, line: str) -> None:
         pass
@@ -114,12 +114,12 @@ def train(
 
 
 def bits(path: Path) -> dict[str, Any]:
-    """Return every student's round, weights and optimiser state, as bytes."""
+    """Return every student's step, weights and optimiser state, as bytes."""
     found: dict[str, Any] = {}
     for folder in sorted((path / "students").iterdir()):
         checkpoint = read(folder / "checkpoint.safetensors")
         found[folder.name] = (
-            checkpoint.round,
+            checkpoint.step,
             {name: value.numpy().tobytes() for name, value in checkpoint.model.items()},
             repr(checkpoint.optimizer),
         )
@@ -128,7 +128,7 @@ def bits(path: Path) -> dict[str, Any]:
 
 def measured(path: Path) -> dict[tuple[str, str, int], tuple[float, float, float | None]]:
     return {
-        (each.student, each.split, each.round): (each.accuracy, each.loss, each.distillation_loss)
+        (each.participant, each.split, each.steps_trained): (each.accuracy, each.loss, each.distillation_loss)
         for each in records.read(path / "metrics.jsonl")
         if isinstance(each, records.Measured)
     }
@@ -148,11 +148,12 @@ def test_every_ensemble_runs_and_two_runs_give_the_same_bits(method: str, tmp_pa
     assert train(experiment(method), tmp_path / "second") is ExitCode.OK
     ours = bits(tmp_path / "first")
     assert ours == bits(tmp_path / "second")
-    assert [rounds for rounds, _, _ in ours.values()] == [9, 9, 9]
+    assert [steps for steps, _, _ in ours.values()] == [9, 9, 9]
     run = view.runs[-1]
     assert run.complete
-    assert (run.frontier, run.total_rounds) == (9, 9)
-    assert {each.state for each in run.students} == {pb.STUDENT_STATE_FINISHED}
+    rounds = 0 if method == "independent" else 9
+    assert (run.frontier, run.total_rounds, run.steps_trained, run.total_steps) == (rounds, rounds, 9, 9)
+    assert {each.state for each in run.participants} == {pb.PARTICIPANT_STATE_FINISHED}
     results = measured(tmp_path / "first")
     assert results == measured(tmp_path / "second")
     assert results.keys() == {
@@ -174,20 +175,20 @@ def test_every_ensemble_trains_differently(tmp_path: Path) -> None:
     assert len(set(seen)) == len(METHODS)
 
 
-@pytest.mark.parametrize("rounds", [1, 4, 6])
-def test_stopped_and_resumed(rounds: int, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_stopped_and_resumed(steps: int, undisturbed: Path, tmp_path: Path) -> None:
     path, stop = tmp_path / "run", threading.Event()
     seen: list[int] = []
 
     def count() -> None:
         seen.append(1)
-        if len(seen) == rounds:
+        if len(seen) == steps:
             stop.set()
 
     view = RecordingView(count)
     assert train(experiment(), path, view, stop) is ExitCode.INTERRUPTED
-    assert {number for number, _, _ in bits(path).values()} == {rounds}
-    assert {each.state for each in view.runs[-1].students} == {pb.STUDENT_STATE_ABSENT}
+    assert {number for number, _, _ in bits(path).values()} == {steps}
+    assert {each.state for each in view.runs[-1].participants} == {pb.PARTICIPANT_STATE_DISCONNECTED}
     assert train(experiment(), path, resume=True) is ExitCode.OK
     assert bits(path) == bits(undisturbed)
     assert measured(path) == measured(undisturbed)
@@ -198,20 +199,20 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("method", ["min_logit", "general", "dml", "independent"])
-def test_students_that_resume_at_different_rounds_catch_up(
+def test_students_that_resume_at_different_steps_catch_up(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their checkpoints lie apart, and the run dies in the midst of a round; the closed rounds are in the journal."""
+    """Their checkpoints lie apart, and the run dies in the midst of a step; the closed rounds are in the journal."""
     assert train(experiment(method), tmp_path / "undisturbed") is ExitCode.OK
     save, begin = CheckpointStore.save, Trainer.begin
     due = {"cnn": (2, 7), "mlp": (4,), "adam": ()}
 
     def some(self: CheckpointStore, checkpoint: Any) -> None:
-        if checkpoint.round in due[checkpoint.student]:
+        if checkpoint.step in due[checkpoint.student]:
             save(self, checkpoint)
 
     def die(self: Trainer) -> Any:
-        if self.round == 7 and self.student == "adam":
+        if self.step == 7 and self.student == "adam":
             raise Killed
         return begin(self)
 

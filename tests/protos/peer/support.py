@@ -1,4 +1,4 @@
-"""Shared by the tests of transports: its messages, rounds of all students, and waiting."""
+"""Shared by the tests of transports: its messages, rounds of all participants, and waiting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity, identity_sha256
 from codistill.peer.grpc import GrpcTransport
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
@@ -30,39 +30,48 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) ->
         time.sleep(0.01)
 
 
-def request(experiment: Experiment, student: str = "cnn", first: int = 0, **changes: Any) -> pb.JoinRequest:
+def request(experiment: Experiment, participant: str = "cnn", first: int = 0, **changes: Any) -> pb.JoinRequest:
     fields: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
-        "student": student,
-        "experiment": identity(experiment),
-        "data": pb.DataFingerprint(digest="d", train_samples=48, classes=10),
+        "participant": participant,
+        "experiment_sha256": identity_sha256(experiment),
+        "experiment_json": identity(experiment),
+        "data": pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
         "outputs": {"logits": pb.Shape(dims=[10])},
         "first_round": first,
-        "total_rounds": 9,
+        "total_rounds": 9 if experiment.distillation.exchanges else 0,
+        "steps_trained": first,
+        "total_steps": 9,
     }
     return pb.JoinRequest(**{**fields, **changes})
 
 
-def contribution(number: int, seed: int) -> pb.Contribution:
+def contribution(number: int, seed: int) -> pb.ExchangeRequest:
     logits = torch.randn(16, 10, generator=torch.Generator().manual_seed(100 * seed + number))
     labels = torch.arange(16) % 10
-    samples = pb.Samples(
+    samples = pb.SampleOutputs(
         ids=encode(torch.arange(16) + number, "int64"),
         labels=encode(labels, "int64"),
         outputs={"logits": encode(logits, "float32")},
     )
-    return pb.Contribution(round=number, batch=samples)
+    return pb.ExchangeRequest(round=number, batch=samples)
 
 
-def report(number: int, *rounds: int, durable: int = 0) -> pb.ReportRequest:
+def report(number: int, *steps: int, durable: int = 0) -> pb.ReportRequest:
     measurements = [
-        pb.Measurement(split=pb.SPLIT_TEST, round=measured, accuracy=0.5, loss=measured) for measured in rounds
+        pb.Measurement(split=pb.SPLIT_TEST, steps_trained=measured, accuracy=0.5, loss=measured) for measured in steps
     ]
-    return pb.ReportRequest(round=number, epoch=number / 3, durable_round=durable, measurements=measurements)
+    return pb.ReportRequest(
+        steps_trained=number,
+        epochs_trained=number / 3,
+        round=number,
+        durable_round=durable,
+        measurements=measurements,
+    )
 
 
 def exchange_round(number: int, transports: list[GrpcTransport]) -> list[pb.Targets]:
-    """Exchange one round, every student on a thread of its own, as it would be in a process of its own."""
+    """Exchange one round, every participant on a thread of its own, as it would be in a process of its own."""
 
     def take_part(seed: int) -> pb.Targets:
         transports[seed].send(contribution(number, seed))

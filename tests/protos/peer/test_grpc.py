@@ -43,7 +43,7 @@ def test_rounds_are_exchanged(tiny: Tiny, serving: Any, connect: Connect) -> Non
     first, second = connect(server.address), connect(server.address)
     response = first.join(request(experiment, "cnn"))
     assert (response.run, response.frontier) == ("tiny", 0)
-    assert second.join(request(experiment, "mlp")).session > response.session
+    assert second.join(request(experiment, "mlp")).session_id > response.session_id
     for number in range(4):
         ours, theirs = exchange_round(number, [first, second])
         assert ours == theirs
@@ -63,7 +63,7 @@ def test_a_refused_join_says_why(tiny: Tiny, serving: Any, connect: Connect) -> 
     experiment = tiny()
     server = serving(experiment)
     for wrong, text in (
-        (request(experiment, "vit"), "student 'vit' is not one of this run's; allowed: cnn, mlp"),
+        (request(experiment, "vit"), "participant 'vit' is not one of this run's; allowed: cnn, mlp"),
         (request(tiny(seed=4)), "experiment field seed: the run has 3, this worker has 4"),
         (request(experiment, protocol_version=99), "protocol_version"),
         (request(experiment, first=5), "journal ends at round 0"),
@@ -158,7 +158,7 @@ def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: An
     for transport in transports:
         transport.leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
-    assert sorted((measured.student, measured.round) for measured in server.measured()) == [
+    assert sorted((measured.participant, measured.steps_trained) for measured in server.measured()) == [
         ("cnn", 5),
         ("cnn", 6),
         ("mlp", 5),
@@ -177,7 +177,7 @@ def test_a_student_that_finished_leaves_at_a_server_that_came_back(tiny: Tiny, s
     transports[1].leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
     assert server.events()[-1] == ("complete", "")
-    assert {(measured.student, measured.round) for measured in server.measured()} == {("cnn", 1)}
+    assert {(measured.participant, measured.steps_trained) for measured in server.measured()} == {("cnn", 1)}
 
 
 def test_the_older_of_two_workers_ends(tiny: Tiny, serving: Any, connect: Connect) -> None:
@@ -187,7 +187,9 @@ def test_the_older_of_two_workers_ends(tiny: Tiny, serving: Any, connect: Connec
     older.join(request(experiment))
     older.send(contribution(0, 0))
     newer.join(request(experiment))
-    with pytest.raises(PeerError, match="a newer worker of student 'cnn' has joined; this one must not go on") as ended:
+    with pytest.raises(
+        PeerError, match="a newer worker of participant 'cnn' has joined; this one must not go on"
+    ) as ended:
         older.receive(0)
     assert ended.value.code is ExitCode.SUPERSEDED
     newer.send(contribution(0, 0))
@@ -198,7 +200,7 @@ def test_the_older_of_two_workers_ends(tiny: Tiny, serving: Any, connect: Connec
 
 
 @pytest.mark.parametrize("call", ["report", "leave"])
-def test_a_worker_that_was_superseded_unnoticed_does_not_take_the_student_back(
+def test_a_worker_that_was_superseded_unnoticed_does_not_take_the_participant_back(
     call: str, tiny: Tiny, serving: Any, connect: Connect
 ) -> None:
     experiment = tiny()
@@ -231,7 +233,7 @@ def test_a_worker_whose_connection_was_lost_meanwhile_does_not_either(
     older._stream.cancel()
     older._stream = None  # what the old server said last is lost
     older._session.broke(Failure("UNAVAILABLE", "lost"), time.monotonic())
-    with pytest.raises(PeerError, match="a newer worker of student 'cnn' has joined") as ended:
+    with pytest.raises(PeerError, match="a newer worker of participant 'cnn' has joined") as ended:
         older.report(report(0))
     assert ended.value.code is ExitCode.SUPERSEDED
     newer.report(report(0))
@@ -274,8 +276,8 @@ def test_a_stop_interrupts_the_wait_and_the_session_stays_open_for_leave(
     transport.report(report(3, 3))
     transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
     assert transport.undelivered() == []
-    assert [measured.round for measured in server.measured()] == [3]
-    assert server.events()[-1] == ("left", "cnn")
+    assert [measured.steps_trained for measured in server.measured()] == [3]
+    assert server.events()[-1] == ("stopped", "cnn")
 
 
 @pytest.mark.parametrize("waits_in", ["receive", "nothing"])
@@ -301,7 +303,7 @@ def test_a_stop_while_the_server_is_away_is_no_error(waits_in: str, tiny: Tiny, 
     transport.report(report(3, 3))
     transport.leave(pb.LEAVE_REASON_STOPPED, "Ctrl-C")
     assert time.monotonic() - started < BOUND
-    assert [measured.round for measured in transport.undelivered()] == [3]
+    assert [measured.steps_trained for measured in transport.undelivered()] == [3]
 
 
 def test_a_stop_ends_the_search_for_a_server(connect: Connect) -> None:
@@ -326,29 +328,31 @@ def test_measurements_made_while_the_server_is_away_arrive_later_each_once(
     transport.join(request(experiment, outputs={}))
     expected: list[int] = []
 
-    def report_round(number: int) -> None:
+    def report_step(number: int) -> None:
         expected.append(number)
-        transport.report(report(number, number))
+        made = report(number, number)
+        made.round = 0  # nothing is exchanged
+        transport.report(made)
 
     for number in range(1, 4):
-        report_round(number)
+        report_step(number)
     server.stop()
     wait_for(lambda: not transport._connected, "the connection breaks")
     # The first of these finds the connection broken and waits for the server, in a thread for this test's sake.
-    thread, _ = in_background(lambda: [report_round(number) for number in range(4, 8)])
+    thread, _ = in_background(lambda: [report_step(number) for number in range(4, 8)])
     wait_for(lambda: transport._stream is None, "it noticed")
     server.start()
     thread.join(30)
     for number in range(8, 10):
-        report_round(number)
+        report_step(number)
     transport.leave(pb.LEAVE_REASON_STOPPED, "")
     assert transport.undelivered() == []
-    found = [(measured.student, measured.split, measured.round) for measured in server.measured()]
+    found = [(measured.participant, measured.split, measured.steps_trained) for measured in server.measured()]
     assert set(found) == {("cnn", "test", number) for number in expected}
     assert expected == list(range(1, 10))
     # The reader lets a later line stand for an earlier one; what was on its way when the server went may be there twice.
     assert len(found) <= len(expected) + 3
-    assert {measured.loss == measured.round for measured in server.measured()} == {True}, "each its own values"
+    assert {measured.loss == measured.steps_trained for measured in server.measured()} == {True}, "each its own values"
 
 
 # --- servers that cannot be reached, or are none

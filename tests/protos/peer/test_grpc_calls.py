@@ -53,7 +53,7 @@ class TestReadFailure:
 
 class TestDecoding:
     def test_a_reply_needs_its_checksum(self) -> None:
-        reply = pb.ExchangeReply(targets=pb.Targets(round=3))
+        reply = pb.ExchangeResponse(targets=pb.Targets(round=3))
         raw = append_checksum(reply)
         assert decode_reply(raw).targets.round == 3
         for wrong in (reply.SerializeToString(), raw[1:], raw[:-1] + b"\0", b""):
@@ -62,10 +62,10 @@ class TestDecoding:
 
     def test_a_join_response_may_come_without_one(self) -> None:
         """A server that does not know the service answers without a checksum, and is refused by its status."""
-        response = pb.JoinResponse(session=7, run="r")
+        response = pb.JoinResponse(session_id=7, run="r")
         assert decode_join_response(response.SerializeToString()) == response
         raw = append_checksum(response)
-        assert decode_join_response(raw).session == 7
+        assert decode_join_response(raw).session_id == 7
         for wrong in (raw[:-4] + bytes(4), b"\xff"):
             with pytest.raises(Damaged, match=f"a JoinResponse of {len(wrong)} bytes was damaged"):
                 decode_join_response(wrong)

@@ -15,8 +15,8 @@ class Call:
     """A call under way that ends when a test says so."""
 
     def __init__(self, request: pb.ReportRequest) -> None:
-        self.sent = [measurement.round for measurement in request.measurements]
-        self.session = request.session
+        self.sent = [measurement.steps_trained for measurement in request.measurements]
+        self.session_id = request.session_id
         self.error: grpc.RpcError | None = None
         self._done = False
 
@@ -54,7 +54,7 @@ class Calls:
         self.reports.send(session_id, self)
 
     def undelivered(self) -> list[int]:
-        return [measurement.round for measurement in self.reports.undelivered()]
+        return [measurement.steps_trained for measurement in self.reports.undelivered()]
 
 
 def test_reports_that_wait_are_merged_into_the_next() -> None:
@@ -67,7 +67,7 @@ def test_reports_that_wait_are_merged_into_the_next() -> None:
     assert calls.undelivered() == [2, 3]
     assert calls.arrived == 1
     calls.send(4, session_id=9)
-    assert [(call.session, call.sent) for call in calls.made] == [(1, [1]), (9, [2, 3, 4])]
+    assert [(call.session_id, call.sent) for call in calls.made] == [(1, [1]), (9, [2, 3, 4])]
 
 
 def test_a_lost_report_goes_with_the_next_and_first() -> None:
@@ -86,7 +86,7 @@ def test_flush_waits_for_the_report_on_its_way_and_delivers_the_rest() -> None:
     calls.send(1)
     calls.send(2)
     calls.reports.flush(5, calls)
-    assert [(call.session, call.sent) for call in calls.made] == [(1, [1]), (5, [2])]
+    assert [(call.session_id, call.sent) for call in calls.made] == [(1, [1]), (5, [2])]
     assert calls.undelivered() == []
     assert calls.arrived == 2
     calls.reports.flush(5, calls)

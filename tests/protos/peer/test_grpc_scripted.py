@@ -16,26 +16,27 @@ from codistill.peer.errors import PeerError
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationServicer, add_DistillationServicer_to_server
+from codistill.v1.distillation_pb2_grpc import DistillationServiceServicer, add_DistillationServiceServicer_to_server
 from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, parse_session, verify_checksum
 from codistill.wire.tensors import decode, encode
+from codistill.wire.times import duration
 from protos.peer.support import BOUND, Connect, contribution, report, wait_for
 
 
-class Script(DistillationServicer):
+class Script(DistillationServiceServicer):
     """A server that does what a test tells it; by default it answers every contribution with targets of its own."""
 
     def __init__(self) -> None:
         self.joins: list[pb.JoinRequest] = []
         self.sent: list[tuple[int, int]] = []
-        self.contributions: list[pb.Contribution] = []
+        self.contributions: list[pb.ExchangeRequest] = []
         self.reports: list[pb.ReportRequest] = []
         self.left: list[pb.LeaveRequest] = []
-        self.answer: Callable[[int, int, Any], Iterator[pb.ExchangeReply]] = lambda _session, number, _context: iter(
+        self.answer: Callable[[int, int, Any], Iterator[pb.ExchangeResponse]] = lambda _session, number, _context: iter(
             [reply(number)]
         )
-        self.on_join: Callable[[int], pb.JoinResponse] = lambda number: pb.JoinResponse(session=number, run="script")
+        self.on_join: Callable[[int], pb.JoinResponse] = lambda number: pb.JoinResponse(session_id=number, run="script")
         self.on_report: Callable[[int, Any], None] = lambda _number, _context: None
         self.on_leave: Callable[[int, Any], None] = lambda _number, _context: None
 
@@ -46,7 +47,7 @@ class Script(DistillationServicer):
         self.joins.append(taken)
         return self.on_join(len(self.joins))
 
-    def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeReply]:  # noqa: N802
+    def Exchange(self, request_iterator: Any, context: Any) -> Iterator[pb.ExchangeResponse]:  # noqa: N802
         session = parse_session(dict(context.invocation_metadata())[SESSION_KEY])
         assert session is not None
         context.send_initial_metadata(())
@@ -66,13 +67,13 @@ class Script(DistillationServicer):
         return pb.LeaveResponse()
 
 
-def reply(number: int) -> pb.ExchangeReply:
+def reply(number: int) -> pb.ExchangeResponse:
     values = {"logits": encode(torch.full((1, 1), float(number)), "float32")}
-    return with_checksum(pb.ExchangeReply(targets=pb.Targets(round=number, targets=values)))
+    return with_checksum(pb.ExchangeResponse(targets=pb.Targets(round=number, targets=values)))
 
 
-def with_checksum(message: pb.ExchangeReply) -> pb.ExchangeReply:
-    return pb.ExchangeReply.FromString(append_checksum(message))
+def with_checksum(message: pb.ExchangeResponse) -> pb.ExchangeResponse:
+    return pb.ExchangeResponse.FromString(append_checksum(message))
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def script() -> Iterator[tuple[Script, str]]:
     made = Script()
     with ThreadPoolExecutor(8) as pool:
         server = grpc.server(pool)
-        add_DistillationServicer_to_server(made, server)
+        add_DistillationServiceServicer_to_server(made, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield made, f"127.0.0.1:{port}"
@@ -94,7 +95,7 @@ def value(targets: pb.Targets) -> float:
 def test_a_lost_reply_is_asked_for_again(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def lose_it(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def lose_it(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         if session == 1 and number == 6:
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         yield reply(number)
@@ -112,10 +113,12 @@ def test_a_lost_reply_is_asked_for_again(script: tuple[Script, str], connect: Co
 def test_duplicated_and_late_replies_are_passed_over(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def stutter(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def stutter(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         if number:
             yield reply(number - 1)
-        yield with_checksum(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+        yield with_checksum(
+            pb.ExchangeResponse(waiting=pb.Waiting(round=number, participants=["mlp"], elapsed=duration(1)))
+        )
         yield reply(number)
         yield reply(number)
 
@@ -134,7 +137,7 @@ def test_a_stream_that_ends_without_being_superseded_is_opened_again(
 ) -> None:
     server, address = script
 
-    def once(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def once(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         if session == 1 and how == "aborted":
             context.abort(grpc.StatusCode.ABORTED, "evicted; join again")
         if session == 1:
@@ -152,7 +155,7 @@ def test_a_stream_that_ends_without_being_superseded_is_opened_again(
 def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         answer = reply(number)
         if session == 1:
             answer.targets.targets["logits"].CopyFrom(encode(torch.full((1, 1), 99.0), "float32"))
@@ -162,7 +165,7 @@ def test_a_damaged_reply_is_never_used_and_asked_for_again(script: tuple[Script,
 
     server.answer = damage
     transport = connect(address)
-    transport.join(pb.JoinRequest(student="cnn"))
+    transport.join(pb.JoinRequest(participant="cnn"))
     transport.send(contribution(3, 0))
     assert value(transport.receive(3)) == 3.0
     assert server.sent == [(1, 3), (2, 3), (3, 3)]
@@ -173,7 +176,7 @@ def test_a_stream_that_stands_but_lost_the_contribution_is_left(script: tuple[Sc
     server, address = script
     server.answer = lambda session, number, _: iter([reply(number)] if session == 3 else [])
     transport = connect(address, silence_after=0.5)
-    transport.join(pb.JoinRequest(student="cnn"))
+    transport.join(pb.JoinRequest(participant="cnn"))
     transport.send(contribution(3, 0))
     started = time.monotonic()
     assert value(transport.receive(3)) == 3.0
@@ -184,15 +187,17 @@ def test_a_stream_that_stands_but_lost_the_contribution_is_left(script: tuple[Sc
 def test_a_server_that_sends_notices_is_not_left(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def notices(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def notices(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         for _ in range(10):
             time.sleep(0.1)
-            yield with_checksum(pb.ExchangeReply(waiting=pb.Waiting(round=number, students=["mlp"], seconds=1)))
+            yield with_checksum(
+                pb.ExchangeResponse(waiting=pb.Waiting(round=number, participants=["mlp"], elapsed=duration(1)))
+            )
         yield reply(number)
 
     server.answer = notices
     transport = connect(address, silence_after=0.6)
-    transport.join(pb.JoinRequest(student="cnn"))
+    transport.join(pb.JoinRequest(participant="cnn"))
     transport.send(contribution(3, 0))
     assert value(transport.receive(3)) == 3.0
     assert server.sent == [(1, 3)]
@@ -207,14 +212,14 @@ def test_failures_that_damage_can_cause_pass(
     server, address = script
     damaged = {1, 2, 4, 5}
 
-    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def damage(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         if session in damaged:
             context.abort(code, "frame of unknown type")
         yield reply(number)
 
     server.answer = damage
     transport = connect(address)
-    transport.join(pb.JoinRequest(student="cnn"))
+    transport.join(pb.JoinRequest(participant="cnn"))
     for number in (3, 4):
         transport.send(contribution(number, 0))
         assert value(transport.receive(number)) == number
@@ -223,7 +228,7 @@ def test_failures_that_damage_can_cause_pass(
     transport.close()
     damaged |= set(range(100))
     again = connect(address)
-    again.join(pb.JoinRequest(student="cnn"))
+    again.join(pb.JoinRequest(participant="cnn"))
     again.send(contribution(5, 0))
     with pytest.raises(PeerError, match="frame of unknown type") as ended:
         again.receive(5)
@@ -233,31 +238,33 @@ def test_failures_that_damage_can_cause_pass(
 def test_what_is_sent_has_a_checksum(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
     transport = connect(address)
-    transport.join(pb.JoinRequest(student="cnn"))
+    transport.join(pb.JoinRequest(participant="cnn"))
     sent = contribution(3, 0)
     transport.send(sent)
     transport.receive(3)
     transport.report(report(4, 4))
     transport.leave(pb.LEAVE_REASON_FINISHED, "done")
     assert [found.checksum for found in server.contributions] == [
-        pb.Contribution.FromString(append_checksum(sent, "1")).checksum,
+        pb.ExchangeRequest.FromString(append_checksum(sent, "1")).checksum,
     ]
     for message in (*server.joins, *server.reports, *server.left):
         assert verify_checksum(message.SerializeToString())
 
 
 def test_a_damaged_response_to_a_join_opens_no_session(script: tuple[Script, str], connect: Connect) -> None:
-    """Another's session in it would have this student take the other's place."""
+    """Another's session in it would have this participant take the other's place."""
     server, address = script
-    server.on_join = lambda number: pb.JoinResponse(session=number, run="script", checksum=1 if number == 1 else None)
+    server.on_join = lambda number: pb.JoinResponse(
+        session_id=number, run="script", checksum=1 if number == 1 else None
+    )
     transport = connect(address)
-    assert transport.join(pb.JoinRequest(student="cnn")).session == 2
+    assert transport.join(pb.JoinRequest(participant="cnn")).session_id == 2
 
 
 def test_superseded_is_read_from_the_trailing_metadata(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def supersede(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def supersede(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         context.set_trailing_metadata(((SUPERSEDED_KEY, "1"),))
         context.abort(grpc.StatusCode.ABORTED, "a newer worker is here")
         yield reply(number)
@@ -275,7 +282,7 @@ def test_superseded_is_read_from_the_trailing_metadata(script: tuple[Script, str
 def test_a_server_that_breaks_every_stream_is_given_up(script: tuple[Script, str], connect: Connect) -> None:
     server, address = script
 
-    def never(session: int, number: int, context: Any) -> Iterator[pb.ExchangeReply]:
+    def never(session: int, number: int, context: Any) -> Iterator[pb.ExchangeResponse]:
         context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
         yield reply(number)
 
@@ -315,10 +322,10 @@ def test_a_report_that_fails_goes_with_the_next(script: tuple[Script, str], conn
     transport.join(pb.JoinRequest())
     transport.report(report(1, 1))
     wait_for(lambda: server.reports, "the first report")
-    assert [found.round for found in transport.undelivered()] == [1]
+    assert [found.steps_trained for found in transport.undelivered()] == [1]
     transport.leave(pb.LEAVE_REASON_STOPPED, "")
     assert transport.undelivered() == []
-    assert [[found.round for found in one.measurements] for one in server.reports] == [[1], [1]]
+    assert [[found.steps_trained for found in one.measurements] for one in server.reports] == [[1], [1]]
     assert [found.reason for found in server.left] == [pb.LEAVE_REASON_STOPPED]
 
 
@@ -347,10 +354,10 @@ def test_one_report_is_under_way_at_a_time_and_none_waits(script: tuple[Script, 
     transport.join(pb.JoinRequest())
     for number in range(1, 6):
         transport.report(report(number, number, 10 + number))
-    assert sorted(found.round for found in transport.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
+    assert sorted(found.steps_trained for found in transport.undelivered()) == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15]
     go_on.set()
     transport.leave(pb.LEAVE_REASON_FINISHED, "")
-    assert [[found.round for found in one.measurements] for one in server.reports] == [
+    assert [[found.steps_trained for found in one.measurements] for one in server.reports] == [
         [1, 11],
         [2, 12, 3, 13, 4, 14, 5, 15],
     ]
@@ -369,7 +376,7 @@ def test_a_leave_that_fails_is_repeated_in_a_new_session(script: tuple[Script, s
     transport.join(pb.JoinRequest())
     transport.report(report(9, 9))
     transport.leave(pb.LEAVE_REASON_FINISHED, "done")
-    assert [found.session for found in server.left] == [1, 2, 3]
+    assert [found.session_id for found in server.left] == [1, 2, 3]
     assert [found.first_round for found in server.joins] == [0, 9, 9]
     assert len(server.reports) == 1
 

@@ -14,7 +14,7 @@ import pytest
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity_sha256
 from codistill.peer.errors import PeerError
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
@@ -27,24 +27,25 @@ Tiny = Callable[..., Experiment]
 CONNECT_TIMEOUT = 10.0
 
 
-def request(experiment: Experiment, student: str) -> pb.JoinRequest:
+def request(experiment: Experiment, participant: str) -> pb.JoinRequest:
     return pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
-        student=student,
-        experiment=identity(experiment),
-        data=pb.DataFingerprint(digest="d", train_samples=48, classes=10),
+        participant=participant,
+        experiment_sha256=identity_sha256(experiment),
+        data=pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
         outputs={"logits": pb.Shape(dims=[10])},
         total_rounds=9,
+        total_steps=9,
     )
 
 
-def join(experiment: Experiment, address: str, security: Security, student: str = "mlp") -> None:
+def join(experiment: Experiment, address: str, security: Security, participant: str = "mlp") -> None:
     """Join and leave again."""
     transport = GrpcTransport(
         address, connect_timeout=CONNECT_TIMEOUT, give_up_after=5, stop=threading.Event(), security=security
     )
     try:
-        transport.join(request(experiment, student))
+        transport.join(request(experiment, participant))
         transport.leave(pb.LEAVE_REASON_STOPPED, "")
     finally:
         transport.close()
@@ -132,7 +133,7 @@ def test_a_worker_that_is_refused_reads_what_to_change(
     worker, ca, token = theirs[0] and "worker", theirs[0] and "ca", theirs[2] if len(theirs) > 2 else None
     if theirs[0] in (None, "server"):
         join(experiment, server.address, certificates.of(worker, ca, token))
-        assert server.events() == [("joined", "mlp"), ("left", "mlp")]
+        assert server.events() == [("joined", "mlp"), ("stopped", "mlp")]
     server.stop()
     seen = [text, caplog.text, *capfd.readouterr(), *(_text(path) for path in _files(server.folder))]
     assert not any(secret in part for secret in (TOKEN, WRONG_TOKEN) for part in seen)
@@ -220,7 +221,7 @@ def test_too_many_joins_are_waited_out(tiny: Tiny, serving: Any, monkeypatch: py
     experiment = tiny()
     server = serving(experiment)
     with grpc.insecure_channel(server.address) as channel:
-        ask = channel.unary_unary("/codistill.v1.Distillation/Join", pb.JoinRequest.SerializeToString)
+        ask = channel.unary_unary("/codistill.v1.DistillationService/Join", pb.JoinRequest.SerializeToString)
         error: Any = None
         for _ in range(1000):
             try:
@@ -229,9 +230,9 @@ def test_too_many_joins_are_waited_out(tiny: Tiny, serving: Any, monkeypatch: py
                 error = refused
                 break
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "student 'mlp': more than 5 joins a second" in error.details()
+    assert "participant 'mlp': more than 5 joins a second" in error.details()
     assert "try again in" in error.details()
     assert 1 <= int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) <= 200
     join(experiment, server.address, Security())  # its first tries meet the limit too
-    assert server.events()[-1] == ("left", "mlp")
+    assert server.events()[-1] == ("stopped", "mlp")
     join(experiment, server.address, Security(), "cnn")

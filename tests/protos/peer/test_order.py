@@ -1,4 +1,4 @@
-"""The samples of each round follow from the seed."""
+"""The samples of each step follow from the seed."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))
-def test_a_round_is_a_slice_of_its_epoch(seed: int, size: int, batch_size: int, round_number: int) -> None:
+def test_a_step_is_a_slice_of_its_epoch(seed: int, size: int, batch_size: int, step: int) -> None:
     if batch_size > size:
         with pytest.raises(ValueError, match=f"batch_size: {batch_size} is not allowed; it is from 1 to the {size}"):
             Order(seed, size, batch_size)
         return
     order = Order(seed, size, batch_size)
-    assert order.rounds_per_epoch == size // batch_size
-    epoch, position = divmod(round_number, order.rounds_per_epoch)
-    assert order.epoch(round_number) == epoch
+    assert order.steps_per_epoch == size // batch_size
+    epoch, position = divmod(step, order.steps_per_epoch)
+    assert order.epoch(step) == epoch
     expected = epoch_order(seed, epoch, size)[position * batch_size : (position + 1) * batch_size]
-    assert torch.equal(order.samples(round_number), expected)
+    assert torch.equal(order.samples(step), expected)
     assert len(expected) == batch_size
 
 
-def test_rounds_may_be_asked_for_in_any_order() -> None:
+def test_steps_may_be_asked_for_in_any_order() -> None:
     forward, order = Order(3, 20, 6), Order(3, 20, 6)
-    expected = [forward.samples(round_number).tolist() for round_number in range(9)]
-    assert [order.samples(round_number).tolist() for round_number in reversed(range(9))] == expected[::-1]
+    expected = [forward.samples(step).tolist() for step in range(9)]
+    assert [order.samples(step).tolist() for step in reversed(range(9))] == expected[::-1]
 
 
-def test_what_a_caller_does_to_a_round_stays_with_it() -> None:
+def test_what_a_caller_does_to_a_step_stays_with_it() -> None:
     order = Order(3, 20, 6)
     before = order.samples(1).tolist()
     order.samples(1).zero_()

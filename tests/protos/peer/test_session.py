@@ -113,9 +113,9 @@ def test_a_server_never_reached_is_given_up_after_connect_timeout() -> None:
         (SUPERSEDED, ExitCode.SUPERSEDED, "a newer worker has joined"),
         (Failure("UNIMPLEMENTED", "no such method"), ExitCode.REFUSED, "does not answer as an aggregation server"),
         (
-            Failure("INVALID_ARGUMENT", "the student has diverged"),
+            Failure("INVALID_ARGUMENT", "the participant has diverged"),
             ExitCode.DIVERGED,
-            "refused: the student has diverged",
+            "refused: the participant has diverged",
         ),
     ],
 )
@@ -215,7 +215,7 @@ def test_one_that_comes_back_at_the_last_moment_is_listened_to() -> None:
     [
         (SUPERSEDED, ExitCode.SUPERSEDED),
         (REFUSED, ExitCode.REFUSED),
-        (Failure("INVALID_ARGUMENT", "the student has diverged"), ExitCode.DIVERGED),
+        (Failure("INVALID_ARGUMENT", "the participant has diverged"), ExitCode.DIVERGED),
         (Failure("PERMISSION_DENIED", "not you"), ExitCode.REFUSED),
     ],
 )
@@ -399,7 +399,7 @@ def test_reconnecting_asks_how_the_stream_ended_before_it_joins_again() -> None:
     assert session.step(0, 0) == Done()
 
 
-def test_leave_of_a_finished_student_is_repeated_in_a_new_session() -> None:
+def test_leave_of_a_finished_participant_is_repeated_in_a_new_session() -> None:
     session = joined()
     session.leave(0, finished=True, active=True)
     for now, failure in ((1.0, GONE), (2.0, OVER)):
@@ -415,7 +415,7 @@ def test_leave_of_a_finished_student_is_repeated_in_a_new_session() -> None:
     assert session.step(3, 0.5) == Done()
 
 
-def test_leave_of_a_finished_student_has_a_limit_and_may_be_refused() -> None:
+def test_leave_of_a_finished_participant_has_a_limit_and_may_be_refused() -> None:
     session = joined()
     session.leave(0, finished=True, active=True)
     raises(ExitCode.REFUSED, "seed: 3, not 4", lambda: session.leave_failed(REFUSED, 1))

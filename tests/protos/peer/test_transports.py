@@ -47,9 +47,9 @@ class Endpoint:
     layout: RunLayout
     connect: Callable[[], Transport]
 
-    def join(self, student: str, first_round: int = 0) -> Transport:
+    def join(self, participant: str, first_round: int = 0) -> Transport:
         transport = self.connect()
-        transport.join(request(self.experiment, student, first_round))
+        transport.join(request(self.experiment, participant, first_round))
         return transport
 
     def join_all(self) -> list[Transport]:
@@ -57,11 +57,11 @@ class Endpoint:
 
     def events(self) -> list[tuple[str, str]]:
         found = records.read(self.layout.events_file)
-        return [(record.what, record.student) for record in found if isinstance(record, records.Happened)]
+        return [(record.what, record.participant) for record in found if isinstance(record, records.Happened)]
 
     def measured(self) -> set[tuple[str, int]]:
         found = records.read(self.layout.metrics_file)
-        return {(record.student, record.round) for record in found if isinstance(record, records.Measured)}
+        return {(record.participant, record.steps_trained) for record in found if isinstance(record, records.Measured)}
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def exchange_round(transports: list[Transport], round_number: int) -> list[bytes
     return [targets.SerializeToString(deterministic=True) for targets in received]
 
 
-def send_and_receive(transport: Transport, sent: pb.Contribution) -> pb.Targets:
+def send_and_receive(transport: Transport, sent: pb.ExchangeRequest) -> pb.Targets:
     """Exchange a round; a transport may raise from either call what ends the peer."""
     transport.send(sent)
     return transport.receive(sent.round)
@@ -165,12 +165,12 @@ def test_join_returns_a_session_and_where_the_run_is(endpoint: Endpoint) -> None
     first = endpoint.connect().join(request(endpoint.experiment, "cnn"))
     second = endpoint.connect().join(request(endpoint.experiment, "mlp"))
     assert (first.run, first.frontier) == (second.run, second.frontier) == ("tiny", 0)
-    assert 0 < first.session < second.session
+    assert 0 < first.session_id < second.session_id
     assert endpoint.events() == [("joined", "cnn"), ("joined", "mlp")]
 
 
 def test_a_join_that_is_refused_says_why(endpoint: Endpoint) -> None:
-    with pytest.raises(PeerError, match="student 'vit' is not one of this run's; allowed: cnn, mlp") as refused:
+    with pytest.raises(PeerError, match="participant 'vit' is not one of this run's; allowed: cnn, mlp") as refused:
         endpoint.join("vit")
     assert refused.value.code is ExitCode.REFUSED
 
@@ -216,7 +216,7 @@ def test_a_report_arrives_and_is_not_repeated(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "event"),
-    [(pb.LEAVE_REASON_FINISHED, "finished"), (pb.LEAVE_REASON_STOPPED, "left"), (pb.LEAVE_REASON_FAILED, "failed")],
+    [(pb.LEAVE_REASON_FINISHED, "finished"), (pb.LEAVE_REASON_STOPPED, "stopped"), (pb.LEAVE_REASON_FAILED, "failed")],
     ids=["finished", "stopped", "failed"],
 )
 def test_leave_is_known_to_the_run_when_it_returns(
@@ -285,11 +285,13 @@ def test_join_publishes_what_was_sent_before(endpoint: Endpoint) -> None:
     ],
     ids=["send and receive", "receive", "report", "leave finished"],
 )
-def test_a_newer_peer_of_the_student_ends_the_older(endpoint: Endpoint, call: Callable[[Transport], object]) -> None:
+def test_a_newer_peer_of_the_participant_ends_the_older(
+    endpoint: Endpoint, call: Callable[[Transport], object]
+) -> None:
     older, newer = endpoint.join("cnn"), endpoint.join("cnn")
     ended = ended_by(lambda: call(older))
     assert ended.code is ExitCode.SUPERSEDED
-    assert "a newer worker of student 'cnn' has joined; this one must not go on" in str(ended)
+    assert "a newer worker of participant 'cnn' has joined; this one must not go on" in str(ended)
     older.leave(pb.LEAVE_REASON_FAILED, str(ended))
     older.close()
     # A call of the older that arrives before it knows is refused, and recorded as such.
@@ -309,7 +311,7 @@ def test_a_superseded_peer_cannot_join_again(endpoint: Endpoint) -> None:
 def test_a_report_of_a_superseded_peer_stays_undelivered(endpoint: Endpoint) -> None:
     older, _ = endpoint.join("cnn"), endpoint.join("cnn")
     ended_by(lambda: older.report(report(0, 3)))
-    assert {measurement.round for measurement in older.undelivered()} == {3}
+    assert {measurement.steps_trained for measurement in older.undelivered()} == {3}
     assert not endpoint.measured()
 
 
@@ -336,7 +338,7 @@ def test_a_report_that_is_invalid_ends_a_peer_that_finishes(endpoint: Endpoint) 
         transport.report(report(10, 1))  # raises here, or at the end of the session
         transport.leave(pb.LEAVE_REASON_FINISHED, "")
 
-    with pytest.raises(PeerError, match="round: 10 is") as refused:
+    with pytest.raises(PeerError, match="steps_trained: 10 is") as refused:
         report_and_finish()
     assert refused.value.code is ExitCode.REFUSED
-    assert {measurement.round for measurement in transport.undelivered()} == {1}
+    assert {measurement.steps_trained for measurement in transport.undelivered()} == {1}

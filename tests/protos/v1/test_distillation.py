@@ -46,7 +46,7 @@ def names(kind: str) -> list[str]:
 def test_the_file_as_read_here_is_the_file_as_compiled() -> None:
     file = pb.DESCRIPTOR
     assert names("service") == list(file.services_by_name)
-    assert names("rpc") == [method.name for method in file.services_by_name["Distillation"].methods]
+    assert names("rpc") == [method.name for method in file.services_by_name["DistillationService"].methods]
     assert names("message") == list(file.message_types_by_name)
     assert names("enum") == list(file.enum_types_by_name)
     assert names("value") == [value.name for enum in file.enum_types_by_name.values() for value in enum.values]
@@ -106,18 +106,18 @@ def test_the_stubs_speak_the_service_of_the_file() -> None:
     rpcs = [match.groups() for match in map(pattern.match, LINES) if match]
     assert [name for name, *_ in rpcs] == names("rpc")
     channel = FakeChannel()
-    rpc.DistillationStub(channel)  # type: ignore[arg-type]
-    assert sorted(channel.calls) == sorted(f"/codistill.v1.Distillation/{name}" for name, *_ in rpcs)
-    methods = pb.DESCRIPTOR.services_by_name["Distillation"].methods_by_name
+    rpc.DistillationServiceStub(channel)  # type: ignore[arg-type]
+    assert sorted(channel.calls) == sorted(f"/codistill.v1.DistillationService/{name}" for name, *_ in rpcs)
+    methods = pb.DESCRIPTOR.services_by_name["DistillationService"].methods_by_name
     for name, client, request, server, response in rpcs:
         streams = (client is not None, server is not None)
         assert (methods[name].client_streaming, methods[name].server_streaming) == streams
         assert (methods[name].input_type.name, methods[name].output_type.name) == (request, response)
-        *stub_streams, serialize, parse = channel.calls[f"/codistill.v1.Distillation/{name}"]
+        *stub_streams, serialize, parse = channel.calls[f"/codistill.v1.DistillationService/{name}"]
         assert tuple(stub_streams) == streams
         assert serialize(getattr(pb, request)()) == b""
         assert parse(b"") == getattr(pb, response)()
-        assert callable(getattr(rpc.DistillationServicer, name))
+        assert callable(getattr(rpc.DistillationServiceServicer, name))
 
 
 def test_nothing_on_the_wire_shares_a_number_and_zero_means_unspecified() -> None:

@@ -17,15 +17,16 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf.duration_pb2 import Duration
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill_server.ensembles.kdcl import min_logit
 from protos.peer import support
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
 VERSION = int(re.findall(r"It is (\d+) now\.", PAGE)[0])
-SERVICE = pb.DESCRIPTOR.services_by_name["Distillation"].full_name
+SERVICE = pb.DESCRIPTOR.services_by_name["DistillationService"].full_name
 NAME, OTHER = "cnn", "mlp"
 BATCH, CLASSES, ROUNDS = 16, 10, 3
 LABELS = np.arange(BATCH) % CLASSES
@@ -57,18 +58,18 @@ def crc32c(content: bytes) -> int:
 
 
 def with_checksum(message: Any, covered_first: str = "") -> bytes:
-    """Return a message's bytes, then the tag of field 15 as a fixed32, then the CRC-32C."""
+    """Return a message's bytes, then the tag of field 100 as a fixed32, then the CRC-32C."""
     raw: bytes = message.SerializeToString()
-    return raw + struct.pack("<BI", 0x7D, crc32c(covered_first.encode() + raw))
+    return raw + b"\xa5\x06" + struct.pack("<I", crc32c(covered_first.encode() + raw))
 
 
 def undamaged(raw: bytes) -> bytes:
-    assert raw[-5:-4] == b"\x7d"
-    assert struct.unpack("<I", raw[-4:]) == (crc32c(raw[:-5]),)
+    assert raw[-6:-4] == b"\xa5\x06"
+    assert struct.unpack("<I", raw[-4:]) == (crc32c(raw[:-6]),)
     return raw
 
 
-def tensor(values: np.ndarray[Any, Any], little_endian: str, dtype: pb.DType.ValueType) -> pb.Tensor:
+def tensor(values: np.ndarray[Any, Any], little_endian: str, dtype: pb.Dtype.ValueType) -> pb.Tensor:
     return pb.Tensor(dtype=dtype, shape=values.shape, data=values.astype(little_endian).tobytes())
 
 
@@ -76,13 +77,13 @@ def logits_of(number: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng([number, 5]).standard_normal((BATCH, CLASSES)).astype(np.float32)
 
 
-def contribution(number: int) -> pb.Contribution:
-    samples = pb.Samples(
+def contribution(number: int) -> pb.ExchangeRequest:
+    samples = pb.SampleOutputs(
         ids=tensor(np.arange(BATCH) + number, "<i8", pb.DTYPE_INT64),
         labels=tensor(LABELS, "<i8", pb.DTYPE_INT64),
         outputs={"logits": tensor(logits_of(number), "<f4", pb.DTYPE_FLOAT32)},
     )
-    return pb.Contribution(round=number, batch=samples)
+    return pb.ExchangeRequest(round=number, batch=samples)
 
 
 class Foreigner:
@@ -90,16 +91,15 @@ class Foreigner:
 
     Args:
         address: the server's.
-        experiment: the run's experiment as canonical JSON.
-        worker: what tells its process from others.
+        worker_id: what tells its process from others.
     """
 
-    def __init__(self, address: str, experiment: str, worker: int = 11) -> None:
+    def __init__(self, address: str, worker_id: int = 11) -> None:
         self.channel = grpc.insecure_channel(address)
-        self.stub = DistillationStub(self.channel)
-        self.experiment = experiment
-        self.worker = worker
-        self.session = 0
+        self.stub = DistillationServiceStub(self.channel)
+        self.experiment_sha256 = self.stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.experiment_sha256
+        self.worker_id = worker_id
+        self.session_id = 0
         self.waited_for: list[str] = []
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.stream: Any = None
@@ -111,28 +111,30 @@ class Foreigner:
     def join_request(self, first_round: int = 0, **changes: Any) -> pb.JoinRequest:
         fields: dict[str, Any] = {
             "protocol_version": VERSION,
-            "student": NAME,
-            "experiment": self.experiment,
-            "data": pb.DataFingerprint(digest="d", train_samples=48, classes=CLASSES),
+            "participant": NAME,
+            "experiment_sha256": self.experiment_sha256,
+            "data": pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=CLASSES),
             "outputs": {"logits": pb.Shape(dims=[CLASSES])},
             "first_round": first_round,
             "total_rounds": ROUNDS,
+            "steps_trained": first_round,
+            "total_steps": ROUNDS,
             "parameters": 1234,
             "device": "an abacus",
-            "worker": self.worker,
-            "session": self.session,
+            "worker_id": self.worker_id,
+            "session_id": self.session_id,
         }
         return pb.JoinRequest(**{**fields, **changes})
 
     def join(self, first_round: int = 0, **changes: Any) -> pb.JoinResponse:
         answer = self.call("Join", with_checksum(self.join_request(first_round, **changes)))
         response = pb.JoinResponse.FromString(undamaged(answer))
-        assert response.session > self.session
-        self.session = response.session
+        assert response.session_id > self.session_id
+        self.session_id = response.session_id
         return response
 
     def open(self, metadata: str | None = None) -> None:
-        decimal = str(self.session)
+        decimal = str(self.session_id)
         value = f"{decimal}-{crc32c(decimal.encode()):08x}" if metadata is None else metadata
         self.outgoing = queue.SimpleQueue()
         self.stream = self.channel.stream_stream(f"/{SERVICE}/Exchange", None, None)(
@@ -140,19 +142,19 @@ class Foreigner:
         )
 
     def send(self, number: int) -> None:
-        self.outgoing.put(with_checksum(contribution(number), str(self.session)))
+        self.outgoing.put(with_checksum(contribution(number), str(self.session_id)))
 
-    def read(self) -> pb.ExchangeReply:
+    def read(self) -> pb.ExchangeResponse:
         """Return the next message of the stream."""
-        return pb.ExchangeReply.FromString(undamaged(next(self.stream)))
+        return pb.ExchangeResponse.FromString(undamaged(next(self.stream)))
 
     def receive(self) -> bytes:
         """Return the next targets as they came."""
         for raw in self.stream:
-            reply = pb.ExchangeReply.FromString(undamaged(raw))
+            reply = pb.ExchangeResponse.FromString(undamaged(raw))
             if reply.WhichOneof("kind") == "targets":
                 return bytes(raw)
-            self.waited_for = list(reply.waiting.students)
+            self.waited_for = list(reply.waiting.participants)
         raise AssertionError("the stream ended")
 
     def end_stream(self) -> None:
@@ -183,13 +185,12 @@ class Run:
 
     def __init__(self, server: Any, experiment: Any, other: Any) -> None:
         self.server = server
-        self.text = support.request(experiment).experiment
         self.other = other
         self.peers: list[Foreigner] = []
-        other.join(support.request(experiment, OTHER, total_rounds=ROUNDS))
+        other.join(support.request(experiment, OTHER, total_rounds=ROUNDS, total_steps=ROUNDS))
 
     def peer(self, **settings: Any) -> Foreigner:
-        self.peers.append(Foreigner(self.server.address, self.text, **settings))
+        self.peers.append(Foreigner(self.server.address, **settings))
         return self.peers[-1]
 
     def expected(self, number: int) -> bytes:
@@ -218,7 +219,7 @@ def run(tiny: Any, serving: Any, connect: Any) -> Iterator[Run]:
 
 
 def logits_in(raw: bytes, number: int) -> bytes:
-    targets = pb.ExchangeReply.FromString(raw).targets
+    targets = pb.ExchangeResponse.FromString(raw).targets
     assert targets.round == number
     array = targets.targets["logits"]
     assert (array.dtype, list(array.shape)) == (pb.DTYPE_FLOAT32, [BATCH, CLASSES])
@@ -263,34 +264,44 @@ def test_a_whole_run_with_a_reconnection_in_the_middle(run: Run) -> None:
 
     # The stream breaks before the answer, while the round is open.
     peer.send(2)
-    while peer.read().waiting.students != [OTHER]:
+    while peer.read().waiting.participants != [OTHER]:
         pass
     peer.stream.cancel()
     peer.end_stream()
     assert peer.join(first_round=2).frontier == 2
     peer.open()
     peer.send(2)
-    while peer.read().waiting.students != [OTHER]:
+    while peer.read().waiting.participants != [OTHER]:
         pass
     assert run.close_round(2) == run.expected(2)
     assert logits_in(peer.receive(), 2) == run.expected(2)
 
-    measured = pb.Measurement(split=pb.SPLIT_TEST, round=ROUNDS, accuracy=0.75, loss=1.5)
+    measured = pb.Measurement(split=pb.SPLIT_TEST, steps_trained=ROUNDS, accuracy=0.75, loss=1.5)
     report = pb.ReportRequest(
-        session=peer.session, round=ROUNDS, epoch=1, durable_round=ROUNDS, measurements=[measured]
+        session_id=peer.session_id,
+        steps_trained=ROUNDS,
+        epochs_trained=1,
+        round=ROUNDS,
+        durable_round=ROUNDS,
+        measurements=[measured],
+        step_time=Duration(nanos=250_000_000),
     )
     peer.call("Report", with_checksum(report))
-    status = {each.name: each for each in peer.stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).students}[NAME]
-    assert (status.state, status.round, status.joins) == (pb.STUDENT_STATE_PRESENT, ROUNDS, 3)
+    state = peer.stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run
+    assert (state.frontier, state.total_rounds, state.steps_trained, state.total_steps) == (ROUNDS,) * 4
+    status = {each.name: each for each in state.participants}[NAME]
+    assert (status.state, status.round, status.joins) == (pb.PARTICIPANT_STATE_CONNECTED, ROUNDS, 3)
+    assert (status.steps_trained, status.epochs_trained, status.step_time.nanos) == (ROUNDS, 1, 250_000_000)
+    assert not status.HasField("wait_time")
     assert list(status.measurements) == [measured]
-    leave = pb.LeaveRequest(session=peer.session, reason=pb.LEAVE_REASON_FINISHED, message="done")
+    leave = pb.LeaveRequest(session_id=peer.session_id, reason=pb.LEAVE_REASON_FINISHED, message="done")
     peer.call("Leave", with_checksum(leave))
     peer.end_stream()
     run.other.leave(pb.LEAVE_REASON_FINISHED, "done")
     run.server.wait()
     assert run.server.ended == 0
     assert run.server.events()[-3:] == [("finished", NAME), ("finished", OTHER), ("complete", "")]
-    assert [(each.student, each.round, each.accuracy, each.loss) for each in run.server.measured()] == [
+    assert [(each.participant, each.steps_trained, each.accuracy, each.loss) for each in run.server.measured()] == [
         (NAME, ROUNDS, 0.75, 1.5)
     ]
 
@@ -298,11 +309,11 @@ def test_a_whole_run_with_a_reconnection_in_the_middle(run: Run) -> None:
 def test_the_generated_stub_is_enough_where_fields_are_written_in_order(run: Run) -> None:
     peer = run.peer()
     request = peer.join_request()
-    peer.session = peer.stub.Join(request, timeout=PATIENCE).session  # the checksum may be left out here
+    peer.session_id = peer.stub.Join(request, timeout=PATIENCE).session_id  # the checksum may be left out here
     message = contribution(0)
-    message.checksum = crc32c(str(peer.session).encode() + message.SerializeToString())
-    assert message.SerializeToString() == with_checksum(contribution(0), str(peer.session))
-    decimal = str(peer.session)
+    message.checksum = crc32c(str(peer.session_id).encode() + message.SerializeToString())
+    assert message.SerializeToString() == with_checksum(contribution(0), str(peer.session_id))
+    decimal = str(peer.session_id)
     metadata = (("codistill-session", f"{decimal}-{crc32c(decimal.encode()):08x}"),)
     outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
     replies: Any = peer.stub.Exchange(iter(outgoing.get, None), metadata=metadata, timeout=PATIENCE)
@@ -310,15 +321,15 @@ def test_the_generated_stub_is_enough_where_fields_are_written_in_order(run: Run
     run.close_round(0)
     reply = next(each for each in replies if each.HasField("targets"))
     assert reply.targets.targets["logits"].data == run.expected(0)
-    peer.stub.Leave(pb.LeaveRequest(session=peer.session, reason=pb.LEAVE_REASON_STOPPED), timeout=PATIENCE)
+    peer.stub.Leave(pb.LeaveRequest(session_id=peer.session_id, reason=pb.LEAVE_REASON_STOPPED), timeout=PATIENCE)
     outgoing.put(None)
 
 
 def test_the_bytes_on_the_page_are_those_of_the_wire() -> None:
     rows = [bytes.fromhex(row) for row in re.findall(r"`((?:[0-9a-f]{2} )+[0-9a-f]{2})`", PAGE)]
     assert rows == [
-        with_checksum(pb.LeaveRequest(session=7, reason=pb.LEAVE_REASON_FINISHED)),
-        with_checksum(pb.Contribution(round=3), "7"),
+        with_checksum(pb.LeaveRequest(session_id=7, reason=pb.LEAVE_REASON_FINISHED)),
+        with_checksum(pb.ExchangeRequest(round=3), "7"),
     ]
     assert f'"7-{crc32c(b"7"):08x}"' in PAGE
 
@@ -340,9 +351,9 @@ def test_a_flipped_bit_ends_the_session_and_nothing_of_it_is_believed(run: Run) 
     peer = run.peer()
     peer.join()
     peer.open()
-    raw = bytearray(with_checksum(contribution(0), str(peer.session)))
+    raw = bytearray(with_checksum(contribution(0), str(peer.session_id)))
     raw[raw.index(logits_of(0).tobytes()) + 6] ^= 0x04  # in a logit: the message parses as before
-    assert pb.Contribution.FromString(bytes(raw)).round == 0
+    assert pb.ExchangeRequest.FromString(bytes(raw)).round == 0
     peer.outgoing.put(bytes(raw))
     code, details, trailing = peer.ending()
     assert code is grpc.StatusCode.ABORTED
@@ -361,7 +372,7 @@ def test_a_flipped_bit_ends_the_session_and_nothing_of_it_is_believed(run: Run) 
 def test_a_contribution_needs_the_checksum_of_its_own_session(covered: str | None, run: Run) -> None:
     """None is no checksum at all, session 1 the other student's."""
     peer = run.peer()
-    assert peer.join().session == 2
+    assert peer.join().session_id == 2
     peer.open()
     message = contribution(0)
     peer.outgoing.put(message.SerializeToString() if covered is None else with_checksum(message, covered))
@@ -384,11 +395,11 @@ def test_a_damaged_unary_call_is_to_be_sent_again(run: Run) -> None:
     raw = bytearray(with_checksum(peer.join_request()))
     raw[-1] ^= 0x80
     assert failure(lambda: peer.call("Join", bytes(raw)))[0] is grpc.StatusCode.UNAVAILABLE
-    assert peer.join().session == 2
+    assert peer.join().session_id == 2
 
 
 def test_the_older_of_two_peers_learns_that_it_must_end(run: Run) -> None:
-    older, newer = run.peer(), run.peer(worker=12)
+    older, newer = run.peer(), run.peer(worker_id=12)
     older.join()
     older.open()
     next(iter(older.stream.initial_metadata()), None)  # the stream stands
@@ -404,7 +415,7 @@ def test_what_is_wrong_in_a_contribution_is_named(run: Run) -> None:
     peer.open()
     wrong = contribution(0)
     wrong.batch.outputs["logits"].shape[1] = CLASSES + 1
-    peer.outgoing.put(with_checksum(wrong, str(peer.session)))
+    peer.outgoing.put(with_checksum(wrong, str(peer.session_id)))
     code, details, _ = peer.ending()
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert f"batch.outputs.logits.shape: [{BATCH}, {CLASSES + 1}] is not allowed" in details

@@ -54,7 +54,7 @@ def test_a_sample_is_varied_alike_in_any_batch() -> None:
     assert torch.equal(augment(images[some], ids[some], settings, 5), whole[some])
 
 
-def test_students_and_rounds_see_crops_of_their_own() -> None:
+def test_students_and_steps_see_crops_of_their_own() -> None:
     images, ids, settings = some_images(16, 1, 8, 8), torch.arange(16), Augment(crop_padding=2, flip=True)
     seeds = [derive(0, "augment", student, number) for student in ("a", "b") for number in (0, 1)]
     assert len({augment(images, ids, settings, seed).numpy().tobytes() for seed in seeds}) == 4

@@ -125,7 +125,7 @@ def test_restored_weights_and_buffers_are_those_that_are_read() -> None:
     assert all(torch.equal(value, expected[name]) for name, value in wrapped.eval()(images).items())
 
 
-def test_an_abandoned_round_leaves_no_trace_where_hidden_layers_are_read(
+def test_an_abandoned_step_leaves_no_trace_where_hidden_layers_are_read(
     tiny: Any, student: Any, state: Any, same: Any
 ) -> None:
     """Batch statistics move in the traced form, and must be put back in it."""

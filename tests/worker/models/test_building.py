@@ -48,13 +48,13 @@ def test_defaults_suit_the_digits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rounds", "accuracy"), [("mlp", 60, 0.8), ("cnn", 60, 0.8), ("vit", 90, 0.6), ("resnet8", 60, 0.8)]
+    ("name", "steps", "accuracy"), [("mlp", 60, 0.8), ("cnn", 60, 0.8), ("vit", 90, 0.6), ("resnet8", 60, 0.8)]
 )
-def test_built_in_models_learn(name: str, rounds: int, accuracy: float) -> None:
+def test_built_in_models_learn(name: str, steps: int, accuracy: float) -> None:
     data = load(Data(dataset="digits", train_size=300, test_size=500), torch.device("cpu"))
     model, order = built(name, channels=1, size=8), Order(0, 300, 50)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for number in range(rounds):
+    for number in range(steps):
         ids = order.samples(number)
         images = normalise(data.train.images(ids), data.mean, data.std)
         optimizer.zero_grad()

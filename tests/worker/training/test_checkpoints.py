@@ -35,7 +35,7 @@ def checkpoint(number: int = 1, **changes: Any) -> Checkpoint:
     made = Checkpoint(
         student="cnn",
         identity=IDENTITY,
-        round=number,
+        step=number,
         model={"layer.weight": weights.view(5, 8), "layer.count": torch.tensor(number)},
         optimizer={"state": {0: {"momentum_buffer": weights.view(5, 8) / 3}}, "param_groups": [{"lr": 0.1}]},
         progress={"best": 0.5},
@@ -43,9 +43,9 @@ def checkpoint(number: int = 1, **changes: Any) -> Checkpoint:
     return replace(made, **changes)
 
 
-def store_with(folder: Path, *rounds: int) -> CheckpointStore:
+def store_with(folder: Path, *steps: int) -> CheckpointStore:
     store = CheckpointStore(folder)
-    for number in rounds:
+    for number in steps:
         store.save(checkpoint(number))
     return store
 
@@ -70,24 +70,24 @@ def test_models_and_optimisers_come_back_to_the_bit(
     """SGD's momentum with its None, AdamW's moments and step tensors, batch statistics, counters; and what follows."""
     experiment = tiny()
     trainer = student(experiment, name)
-    for rounds in (0, 4):
-        train(trainer, rounds)
+    for steps in (0, 4):
+        train(trainer, steps)
         before = state(trainer)
-        store = CheckpointStore(tmp_path / str(rounds))
+        store = CheckpointStore(tmp_path / str(steps))
         progress = {"best": 0.1 + 0.2, "sums": {"correct": 3, "distillation": None}}
         store.save(
             Checkpoint(
-                name, identity(experiment), rounds, trainer.model.state_dict(), trainer.optimizer_state(), progress
+                name, identity(experiment), steps, trainer.model.state_dict(), trainer.optimizer_state(), progress
             )
         )
-        loaded = CheckpointStore(tmp_path / str(rounds)).load(name, identity(experiment))
+        loaded = CheckpointStore(tmp_path / str(steps)).load(name, identity(experiment))
         assert loaded is not None
-        assert (loaded.student, loaded.round, loaded.progress) == (name, rounds, progress)
+        assert (loaded.student, loaded.step, loaded.progress) == (name, steps, progress)
         assert loaded.identity == identity(experiment)
         assert same(dict(loaded.model), before["model"])
         assert same(loaded.optimizer, before["optimizer"])
         resumed = student(experiment, name)
-        resumed.restore(loaded.round, loaded.model, loaded.optimizer)
+        resumed.restore(loaded.step, loaded.model, loaded.optimizer)
         assert same(state(resumed), before)
     train(trainer, 3)
     train(resumed, 3)
@@ -145,22 +145,22 @@ def test_nothing_saved_is_no_error(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept_and_nothing_else(tmp_path: Path) -> None:
     store_with(tmp_path, 1, 2, 3)
     assert sorted(each.name for each in tmp_path.iterdir()) == [PREVIOUS, NEWEST]
-    assert (read(tmp_path / NEWEST).round, read(tmp_path / PREVIOUS).round) == (3, 2)
+    assert (read(tmp_path / NEWEST).step, read(tmp_path / PREVIOUS).step) == (3, 2)
 
 
-def test_the_durable_round_is_that_of_the_older_of_the_two(tmp_path: Path) -> None:
+def test_the_durable_step_is_that_of_the_older_of_the_two(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    assert store.durable_round == 0
+    assert store.durable_step == 0
     for saved, durable in ((4, 0), (7, 4), (7, 4), (9, 7)):
         store.save(checkpoint(saved))
-        assert store.durable_round == durable, f"after {saved}"
+        assert store.durable_step == durable, f"after {saved}"
     again = CheckpointStore(tmp_path)
     again.load("cnn", IDENTITY)
-    assert again.durable_round == 7
+    assert again.durable_step == 7
     (tmp_path / PREVIOUS).unlink()
     alone = CheckpointStore(tmp_path)
     alone.load("cnn", IDENTITY)
-    assert alone.durable_round == 0, "were the only one torn, all would be needed"
+    assert alone.durable_step == 0, "were the only one torn, all would be needed"
 
 
 def test_best_weights_are_apart(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_best_weights_are_apart(tmp_path: Path) -> None:
     best, newest = store.load_best(), load(tmp_path)
     assert best is not None
     assert newest is not None
-    assert (best.round, newest.round, best.optimizer) == (5, 1, {})
+    assert (best.step, newest.step, best.optimizer) == (5, 1, {})
     (tmp_path / BEST).write_bytes(b"torn")
     with pytest.raises(ConfigurationError, match=rf"{BEST} cannot be read"):
         store.load_best()
@@ -187,15 +187,15 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path, caplog
         store = CheckpointStore(tmp_path)
         loaded = store.load("cnn", IDENTITY)
         assert loaded is not None
-        assert loaded.round == 1, f"cut to {length} of {len(whole)} bytes"
-        assert store.durable_round == 0
+        assert loaded.step == 1, f"cut to {length} of {len(whole)} bytes"
+        assert store.durable_step == 0
         (line,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert str(tmp_path / NEWEST) in line.getMessage()
-        assert "round 1" in line.getMessage()
+        assert "step 1" in line.getMessage()
 
 
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
-    """safetensors itself would load most of these: as another weight, or another round."""
+    """safetensors itself would load most of these: as another weight, or another step."""
     store_with(tmp_path, 1, 2)
     whole = (tmp_path / NEWEST).read_bytes()
     loadable = 0
@@ -206,7 +206,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
         loaded = load(tmp_path)
         assert loaded is not None
         # Padding in safetensors' header holds nothing; a flipped bit there may leave all that is said as it was.
-        assert loaded.round == 1 or same(loaded, checkpoint(2)), f"byte {position} of {len(whole)}"
+        assert loaded.step == 1 or same(loaded, checkpoint(2)), f"byte {position} of {len(whole)}"
         with contextlib.suppress(Exception):  # whatever a damaged header leads to
             load_file(tmp_path / NEWEST)
             loadable += 1
@@ -215,7 +215,7 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
 
 def same(left: Checkpoint, right: Checkpoint) -> bool:
     """Return whether two checkpoints of this module's say the same."""
-    about = ("student", "identity", "round", "progress")
+    about = ("student", "identity", "step", "progress")
     return all(getattr(left, each) == getattr(right, each) for each in about) and str(left) == str(right)
 
 
@@ -226,7 +226,7 @@ def test_zeros_in_the_place_of_the_end_or_the_start_are_noticed(tmp_path: Path) 
         (tmp_path / NEWEST).write_bytes(spoiled)
         loaded = load(tmp_path)
         assert loaded is not None
-        assert loaded.round == 1
+        assert loaded.step == 1
 
 
 def test_a_torn_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path) -> None:
@@ -236,14 +236,14 @@ def test_a_torn_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path) -
     store = CheckpointStore(tmp_path)
     assert store.load("cnn", IDENTITY) is not None
     store.save(checkpoint(3))
-    assert (read(tmp_path / NEWEST).round, read(tmp_path / PREVIOUS).round) == (3, 1)
-    assert store.durable_round == 1
+    assert (read(tmp_path / NEWEST).step, read(tmp_path / PREVIOUS).step) == (3, 1)
+    assert store.durable_step == 1
     store.save(checkpoint(4))
-    assert (read(tmp_path / NEWEST).round, read(tmp_path / PREVIOUS).round) == (4, 3)
+    assert (read(tmp_path / NEWEST).step, read(tmp_path / PREVIOUS).step) == (4, 3)
 
 
-def test_a_damaged_checkpoint_of_a_later_round_is_replaced(tmp_path: Path) -> None:
-    """Its header may still be read, and names the round; were that taken for a newer worker's, nothing would be saved."""
+def test_a_damaged_checkpoint_of_a_later_step_is_replaced(tmp_path: Path) -> None:
+    """Its header may still be read, and names the step; were that taken for a newer worker's, nothing would be saved."""
     store_with(tmp_path, 3, 7)
     whole = (tmp_path / NEWEST).read_bytes()
     cuts = [whole[:length] for length in (0, 8, len(whole) // 2, len(whole) - 1)]
@@ -252,9 +252,9 @@ def test_a_damaged_checkpoint_of_a_later_round_is_replaced(tmp_path: Path) -> No
         store = CheckpointStore(tmp_path)
         loaded = store.load("cnn", IDENTITY)
         assert loaded is not None
-        assert loaded.round == 3
+        assert loaded.step == 3
         store.save(checkpoint(4))
-        assert [read(tmp_path / name).round for name in (PREVIOUS, NEWEST)] == [3, 4]
+        assert [read(tmp_path / name).step for name in (PREVIOUS, NEWEST)] == [3, 4]
 
 
 def test_an_older_worker_does_not_take_a_later_checkpoints_place(tmp_path: Path) -> None:
@@ -263,11 +263,11 @@ def test_an_older_worker_does_not_take_a_later_checkpoints_place(tmp_path: Path)
     assert newer.load("cnn", IDENTITY) is not None
     for number in (6, 7):
         newer.save(checkpoint(number))
-    with pytest.raises(OSError, match="a newer worker has saved round 7 there"):
+    with pytest.raises(OSError, match="a newer worker has saved step 7 there"):
         older.save(checkpoint(4))
-    assert [read(tmp_path / name).round for name in (PREVIOUS, NEWEST)] == [6, 7]
-    assert older.durable_round == 2
-    older.save(checkpoint(7))  # the same student's same round is the same checkpoint
+    assert [read(tmp_path / name).step for name in (PREVIOUS, NEWEST)] == [6, 7]
+    assert older.durable_step == 2
+    older.save(checkpoint(7))  # the same student's same step is the same checkpoint
 
 
 def test_two_torn_checkpoints_are_explained(tmp_path: Path) -> None:
@@ -320,19 +320,19 @@ def test_nothing_is_unpickled(writer: str, tmp_path: Path) -> None:
         {"codistill": "[]"},
         {"codistill": "{}"},
         {"codistill": "7"},
-        {"codistill": '{"format": 2}'},
+        {"codistill": '{"format": 3}'},
         {
             "codistill": json.dumps(
-                {"format": 2, "student": "cnn", "identity": "", "round": 1, "optimizer": 5, "progress": {}}
+                {"format": 3, "student": "cnn", "identity": "", "step": 1, "optimizer": 5, "progress": {}}
             )
         },
         {
             "codistill": json.dumps(
                 {
-                    "format": 2,
+                    "format": 3,
                     "student": "cnn",
                     "identity": "",
-                    "round": 1,
+                    "step": 1,
                     "optimizer": {"tensor": "no"},
                     "progress": {},
                 }
@@ -354,7 +354,7 @@ def test_headers_that_are_no_json_and_later_formats(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load(tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / NEWEST, {"codistill": '{"format": 99}'})
-    with pytest.raises(ConfigurationError, match="has format 99; this version reads 2"):
+    with pytest.raises(ConfigurationError, match="has format 99; this version reads 3"):
         load(tmp_path)
 
 
@@ -390,7 +390,7 @@ for number in itertools.count(1):
 
 
 def test_killed_while_saving_it_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """The process is killed wherever it is; what it leaves must load, and hold one round's tensors only."""
+    """The process is killed wherever it is; what it leaves must load, and hold one step's tensors only."""
     process = subprocess.Popen(
         [sys.executable, "-c", SAVING, str(tmp_path), IDENTITY], stdout=subprocess.PIPE, text=True
     )
@@ -410,12 +410,12 @@ def test_killed_while_saving_it_leaves_a_whole_checkpoint(tmp_path: Path) -> Non
             process.send_signal(signal.SIGCONT)
             loaded = load(copy)
             assert loaded is not None
-            assert loaded.round >= 2
-            assert bool((loaded.model["value"] == loaded.round).all())
-            assert bool((loaded.optimizer["state"][0]["m"] == loaded.round).all())
-            seen.add(loaded.round)
-            newest = loaded.round
-            while (again := load(tmp_path)) is not None and again.round == newest and time.monotonic() < deadline:
+            assert loaded.step >= 2
+            assert bool((loaded.model["value"] == loaded.step).all())
+            assert bool((loaded.optimizer["state"][0]["m"] == loaded.step).all())
+            seen.add(loaded.step)
+            newest = loaded.step
+            while (again := load(tmp_path)) is not None and again.step == newest and time.monotonic() < deadline:
                 time.sleep(0.001 * pause)
         assert len(seen) > 3, "it was going on"
     finally:
@@ -423,7 +423,7 @@ def test_killed_while_saving_it_leaves_a_whole_checkpoint(tmp_path: Path) -> Non
         process.communicate()
     loaded = load(tmp_path)
     assert loaded is not None
-    assert bool((loaded.model["value"] == loaded.round).all())
+    assert bool((loaded.model["value"] == loaded.step).all())
     left = {each.name for each in tmp_path.iterdir() if each.is_file()}
     assert left <= {NEWEST, PREVIOUS}, "whatever a killed process leaves, the next one removes"
 
@@ -447,7 +447,7 @@ def test_two_processes_of_one_student_never_write_the_same_file(
         older.save(checkpoint(2))
     assert not stops, "it was stopped"
     for name in (NEWEST, PREVIOUS):
-        assert read(tmp_path / name).round == 2
+        assert read(tmp_path / name).step == 2
     assert {each.name for each in tmp_path.iterdir()} == {NEWEST, PREVIOUS}
 
 
@@ -457,7 +457,7 @@ def test_what_a_dead_process_left_half_written_is_removed(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"half")
     loaded = load(tmp_path)
     assert loaded is not None
-    assert loaded.round == 2
+    assert loaded.step == 2
     assert {each.name for each in tmp_path.iterdir()} == {NEWEST, PREVIOUS}
 
 
@@ -475,7 +475,7 @@ for save in (store.save, store.save_best):
         save(Checkpoint("cnn", sys.argv[2], 9, {"value": torch.zeros(10_000)}, {}, {}))
     except OSError as error:
         print(error.strerror)
-print(store.durable_round)
+print(store.durable_step)
 """
 
 
@@ -491,7 +491,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before, "nothing half written is left"
     loaded = load(tmp_path)
     assert loaded is not None
-    assert loaded.round == 2
+    assert loaded.step == 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -505,4 +505,4 @@ def test_students_added_to_the_experiment_later_are_nothing_to_a_checkpoint(tmp_
     CheckpointStore(tmp_path).save(checkpoint(3, student="a", identity=older))
     found = CheckpointStore(tmp_path).load("a", newer)
     assert found is not None
-    assert found.round == 3
+    assert found.step == 3

@@ -1,4 +1,4 @@
-"""The optimiser's groups, and the learning rate of each round."""
+"""The optimiser's groups, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_norms_and_biases_decay_if_asked_to(name: str, everything: bool, tiny: T
 def test_the_learning_rate_that_the_optimiser_gets(tiny: Tiny, student: MakeStudent, targets_for: Answer) -> None:
     experiment = tiny(training__optimizer={"name": "sgd", "lr": 0.2})
     trainer = student(experiment)
-    for number in range(trainer.total_rounds):
+    for number in range(trainer.total_steps):
         trainer.finish(targets_for(trainer.begin()))
         rates = {group["lr"] for group in trainer.optimizer_state()["param_groups"]}
         assert rates == {learning_rate(0.2, experiment.training.schedule, number, 3, 3)}
 
 
-def rates(schedule: Schedule, rounds_per_epoch: int = 10, epochs: int = 4) -> list[float]:
-    return [learning_rate(0.5, schedule, each, rounds_per_epoch, epochs) for each in range(rounds_per_epoch * epochs)]
+def rates(schedule: Schedule, steps_per_epoch: int = 10, epochs: int = 4) -> list[float]:
+    return [learning_rate(0.5, schedule, each, steps_per_epoch, epochs) for each in range(steps_per_epoch * epochs)]
 
 
 def test_constant() -> None:
@@ -87,8 +87,8 @@ def test_steps() -> None:
     st.integers(1, 8),
 )
 def test_rates_lie_between_zero_and_the_peak(
-    name: Any, warmup: float, low: float, rounds_per_epoch: int, epochs: int
+    name: Any, warmup: float, low: float, steps_per_epoch: int, epochs: int
 ) -> None:
     schedule = Schedule(name=name, warmup_epochs=warmup, min_lr=low, milestones=(0.5, 3))
-    for rate in rates(schedule, rounds_per_epoch, epochs):
+    for rate in rates(schedule, steps_per_epoch, epochs):
         assert 0 < rate <= 0.5 * (1 + 1e-12)

@@ -84,14 +84,14 @@ def together(tiny: Any, student: Any, method: str) -> tuple[list[Trainer], Calla
 
 
 @pytest.mark.parametrize("method", ["dml", "kdcl", "cross_architecture", "dcm"])
-def test_a_round_is_one_forward_pass_of_each_student(tiny: Any, student: Any, method: str) -> None:
+def test_a_step_is_one_forward_pass_of_each_student(tiny: Any, student: Any, method: str) -> None:
     trainers, targets = together(tiny, student, method)
 
-    def round_of_all() -> None:
+    def step_of_each_student() -> None:
         for trainer, given in zip(trainers, targets([begun(each) for each in trainers]), strict=True):
             trainer.finish(given)
 
-    assert one_pass_each(round_of_all, [each.model for each in trainers])
+    assert one_pass_each(step_of_each_student, [each.model for each in trainers])
 
 
 @pytest.mark.parametrize("method", ["dml", "kdcl", "cross_architecture", "dcm"])

@@ -88,7 +88,7 @@ def test_what_is_published(tiny: Tiny, student: MakeStudent, load_data: Any) -> 
     trainer = student(experiment)
     published = trainer.begin()
     assert published is not None
-    assert (published.round, published.held_out) == (0, None)
+    assert (published.step, published.held_out) == (0, None)
     batch = published.batch
     assert (batch.ids.dtype, batch.labels.dtype, batch.arrays["logits"].dtype) == (
         torch.int64,
@@ -108,7 +108,7 @@ def test_an_epoch_visits_every_sample_once_and_all_students_alike(
     for name in STUDENTS:
         trainer = student(experiment, name)
         visited[name] = []
-        for _ in range(trainer.rounds_per_epoch):
+        for _ in range(trainer.steps_per_epoch):
             published = trainer.begin()
             assert published is not None
             visited[name] += published.batch.ids.tolist()
@@ -155,10 +155,10 @@ def test_the_step_by_hand(tiny: Tiny, student: MakeStudent) -> None:
     assert step.distillation.item() == pytest.approx(0.5 * 4 * kl.item(), rel=1e-4)
     assert int(step.correct) == int((published.batch.arrays["logits"].argmax(-1) == published.batch.labels).sum())
     assert step.samples == 16
-    assert trainer.round == 1
+    assert trainer.step == 1
 
 
-def test_a_round_without_targets_is_learnt_from_the_labels_alone(
+def test_a_step_without_targets_is_learnt_from_the_labels_alone(
     tiny: Tiny, student: MakeStudent, state: State, same: Same
 ) -> None:
     together = student(tiny(distillation={"method": "kdcl"}), "cnn")
@@ -171,7 +171,7 @@ def test_a_round_without_targets_is_learnt_from_the_labels_alone(
     assert same(state(together), state(alone))
 
 
-def test_one_forward_pass_a_round(tiny: Tiny, student: MakeStudent, train: Train) -> None:
+def test_one_forward_pass_a_step(tiny: Tiny, student: MakeStudent, train: Train) -> None:
     """Whatever the number of students: KD_Lib's DML ran 2K² a step."""
     trainer = student(tiny())
     calls: list[int] = []
@@ -182,11 +182,11 @@ def test_one_forward_pass_a_round(tiny: Tiny, student: MakeStudent, train: Train
 
 def test_begin_and_finish_come_in_turn(tiny: Tiny, student: MakeStudent) -> None:
     trainer = student(tiny())
-    with pytest.raises(RuntimeError, match="no round is begun"):
+    with pytest.raises(RuntimeError, match="no step is begun"):
         trainer.finish({})
     trainer.abandon()  # nothing to undo
     trainer.begin()
-    with pytest.raises(RuntimeError, match="round 0 is begun already; finish or abandon it"):
+    with pytest.raises(RuntimeError, match="step 0 is begun already; finish or abandon it"):
         trainer.begin()
 
 
@@ -196,14 +196,14 @@ def test_a_method_without_an_exchange_publishes_nothing(tiny: Tiny, student: Mak
     assert trainer.begin() is None
     step = trainer.finish({})
     assert step.distillation is None
-    assert trainer.round == 1
+    assert trainer.step == 1
 
 
 # --- abandoning
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_an_abandoned_round_leaves_no_trace(
+def test_an_abandoned_step_leaves_no_trace(
     name: str, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same, targets_for: Answer
 ) -> None:
     experiment = tiny()
@@ -249,7 +249,7 @@ def test_preparing_ahead_changes_no_bit(
 ) -> None:
     experiment = tiny()
     plain, ahead = student(experiment, name), student(experiment, name)
-    for each in range(plain.total_rounds):
+    for each in range(plain.total_steps):
         expected = plain.begin()
         plain.finish(targets_for(expected))
         if each % 2:
@@ -261,11 +261,11 @@ def test_preparing_ahead_changes_no_bit(
         assert expected is not None
         assert torch.equal(published.batch.arrays["logits"], expected.batch.arrays["logits"])
         ahead.finish(targets_for(published))
-        ahead.prepare()  # also after the last round, where there is nothing to prepare
+        ahead.prepare()  # also after the last step, where there is nothing to prepare
     assert same(state(plain), state(ahead))
 
 
-def test_dropout_and_augmentation_follow_from_seed_student_and_round(
+def test_dropout_and_augmentation_follow_from_seed_student_and_step(
     tiny: Tiny, student: MakeStudent, train: Train, state: State
 ) -> None:
     def logits(seed: int = 3, name: str = "a", noise: int = 0, at: int = 0) -> torch.Tensor:
@@ -288,7 +288,7 @@ def test_dropout_and_augmentation_follow_from_seed_student_and_round(
 
 
 @pytest.mark.parametrize("what", ["dropout", "crops and flips"])
-def test_every_student_and_round_draws_its_own(what: str, tiny: Tiny, student: MakeStudent) -> None:
+def test_every_student_and_step_draws_its_own(what: str, tiny: Tiny, student: MakeStudent) -> None:
     """Seen by models that show nothing else: the mask that dropout draws, or the pixels of all samples."""
     model = {"dropout": "odd_models:Masks", "crops and flips": "odd_models:Pixels"}[what]
 
@@ -357,7 +357,7 @@ def test_restored_it_goes_on_as_if_nothing_had_been(
     resumed.begin()
     resumed.prepare()
     resumed.restore(4, saved["model"], saved["optimizer"])
-    assert resumed.round == 4
+    assert resumed.step == 4
     assert same(train(resumed, 5), expected)
     assert same(state(resumed), state(undisturbed))
 
@@ -439,20 +439,20 @@ def general(tiny: Tiny, **changes: Any) -> Experiment:
     )
 
 
-def test_held_out_samples_are_published_at_the_first_round_of_each_epoch_but_the_first(
+def test_held_out_samples_are_published_at_the_first_step_of_each_epoch_but_the_first(
     tiny: Tiny, student: MakeStudent, targets_for: Answer, state: State
 ) -> None:
     trainer = student(general(tiny))
     split = trainer._dataset.held_out
     assert split is not None
     at: list[int] = []
-    for _ in range(trainer.total_rounds):
+    for _ in range(trainer.total_steps):
         trainer.prepare()
         weights = state(trainer)["model"]
         published = trainer.begin()
         assert published is not None
         if published.held_out is not None:
-            at.append(published.round)
+            at.append(published.step)
             assert published.held_out.ids.tolist() == list(range(20))
             assert torch.equal(published.held_out.labels, split.labels)
             reference = student(general(tiny))
@@ -461,7 +461,7 @@ def test_held_out_samples_are_published_at_the_first_round_of_each_epoch_but_the
             assert published.held_out.arrays["logits"].shape == (20, 10)
             expected = reference._held_out().arrays["logits"]
             assert torch.equal(published.held_out.arrays["logits"], expected), (
-                "of the weights before the round, no dropout"
+                "of the weights before the step, no dropout"
             )
         trainer.finish(targets_for(published))
     assert at == [3, 6]
@@ -483,11 +483,11 @@ def test_logits_that_are_not_finite_end_the_student(odd: str, tiny: Tiny, studen
     bad = {"name": "bad", "model": odd, "model_args": {"spoil": "training"}}
     trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
     train(trainer, 2)
-    with pytest.raises(PeerError, match=r"student 'bad' has diverged in round 2: .*training\.optimizer\.lr") as ended:
+    with pytest.raises(PeerError, match=r"student 'bad' has diverged in step 2: .*training\.optimizer\.lr") as ended:
         trainer.begin()
     assert ended.value.code is ExitCode.DIVERGED
     trainer.abandon()
-    assert trainer.round == 2
+    assert trainer.step == 2
 
 
 def test_a_loss_that_is_not_finite_ends_the_student(odd: str, tiny: Tiny, student: MakeStudent, train: Train) -> None:
@@ -495,6 +495,6 @@ def test_a_loss_that_is_not_finite_ends_the_student(odd: str, tiny: Tiny, studen
     trainer = student(tiny(students=[bad, {"name": "b", "model": "mlp"}]), "bad")
     trainer.evaluate(trainer._dataset.test)
     train(trainer, 1)
-    with pytest.raises(PeerError, match="student 'bad' has diverged in round 1: its loss is nan") as ended:
+    with pytest.raises(PeerError, match="student 'bad' has diverged in step 1: its loss is nan") as ended:
         trainer.evaluate(trainer._dataset.test)
     assert ended.value.code is ExitCode.DIVERGED
