@@ -101,7 +101,7 @@ def summarise(found: Iterable[records.Record]) -> Run:
     by_student: dict[str, list[records.Paced]] = {}
     for record in found:
         if isinstance(record, records.Paced):
-            by_student.setdefault(record.student, []).append(record)
+            by_student.setdefault(record.participant, []).append(record)
     begin = max(reports[0].time for reports in by_student.values())
     end = min(reports[-1].time for reports in by_student.values())
     shared = {

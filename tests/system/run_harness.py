@@ -16,7 +16,7 @@ from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
@@ -130,14 +130,14 @@ class Run:
         """Return whom the events of a kind concern."""
         path = self.folder / "events.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line["student"] for line in lines if line["what"] == what]
+        return [line["participant"] for line in lines if line["what"] == what]
 
     def state(self) -> pb.Run:
         with grpc.insecure_channel(self.address) as channel:
-            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=20)
+            return DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=20).run
 
-    def present(self) -> set[str]:
-        return {each.name for each in self.state().students if each.state == pb.STUDENT_STATE_PRESENT}
+    def connected(self) -> set[str]:
+        return {each.name for each in self.state().participants if each.state == pb.PARTICIPANT_STATE_CONNECTED}
 
     def close(self) -> None:
         for process in self._processes:

@@ -34,22 +34,27 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
         wait_for(lambda: rounds_trained(folder) >= 5 or process.poll() is not None, "five rounds", 120)
         pids = processes_of(folder)
         os.kill(pids["cnn"], signal.SIGSTOP)
-        wait_for(lambda: events(folder, "absent"), "it is absent")
+        wait_for(lambda: events(folder, "skipped"), "it is skipped")
         left = rounds_trained(folder)
         wait_for(lambda: rounds_trained(folder) >= left + 100, "the others go on")
         wait_for(lambda: events(folder, "evicted"), "its session is ended")
         code, status = run("status", "--run-dir", folder, "--json", cwd=tmp_path, timeout=60)
         assert code == 0
-        assert {each["name"]: each["state"] for each in json.loads(status)["students"]}["cnn"] == "STUDENT_STATE_ABSENT"
+        assert {each["name"]: (each["state"], each["awaited"]) for each in json.loads(status)["participants"]}[
+            "cnn"
+        ] == (
+            "disconnected",
+            False,
+        )
         os.kill(pids["cnn"], signal.SIGCONT)
-        wait_for(lambda: events(folder, "returned"), "it is waited for again", 180)
+        wait_for(lambda: events(folder, "awaited"), "it is waited for again", 180)
         os.kill(processes_of(folder)["cnn"], signal.SIGKILL)
         killed = time.monotonic()
         left = rounds_trained(folder)
         wait_for(lambda: rounds_trained(folder) >= left + 2, "the others go on")
         assert time.monotonic() - killed < 10, "they lose one deadline, not the time of a restart"
-        returns = len(events(folder, "returned"))
-        wait_for(lambda: len(events(folder, "returned")) > returns, "its next process catches up", 180)
+        returns = len(events(folder, "awaited"))
+        wait_for(lambda: len(events(folder, "awaited")) > returns, "its next process catches up", 180)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=90)[0]
     finally:
@@ -57,9 +62,9 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
         for pid in processes_of(folder).values():
             os.kill(pid, signal.SIGKILL)
     assert process.returncode == ExitCode.INTERRUPTED, output
-    assert {event["student"] for event in events(folder, "absent")} >= {"cnn"}
+    assert {event["participant"] for event in events(folder, "skipped")} >= {"cnn"}
     (evicted,) = events(folder, "evicted")
-    assert evicted["student"] == "cnn"
+    assert evicted["participant"] == "cnn"
     assert "join again" in evicted["message"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(each["missed"].get("cnn", 0) for each in metrics if each["kind"] == "rounds") >= 100
@@ -99,7 +104,7 @@ def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quo
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     closed = [each for each in metrics if each["kind"] == "rounds"]
     assert sum(each.get("without_targets", 0) for each in closed) == 7
-    assert events(folder, "below quorum")
+    assert events(folder, "below_quorum")
 
 
 def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
                 launch("work", files[name], "--student", student, *where)
 
         def all_ended() -> bool:
-            finished = made.instant("codistill_students_finished == 2")
+            finished = made.instant('min by (run) (codistill_participant_state{state="finished"}) == 1')
             waiting = made.instant('codistill_open_round_wait_seconds{run="still"} > 1')
             return len(finished) == 2 and len(waiting) == 1
 

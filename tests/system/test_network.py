@@ -19,13 +19,14 @@ import torch
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment, load
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity_sha256
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire.channel import SESSION_KEY
 from codistill.wire.checksum import append_checksum, format_session
 from codistill.wire.tensors import encode
+from codistill.wire.times import seconds
 from codistill_worker import data
 from system.run_harness import ALL_WELL, CHANGES, PACE, ROUNDS, STUDENTS, running
 from system.support import EXPERIMENT, assert_bit_equal, experiment_file, rounds_trained, weights
@@ -81,15 +82,17 @@ def test_a_silent_link_that_comes_back_before_and_after_the_connection_is_given_
         run.until(lambda: rounds_trained(run.folder) >= 5, "the first rounds")
         link = run.proxies["cnn"]
         link.up.hold = link.down.hold = True
-        run.until(lambda: run.state().waiting_for == ["cnn"] and run.state().waiting_seconds > 1.5, "cnn is waited for")
-        assert run.present() == set(STUDENTS), "a short silence ends no session"
+        run.until(
+            lambda: run.state().waiting_for == ["cnn"] and seconds(run.state().waiting_time) > 1.5, "cnn is waited for"
+        )
+        assert run.connected() == set(STUDENTS), "a short silence ends no session"
         link.up.hold = link.down.hold = False
         run.progress(10)
         assert run.events("disconnected") == []
 
         # Now nothing arrives any more, either way, nor will it: neither side is told.
         link.up.swallow = link.down.swallow = True
-        run.until(lambda: run.present() == {"mlp"}, "the server frees the session")
+        run.until(lambda: run.connected() == {"mlp"}, "the server frees the session")
         assert run.events("disconnected") == ["cnn"]
         link.up.swallow = link.down.swallow = False
         run.progress(10)
@@ -116,8 +119,8 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
         # Of what is sent to it little fits on the way; the rest the server must hold, or not.
         small = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
         with grpc.insecure_channel(run.address, options=small) as channel:
-            stub = DistillationStub(channel)
-            session = stub.Join(_join_request(experiment, "vit"), timeout=20).session
+            stub = DistillationServiceStub(channel)
+            session = stub.Join(_join_request(experiment, "vit"), timeout=20).session_id
             sent: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
             metadata = ((SESSION_KEY, format_session(session)),)
             stream = stub.Exchange(iter(sent.get, None), metadata=metadata)
@@ -125,7 +128,7 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 for name in STUDENTS:
                     run.work(name)
                 run.until(lambda: rounds_trained(run.folder) >= 150, "rounds to ask for")
-                assert run.present() == {*STUDENTS, "vit"}
+                assert run.connected() == {*STUDENTS, "vit"}
                 for number in range(140):
                     message = _contribution(run.folder, number)
                     sent.put(pb.ExchangeRequest.FromString(append_checksum(message, str(session))))
@@ -135,23 +138,24 @@ def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path
                 sent.put(None)
                 stream.cancel()
         assert run.events("disconnected") == ["vit"]
-        assert set(run.events("absent")) == {"vit"}
+        assert set(run.events("skipped")) == {"vit"}
         assert rounds_trained(run.folder) == ROUNDS
         assert_bit_equal(weights(run.folder), reference)
 
 
-def _join_request(experiment: Experiment, student: str) -> pb.JoinRequest:
+def _join_request(experiment: Experiment, participant: str) -> pb.JoinRequest:
     """Return what a worker joins with."""
-    dataset = data.load(experiment.plan(student).data, torch.device("cpu"))
+    dataset = data.load(experiment.plan(participant).data, torch.device("cpu"))
     return pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
-        student=student,
-        experiment=identity(experiment),
+        participant=participant,
+        experiment_sha256=identity_sha256(experiment),
         data=pb.DataFingerprint(
-            digest=dataset.fingerprint(), train_samples=len(dataset.train), classes=dataset.classes
+            data_sha256=bytes.fromhex(dataset.fingerprint()), train_samples=len(dataset.train), classes=dataset.classes
         ),
         outputs={"logits": pb.Shape(dims=[dataset.classes])},
         total_rounds=ROUNDS,
+        total_steps=ROUNDS,
     )
 
 

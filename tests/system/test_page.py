@@ -47,13 +47,13 @@ class Parts:
         return f"http://{self._web}/"
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Return what the metrics say now, by a series' name, its student and its split."""
+        """Return what the metrics say now, by a series' name, its participant and its split."""
         with urllib.request.urlopen(f"{self.url}metrics", timeout=20) as answer:  # noqa: S310 - our own server
             text = answer.read().decode()
         return {
             (
                 each.name.removeprefix("codistill_"),
-                *(each.labels[key] for key in ("student", "split") if key in each.labels),
+                *(each.labels[key] for key in ("participant", "split") if key in each.labels),
             ): (each.value)
             for family in text_string_to_metric_families(text)
             for each in family.samples
@@ -84,7 +84,7 @@ def tab() -> Iterator[Tab]:
 def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: Parts, tab: Tab, tmp_path: Path) -> None:
     tab.open(parts.url)
     tab.ask("window.loads = 'no reload'")
-    wanted = {("student_accuracy_ratio", name, split) for name in STUDENTS for split in ("train", "test")}
+    wanted = {("participant_accuracy_ratio", name, split) for name in STUDENTS for split in ("train", "test")}
     wait_for(lambda: wanted <= parts.metrics().keys(), "every student was tested")
     parts.workers["cnn"].send_signal(signal.SIGSTOP)  # so that the numbers stand still
     told = tab.until(
@@ -92,10 +92,10 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
     )
     metrics = parts.metrics()
     assert number(told.removeprefix("Waiting for cnn in round ")) == metrics["frontier_round",]
-    assert metrics["waited_for", "cnn"] == 1
-    tab.until("document.querySelectorAll('#students tr').length === 3")
-    assert_agree(tab.rows("peers"), metrics)
-    assert [row[1] for row in tab.rows("peers")[1:]] == ["training", "training, waited for"]
+    assert metrics["waiting_for", "cnn"] == 1
+    tab.until("document.querySelectorAll('#participants tr').length === 3")
+    assert_agree(tab.rows("states"), metrics)
+    assert [row[1] for row in tab.rows("states")[1:]] == ["connected", "connected, waited for"]
 
     parts.server.kill()
     tab.until("document.documentElement.dataset.state === 'lost'")
@@ -108,12 +108,14 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
     assert tab.ask("window.loads") == "no reload"
     assert tab.ask("document.getElementById('state').textContent").startswith("Finished.")
     metrics = parts.metrics()
-    rows = tab.rows("students")[1:]
+    rows = tab.rows("participants")[1:]
     assert [row[0] for row in rows] == list(STUDENTS)
     for row in rows:
-        assert number(row[4]) == pytest.approx(100 * metrics["student_accuracy_ratio", row[0], "test"], abs=0.005001)
-        assert number(row[5]) == pytest.approx(metrics["student_loss", row[0], "test"], abs=0.0005001)
-        assert number(row[2]) == metrics["student_parameters", row[0]]
+        assert number(row[4]) == pytest.approx(
+            100 * metrics["participant_accuracy_ratio", row[0], "test"], abs=0.005001
+        )
+        assert number(row[5]) == pytest.approx(metrics["participant_loss", row[0], "test"], abs=0.0005001)
+        assert number(row[2]) == metrics["participant_parameters", row[0]]
     tiles = tab.ask("[...document.querySelectorAll('.tile')].map((tile) => tile.textContent)")
     [ensemble] = [tile for tile in tiles if "accuracy of the ensemble" in tile]
     assert number(ensemble) == pytest.approx(100 * metrics["ensemble_accuracy_ratio", "train"], abs=0.005001)
@@ -122,7 +124,7 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
     code, printed = run("report", parts.folder, cwd=tmp_path)
     assert code == 0, printed
     shown = Page(loaded(parts.folder / "report.html", tmp_path / "profile"))
-    for table in ("students", "waits", "disagreement", "events"):
+    for table in ("participants", "waits", "disagreement", "events"):
         assert shown.tables[table] == tab.rows(table), table
 
     parts.server.send_signal(signal.SIGTERM)
@@ -132,13 +134,13 @@ def test_the_pages_numbers_are_the_metrics_while_the_run_goes_and_after(parts: P
 
 
 def assert_agree(rows: list[list[str]], metrics: dict[tuple[str, ...], float]) -> None:
-    """Compare the table of where every student is with the metrics of the same moment."""
+    """Compare the table of where every participant is with the metrics of the same moment."""
     columns = rows[0]
     for row in rows[1:]:
         name, cells = row[0], dict(zip(columns, row, strict=True))
-        assert number(cells["Round"]) == metrics["round", name]
+        assert number(cells["Steps"]) == metrics["participant_steps_trained", name]
         for column, split in (("Training accuracy", "train"), ("Test accuracy", "test")):
             assert number(cells[column]) == pytest.approx(
-                100 * metrics["student_accuracy_ratio", name, split], abs=0.005001
+                100 * metrics["participant_accuracy_ratio", name, split], abs=0.005001
             )
-        assert number(cells["Step"]) == pytest.approx(1000 * metrics["student_step_seconds", name], rel=0.005)
+        assert number(cells["Step time"]) == pytest.approx(1000 * metrics["participant_step_seconds", name], rel=0.005)

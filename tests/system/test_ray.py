@@ -125,7 +125,9 @@ def restarts(folder: Path) -> list[str]:
     """Return who was started again and why, in order."""
     events = read(folder / "supervisor.jsonl")
     return [
-        f"{each.student} {each.message}" for each in events if isinstance(each, Happened) and each.what == "restarted"
+        f"{each.participant} {each.message}"
+        for each in events
+        if isinstance(each, Happened) and each.what == "restarted"
     ]
 
 

@@ -88,7 +88,7 @@ class Disturbed:
     def restarted(self) -> list[str]:
         """Return who was started again, in order; "" is the server."""
         events = read(self.folder / "supervisor.jsonl")
-        return [each.student for each in events if isinstance(each, Happened) and each.what == "restarted"]
+        return [each.participant for each in events if isinstance(each, Happened) and each.what == "restarted"]
 
     def await_restarts(self, count: int) -> None:
         wait_for(lambda: len(self.restarted()) >= count, f"{count} restarts")

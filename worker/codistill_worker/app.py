@@ -127,7 +127,8 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     try:
         with Watchdog() as watchdog:
             watchdog.begin(
-                f"participant {options.participant!r} at loading its data and its model", _LOADING * plan.training.hang_after
+                f"participant {options.participant!r} at loading its data and its model",
+                _LOADING * plan.training.hang_after,
             )
             dataset = data.load(plan.data, device)
             if isinstance(plan, TeacherPlan):

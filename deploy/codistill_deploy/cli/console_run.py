@@ -83,7 +83,7 @@ def run_here(
         source: the experiment's file, for errors and for modules beside it.
         stop: set to stop: the students are saved first.
         resume: resume the run in the folder.
-        in_process: all students in this process, without a server.
+        in_process: all participants in this process, without a server.
         wire: how the processes reach one another, where there are some.
         restarts: how often each process that dies is started again.
         report: write the report at the end.
@@ -130,7 +130,7 @@ def run_here(
 
 @contextlib.contextmanager
 def _logged_under(title: str) -> Generator[None]:
-    """Put the title of one of several runs before each log line, as all of them have students of the same names."""
+    """Put the title of one of several runs before each log line, as all of them have participants of the same names."""
     make = logging.getLogRecordFactory()
 
     def titled(*args: Any, **more: Any) -> logging.LogRecord:

@@ -29,7 +29,7 @@ _NEVER = {
     ExitCode.CONFIGURATION: "its cause stays",
     ExitCode.REFUSED: "its cause stays",
     ExitCode.DIVERGED: "a repeated step is the same step, so it would diverge again",
-    ExitCode.SUPERSEDED: "another worker trains this student",
+    ExitCode.SUPERSEDED: "another worker has taken this participant over",
 }
 _NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
 _WAITS = (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)

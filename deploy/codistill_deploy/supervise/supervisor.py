@@ -125,7 +125,7 @@ class Supervisor:
 
     @property
     def _proceeds(self) -> bool:
-        """Whether the other students train on when one is given up; the run still ends with that one's error."""
+        """Whether the others train on when a participant is given up; the run still ends with that one's error."""
         experiment = self._experiment
         return experiment.exchange.on_absence == "proceed" and experiment.distillation.exchanges
 
@@ -161,7 +161,7 @@ class Supervisor:
         _wait_for([server], _END_SECONDS)
 
     def _end_server(self, server: Child) -> ExitCode:
-        """End the server of a run in which every student has finished."""
+        """End the server of a run in which every participant has finished."""
         server.send_signal(signal.SIGTERM)
         _wait_for([server], _END_SECONDS)
         if (server.code or 0) > 0:

@@ -153,9 +153,9 @@ class _EncodingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
     """ENCODING_UNSPECIFIED is never valid."""
     ENCODING_DENSE: _Encoding.ValueType  # 1
-    """ENCODING_DENSE is Tensor. Every server takes it."""
+    """ENCODING_DENSE is arrays as Tensor holds them. Every server takes it."""
     ENCODING_TOP_K: _Encoding.ValueType  # 2
-    """ENCODING_TOP_K is SparseTensor. No server takes it yet."""
+    """ENCODING_TOP_K is arrays as SparseTensor holds them. No server takes it yet."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """Encoding is a form of the arrays in contributions and targets."""
@@ -163,9 +163,9 @@ class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """ENCODING_UNSPECIFIED is never valid."""
 ENCODING_DENSE: Encoding.ValueType  # 1
-"""ENCODING_DENSE is Tensor. Every server takes it."""
+"""ENCODING_DENSE is arrays as Tensor holds them. Every server takes it."""
 ENCODING_TOP_K: Encoding.ValueType  # 2
-"""ENCODING_TOP_K is SparseTensor. No server takes it yet."""
+"""ENCODING_TOP_K is arrays as SparseTensor holds them. No server takes it yet."""
 global___Encoding = Encoding
 
 class _Split:
@@ -201,7 +201,7 @@ class _LeaveReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     LEAVE_REASON_UNSPECIFIED: _LeaveReason.ValueType  # 0
     """LEAVE_REASON_UNSPECIFIED is never valid."""
     LEAVE_REASON_FINISHED: _LeaveReason.ValueType  # 1
-    """LEAVE_REASON_FINISHED means that the student trained all its steps, or that the teacher taught them."""
+    """LEAVE_REASON_FINISHED means that the student trained all its steps, or the teacher taught them."""
     LEAVE_REASON_STOPPED: _LeaveReason.ValueType  # 2
     """LEAVE_REASON_STOPPED means that the worker was asked to stop before its last step."""
     LEAVE_REASON_FAILED: _LeaveReason.ValueType  # 3
@@ -213,7 +213,7 @@ class LeaveReason(_LeaveReason, metaclass=_LeaveReasonEnumTypeWrapper):
 LEAVE_REASON_UNSPECIFIED: LeaveReason.ValueType  # 0
 """LEAVE_REASON_UNSPECIFIED is never valid."""
 LEAVE_REASON_FINISHED: LeaveReason.ValueType  # 1
-"""LEAVE_REASON_FINISHED means that the student trained all its steps, or that the teacher taught them."""
+"""LEAVE_REASON_FINISHED means that the student trained all its steps, or the teacher taught them."""
 LEAVE_REASON_STOPPED: LeaveReason.ValueType  # 2
 """LEAVE_REASON_STOPPED means that the worker was asked to stop before its last step."""
 LEAVE_REASON_FAILED: LeaveReason.ValueType  # 3
@@ -265,9 +265,9 @@ class _RoleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeW
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     """ROLE_UNSPECIFIED is never sent."""
     ROLE_STUDENT: _Role.ValueType  # 1
-    """ROLE_STUDENT learns."""
+    """ROLE_STUDENT is one that learns."""
     ROLE_TEACHER: _Role.ValueType  # 2
-    """ROLE_TEACHER publishes, and learns nothing."""
+    """ROLE_TEACHER is one that publishes, and learns nothing."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """Role says what a participant does."""
@@ -275,9 +275,9 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """ROLE_UNSPECIFIED is never sent."""
 ROLE_STUDENT: Role.ValueType  # 1
-"""ROLE_STUDENT learns."""
+"""ROLE_STUDENT is one that learns."""
 ROLE_TEACHER: Role.ValueType  # 2
-"""ROLE_TEACHER publishes, and learns nothing."""
+"""ROLE_TEACHER is one that publishes, and learns nothing."""
 global___Role = Role
 
 class _EventKind:
@@ -506,7 +506,9 @@ class JoinRequest(google.protobuf.message.Message):
     means nothing: a teacher learns nothing and begins at the frontier.
     """
     total_rounds: builtins.int
-    """total_rounds is the number of rounds of the run; the same for all."""
+    """total_rounds is the number of rounds of the run: of those of the total_steps steps that exchange. It is 0 where
+    nothing is exchanged, and the same for all.
+    """
     steps_trained: builtins.int
     """steps_trained is the number of steps that the worker's checkpoint holds; 0 without one, and for a teacher."""
     total_steps: builtins.int
@@ -1155,8 +1157,8 @@ class Run(google.protobuf.message.Message):
     exchanged.
     """
     steps_trained: builtins.int
-    """steps_trained is the number of steps that the run has behind it: those before the frontier; where nothing is
-    exchanged, those of the slowest student.
+    """steps_trained is the number of steps that the run has behind it: those before the frontier; while no round is
+    closed, those of the slowest student.
     """
     total_steps: builtins.int
     """total_steps is the number of steps of each student; 0 until a participant has joined."""

@@ -96,7 +96,8 @@ class DistillationServiceStub:
 
     FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
     same if the run has no participant of that name, or if the first round needed is neither in the journal nor the
-    frontier. INVALID_ARGUMENT if the rounds given are impossible.
+    frontier; or if the server takes no lane or no encoding that is offered. INVALID_ARGUMENT if the steps or rounds
+    given are impossible.
 
     A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is
     not let in again. The same worker may join as often as it needs to.
@@ -171,7 +172,8 @@ class DistillationServiceAsyncStub:
 
     FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
     same if the run has no participant of that name, or if the first round needed is neither in the journal nor the
-    frontier. INVALID_ARGUMENT if the rounds given are impossible.
+    frontier; or if the server takes no lane or no encoding that is offered. INVALID_ARGUMENT if the steps or rounds
+    given are impossible.
 
     A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is
     not let in again. The same worker may join as often as it needs to.
@@ -248,7 +250,8 @@ class DistillationServiceServicer(metaclass=abc.ABCMeta):
 
         FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
         same if the run has no participant of that name, or if the first round needed is neither in the journal nor the
-        frontier. INVALID_ARGUMENT if the rounds given are impossible.
+        frontier; or if the server takes no lane or no encoding that is offered. INVALID_ARGUMENT if the steps or rounds
+        given are impossible.
 
         A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is
         not let in again. The same worker may join as often as it needs to.

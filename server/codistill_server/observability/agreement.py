@@ -51,7 +51,7 @@ class Agreement:
             students: the names of the K students that contributed.
             logits: theirs, [K, B, C].
             labels: the samples' classes, int64 [B].
-            rounds_per_epoch: 0 where it is not known yet; nothing is left out then.
+            rounds_per_epoch: the number of rounds in an epoch; 0 where it is not known yet, and nothing is left out then.
         """
         if round_number % math.ceil(max(rounds_per_epoch, 1) / _ROUNDS):
             return

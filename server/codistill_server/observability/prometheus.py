@@ -5,9 +5,9 @@ finished keeps its final values until the server ends, as they are often scraped
 server's own and only ever grow. Those of a participant stay while it is away, as they count the rounds that it misses.
 
 To add a metric of the server, touch two places: where it is counted, and the table here. To add one that a participant
-reports, touch four: the proto, where it is measured, the worker's ``participant.py`` that fills in the report, and the
-table. In the proto the field has one name in ``ReportRequest`` and ``ParticipantStatus``; the run's state copies it by that
-name. ``make docs`` then writes the page.
+reports, touch four: the proto, where it is measured, the worker's ``participant.py``, and the table. In the proto the field
+has one name in ``ReportRequest`` and ``ParticipantStatus``, as the run's state copies what both have. ``make docs`` then
+writes the page.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ METRICS = (
     ),
     RunMetric(
         "run_steps_trained",
-        "Steps that the run has behind it: those before the frontier; where nothing is exchanged, those of the slowest student.",
+        "Steps that the run has behind it: those before the frontier; while no round is closed, those of the slowest student.",
         _one(lambda scrape: scrape.run.steps_trained),
     ),
     RunMetric(
@@ -189,7 +189,7 @@ METRICS = (
     ),
     RunMetric(
         "participant_state",
-        "1 for the state of a participant, 0 for the other states; failed means that it left with an error.",
+        f"1 for the state of a participant, 0 for the others: {', '.join(words(pb.ParticipantState))}.",
         _states,
         ("participant", "state"),
     ),

@@ -144,12 +144,15 @@ class RunState:
     def record_report(self, participant: str, request: pb.ReportRequest) -> None:
         """Record the progress that a participant reports. What the report leaves unset stays as it was."""
         status = self.participants[participant]
+        given = {field.name for field, _ in request.ListFields()}
         for field in _REPORTED:
-            if field.message_type is not None:
-                if request.HasField(field.name):
-                    getattr(status, field.name).CopyFrom(getattr(request, field.name))
-            elif not field.has_presence or request.HasField(field.name):
-                setattr(status, field.name, getattr(request, field.name))
+            value = getattr(request, field.name)
+            if field.has_presence and field.name not in given:
+                continue
+            if field.message_type is None:
+                setattr(status, field.name, value)
+            else:
+                getattr(status, field.name).CopyFrom(value)
         if request.HasField("step_time"):
             self._record(
                 Paced(
@@ -319,8 +322,8 @@ class RunState:
         return run
 
     def _steps_trained(self, frontier: int) -> int:
-        """Return the number of steps before the frontier; where nothing is exchanged, that of the slowest student."""
-        if not self.exchanges:
+        """Return the number of steps before the frontier; before the first round, that of the slowest student."""
+        if not (self.exchanges and frontier):
             students = (status for status in self.participants.values() if status.role == pb.ROLE_STUDENT)
             return min(status.steps_trained for status in students)
         steps = self.schedule.step_of(frontier)

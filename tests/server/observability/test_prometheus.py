@@ -12,9 +12,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from codistill import __version__
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
+from codistill.wire.times import duration
+from codistill.wire.words import words
 from codistill_server.errors import RequestRejected
-from codistill_server.observability.prometheus import registry
-from server.support import BATCH, CLASSES, TOTAL_ROUNDS, Run, contribution, make_experiment
+from codistill_server.observability.prometheus import HISTOGRAMS, METRICS, registry
+from server.support import BATCH, CLASSES, TOTAL_ROUNDS, Run, contribution, independent_experiment, make_experiment
+
+# What the server knows of a participant, whether it is there or not.
+FACTS = {"codistill_waiting_for", "codistill_participant_state", "codistill_participant_awaited"}
 
 
 class Scraped:
@@ -44,22 +49,28 @@ class Scraped:
         assert len(found) <= 1
         return found[0] if found else None
 
-    def series_of(self, student: str) -> set[str]:
-        """Return the names of the series that tell how a student does."""
+    def series_of(self, participant: str) -> set[str]:
+        """Return the names of the series that tell how a participant does."""
         return {
             sample.name
             for family in self.families.values()
             for sample in family.samples
-            if student in (sample.labels.get("student"), sample.labels.get("first"), sample.labels.get("second"))
-        } - {"codistill_waited_for", "codistill_student_state"}
+            if participant
+            in (sample.labels.get("participant"), sample.labels.get("first"), sample.labels.get("second"))
+        } - FACTS
 
-    def state_of(self, student: str) -> list[str]:
-        """Return the states that a student is said to be in."""
+    def state_of(self, participant: str) -> list[str]:
+        """Return the states that a participant is said to be in."""
         return [
             sample.labels["state"]
-            for sample in self.families["codistill_student_state"].samples
-            if sample.labels["student"] == student and sample.value == 1
+            for sample in self.families["codistill_participant_state"].samples
+            if sample.labels["participant"] == participant and sample.value == 1
         ]
+
+    def count(self, state: str) -> int:
+        """Return the number of participants in a state."""
+        states = self.families["codistill_participant_state"].samples
+        return sum(sample.value == 1 for sample in states if sample.labels["state"] == state)
 
 
 @pytest.fixture
@@ -73,15 +84,23 @@ def scraped() -> Scraped:
         run.close_round(number)
     for position, student in enumerate(run.experiment.names):
         measured = [
-            pb.Measurement(split=pb.SPLIT_TRAIN, round=3, accuracy=0.5, loss=1.5, distillation_loss=0.25),
-            pb.Measurement(split=pb.SPLIT_TEST, round=3, accuracy=0.25, loss=2.5),
+            pb.Measurement(split=pb.SPLIT_TRAIN, steps_trained=3, accuracy=0.5, loss=1.5, distillation_loss=0.25),
+            pb.Measurement(split=pb.SPLIT_TEST, steps_trained=3, accuracy=0.25, loss=2.5),
         ]
-        run.report(student, round=3 - position, epoch=1, measurements=measured, step_seconds=0.5, wait_seconds=0.125)
+        run.report(
+            student,
+            steps_trained=3 - position,
+            epochs_trained=1,
+            round=3 - position,
+            measurements=measured,
+            step_time=duration(0.5),
+            wait_time=duration(0.125),
+        )
     broken = contribution(run.experiment, "cat", 3)
     broken.batch.outputs["logits"].CopyFrom(encode(torch.full((BATCH, CLASSES), torch.nan), "float32"))
     with pytest.raises(RequestRejected):
         run.send("cat", broken)
-    run.join("cat", 3)
+    run.join("cat", 3, steps_trained=3)
     run.contribute("ant", 3)
     run.clock.now += 2
     return made
@@ -92,16 +111,18 @@ def test_the_documented_names_are_all_there(scraped: Scraped) -> None:
     assert samples >= {
         f"codistill_{name}"
         for name in (
-            "student_accuracy_ratio",
-            "student_loss",
+            "participant_accuracy_ratio",
+            "participant_loss",
             "ensemble_accuracy_ratio",
             "disagreement_ratio",
-            "round",
-            "rounds_total",
+            "participant_steps_trained",
+            "rounds_closed_total",
             "round_wait_seconds_bucket",
             "round_seconds_bucket",
-            "student_behind_rounds",
-            "students_present",
+            "participant_behind_rounds",
+            "participant_state",
+            "participant_awaited",
+            "waiting_for",
             "contributions_rejected_total",
             "bytes_total",
             "run_info",
@@ -113,7 +134,7 @@ def test_the_documented_names_are_all_there(scraped: Scraped) -> None:
 def test_labels_are_few_and_never_a_step(scraped: Scraped) -> None:
     labels = {label for family in scraped.families.values() for sample in family.samples for label in sample.labels}
     assert labels == {
-        "run", "student", "model", "split", "first", "second", "reason", "direction", "method", "version", "le", "state"
+        "run", "participant", "model", "split", "first", "second", "reason", "direction", "method", "version", "le", "state"
     }  # fmt: skip
     for family in scraped.families.values():
         for sample in family.samples:
@@ -121,28 +142,32 @@ def test_labels_are_few_and_never_a_step(scraped: Scraped) -> None:
 
 
 def test_values(scraped: Scraped) -> None:
-    ant = {"student": "ant", "model": "mlp"}
+    ant = {"participant": "ant", "model": "mlp"}
     assert scraped.value("run_info", method="kdcl/min_logit", version=__version__) == 1
-    assert scraped.value("student_accuracy_ratio", **ant, split="train") == 0.5
-    assert scraped.value("student_accuracy_ratio", **ant, split="test") == 0.25
-    assert scraped.value("student_loss", **ant, split="test") == 2.5
-    assert scraped.value("student_distillation_loss", **ant, split="train") == 0.25
-    assert scraped.value("student_distillation_loss", **ant, split="test") is None
-    assert scraped.value("student_step_seconds", **ant) == 0.5
-    assert scraped.value("student_wait_seconds", **ant) == 0.125
-    assert scraped.value("student_parameters", **ant) == 10
-    assert [scraped.value("round", student=name, model="mlp") for name in ("ant", "bee", "cat")] == [3, 2, 3]
-    behind = [scraped.value("student_behind_rounds", student=name, model="mlp") for name in ("ant", "bee", "cat")]
+    assert scraped.value("participant_accuracy_ratio", **ant, split="train") == 0.5
+    assert scraped.value("participant_accuracy_ratio", **ant, split="test") == 0.25
+    assert scraped.value("participant_loss", **ant, split="test") == 2.5
+    assert scraped.value("participant_distillation_loss", **ant, split="train") == 0.25
+    assert scraped.value("participant_distillation_loss", **ant, split="test") is None
+    assert scraped.value("participant_step_seconds", **ant) == 0.5
+    assert scraped.value("participant_wait_seconds", **ant) == 0.125
+    assert scraped.value("participant_parameters", **ant) == 10
+    names = scraped.run.experiment.names
+    steps = [scraped.value("participant_steps_trained", participant=name, model="mlp") for name in names]
+    assert steps == [3, 2, 3]
+    behind = [scraped.value("participant_behind_rounds", participant=name, model="mlp") for name in names]
     assert behind == [0, 1, 0]
-    assert [scraped.value(f"students_{which}") for which in ("present", "expected", "finished")] == [3, 3, 0]
-    assert scraped.value("frontier_round") == 3
-    assert scraped.value("expected_rounds") == TOTAL_ROUNDS
+    assert [scraped.count(state) for state in words(pb.ParticipantState)] == [0, 3, 0, 0, 0]
+    assert scraped.value("frontier_round") == scraped.value("run_steps_trained") == 3
+    assert scraped.value("run_rounds") == scraped.value("run_steps") == TOTAL_ROUNDS
     assert scraped.value("open_round_wait_seconds") == 2
-    assert [scraped.value("waited_for", student=name) for name in ("ant", "bee", "cat")] == [0, 1, 1]
-    assert scraped.value("rounds_total") == 3
-    assert scraped.value("rounds_without_target_total") == 0
-    assert [scraped.value("student_joins_total", student=name, model="mlp") for name in ("ant", "cat")] == [1, 2]
-    assert scraped.value("student_missed_rounds_total", **ant) == 0
+    assert [scraped.value("waiting_for", participant=name) for name in names] == [0, 1, 1]
+    assert [scraped.value("participant_awaited", participant=name) for name in names] == [1, 1, 1]
+    assert scraped.value("rounds_closed_total") == 3
+    assert scraped.value("rounds_without_targets_total") == 0
+    joins = [scraped.value("participant_joins_total", participant=name, model="mlp") for name in ("ant", "cat")]
+    assert joins == [1, 2]
+    assert scraped.value("participant_missed_rounds_total", **ant) == 0
     rejected = [
         scraped.value("contributions_rejected_total", reason=reason)
         for reason in ("aborted", "failed_precondition", "invalid_argument")
@@ -171,11 +196,11 @@ def test_histograms_begin_at_half_a_millisecond(scraped: Scraped) -> None:
     assert scraped.value("round_wait_seconds_bucket", le="0.0005") == 2
 
 
-SERVERS_OWN = {"codistill_student_joins_total", "codistill_student_missed_rounds_total"}
+SERVERS_OWN = {"codistill_participant_joins_total", "codistill_participant_missed_rounds_total"}
 
 
 @pytest.mark.parametrize("how", ["stopped", "failed", "disconnected"])
-def test_a_student_that_left_takes_its_series_along(scraped: Scraped, how: str) -> None:
+def test_a_participant_that_left_takes_its_series_along(scraped: Scraped, how: str) -> None:
     run = scraped.run
     others = {name: scraped.series_of(name) for name in ("ant", "cat")}
     assert len(scraped.series_of("bee")) >= 9
@@ -184,25 +209,26 @@ def test_a_student_that_left_takes_its_series_along(scraped: Scraped, how: str) 
     else:
         run.leave("bee", pb.LEAVE_REASON_STOPPED if how == "stopped" else pb.LEAVE_REASON_FAILED)
     assert scraped.series_of("bee") == SERVERS_OWN
-    assert scraped.state_of("bee") == ["failed" if how == "failed" else "absent"]
+    assert scraped.state_of("bee") == ["failed" if how == "failed" else "disconnected"]
     assert {name: scraped.series_of(name) for name in others} == others
-    assert scraped.value("students_present") == 2
-    run.join("bee", 2)
-    assert scraped.value("round", student="bee", model="mlp") == 2
+    assert scraped.count("connected") == 2
+    run.join("bee", 2, steps_trained=2)
+    assert scraped.value("participant_steps_trained", participant="bee", model="mlp") == 2
 
 
 def test_one_that_finished_keeps_them(scraped: Scraped) -> None:
     before = scraped.series_of("bee")
     scraped.run.leave("bee", pb.LEAVE_REASON_FINISHED)
     assert scraped.series_of("bee") == before
-    assert [scraped.value(f"students_{which}") for which in ("present", "finished")] == [2, 1]
-    assert [scraped.state_of(name) for name in ("ant", "bee")] == [["present"], ["finished"]]
+    assert [scraped.count(state) for state in ("connected", "finished")] == [2, 1]
+    assert [scraped.state_of(name) for name in ("ant", "bee")] == [["connected"], ["finished"]]
 
 
-def test_before_anybody_came_there_are_zeros_and_no_students() -> None:
+def test_before_anybody_came_there_are_zeros_and_no_gauges_of_participants() -> None:
     scraped = Scraped(Run())
-    assert scraped.value("rounds_total") == 0
-    assert scraped.value("students_present") == 0
+    assert scraped.value("rounds_closed_total") == 0
+    assert scraped.value("run_steps") == scraped.value("run_rounds") == 0
+    assert scraped.count("connected") == 0
     assert scraped.value("bytes_total", direction="sent") == 0
     assert scraped.value("contributions_rejected_total", reason="invalid_argument") == 0
     assert scraped.value("round_seconds_count") == 0
@@ -218,9 +244,39 @@ def test_who_missed_which_rounds() -> None:
     run.contribute("bee", 0)
     run.clock.now += 3
     run.coordinator.tick()
-    assert scraped.value("student_missed_rounds_total", student="ant", model="mlp") == 1
-    assert scraped.value("student_missed_rounds_total", student="bee", model="mlp") == 0
-    assert scraped.value("rounds_without_target_total") == 1
+    assert scraped.value("participant_missed_rounds_total", participant="ant", model="mlp") == 1
+    assert scraped.value("participant_missed_rounds_total", participant="bee", model="mlp") == 0
+    assert [scraped.value("participant_awaited", participant=name) for name in ("ant", "bee")] == [0, 1]
+    assert scraped.value("rounds_without_targets_total") == 1
+
+
+def test_where_nothing_is_exchanged_there_are_steps_and_no_rounds() -> None:
+    run = Run(independent_experiment(("ant", "bee")))
+    scraped = Scraped(run)
+    for name, steps in (("ant", 8), ("bee", 5)):
+        run.join(name, total_rounds=0)
+        run.report(name, steps_trained=steps)
+    assert scraped.value("run_steps_trained") == 5
+    assert scraped.value("run_steps") == TOTAL_ROUNDS
+    assert scraped.value("run_rounds") == scraped.value("frontier_round") == scraped.value("rounds_closed_total") == 0
+    assert "codistill_participant_behind_rounds" not in scraped.series_of("ant")
+
+
+def test_an_unknown_pace_has_no_series() -> None:
+    run = Run()
+    scraped = Scraped(run)
+    run.join("ant")
+    run.report("ant", steps_trained=1)
+    assert not scraped.series_of("ant") & {"codistill_participant_step_seconds", "codistill_participant_wait_seconds"}
+
+
+def test_a_metric_is_named_for_what_it_counts() -> None:
+    """A row is a family of one name, and the ending that Prometheus keeps for counters is added by it."""
+    assert len({metric.name for metric in METRICS} | HISTOGRAMS.keys()) == len(METRICS) + len(HISTOGRAMS)
+    for metric in METRICS:
+        assert metric.text.endswith(".")
+        assert not metric.name.endswith("_total")
+        assert ("participant" in metric.labels) == metric.name.startswith(("participant_", "waiting_for"))
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian's prometheus) is not installed")

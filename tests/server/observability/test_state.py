@@ -19,7 +19,7 @@ from codistill_server.rounds.machine import ParticipantState
 from server.support import Clock, make_experiment
 
 NAMES = ("ant", "bee", "cat")
-EVERYBODY = dict.fromkeys(NAMES, ParticipantState.CONNECTED)
+EVERYBODY: dict[str, ParticipantState] = dict.fromkeys(NAMES, ParticipantState.CONNECTED)
 
 
 class Watched:
@@ -444,11 +444,11 @@ class TestSnapshot:
         assert not run.complete
 
     def test_who_is_awaited(self) -> None:
-        run = Watched().run_state.snapshot(EVERYBODY, {"ant", "cat"}, 0, None)
+        run = Watched().run_state.snapshot({**EVERYBODY}, {"ant", "cat"}, 0, None)
         assert [status.awaited for status in run.participants] == [True, False, True]
 
     def test_complete_when_all_have_finished(self) -> None:
-        finished = dict.fromkeys(NAMES, ParticipantState.FINISHED)
+        finished: dict[str, ParticipantState] = dict.fromkeys(NAMES, ParticipantState.FINISHED)
         assert Watched().run_state.snapshot(finished, (), 0, None).complete
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from codistill.config.experiment import parse
 from codistill.rundir import history
 from codistill.rundir.layout import RunLayout
-from codistill.rundir.records import Happened, Measured, RoundsClosed
+from codistill.rundir.records import Happened, Joined, Measured, RoundsClosed
 from codistill_server.observability.dashboard import downsample, html, palette
 from codistill_server.observability.dashboard.document import run_document
 from server.observability.dashboard.support import (
@@ -97,6 +97,42 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert shown["participants"][0]["final"] == {"epochs_trained": 60, "accuracy": 0.1, "loss": None}
     assert shown["participants"][0]["train"]["loss"] == [None]
     assert Page(html.render(shown)).document == shown
+
+
+def test_charts_count_epochs_by_the_steps_of_a_span_and_not_by_its_rounds() -> None:
+    text = "name: x\ndata: {dataset: digits}\ntraining: {epochs: 4}\nstudents: [{name: a, model: mlp}, {name: b, model: mlp}]\n"
+    joined = Joined(time=0, participant="a", model="m", parameters=1, device="cpu", total_rounds=20, total_steps=40)
+    span = RoundsClosed(
+        time=0,
+        first=0,
+        last=9,
+        steps_trained=20,
+        seconds=1,
+        wait_p50=0,
+        wait_max=0,
+        waits={},
+        ensemble_accuracy=0.5,
+        disagreement={"a|b": 0.1},
+    )
+    shown = run_document(history.collect(parse(text), [joined, span]))
+    assert (shown["run"]["total_rounds"], shown["run"]["total_steps"], shown["run"]["closed_rounds"]) == (20, 40, 10)
+    assert shown["rounds"]["x"] == shown["disagreement"]["x"] == "epoch"
+    drawn = (shown["rounds"], shown["rounds"]["ensemble"], shown["disagreement"]["lines"][0])
+    assert [each["position"] for each in drawn] == [[2], [2], [2]]
+
+
+def test_a_teacher_is_a_participant_and_no_student() -> None:
+    text = (
+        "name: x\ndata: {dataset: digits}\ntraining: {epochs: 1}\ndistillation: {method: kd}\n"
+        "students: [{name: a, model: mlp}]\nteachers: [{name: old, model: cnn, weights: old.safetensors}]\n"
+    )
+    tested = Measured(time=0, participant="a", split="test", steps_trained=9, epochs_trained=1, accuracy=0.5, loss=1)
+    shown = run_document(history.collect(parse(text), [tested]))
+    assert [(each["name"], each["role"], each["model"]) for each in shown["participants"]] == [
+        ("a", "student", "mlp"),
+        ("old", "teacher", "cnn"),
+    ]
+    assert shown["complete"], "a teacher is not trained"
 
 
 def test_a_run_without_a_record_makes_a_page(tmp_path: Path) -> None:
@@ -340,6 +376,23 @@ class TestBrowser:
         assert [row[-1] for row in waits] == ["Missed, rounds", "0 (0.0\u202f%)", "1 (3.3\u202f%)", "6 (20.0\u202f%)"]
         assert "1 round closed below the quorum and had no targets" in dom
         assert "<dt>Joined again</dt><dd>vit once</dd>" in dom
+
+    def test_a_teachers_accuracy_is_not_in_the_mean_of_the_students(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "experiment.yaml").write_text(
+            "name: x\ndata: {dataset: digits}\ntraining: {epochs: 1}\ndistillation: {method: kd}\n"
+            "students: [{name: a, model: mlp}]\nteachers: [{name: old, model: cnn, weights: old.safetensors}]\n"
+        )
+        tested = [
+            Measured(time=0, participant=name, split="test", steps_trained=9, epochs_trained=1, accuracy=value, loss=1)
+            for name, value in (("a", 0.5), ("old", 0.9))
+        ]
+        (folder / "metrics.jsonl").write_text("".join(f"{each.model_dump_json()}\n" for each in tested))
+        read = Page(loaded(write_page(folder), tmp_path / "profile"))
+        assert "1 student learns digits" in read.text
+        assert "50.00\u202f%test accuracy after the last epoch" in read.text
+        assert [row[:2] for row in read.tables["participants"][1:]] == [["a", "mlp"], ["old", "cnn (teacher)"]]
 
     def test_an_empty_run_shows_sentences_and_no_chart(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
