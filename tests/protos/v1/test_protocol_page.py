@@ -66,4 +66,6 @@ def test_the_status_codes_are_grpcs_and_all_that_the_page_speaks_of() -> None:
 
 
 def test_the_version_is_the_one_that_is_spoken() -> None:
-    assert f"`protocol_version` in [JoinRequest](#joinrequest) is {codistill.PROTOCOL_VERSION} now." in section("Versions", 2)
+    assert f"`protocol_version` in [JoinRequest](#joinrequest) is {codistill.PROTOCOL_VERSION} now." in section(
+        "Versions", 2
+    )

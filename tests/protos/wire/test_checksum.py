@@ -20,17 +20,24 @@ from codistill.wire.checksum import (
 )
 from codistill.wire.tensors import encode
 
-WITH_CHECKSUM = (pb.JoinRequest, pb.JoinResponse, pb.Contribution, pb.ExchangeReply, pb.ReportRequest, pb.LeaveRequest)
+WITH_CHECKSUM = (
+    pb.JoinRequest,
+    pb.JoinResponse,
+    pb.ExchangeRequest,
+    pb.ExchangeResponse,
+    pb.ReportRequest,
+    pb.LeaveRequest,
+)
 
 
-def contribution() -> pb.Contribution:
+def contribution() -> pb.ExchangeRequest:
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    samples = pb.Samples(
+    samples = pb.SampleOutputs(
         ids=encode(torch.arange(5), "int64"),
         labels=encode(torch.arange(5) % 3, "int64"),
         outputs={"logits": encode(logits, "float32")},
     )
-    return pb.Contribution(round=300, batch=samples)
+    return pb.ExchangeRequest(round=300, batch=samples)
 
 
 def test_the_vectors_of_rfc_3720() -> None:
@@ -66,7 +73,7 @@ def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
     raw = append_checksum(message, "41")
     bare = message.SerializeToString()
     assert raw[: len(bare)] == bare
-    assert pb.Contribution.FromString(raw).checksum == google_crc32c.value(b"41" + bare)
+    assert pb.ExchangeRequest.FromString(raw).checksum == google_crc32c.value(b"41" + bare)
     assert verify_checksum(raw, "41")
     assert not verify_checksum(raw, "42"), "another student's"
     assert not verify_checksum(raw)
@@ -83,7 +90,7 @@ def test_no_other_number_is_the_checksum(content: bytes, context: str, number: i
 def test_a_parsed_message_serialises_to_the_same_bytes() -> None:
     """So other programs may set the field instead of appending to the bytes."""
     raw = append_checksum(contribution())
-    assert pb.Contribution.FromString(raw).SerializeToString() == raw
+    assert pb.ExchangeRequest.FromString(raw).SerializeToString() == raw
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed() -> None:
@@ -135,7 +142,7 @@ def test_what_is_protected_could_pass_otherwise() -> None:
         damaged = bytearray(raw)
         damaged[position] ^= 1
         try:
-            pb.Contribution.FromString(bytes(damaged))
+            pb.ExchangeRequest.FromString(bytes(damaged))
         except DecodeError:
             continue
         parsed += 1
