@@ -23,9 +23,9 @@ from fuzz.endpoints import Endpoint
 from fuzz.oracle import NO_MESSAGE, OK, UNAUTHENTICATED, Code, ExpectedAnswer, Model, parsed, refusal
 from server.support import contribution, join_request
 
-PREFIX = "/codistill.v1.Distillation/"
+PREFIX = "/codistill.v1.DistillationService/"
 UNARY = {"Join": pb.JoinRequest, "Report": pb.ReportRequest, "Leave": pb.LeaveRequest, "GetRun": pb.GetRunRequest}
-REQUESTS = {**UNARY, "WatchRun": pb.WatchRunRequest, "Exchange": pb.Contribution}
+REQUESTS = {**UNARY, "WatchRun": pb.WatchRunRequest, "Exchange": pb.ExchangeRequest}
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 PATIENCE = 20.0
@@ -214,15 +214,26 @@ class SessionlessCaller:
         experiment = self._model.experiment
         request = join_request(experiment, rng.choice(experiment.names))
         for _ in range(rng.randint(1, 3)):
-            match rng.randrange(7):
+            match rng.randrange(11):
                 case 0:
                     request.protocol_version = generators.number(rng, 32)
                 case 1:
-                    request.student = generators.text(rng)
+                    request.participant = generators.text(rng)
                 case 2:
-                    request.experiment = rng.choice((generators.text(rng), _altered(rng, request.experiment)))
+                    # What it says is looked at once the digest differs.
+                    request.experiment_json = rng.choice((generators.text(rng), _altered(rng, request.experiment_json)))
+                    request.experiment_sha256 = rng.choice((generators.noise(rng), request.experiment_sha256[:-1]))
                 case 3:
-                    request.data.digest = generators.text(rng)
+                    request.data.data_sha256 = rng.choice((generators.noise(rng), request.data.data_sha256 + b"x"))
+                case 7:
+                    request.total_steps = generators.number(rng)
+                case 8:
+                    request.total_rounds = generators.number(rng)
+                case 9:
+                    request.steps_trained = generators.number(rng)
+                case 10:
+                    offered = rng.choice((request.lanes, request.encodings))
+                    offered.extend(generators.number(rng, 31) for _ in range(rng.randint(1, 3)))
                 case 4:
                     request.data.train_samples = generators.number(rng)
                 case 5:
@@ -277,13 +288,13 @@ class SessionlessCaller:
     def _neighbour(self, rng: random.Random) -> Call:
         """The services that come with every gRPC server."""
         if rng.random() < 0.6:
-            name = rng.choice(("", "codistill.v1.Distillation", "nobody", generators.text(rng)))
+            name = rng.choice(("", "codistill.v1.DistillationService", "nobody", generators.text(rng)))
             raw = rng.choice((health_pb2.HealthCheckRequest(service=name).SerializeToString(), generators.noise(rng)))
             request = parsed(health_pb2.HealthCheckRequest, raw)
             path = HEALTH + rng.choice(("Check", "Watch"))
             if not isinstance(request, health_pb2.HealthCheckRequest):
                 return Call("health", path, [raw], NO_MESSAGE)
-            known = request.service in ("", "codistill.v1.Distillation") or path.endswith("Watch")
+            known = request.service in ("", "codistill.v1.DistillationService") or path.endswith("Watch")
             return Call("health", path, [raw], OK if known else refusal(Code.NOT_FOUND))
         request = reflection_pb2.ServerReflectionRequest()
         raws = [

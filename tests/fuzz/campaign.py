@@ -235,7 +235,7 @@ class Campaign:
         async with contextlib.AsyncExitStack() as stack:
             endpoints = self._serving.endpoints
             channels = [await stack.enter_async_context(endpoints[HEALTHY].channel()) for _ in range(3)]
-            healthy = Model(self._experiments[HEALTHY], ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
+            healthy = Model(self._experiments[HEALTHY], (bytes(32), TRAIN_SAMPLES, TOTAL_ROUNDS))
             healthy.frontier = 2**40  # where exactly it is, a call from outside cannot depend on
             sessionless = SessionlessCaller(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
 
@@ -279,7 +279,7 @@ class Campaign:
         for student in students:
             await asyncio.to_thread(student.stop)
         traffic = [each for student in students for each in student.traffic]
-        model = Model(experiment, ("0" * 64, TRAIN_SAMPLES, TOTAL_ROUNDS))
+        model = Model(experiment, (bytes(32), TRAIN_SAMPLES, TOTAL_ROUNDS))
         self._scenarios = ScenarioRunner(
             endpoint, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS)
         )

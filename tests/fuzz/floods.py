@@ -13,6 +13,7 @@ import grpc.aio
 
 from codistill.config.experiment import Experiment
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import duration
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.ratelimit import Rate
 from codistill_server.rpc.quotas import Limits
@@ -51,15 +52,15 @@ class Flooder:
     async def _joins(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
         request = join_request(self._experiment, rng.choice((*self._experiment.names, "nobody")))
         request.data.classes = 77
-        expected = _or_later(Code.FAILED_PRECONDITION, "data.classes: ", "student ")
+        expected = _or_later(Code.FAILED_PRECONDITION, "data.classes: ", "participant ")
         call = Call("flood of joins", f"{PREFIX}Join", [request.SerializeToString()], expected)
         await self._send(channel, call, 120, _LIMITS.joins, 1)
 
     async def _bytes(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
         most = receive_limit(self._experiment) - 100
-        request = pb.LeaveRequest(session=2**60, reason=pb.LEAVE_REASON_STOPPED)
+        request = pb.LeaveRequest(session_id=2**60, reason=pb.LEAVE_REASON_STOPPED)
         request.message = "x" * rng.randrange(most * 3 // 4, most)
-        raw, expected = request.SerializeToString(), _or_later(Code.ABORTED, f"session {request.session} ")
+        raw, expected = request.SerializeToString(), _or_later(Code.ABORTED, f"session {request.session_id} ")
         call = Call("flood of bytes", f"{PREFIX}Leave", [raw], expected)
         await self._send(channel, call, round(1.5 * _LIMITS.call_bytes.burst / len(raw)), _LIMITS.call_bytes, len(raw))
 
@@ -72,7 +73,7 @@ class Flooder:
             raise WrongError(f"{passed} of {count} calls of a {call.kind} got past the limit")
 
     async def _watchers(self, rng: random.Random, channel: grpc.aio.Channel) -> None:
-        raw = pb.WatchRunRequest(interval_seconds=60).SerializeToString()
+        raw = pb.WatchRunRequest(interval=duration(60)).SerializeToString()
         count = _LIMITS.watchers + rng.randint(1, 40)
         watch: Any = channel.unary_stream(f"{PREFIX}WatchRun")
         ongoing = [watch(raw, metadata=self._endpoint.metadata, timeout=PATIENCE) for _ in range(count)]

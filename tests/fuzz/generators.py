@@ -53,14 +53,16 @@ TEXTS = (
     "9" * 5000,
 )  # fmt: skip
 
-CHECKSUM_TAG = b"\x7d"  # field 15, four bytes
+CHECKSUM_TAG = b"\xa5\x06"  # field 100, four bytes
 
 _WIDTHS = {
     FieldDescriptor.TYPE_UINT32: 32,
     FieldDescriptor.TYPE_UINT64: 64,
     FieldDescriptor.TYPE_ENUM: 31,
     FieldDescriptor.TYPE_INT32: 31,
+    FieldDescriptor.TYPE_INT64: 63,
 }
+_SIGNED = (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64)
 
 
 def number(rng: random.Random, bits: int = 64) -> int:
@@ -110,7 +112,7 @@ def with_unknown_fields(rng: random.Random, raw: bytes) -> bytes:
     """Append fields that no message of the contract has; a receiver passes over them."""
     for _ in range(rng.randint(1, 4)):
         wire = rng.choice((0, 1, 2, 5))
-        tag = _varint(rng.randint(100, 2**20) << 3 | wire)
+        tag = _varint(rng.randint(101, 2**20) << 3 | wire)
         payload = noise(rng, 40)
         raw += (
             tag + {0: _varint(rng.getrandbits(60)), 1: bytes(8), 2: _varint(len(payload)) + payload, 5: bytes(4)}[wire]
@@ -154,19 +156,19 @@ def with_checksum(raw: bytes, context: str = "") -> bytes:
 
 
 def verify_checksum(raw: bytes, context: str = "") -> bool:
-    return len(raw) > 4 and raw == with_checksum(raw[:-5], context)
+    return len(raw) > 5 and raw == with_checksum(raw[:-6], context)
 
 
-def on_the_way(rng: random.Random, raw: bytes, session: int) -> bytes:
+def on_the_way(rng: random.Random, raw: bytes, session_id: int) -> bytes:
     """Return a contribution as it arrives: mostly with its checksum, else without one, another's, or damaged."""
     roll = rng.random()
     if roll < 0.8:
-        return with_checksum(raw, str(session))
+        return with_checksum(raw, str(session_id))
     if roll < 0.85:
         return raw
     if roll < 0.9:
         return with_checksum(raw, str(number(rng)))
-    damaged = bytearray(with_checksum(raw, str(session)))
+    damaged = bytearray(with_checksum(raw, str(session_id)))
     damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
     return bytes(damaged)
 
@@ -183,7 +185,8 @@ def _scalar(rng: random.Random, field: FieldDescriptor) -> Any:
         return rng.random() < 0.5
     if kind == FieldDescriptor.TYPE_ENUM and rng.random() < 0.7:
         return rng.randrange(5)
-    return number(rng, _WIDTHS[kind])
+    value = number(rng, _WIDTHS[kind])
+    return -value if kind in _SIGNED and rng.random() < 0.3 else value
 
 
 def _varint(value: int) -> bytes:

@@ -12,11 +12,12 @@ from codistill.methods.aggregator import RoundInputs
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.tensors import encode
+from codistill.wire.times import duration
 from codistill_server import methods
 from fuzz.endpoints import Endpoint
 from server.support import contribution, join_request, logits_of
 
-TOTAL_ROUNDS = 10**9
+TOTAL_ROUNDS = 10**9  # as many as steps: every step exchanges
 _REPORT_EVERY = 20
 
 
@@ -66,14 +67,13 @@ class Student(threading.Thread):
         self._transport.close()
 
     def _train(self) -> None:
-        request = join_request(self._experiment, self._student)
-        request.total_rounds = TOTAL_ROUNDS
+        request = join_request(self._experiment, self._student, total_steps=TOTAL_ROUNDS)
         self._record("Join", request)
-        session = self._transport.join(request).session
+        session_id = self._transport.join(request).session_id
         while not self._halt.is_set():
             round_number, started = self.rounds, time.monotonic()
             message = contribution(self._experiment, self._student, round_number)
-            self._record("Exchange", message, str(session))
+            self._record("Exchange", message, str(session_id))
             self._transport.send(message)
             got = self._transport.receive(round_number).targets["logits"].data
             self.slowest = max(self.slowest, time.monotonic() - started)
@@ -82,17 +82,25 @@ class Student(threading.Thread):
                 return
             self.rounds += 1
             if self.rounds % _REPORT_EVERY == 0:
-                report = pb.ReportRequest(round=self.rounds, epoch=1, durable_round=self.rounds, step_seconds=0.1)
-                report.measurements.add(split=pb.SPLIT_TEST, round=self.rounds, accuracy=0.5, loss=1.0)
+                report = pb.ReportRequest(
+                    steps_trained=self.rounds,
+                    epochs_trained=1,
+                    round=self.rounds,
+                    durable_round=self.rounds,
+                    step_time=duration(0.1),
+                )
+                report.measurements.add(split=pb.SPLIT_TEST, steps_trained=self.rounds, accuracy=0.5, loss=1.0)
                 self._transport.report(report)
                 self._record("Report", report)
-                self._record("Leave", pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED, message="bye"))
+                self._record(
+                    "Leave", pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_STOPPED, message="bye")
+                )
             self._halt.wait(self._pause)
 
     def _record(
         self,
         rpc: str,
-        message: pb.JoinRequest | pb.Contribution | pb.ReportRequest | pb.LeaveRequest,
+        message: pb.JoinRequest | pb.ExchangeRequest | pb.ReportRequest | pb.LeaveRequest,
         context: str = "",
     ) -> None:
         if len(self.traffic) < 60:

@@ -7,6 +7,7 @@ no session in is the same model with no sessions: all that it may do there is to
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.wrappers_pb2 import UInt32Value
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
@@ -26,7 +29,9 @@ from codistill_server import methods
 from fuzz.generators import CHECKSUM_TAG, verify_checksum
 
 Code = grpc.StatusCode
-LARGEST_ROUNDS = 2**53
+LARGEST_STEPS = 2**53
+LONGEST_DIGEST = 64
+LONGEST_SPAN = 315_576_000_000  # seconds, by protobuf's definition of a Duration
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ UNAUTHENTICATED = refusal(Code.UNAUTHENTICATED, "this server asks for a token", 
 def damaged(kind: type[Message], raw: bytes) -> bool:
     """Whether a unary call's message has a checksum that is not its own; one without is believed."""
     message: Any = parsed(kind, raw)
-    has = raw[-5:-4] == CHECKSUM_TAG if message is None else message.HasField("checksum")
+    has = raw[-6:-4] == CHECKSUM_TAG if message is None else message.HasField("checksum")
     return has and not verify_checksum(raw)
 
 
@@ -73,10 +78,10 @@ class Published:
 
 @dataclass
 class Model:
-    """One run. `settled` is what the first worker said of its data: digest, samples, rounds."""
+    """One run, whose every step exchanges. `settled` is what the first worker said of its data: digest, samples, steps."""
 
     experiment: Experiment
-    settled: tuple[str, int, int] | None = None
+    settled: tuple[bytes, int, int] | None = None
     sessions: dict[int, str] = field(default_factory=dict[int, str])
     frontier: int = 0
     oldest: int = 0
@@ -87,31 +92,45 @@ class Model:
 
     def join(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.JoinRequest, raw)
+        # Another version may mean anything by its other fields, so they are not looked at, nor need they be read.
+        versioned = parsed(UInt32Value, raw) if request is None else request
+        version = getattr(versioned, "value" if request is None else "protocol_version", PROTOCOL_VERSION)
+        if version != PROTOCOL_VERSION:
+            both = f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {version}; "
+            return refusal(Code.FAILED_PRECONDITION, both)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
         differs: list[str] = []
         wrong: list[str] = []
-        if request.protocol_version != PROTOCOL_VERSION:
-            differs.append("protocol_version: ")
-        if request.student not in self.experiment.names:
-            differs.append("student ")
-        if request.experiment != identity(self.experiment):
+        if request.participant not in self.experiment.names:
+            differs.append("participant ")
+        if request.experiment_sha256 != hashlib.sha256(identity(self.experiment).encode()).digest():
             differs.append("experiment")
+        if request.lanes and pb.LANE_GRPC not in request.lanes:
+            differs.append("lanes: ")
+        if request.encodings and pb.ENCODING_DENSE not in request.encodings:
+            differs.append("encodings: ")
         classes = self.experiment.data.class_count
         if {name: list(shape.dims) for name, shape in request.outputs.items()} != {"logits": [classes]}:
             differs.append("outputs: ")
         if request.data.classes != classes:
             differs.append("data.classes: ")
         if self.settled is not None:
-            digest, samples, rounds = self.settled
-            if request.data.digest != digest:
-                differs.append("data.digest: ")
+            digest, samples, steps = self.settled
+            if request.data.data_sha256[:LONGEST_DIGEST] != digest:
+                differs.append("data.data_sha256: ")
             if request.data.train_samples != samples:
                 differs.append("data.train_samples: ")
-            if request.total_rounds != rounds:
+            if request.total_rounds != steps:
                 differs.append("total_rounds: ")
-        if request.total_rounds > LARGEST_ROUNDS:
+            if request.total_steps != steps:
+                differs.append("total_steps: ")
+        if request.total_steps > LARGEST_STEPS:
+            wrong.append("total_steps: ")
+        if request.total_rounds != request.total_steps:
             wrong.append("total_rounds: ")
+        if request.steps_trained > request.total_steps:
+            wrong.append("steps_trained: ")
         if request.first_round > request.total_rounds:
             wrong.append("first_round: ")
         if request.first_round > self.frontier:
@@ -122,34 +141,42 @@ class Model:
         codes |= {Code.INVALID_ARGUMENT} if wrong else set[grpc.StatusCode]()
         return ExpectedAnswer(frozenset(codes), (*differs, *wrong)) if codes else OK
 
-    def joined(self, raw: bytes, session: int) -> int | None:
+    def joined(self, raw: bytes, session_id: int) -> int | None:
         """Take in an admission; return the session that it ended."""
         request = pb.JoinRequest.FromString(raw)
-        older = next((number for number, name in self.sessions.items() if name == request.student), None)
+        older = next((number for number, name in self.sessions.items() if name == request.participant), None)
         if older is not None:
             self.over(older)
-        self.sessions[session] = request.student
-        self.settled = self.settled or (request.data.digest, request.data.train_samples, request.total_rounds)
-        self.durable[request.student] = min(self.durable.get(request.student, 0), request.first_round)
+        self.sessions[session_id] = request.participant
+        self.settled = self.settled or (
+            request.data.data_sha256[:LONGEST_DIGEST],
+            request.data.train_samples,
+            request.total_steps,
+        )
+        name = request.participant
+        self.durable[name] = min(self.durable.get(name, 0), request.first_round)
         return older
 
-    def over(self, session: int) -> None:
-        self.sessions.pop(session, None)
-        self.waiting.pop(session, None)
+    def over(self, session_id: int) -> None:
+        self.sessions.pop(session_id, None)
+        self.waiting.pop(session_id, None)
 
     def report(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.ReportRequest, raw)
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
         wrong: list[str] = []
-        if request.session in self.sessions and self.settled is not None:
+        if request.session_id in self.sessions and self.settled is not None:
             last = self.settled[2]
-            wrong += [name for name in ("round", "durable_round") if getattr(request, name) > last]
-            wrong += [f"measurements.{at}.round" for at, each in enumerate(request.measurements) if each.round > last]
-        for name in ("epoch", "step_seconds", "wait_seconds"):
-            value = getattr(request, name)
-            if not math.isfinite(value) or value < 0:
-                wrong.append(name)
+            wrong += [name for name in ("steps_trained", "round", "durable_round") if getattr(request, name) > last]
+            wrong += [
+                f"measurements.{at}.steps_trained"
+                for at, each in enumerate(request.measurements)
+                if each.steps_trained > last
+            ]
+        if not math.isfinite(request.epochs_trained) or request.epochs_trained < 0:
+            wrong.append("epochs_trained")
+        wrong += [name for name in ("step_time", "wait_time") if not _is_span(getattr(request, name))]
         for at, each in enumerate(request.measurements):
             if each.split not in (pb.SPLIT_TRAIN, pb.SPLIT_TEST):
                 wrong.append(f"measurements.{at}.split")
@@ -162,13 +189,13 @@ class Model:
             ]
         if wrong:
             return refusal(Code.INVALID_ARGUMENT, *(f"{name}: " for name in wrong))
-        if request.session not in self.sessions:
-            return refusal(Code.ABORTED, f"session {request.session} ")
+        if request.session_id not in self.sessions:
+            return refusal(Code.ABORTED, f"session {request.session_id} ")
         return OK
 
     def reported(self, raw: bytes) -> None:
         request = pb.ReportRequest.FromString(raw)
-        student = self.sessions[request.session]
+        student = self.sessions[request.session_id]
         self.durable[student] = max(self.durable.get(student, 0), min(request.durable_round, self.frontier))
         self._forget()
 
@@ -178,19 +205,19 @@ class Model:
             return NO_MESSAGE
         if request.reason not in (pb.LEAVE_REASON_FINISHED, pb.LEAVE_REASON_STOPPED, pb.LEAVE_REASON_FAILED):
             return refusal(Code.INVALID_ARGUMENT, "reason: ")
-        if request.session not in self.sessions:
-            return refusal(Code.ABORTED, f"session {request.session} ")
+        if request.session_id not in self.sessions:
+            return refusal(Code.ABORTED, f"session {request.session_id} ")
         return OK
 
     def left(self, raw: bytes) -> int:
         """Take in that a session ended; return it."""
         request = pb.LeaveRequest.FromString(raw)
-        student = self.sessions[request.session]
-        self.over(request.session)
+        student = self.sessions[request.session_id]
+        self.over(request.session_id)
         if request.reason == pb.LEAVE_REASON_FINISHED:
             self.durable[student] = max(self.durable.get(student, 0), self.frontier)
             self._forget()
-        return request.session
+        return request.session_id
 
     def unary(self, rpc: str, raw: bytes) -> ExpectedAnswer:
         """Return how a call is answered; one that was damaged is to be made again."""
@@ -210,17 +237,17 @@ class Model:
                 request = parsed(pb.WatchRunRequest, raw)
                 if not isinstance(request, pb.WatchRunRequest):
                     return NO_MESSAGE
-                wanted = request.interval_seconds
-                fine = wanted == 0 or 0.1 <= wanted <= 60
-                return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval_seconds: ")
+                wanted = request.interval.seconds + request.interval.nanos / 1e9
+                fine = not request.HasField("interval") or (_is_span(request.interval) and 0.1 <= wanted <= 60)
+                return OK if fine else refusal(Code.INVALID_ARGUMENT, "interval: ")
         raise KeyError(rpc)
 
-    def contribution(self, session: int, raw: bytes) -> ExpectedAnswer | Published:
+    def contribution(self, session_id: int, raw: bytes) -> ExpectedAnswer | Published:
         """Return how a contribution is refused, or what it publishes if it is taken."""
-        if not verify_checksum(raw, str(session)):
+        if not verify_checksum(raw, str(session_id)):
             return refusal(Code.ABORTED, "damaged on the way")
-        message = parsed(pb.Contribution, raw)
-        if not isinstance(message, pb.Contribution):
+        message = parsed(pb.ExchangeRequest, raw)
+        if not isinstance(message, pb.ExchangeRequest):
             return NO_MESSAGE
         wrong = self._wrong(message.batch)
         if message.HasField("held_out"):
@@ -238,7 +265,7 @@ class Model:
             return (
                 published if _same(then, published) else refusal(Code.FAILED_PRECONDITION, f"round {message.round}: ")
             )
-        student = self.sessions[session]
+        student = self.sessions[session_id]
         others = {name: each for name, each in self.open.items() if name != student}
         if any(not _same(each, published) for each in others.values()):
             if any(self.sessions[waiter] != student for waiter in self.waiting):
@@ -246,12 +273,12 @@ class Model:
             self.open.clear()
         return published
 
-    def contributed(self, session: int, number: int, published: Published) -> dict[int, tuple[int, bytes]]:
+    def contributed(self, session_id: int, number: int, published: Published) -> dict[int, tuple[int, bytes]]:
         """Take in a contribution that is taken; return who is answered now, the round and its targets."""
         if number < self.frontier:
-            return {session: (number, self.closed[number][1])}
-        self.open[self.sessions[session]] = published
-        self.waiting[session] = number
+            return {session_id: (number, self.closed[number][1])}
+        self.open[self.sessions[session_id]] = published
+        self.waiting[session_id] = number
         if len(self.open) < len(self.experiment.names):
             return {}
         made = self._targets()
@@ -272,7 +299,7 @@ class Model:
         assert made is not None
         return encode(made["logits"], "float32").data
 
-    def _wrong(self, batch: pb.Samples) -> list[str]:
+    def _wrong(self, batch: pb.SampleOutputs) -> list[str]:
         size, classes = self.experiment.training.batch_size, self.experiment.data.class_count
         wrong: list[str] = []
         wrong += _lies(batch.ids, "batch.ids", pb.DTYPE_INT64, [size], 8)
@@ -281,6 +308,8 @@ class Model:
             labels = np.frombuffer(batch.labels.data, "<i8")
             lies = ["batch.labels: "] if ((labels < 0) | (labels >= classes)).any() else []
         wrong += lies
+        if batch.sparse_outputs:
+            wrong.append("batch.sparse_outputs: ")
         if set(batch.outputs) != {"logits"}:
             return [*wrong, "batch.outputs: "]
         logits = batch.outputs["logits"]
@@ -296,6 +325,10 @@ class Model:
         if needed > self.oldest:
             self.oldest = needed
             self.closed = {number: each for number, each in self.closed.items() if number >= needed}
+
+
+def _is_span(time: Duration) -> bool:
+    return 0 <= time.seconds <= LONGEST_SPAN and 0 <= time.nanos < 10**9
 
 
 def _floats(data: bytes) -> torch.Tensor:

@@ -66,13 +66,13 @@ class ScenarioRunner:
         async with self._endpoint.channel() as channel:
             while True:  # what they had under way has come in once the server knows that they are gone
                 answer = await calls.make(self._endpoint, channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
-                run = pb.Run.FromString(answer.replies[0])
-                if all(each.state != pb.STUDENT_STATE_PRESENT for each in run.students):
+                run = pb.GetRunResponse.FromString(answer.replies[0]).run
+                if all(each.state != pb.PARTICIPANT_STATE_CONNECTED for each in run.participants):
                     break
                 await asyncio.sleep(0.01)
         model = self._model
         model.frontier = run.frontier
-        model.durable = {each.name: each.durable_round for each in run.students}
+        model.durable = {each.name: each.durable_round for each in run.participants}
         model.oldest = min(model.durable.values())
         for number in range(model.oldest, model.frontier):
             model.closed[number] = (
@@ -100,8 +100,8 @@ class ScenarioRunner:
                 await self._join(rng, name)
             for _ in range(rng.randrange(5, 25)):
                 await self._step(rng)
-            for session in list(self._model.sessions):
-                goodbye = pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_STOPPED)
+            for session_id in list(self._model.sessions):
+                goodbye = pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_STOPPED)
                 await self._leave(rng, goodbye.SerializeToString())
         finally:
             for stream in self._streams.values():
@@ -121,9 +121,9 @@ class ScenarioRunner:
             case 3:
                 await self._report(rng)
             case 4:
-                session = self._any_session(rng)
+                session_id = self._any_session(rng)
                 leave = generators.fill(rng, pb.LeaveRequest())
-                leave.session = session
+                leave.session_id = session_id
                 await self._leave(rng, leave.SerializeToString())
             case 5:
                 await self._open(rng, self._any_session(rng))
@@ -146,8 +146,8 @@ class ScenarioRunner:
     # Steps
 
     async def _join(self, rng: random.Random, student: str) -> None:
-        request = join_request(self._model.experiment, student, rng.randint(self._model.oldest, self._model.frontier))
-        request.total_rounds = TOTAL_ROUNDS
+        first_round = rng.randint(self._model.oldest, self._model.frontier)
+        request = join_request(self._model.experiment, student, first_round, total_steps=TOTAL_ROUNDS)
         request.device = generators.text(rng)
         request.parameters = generators.number(rng)
         await self._raw_join(rng, request.SerializeToString(), "Join")
@@ -155,18 +155,18 @@ class ScenarioRunner:
     async def _raw_join(self, rng: random.Random, raw: bytes, rpc: str) -> None:
         answer = await self._unary(rng, "Join", raw, self._model.unary("Join", raw))
         if answer.code is Code.OK:
-            session = pb.JoinResponse.FromString(answer.replies[0]).session
-            older = self._model.joined(raw, session)
+            session_id = pb.JoinResponse.FromString(answer.replies[0]).session_id
+            older = self._model.joined(raw, session_id)
             if older is not None:
                 await self._ended(older, "superseded", refusal(Code.ABORTED, "newer worker"), superseded=True)
             if rng.random() < 0.95:
-                await self._open(rng, session)
+                await self._open(rng, session_id)
 
     async def _report(self, rng: random.Random) -> None:
         report = pb.ReportRequest()
         if rng.random() < 0.5:
             generators.fill(rng, report)
-        report.session = self._any_session(rng)
+        report.session_id = self._any_session(rng)
         if rng.random() < 0.5:
             report.durable_round = rng.randint(self._model.oldest, self._model.frontier + 1)
         raw = report.SerializeToString()
@@ -175,61 +175,61 @@ class ScenarioRunner:
 
     async def _leave(self, rng: random.Random, raw: bytes) -> None:
         if (await self._unary(rng, "Leave", raw, self._model.unary("Leave", raw))).code is Code.OK:
-            session = self._model.left(raw)
-            stream = self._streams.pop(session, None)
-            self._dead.append(session)
+            session_id = self._model.left(raw)
+            stream = self._streams.pop(session_id, None)
+            self._dead.append(session_id)
             if stream is not None:
                 stream.cancel()
 
-    async def _open(self, rng: random.Random, session: int) -> None:
-        self._note("open", str(session))
+    async def _open(self, rng: random.Random, session_id: int) -> None:
+        self._note("open", str(session_id))
         assert self._channel is not None
-        named = (SESSION_KEY, format_session(session))
+        named = (SESSION_KEY, format_session(session_id))
         await self._knock(rng, Call("open", f"{PREFIX}Exchange", [], OK, [named]))
         metadata = (named, *self._endpoint.metadata)
         stream: Any = self._channel.stream_stream(f"{PREFIX}Exchange")(metadata=metadata, timeout=300)
-        if session not in self._model.sessions:
+        if session_id not in self._model.sessions:
             self._count("open", await self._end_of(stream), refusal(Code.ABORTED, "session"))
             return
         async with asyncio.timeout(PATIENCE):
             await stream.initial_metadata()
-        if session in self._streams:
-            await self._ended(session, "second stream", refusal(Code.ABORTED, "another stream"), over=False)
-        self._streams[session] = stream
+        if session_id in self._streams:
+            await self._ended(session_id, "second stream", refusal(Code.ABORTED, "another stream"), over=False)
+        self._streams[session_id] = stream
 
-    async def _hang_up(self, rng: random.Random, session: int) -> None:
-        stream = self._streams[session]
+    async def _hang_up(self, rng: random.Random, session_id: int) -> None:
+        stream = self._streams[session_id]
         if rng.random() < 0.5:
-            self._note("half-close", str(session))
+            self._note("half-close", str(session_id))
             await stream.done_writing()
-            await self._ended(session, "half-closed", OK)
+            await self._ended(session_id, "half-closed", OK)
             return
-        self._note("cancel", str(session))
-        student = self._model.sessions[session]
+        self._note("cancel", str(session_id))
+        student = self._model.sessions[session_id]
         stream.cancel()
-        del self._streams[session]
-        self._gone(session)
+        del self._streams[session_id]
+        self._gone(session_id)
         async with asyncio.timeout(PATIENCE):
-            while await self._present(student):  # noqa: ASYNC110 - the server's state, which sets no event here
+            while await self._connected(student):  # noqa: ASYNC110 - the server's state, which sets no event here
                 await asyncio.sleep(0.002)
         self._seen["cancelled stream", "CANCELLED"] += 1
 
-    async def _contribute(self, rng: random.Random, session: int, raw: bytes) -> None:
+    async def _contribute(self, rng: random.Random, session_id: int, raw: bytes) -> None:
         kind = "contribution"
-        raw = generators.on_the_way(rng, raw, session)
-        stream = self._streams[session]
+        raw = generators.on_the_way(rng, raw, session_id)
+        stream = self._streams[session_id]
         expected = (
-            refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session, raw)
+            refusal(Code.RESOURCE_EXHAUSTED) if len(raw) > self._limit else self._model.contribution(session_id, raw)
         )
-        self._note(kind, f"{session} {_shown(raw)} {expected}")
+        self._note(kind, f"{session_id} {_shown(raw)} {expected}")
         before = await asyncio.to_thread(self._received)
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await stream.write(raw)
         if isinstance(expected, ExpectedAnswer):
-            await self._ended(session, kind, expected)
+            await self._ended(session_id, kind, expected)
             return
-        number = pb.Contribution.FromString(raw).round
-        answered = self._model.contributed(session, number, expected)
+        number = pb.ExchangeRequest.FromString(raw).round
+        answered = self._model.contributed(session_id, number, expected)
         if not answered:  # streams have no order between them: what comes next on another could overtake it
             async with asyncio.timeout(PATIENCE):
                 while await asyncio.to_thread(self._received) == before:
@@ -240,24 +240,24 @@ class ScenarioRunner:
                 raise WrongError(f"session {waiter}, round {closed}: got other targets, of round {targets.round}")
         self._seen[kind, "OK"] += 1
 
-    async def _insist(self, session: int) -> None:
+    async def _insist(self, session_id: int) -> None:
         """Ask for the same round again and again, until that is too often."""
         number = max(self._model.closed)
         message = contribution(self._model.experiment, self._model.experiment.names[0], number)
         published, data = self._model.closed[number]
         message.batch.ids.data, message.batch.labels.data = published.ids, published.labels
-        raw, rate = append_checksum(message, str(session)), Limits().repeats
-        self._note("insist", f"{session} round {number}")
+        raw, rate = append_checksum(message, str(session_id)), Limits().repeats
+        self._note("insist", f"{session_id} round {number}")
         started = time.monotonic()
         with contextlib.suppress(grpc.aio.AioRpcError):  # how it ends is looked at below
             for again in itertools.count():
-                await self._streams[session].write(raw)
-                targets = await self._answer(session)
+                await self._streams[session_id].write(raw)
+                targets = await self._answer(session_id)
                 if targets.round != number or targets.targets["logits"].data != data:
-                    raise WrongError(f"session {session}, round {number}: got other targets when it asked again")
+                    raise WrongError(f"session {session_id}, round {number}: got other targets when it asked again")
                 if again > rate.burst + 1 + rate.per_second * (time.monotonic() - started):
-                    raise WrongError(f"session {session} was answered {again} times for round {number}")
-        await self._ended(session, "insisted", refusal(Code.RESOURCE_EXHAUSTED, "repeats too often"))
+                    raise WrongError(f"session {session_id} was answered {again} times for round {number}")
+        await self._ended(session_id, "insisted", refusal(Code.RESOURCE_EXHAUSTED, "repeats too often"))
 
     # What a worker sends
 
@@ -271,7 +271,7 @@ class ScenarioRunner:
 
     def _spoilt(self, rng: random.Random) -> bytes:
         if rng.random() < 0.2:
-            return generators.fill(rng, pb.Contribution(), 0.8).SerializeToString()
+            return generators.fill(rng, pb.ExchangeRequest(), 0.8).SerializeToString()
         if rng.random() < 0.2:
             return generators.noise(rng, rng.choice((20, 200, self._limit + 5)))
         return generators.mutate(rng, self._honest(rng, self._model.frontier), self._raw)
@@ -282,7 +282,9 @@ class ScenarioRunner:
         message = contribution(experiment, experiment.names[0], self._model.frontier)
         for _ in range(rng.randint(1, 2)):
             tensor = rng.choice((message.batch.ids, message.batch.labels, message.batch.outputs["logits"]))
-            match rng.randrange(8):
+            match rng.randrange(9):
+                case 8:
+                    message.batch.sparse_outputs[generators.text(rng)].size = generators.number(rng, 32)
                 case 0:
                     tensor.dtype = rng.choice((0, 1, 2, 3, 4, 5, 2**31 - 1, -1))
                 case 1:
@@ -337,47 +339,49 @@ class ScenarioRunner:
         self._count(rpc, answer, expected)
         return answer
 
-    async def _answer(self, session: int) -> pb.Targets:
+    async def _answer(self, session_id: int) -> pb.Targets:
         async with asyncio.timeout(PATIENCE):
             while True:
-                raw = await self._streams[session].read()
+                raw = await self._streams[session_id].read()
                 if not isinstance(raw, bytes):
-                    raise WrongError(f"session {session} ended without the targets that it waits for")
-                reply = pb.ExchangeReply.FromString(raw)
+                    raise WrongError(f"session {session_id} ended without the targets that it waits for")
+                reply = pb.ExchangeResponse.FromString(raw)
                 if reply.HasField("targets"):
                     return reply.targets
 
     async def _ended(
-        self, session: int, kind: str, expected: ExpectedAnswer, *, superseded: bool = False, over: bool = True
+        self, session_id: int, kind: str, expected: ExpectedAnswer, *, superseded: bool = False, over: bool = True
     ) -> None:
         if over:
-            self._gone(session)
-        stream = self._streams.pop(session, None)
+            self._gone(session_id)
+        stream = self._streams.pop(session_id, None)
         if stream is None:
             return
         self._count(kind, await self._end_of(stream), expected)
         if (SUPERSEDED_KEY in dict(await stream.trailing_metadata() or ())) is not superseded:
-            raise WrongError(f"session {session}: {SUPERSEDED_KEY} is set where it must not be, or not where it must")
+            raise WrongError(
+                f"session {session_id}: {SUPERSEDED_KEY} is set where it must not be, or not where it must"
+            )
 
     async def _end_of(self, stream: Any) -> Answer:
         try:
             async with asyncio.timeout(PATIENCE):
                 while isinstance(raw := await stream.read(), bytes):
-                    if pb.ExchangeReply.FromString(raw).HasField("targets"):
+                    if pb.ExchangeResponse.FromString(raw).HasField("targets"):
                         raise WrongError("targets that nobody asked for")
                 return Answer(await stream.code(), await stream.details() or "")
         except grpc.aio.AioRpcError as error:
             return Answer(error.code(), error.details() or "")
 
-    async def _present(self, student: str) -> bool:
+    async def _connected(self, student: str) -> bool:
         assert self._channel is not None
         answer = await calls.make(self._endpoint, self._channel, Call("GetRun", f"{PREFIX}GetRun", [b""], OK))
-        states = {each.name: each.state for each in pb.Run.FromString(answer.replies[0]).students}
-        return states[student] == pb.STUDENT_STATE_PRESENT
+        states = {each.name: each.state for each in pb.GetRunResponse.FromString(answer.replies[0]).run.participants}
+        return states[student] == pb.PARTICIPANT_STATE_CONNECTED
 
-    def _gone(self, session: int) -> None:
-        self._model.over(session)
-        self._dead = [*self._dead[-20:], session]
+    def _gone(self, session_id: int) -> None:
+        self._model.over(session_id)
+        self._dead = [*self._dead[-20:], session_id]
 
     def _count(self, kind: str, answer: Answer, expected: ExpectedAnswer) -> None:
         check(expected, answer)

@@ -32,7 +32,7 @@ from codistill.wire.token import Token
 from codistill_server import app
 from codistill_server.coordinator import Coordinator
 from codistill_server.ratelimit import Rate
-from codistill_server.rounds.events import StudentRecord
+from codistill_server.rounds.events import ParticipantRecord
 from codistill_server.rpc.quotas import Limits
 from codistill_server.storage.journal import Journal
 from fuzz import mutants
@@ -213,11 +213,11 @@ async def _serve(config: Mapping[str, Any]) -> None:
     await asyncio.gather(*servers)
 
 
-def _number_from(folder: Path, experiment: Experiment, session: int) -> None:
+def _number_from(folder: Path, experiment: Experiment, session_id: int) -> None:
     """Have the run's sessions numbered above one that its journal remembers."""
-    if session and not (RunLayout(folder).journal_file).exists():
+    if session_id and not (RunLayout(folder).journal_file).exists():
         journal = Journal(RunLayout(folder).journal_file, identity(experiment))
-        journal.remember(StudentRecord(experiment.names[0], session, 0, finished=False))
+        journal.remember(ParticipantRecord(experiment.names[0], session_id, 0, finished=False))
         journal.close()
 
 

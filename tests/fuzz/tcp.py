@@ -21,7 +21,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = struct.pack(">I", 0)[1:] + b"\x04\x00" + bytes(4)
 _HANDSHAKES = (
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"POST /codistill.v1.Distillation/Join HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+    b"POST /codistill.v1.DistillationService/Join HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
     bytes.fromhex("160301020001 0001fc0303") + bytes(64),
     b"SSH-2.0-x\r\n",
     b"\x00" * 64,
@@ -43,7 +43,7 @@ def headers(stream: int, path: str, extra: Sequence[tuple[bytes, bytes]] = (), f
     fields = [
         (b":method", b"POST"),
         (b":scheme", b"http"),
-        (b":path", f"/codistill.v1.Distillation/{path}".encode()),
+        (b":path", f"/codistill.v1.DistillationService/{path}".encode()),
         (b":authority", b"x"),
         (b"te", b"trailers"),
         (b"content-type", b"application/grpc"),

@@ -94,8 +94,11 @@ class TestRecords:
     def test_spoilt_lines_are_named_or_read(self, tmp_path: Path) -> None:
         rng = random.Random(6)
         whole = [
-            records.Happened(time=1, what="joined", student="ant", message="é\n").model_dump_json().encode() + b"\n",
-            records.Measured(time=2, student="ant", split="test", round=3, epoch=1, accuracy=0.5, loss=1)
+            records.Happened(time=1, what="joined", participant="ant", message="é\n").model_dump_json().encode()
+            + b"\n",
+            records.Measured(
+                time=2, participant="ant", split="test", steps_trained=3, epochs_trained=1, accuracy=0.5, loss=1
+            )
             .model_dump_json()
             .encode()
             + b"\n",

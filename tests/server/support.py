@@ -12,7 +12,7 @@ import yaml
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment, parse
-from codistill.config.fingerprint import identity
+from codistill.config.fingerprint import identity, identity_sha256
 from codistill.config.methods import Independent
 from codistill.rundir.records import Happened, Record
 from codistill.v1 import distillation_pb2 as pb
@@ -26,8 +26,10 @@ from codistill_server.storage.journal import Journal
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
 TRAIN_SAMPLES, EPOCHS = 12, 4
-ROUNDS_PER_EPOCH = TRAIN_SAMPLES // BATCH
-TOTAL_ROUNDS = EPOCHS * ROUNDS_PER_EPOCH
+STEPS_PER_EPOCH = TRAIN_SAMPLES // BATCH
+TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
+# Where every step exchanges.
+ROUNDS_PER_EPOCH, TOTAL_ROUNDS = STEPS_PER_EPOCH, TOTAL_STEPS
 STUDENTS = ("ant", "bee")
 
 
@@ -57,8 +59,8 @@ class Inbox:
         self.ended = status, message
 
     @property
-    def replies(self) -> list[pb.ExchangeReply]:
-        return [pb.ExchangeReply.FromString(raw) for raw in self.raw]
+    def replies(self) -> list[pb.ExchangeResponse]:
+        return [pb.ExchangeResponse.FromString(raw) for raw in self.raw]
 
     @property
     def rounds(self) -> list[int]:
@@ -90,16 +92,24 @@ def general_experiment(**sections: Any) -> Experiment:
     )
 
 
-def join_request(experiment: Experiment, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
-    """Return what a worker says of itself; `data__FIELD` changes its data set, `outputs` the shapes."""
+def join_request(experiment: Experiment, participant: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
+    """Return a worker's join; `data__FIELD` changes its data set, `outputs` the shapes, and rounds follow from steps."""
+    exchanges = experiment.distillation.exchanges
+    schedule = experiment.distillation.exchange_schedule(STEPS_PER_EPOCH)
+    total_steps = changes.pop("total_steps", TOTAL_STEPS)
     request = pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
-        student=student,
-        experiment=identity(experiment),
-        data=pb.DataFingerprint(digest="0" * 64, train_samples=TRAIN_SAMPLES, classes=experiment.data.class_count),
-        outputs={"logits": pb.Shape(dims=[experiment.data.class_count])} if experiment.distillation.exchanges else {},
+        participant=participant,
+        experiment_sha256=identity_sha256(experiment),
+        experiment_json=identity(experiment),
+        data=pb.DataFingerprint(
+            data_sha256=bytes(32), train_samples=TRAIN_SAMPLES, classes=experiment.data.class_count
+        ),
+        outputs={"logits": pb.Shape(dims=[experiment.data.class_count])} if exchanges else {},
         first_round=first_round,
-        total_rounds=TOTAL_ROUNDS,
+        total_rounds=schedule.rounds_before(total_steps) if exchanges else 0,
+        steps_trained=min(schedule.step_of(first_round), total_steps) if first_round else 0,
+        total_steps=total_steps,
         parameters=10,
         device="cpu",
     )
@@ -109,13 +119,17 @@ def join_request(experiment: Experiment, student: str, first_round: int = 0, /, 
             request.outputs[name].dims.extend(dims)
     for key, value in changes.items():
         *path, field = key.split("__")
-        setattr(getattr(request, path[0]) if path else request, field, value)
+        changed = getattr(request, path[0]) if path else request
+        if isinstance(value, list):
+            getattr(changed, field).extend(value)
+        else:
+            setattr(changed, field, value)
     return request
 
 
-def logits_of(experiment: Experiment, student: str, round_number: int, rows: int | None = None) -> torch.Tensor:
-    """Return the logits [rows, C] that a student publishes in a round; each has its own."""
-    position = experiment.names.index(student)
+def logits_of(experiment: Experiment, participant: str, round_number: int, rows: int | None = None) -> torch.Tensor:
+    """Return the logits [rows, C] that a participant publishes in a round; each has its own."""
+    position = experiment.names.index(participant)
     generator = torch.Generator().manual_seed(10_000 * position + round_number)
     rows = experiment.training.batch_size if rows is None else rows
     return 3 * torch.randn(rows, experiment.data.class_count, generator=generator)
@@ -123,11 +137,11 @@ def logits_of(experiment: Experiment, student: str, round_number: int, rows: int
 
 def samples(
     logits: torch.Tensor, dtype: str = "float32", first: int = 0, labels: Sequence[int] | None = None
-) -> pb.Samples:
+) -> pb.SampleOutputs:
     """Return samples numbered from `first` on, of classes 0, 1, 2, 0 … unless given."""
     rows = len(logits)
     classes = torch.tensor([row % CLASSES for row in range(rows)] if labels is None else labels, dtype=torch.int64)
-    return pb.Samples(
+    return pb.SampleOutputs(
         ids=encode(torch.arange(first, first + rows), "int64"),
         labels=encode(classes, "int64"),
         outputs={"logits": encode(logits, dtype)},
@@ -135,23 +149,23 @@ def samples(
 
 
 def contribution(
-    experiment: Experiment, student: str, round_number: int, *, first: int | None = None, held_out: bool = False
-) -> pb.Contribution:
-    """Return what a student publishes in a round; the samples are the round's own unless `first` says otherwise."""
+    experiment: Experiment, participant: str, round_number: int, *, first: int | None = None, held_out: bool = False
+) -> pb.ExchangeRequest:
+    """Return what a participant publishes in a round; the samples are the round's own unless `first` says otherwise."""
     batch, dtype = experiment.training.batch_size, experiment.exchange.dtype
     first = round_number * batch if first is None else first
-    message = pb.Contribution(
-        round=round_number, batch=samples(logits_of(experiment, student, round_number), dtype, first % (10 * batch))
+    message = pb.ExchangeRequest(
+        round=round_number, batch=samples(logits_of(experiment, participant, round_number), dtype, first % (10 * batch))
     )
     if held_out:
         rows = experiment.data.held_out
-        message.held_out.CopyFrom(samples(logits_of(experiment, student, 1_000 + round_number, rows), dtype, 500))
+        message.held_out.CopyFrom(samples(logits_of(experiment, participant, 1_000 + round_number, rows), dtype, 500))
     return message
 
 
-def with_checksum(message: pb.Contribution, session: int) -> pb.Contribution:
+def with_checksum(message: pb.ExchangeRequest, session_id: int) -> pb.ExchangeRequest:
     """Return a contribution as it is sent in a session, its checksum set."""
-    return pb.Contribution.FromString(append_checksum(message, str(session)))
+    return pb.ExchangeRequest.FromString(append_checksum(message, str(session_id)))
 
 
 _open: list[Run] = []
@@ -181,41 +195,43 @@ class Run:
         self.coordinator = Coordinator(self.experiment, self.journal, self.run_state, submit, self.clock)
         self.completed = 0
         self.coordinator.on_complete = self._complete
-        self.sessions: dict[str, int] = {}
+        self.session_ids: dict[str, int] = {}
         self.inboxes: dict[str, Inbox] = {}
         _open.append(self)
 
     def _complete(self) -> None:
         self.completed += 1
 
-    def join(self, student: str, first_round: int = 0, /, **changes: Any) -> pb.JoinResponse:
+    def join(self, participant: str, first_round: int = 0, /, **changes: Any) -> pb.JoinResponse:
         """Join and open the stream."""
-        response = self.coordinator.join(join_request(self.experiment, student, first_round, **changes))
-        self.sessions[student], self.inboxes[student] = response.session, Inbox()
-        self.coordinator.open_stream(response.session, self.inboxes[student])
+        response = self.coordinator.join(join_request(self.experiment, participant, first_round, **changes))
+        self.session_ids[participant], self.inboxes[participant] = response.session_id, Inbox()
+        self.coordinator.open_stream(response.session_id, self.inboxes[participant])
         return response
 
     def join_all(self, first_round: int = 0) -> None:
-        for student in self.experiment.names:
-            self.join(student, first_round)
+        for participant in self.experiment.names:
+            self.join(participant, first_round)
 
-    def send(self, student: str, message: pb.Contribution) -> None:
-        self.coordinator.contribute(self.sessions[student], message, message.ByteSize())
+    def send(self, participant: str, message: pb.ExchangeRequest) -> None:
+        self.coordinator.contribute(self.session_ids[participant], message, message.ByteSize())
 
-    def contribute(self, student: str, round_number: int, **options: Any) -> None:
-        self.send(student, contribution(self.experiment, student, round_number, **options))
+    def contribute(self, participant: str, round_number: int, **options: Any) -> None:
+        self.send(participant, contribution(self.experiment, participant, round_number, **options))
 
     def close_round(self, round_number: int, **options: Any) -> list[bytes]:
-        """Have every student contribute; return each one's answer."""
-        for student in self.experiment.names:
-            self.contribute(student, round_number, **options)
-        return [self.inboxes[student].raw[-1] for student in self.experiment.names]
+        """Have every participant contribute; return each one's answer."""
+        for participant in self.experiment.names:
+            self.contribute(participant, round_number, **options)
+        return [self.inboxes[participant].raw[-1] for participant in self.experiment.names]
 
-    def report(self, student: str, **fields: Any) -> None:
-        self.coordinator.report(pb.ReportRequest(session=self.sessions[student], **fields))
+    def report(self, participant: str, **fields: Any) -> None:
+        self.coordinator.report(pb.ReportRequest(session_id=self.session_ids[participant], **fields))
 
-    def leave(self, student: str, reason: pb.LeaveReason.ValueType, message: str = "") -> None:
-        self.coordinator.leave(pb.LeaveRequest(session=self.sessions[student], reason=reason, message=message))
+    def leave(self, participant: str, reason: pb.LeaveReason.ValueType, message: str = "") -> None:
+        self.coordinator.leave(
+            pb.LeaveRequest(session_id=self.session_ids[participant], reason=reason, message=message)
+        )
 
     def events(self, what: str) -> list[Happened]:
         return [record for record in self.records if isinstance(record, Happened) and record.what == what]

@@ -20,7 +20,7 @@ from codistill_server.app import ServeOptions, serve
 from server.support import make_experiment
 
 PATIENCE = 60.0
-SERVICE = "codistill.v1.Distillation"
+SERVICE = "codistill.v1.DistillationService"
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

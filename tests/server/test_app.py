@@ -24,7 +24,7 @@ from codistill.process.exit_codes import ExitCode
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.records import Happened, read
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire.channel import SESSION_KEY, AddressError
 from codistill.wire.checksum import format_session
 from codistill.wire.security_settings import SecurityError
@@ -112,7 +112,7 @@ class TestRefused:
             )
             ours = certificates.of(ca and "worker", certificate and "ca", token)
             with ours.channel(served.address) as channel:
-                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert [warned is not None and text.startswith(warned) for text in warnings] == [True] * (warned is not None)
         assert TOKEN not in caplog.text
@@ -159,10 +159,12 @@ class TestServing:
         with serving(tmp_path) as served:
             assert served.announced == {"address": served.address, "metrics": "", "pid": os.getpid()}
             with grpc.insecure_channel(served.address) as channel:
-                stub = DistillationStub(channel)
-                assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
-                session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
-                stream = stub.Exchange(iter(()), metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE)
+                stub = DistillationServiceStub(channel)
+                assert stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
+                session_id = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session_id
+                stream = stub.Exchange(
+                    iter(()), metadata=((SESSION_KEY, format_session(session_id)),), timeout=PATIENCE
+                )
                 assert list(stream) == []
             served.stop.set()
             assert served.end() is ExitCode.OK
@@ -176,7 +178,7 @@ class TestServing:
             assert served.end() is ExitCode.OK
         with serving(tmp_path, experiment, stay=True) as again:
             with grpc.insecure_channel(again.address) as channel:
-                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.complete
             assert again.thread.is_alive(), "it stays where it is asked to"
         assert again.outcome == [ExitCode.OK]
 
@@ -185,26 +187,26 @@ class TestServing:
         """Its link was silent and its stream still stands, or its connection broke and it comes back at once."""
         experiment = make_experiment()
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
-            stub, hold = DistillationStub(channel), threading.Event()
-            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            metadata = ((SESSION_KEY, format_session(session)),)
+            stub, hold = DistillationServiceStub(channel), threading.Event()
+            session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            metadata = ((SESSION_KEY, format_session(session_id)),)
             stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
             stream.initial_metadata()
-            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
-            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session_id
+            stub.Leave(pb.LeaveRequest(session_id=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             if not silent:
                 hold.set()
                 assert list(stream) == []
-                session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+                session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             if silent:
                 served.thread.join(1.5)
                 assert served.thread.is_alive(), "its stream stands"
                 hold.set()
                 assert list(stream) == []
-            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).complete
-            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.complete
+            stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             assert served.end() is ExitCode.OK
 
     def test_a_worker_that_does_not_let_go_holds_no_server_for_ever(
@@ -213,14 +215,14 @@ class TestServing:
         monkeypatch.setattr(app, "_LEAVE_SECONDS", 0.2)
         experiment = make_experiment(("ant", "bee"))
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
-            stub, hold = DistillationStub(channel), threading.Event()
-            session = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session
-            metadata = ((SESSION_KEY, format_session(session)),)
+            stub, hold = DistillationServiceStub(channel), threading.Event()
+            session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            metadata = ((SESSION_KEY, format_session(session_id)),)
             stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
             stream.initial_metadata()
-            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
-            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session
-            stub.Leave(pb.LeaveRequest(session=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            other = stub.Join(join_request(experiment, "bee"), timeout=PATIENCE).session_id
+            stub.Leave(pb.LeaveRequest(session_id=other, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             assert served.end() is ExitCode.OK
             hold.set()
             stream.cancel()
@@ -256,11 +258,11 @@ class TestServing:
 
     def test_its_end_is_told_to_the_workers(self, tmp_path: Path) -> None:
         with serving(tmp_path) as served, grpc.insecure_channel(served.address) as channel:
-            stub = DistillationStub(channel)
-            session = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session
+            stub = DistillationServiceStub(channel)
+            session_id = stub.Join(join_request(make_experiment(), "ant"), timeout=PATIENCE).session_id
             release = threading.Event()
             stream = stub.Exchange(
-                _then_hold(iter(()), release), metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE
+                _then_hold(iter(()), release), metadata=((SESSION_KEY, format_session(session_id)),), timeout=PATIENCE
             )
             stream.initial_metadata()
             served.stop.set()
@@ -278,16 +280,16 @@ class TestServing:
         experiment = make_experiment()
         with serving(tmp_path, experiment) as served, contextlib.ExitStack() as stack:
             channel = stack.enter_context(grpc.insecure_channel(served.address))
-            stub = DistillationStub(channel)
+            stub = DistillationServiceStub(channel)
             streams = []
             for name in experiment.names:
-                session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
-                messages = iter([with_checksum(contribution(experiment, name, 0), session)])
+                session_id = stub.Join(join_request(experiment, name), timeout=PATIENCE).session_id
+                messages = iter([with_checksum(contribution(experiment, name, 0), session_id)])
                 hold = threading.Event()
                 stack.callback(hold.set)
                 requests = _then_hold(messages, hold)
                 streams.append(
-                    stub.Exchange(requests, metadata=((SESSION_KEY, format_session(session)),), timeout=PATIENCE)
+                    stub.Exchange(requests, metadata=((SESSION_KEY, format_session(session_id)),), timeout=PATIENCE)
                 )
             for stream in streams:
                 with pytest.raises(grpc.RpcError) as caught:
@@ -306,7 +308,7 @@ class TestServing:
         with serving(tmp_path, listen="[::1]:0") as served:
             assert served.address.startswith("[::1]:")
             with grpc.insecure_channel(served.address) as channel:
-                assert DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+                assert DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
 
 
 def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
@@ -316,9 +318,9 @@ def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
     journal.append(ClosedRound(0, Samples(bytes(8), bytes(8)), {"": b""}))
     journal.close()
     with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
-        run = DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+        run = DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run
         assert run.frontier == 1
-        assert [event.kind for event in run.events] == ["resumed"]
+        assert [event.kind for event in run.events] == [pb.EVENT_KIND_RESUMED]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -339,7 +341,7 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
         announced = json.loads(address.read_text())
         assert announced["pid"] == server.pid
         with grpc.insecure_channel(announced["address"]) as channel:
-            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
+            DistillationServiceStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
         assert "codistill_run_info" in get(f"http://{announced['metrics']}/metrics")
         server.send_signal(number)
         output, _ = server.communicate(timeout=PATIENCE)
@@ -352,13 +354,13 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
 
 def _finish(address: str, experiment: Experiment) -> None:
     with grpc.insecure_channel(address) as channel:
-        stub = DistillationStub(channel)
+        stub = DistillationServiceStub(channel)
         for name in experiment.names:
-            session = stub.Join(join_request(experiment, name), timeout=PATIENCE).session
-            stub.Leave(pb.LeaveRequest(session=session, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
+            session_id = stub.Join(join_request(experiment, name), timeout=PATIENCE).session_id
+            stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
 
 
-def _then_hold(messages: Iterator[pb.Contribution], hold: threading.Event) -> Iterator[pb.Contribution]:
+def _then_hold(messages: Iterator[pb.ExchangeRequest], hold: threading.Event) -> Iterator[pb.ExchangeRequest]:
     yield from messages
     hold.wait(PATIENCE)
 
@@ -424,7 +426,7 @@ def test_the_host_that_others_reach_it_by_is_advertised(tmp_path: Path) -> None:
 def test_the_limits_are_those_given(tmp_path: Path) -> None:
     limits = Limits(calls=Rate(1, 0.1))
     with serving(tmp_path, limits=limits) as served, grpc.insecure_channel(served.address) as channel:
-        stub = DistillationStub(channel)
+        stub = DistillationServiceStub(channel)
         stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
         with pytest.raises(grpc.RpcError) as caught:
             stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE)
@@ -435,8 +437,9 @@ class TestMetrics:
     def test_over_http(self, tmp_path: Path) -> None:
         with serving(tmp_path, metrics="127.0.0.1:0") as served, grpc.insecure_channel(served.address) as channel:
             url = f"http://{served.announced['metrics']}/metrics"
-            assert 'codistill_students_present{run="small"} 0.0' in get(url)
-            DistillationStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
-            assert 'codistill_students_present{run="small"} 1.0' in get(url)
+            connected = 'codistill_participant_state{participant="ant",run="small",state="connected"}'
+            assert f"{connected} 0.0" in get(url)
+            DistillationServiceStub(channel).Join(join_request(make_experiment(), "ant"), timeout=PATIENCE)
+            assert f"{connected} 1.0" in get(url)
         with pytest.raises(urllib.error.URLError):
             get(url)

@@ -12,8 +12,10 @@ from codistill.config.fingerprint import identity
 from codistill.rundir.records import Happened, RoundsClosed
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
+from codistill.wire.times import duration, seconds
+from codistill.wire.words import word
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 from server.support import (
     BATCH,
@@ -21,6 +23,8 @@ from server.support import (
     HELD_OUT,
     ROUNDS_PER_EPOCH,
     STUDENTS,
+    TOTAL_ROUNDS,
+    TOTAL_STEPS,
     Inbox,
     Run,
     contribution,
@@ -40,29 +44,29 @@ class TestStreams:
     def test_a_second_stream_ends_the_first(self, run: Run) -> None:
         first, second = run.inboxes["ant"], Inbox()
         run.inboxes["ant"] = second
-        run.coordinator.open_stream(run.sessions["ant"], second)
+        run.coordinator.open_stream(run.session_ids["ant"], second)
         assert first.ended is not None
         assert first.ended[0] is Status.ABORTED
-        run.coordinator.close_stream(run.sessions["ant"], first)
-        assert run.coordinator.presence["ant"] is Presence.PRESENT, "the session has gone on on the second"
+        run.coordinator.close_stream(run.session_ids["ant"], first)
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED, "the session has gone on on the second"
         run.close_round(0)
         assert second.rounds == [0]
 
-    def test_a_broken_stream_makes_its_student_absent(self, run: Run) -> None:
-        run.coordinator.close_stream(run.sessions["ant"], run.inboxes["ant"])
-        assert run.coordinator.presence["ant"] is Presence.ABSENT
-        assert [event.student for event in run.events("disconnected")] == ["ant"]
-        run.coordinator.close_stream(run.sessions["ant"], run.inboxes["ant"])
+    def test_a_broken_stream_makes_its_participant_disconnected(self, run: Run) -> None:
+        run.coordinator.close_stream(run.session_ids["ant"], run.inboxes["ant"])
+        assert run.coordinator.states["ant"] is ParticipantState.DISCONNECTED
+        assert [event.participant for event in run.events("disconnected")] == ["ant"]
+        run.coordinator.close_stream(run.session_ids["ant"], run.inboxes["ant"])
         assert len(run.events("disconnected")) == 1
 
     def test_a_session_without_a_stream_is_ended(self) -> None:
         run = Run()
-        session = run.coordinator.join(join_request(run.experiment, "ant")).session
+        session_id = run.coordinator.join(join_request(run.experiment, "ant")).session_id
         run.join("bee")
-        run.coordinator.expect_stream(session)
-        run.coordinator.expect_stream(run.sessions["bee"])
-        assert run.coordinator.presence == {"ant": Presence.ABSENT, "bee": Presence.PRESENT}
-        assert run.coordinator.student_of(session) is None
+        run.coordinator.expect_stream(session_id)
+        run.coordinator.expect_stream(run.session_ids["bee"])
+        assert run.coordinator.states == {"ant": ParticipantState.DISCONNECTED, "bee": ParticipantState.CONNECTED}
+        assert run.coordinator.participant_of(session_id) is None
 
     def test_who_waits_is_told_whom_for(self, run: Run) -> None:
         run.contribute("ant", 0)
@@ -72,9 +76,9 @@ class TestStreams:
         run.clock.now += 2
         run.coordinator.tick()
         (reply,) = run.inboxes["ant"].replies
-        assert reply.waiting == pb.Waiting(round=0, students=["bee"], seconds=6)
+        assert reply.waiting == pb.Waiting(round=0, participants=["bee"], elapsed=duration(6))
         state = run.coordinator.snapshot()
-        assert (list(state.waiting_for), state.waiting_seconds) == (["bee"], 6)
+        assert (list(state.waiting_for), seconds(state.waiting_time)) == (["bee"], 6)
 
 
 class TestReplay:
@@ -88,13 +92,13 @@ class TestReplay:
         assert run.coordinator.frontier == 9
         assert run.run_state.closed_rounds == 9
 
-    def test_dml_replays_each_students_own(self) -> None:
+    def test_dml_replays_each_participants_own(self) -> None:
         run = Run(make_experiment().replace(distillation={"method": "dml"}))
         run.join_all()
         answers = [run.close_round(number) for number in range(8)]
-        for position, student in enumerate(run.experiment.names):
-            run.contribute(student, 0)
-            assert run.inboxes[student].raw[-1] == answers[0][position]
+        for position, participant in enumerate(run.experiment.names):
+            run.contribute(participant, 0)
+            assert run.inboxes[participant].raw[-1] == answers[0][position]
 
     @pytest.mark.parametrize("number", [0, 8])
     def test_with_other_samples_they_are_not(self, run: Run, number: int) -> None:
@@ -102,7 +106,7 @@ class TestReplay:
             run.close_round(each)
         error = refused(lambda: run.contribute("ant", number, first=1))
         assert error.status is Status.FAILED_PRECONDITION
-        assert f"round {number}: student 'ant' has at position 0 sample 1" in str(error)
+        assert f"round {number}: participant 'ant' has at position 0 sample 1" in str(error)
         assert f"the round has sample {number * BATCH % (10 * BATCH)}" in str(error)
 
     def test_other_logits_change_nothing_that_is_closed(self, run: Run) -> None:
@@ -143,14 +147,14 @@ class TestRestart:
     def test_sessions_of_before_are_over_and_numbers_go_on(self, tmp_path: Path) -> None:
         run = Run(path=tmp_path / "journal.sqlite")
         run.join_all()
-        before = dict(run.sessions)
+        before = dict(run.session_ids)
         run.coordinator.close()
         run = Run(path=tmp_path / "journal.sqlite")
         assert refused(lambda: run.coordinator.open_stream(before["ant"], Inbox())).status is Status.ABORTED
         run.join_all()
-        assert min(run.sessions.values()) > max(before.values())
+        assert min(run.session_ids.values()) > max(before.values())
 
-    def test_finished_students_stay_finished(self, tmp_path: Path) -> None:
+    def test_finished_participants_stay_finished(self, tmp_path: Path) -> None:
         run = Run(path=tmp_path / "journal.sqlite")
         run.join_all()
         run.close_round(0)
@@ -158,7 +162,7 @@ class TestRestart:
         run.leave("bee", pb.LEAVE_REASON_STOPPED)
         run.coordinator.close()
         run = Run(path=tmp_path / "journal.sqlite")
-        assert run.coordinator.presence == {"ant": Presence.FINISHED, "bee": Presence.EXPECTED}
+        assert run.coordinator.states == {"ant": ParticipantState.FINISHED, "bee": ParticipantState.EXPECTED}
         assert not run.coordinator.complete
         run.join("bee", 1)
         run.leave("bee", pb.LEAVE_REASON_FINISHED)
@@ -167,6 +171,28 @@ class TestRestart:
         run = Run(path=tmp_path / "journal.sqlite")
         assert run.coordinator.complete
         assert run.completed == 0, "nothing happened in this one"
+
+    def test_the_length_and_everyones_steps_are_shown_again(self, tmp_path: Path) -> None:
+        run = Run(path=tmp_path / "journal.sqlite")
+        run.join_all()
+        for number in range(TOTAL_ROUNDS):
+            run.close_round(number)
+        run.report("ant", steps_trained=TOTAL_STEPS, round=TOTAL_ROUNDS, durable_round=7)
+        run.leave("bee", pb.LEAVE_REASON_FINISHED)
+        run.coordinator.close()
+        run = Run(path=tmp_path / "journal.sqlite")
+        state = run.coordinator.snapshot()
+        assert (state.total_steps, state.total_rounds) == (TOTAL_STEPS, TOTAL_ROUNDS)
+        assert (state.frontier, state.steps_trained) == (TOTAL_ROUNDS, TOTAL_STEPS)
+        shown = {each.name: (each.steps_trained, each.round, each.durable_round) for each in state.participants}
+        assert shown == {"ant": (7, 7, 7), "bee": (TOTAL_STEPS, TOTAL_ROUNDS, TOTAL_ROUNDS)}
+        assert {each.name: word(pb.ParticipantState, each.state) for each in state.participants} == {
+            "ant": "expected",
+            "bee": "finished",
+        }
+        run.join("ant", 7)
+        (ant, _) = run.coordinator.snapshot().participants
+        assert (ant.steps_trained, ant.epochs_trained) == (7, 7 / ROUNDS_PER_EPOCH)
 
     def test_a_worker_ahead_of_the_journal_is_refused(self) -> None:
         run = Run()
@@ -178,7 +204,7 @@ class TestRestart:
 
 def _ratio(answer: bytes, experiment: Experiment, number: int) -> tuple[float, ...]:
     """Return the weights of the two students that a round's target was made with."""
-    target = decode(pb.ExchangeReply.FromString(answer).targets.targets["logits"]).double().reshape(-1, 1)
+    target = decode(pb.ExchangeResponse.FromString(answer).targets.targets["logits"]).double().reshape(-1, 1)
     logits = torch.stack([logits_of(experiment, name, number).double().reshape(-1) for name in experiment.names], 1)
     return tuple(round(each, 3) for each in torch.linalg.lstsq(logits, target).solution.reshape(-1).tolist())
 
@@ -198,24 +224,24 @@ def test_the_span_of_an_epoch_tells_of_all_its_rounds(run: Run) -> None:
 
 class TestLeave:
     def test_each_reason_has_its_event_and_state(self) -> None:
-        for reason, what, presence in (
-            (pb.LEAVE_REASON_STOPPED, "left", Presence.ABSENT),
-            (pb.LEAVE_REASON_FAILED, "failed", Presence.FAILED),
-            (pb.LEAVE_REASON_FINISHED, "finished", Presence.FINISHED),
+        for reason, what, state in (
+            (pb.LEAVE_REASON_STOPPED, "stopped", ParticipantState.DISCONNECTED),
+            (pb.LEAVE_REASON_FAILED, "failed", ParticipantState.FAILED),
+            (pb.LEAVE_REASON_FINISHED, "finished", ParticipantState.FINISHED),
         ):
             run = Run()
             run.join_all()
             run.leave("ant", reason, "x" * 600)
-            assert [(event.student, event.message) for event in run.events(what)] == [("ant", "x" * 500)]
-            assert run.coordinator.presence["ant"] is presence
-            run.coordinator.close_stream(run.sessions["ant"], run.inboxes["ant"])
+            assert [(event.participant, event.message) for event in run.events(what)] == [("ant", "x" * 500)]
+            assert run.coordinator.states["ant"] is state
+            run.coordinator.close_stream(run.session_ids["ant"], run.inboxes["ant"])
             assert run.events("disconnected") == []
 
     def test_an_unknown_reason_is_refused(self, run: Run) -> None:
         error = refused(lambda: run.leave("ant", pb.LEAVE_REASON_UNSPECIFIED))
         assert error.status is Status.INVALID_ARGUMENT
         assert "FINISHED, STOPPED, FAILED" in str(error)
-        assert run.coordinator.presence["ant"] is Presence.PRESENT
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED
 
     def test_a_session_leaves_once(self, run: Run) -> None:
         run.leave("ant", pb.LEAVE_REASON_STOPPED)
@@ -269,10 +295,10 @@ class TestFaults:
         run.leave("ant", pb.LEAVE_REASON_STOPPED)
         assert refused(lambda: run.leave("ant", pb.LEAVE_REASON_STOPPED)).status is Status.ABORTED
         assert refused(lambda: run.contribute("bee", 3)).status is Status.ABORTED
-        assert run.coordinator.presence == {"ant": Presence.ABSENT, "bee": Presence.ABSENT}
+        assert run.coordinator.states == {"ant": ParticipantState.DISCONNECTED, "bee": ParticipantState.DISCONNECTED}
 
     def test_work_that_takes_time_delays_the_answers_only(self) -> None:
-        """While a round's targets are made, students come and go; then whoever is there is answered."""
+        """While a round's targets are made, participants come and go; then whoever is there is answered."""
         pending: list[Callable[[], None]] = []
 
         def later(work: Callable[[], Any], done: Callable[[Any], None], *, heavy: bool) -> None:
@@ -284,7 +310,7 @@ class TestFaults:
         run.contribute("ant", 0)
         run.contribute("bee", 0)
         assert run.coordinator.frontier == 0
-        run.coordinator.close_stream(run.sessions["ant"], run.inboxes["ant"])
+        run.coordinator.close_stream(run.session_ids["ant"], run.inboxes["ant"])
         gone = run.inboxes["ant"]
         run.join("ant")
         run.contribute("ant", 0)
@@ -295,8 +321,8 @@ class TestFaults:
         assert run.coordinator.frontier == 1
 
     def test_bytes_are_counted(self, run: Run) -> None:
-        messages = [contribution(run.experiment, student, 0) for student in run.experiment.names]
-        for student, message in zip(run.experiment.names, messages, strict=True):
-            run.send(student, message)
+        messages = [contribution(run.experiment, participant, 0) for participant in run.experiment.names]
+        for participant, message in zip(run.experiment.names, messages, strict=True):
+            run.send(participant, message)
         assert run.run_state.bytes_in == sum(message.ByteSize() for message in messages)
         assert run.run_state.bytes_out == sum(len(raw) for inbox in run.inboxes.values() for raw in inbox.raw)

@@ -10,17 +10,18 @@ import torch
 from prometheus_client import generate_latest
 
 from codistill.config.experiment import Experiment
+from codistill.rundir.records import RoundsClosed
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.observability.prometheus import registry
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from server.support import (
     BATCH,
     CLASSES,
-    ROUNDS_PER_EPOCH,
-    TOTAL_ROUNDS,
+    STEPS_PER_EPOCH,
+    TOTAL_STEPS,
     Run,
     contribution,
     make_experiment,
@@ -38,7 +39,7 @@ def outputs(**shapes: list[int]) -> dict[str, list[int]]:
     return {name.replace("_", "/"): dims for name, dims in shapes.items()}
 
 
-def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.Contribution:
+def published(experiment: Experiment, number: int, **arrays: torch.Tensor) -> pb.ExchangeRequest:
     message = contribution(experiment, experiment.names[0], number)
     message.batch.outputs.clear()
     for name, value in arrays.items():
@@ -52,8 +53,8 @@ class Taught(Run):
     def join_student(self, name: str, first_round: int = 0) -> pb.JoinResponse:
         return self.join(name, first_round, outputs={})
 
-    def join_teacher(self, weights: str = "f00d", **shapes: list[int]) -> pb.JoinResponse:
-        return self.join("old", outputs=outputs(**(shapes or {"logits": [CLASSES]})), weights=weights)
+    def join_teacher(self, weights: bytes = b"\xf0\x0d", **shapes: list[int]) -> pb.JoinResponse:
+        return self.join("old", outputs=outputs(**(shapes or {"logits": [CLASSES]})), weights_sha256=weights)
 
     def teach(self, number: int) -> torch.Tensor:
         logits = torch.full((BATCH, CLASSES), float(number))
@@ -79,8 +80,8 @@ class TestTeacher:
         logits = run.teach(0)
         assert not run.inboxes["old"].replies, "it is waited for as everybody is"
         run.learn("bee", 0)
-        for student in ("ant", "bee"):
-            (reply,) = run.inboxes[student].replies
+        for participant in ("ant", "bee"):
+            (reply,) = run.inboxes[participant].replies
             assert torch.equal(decode(reply.targets.targets["logits"]), logits)
         (end,) = run.inboxes["old"].replies
         assert end.targets.round == 0
@@ -92,7 +93,7 @@ class TestTeacher:
             run.learn("bee", number)
             run.teach(number)
         assert run.join_teacher().frontier == 3
-        assert run.coordinator.presence["old"] is Presence.PRESENT
+        assert run.coordinator.states["old"] is ParticipantState.CONNECTED
 
     def test_what_it_reported_lets_rounds_go(self, run: Taught) -> None:
         for number in range(3):
@@ -105,10 +106,10 @@ class TestTeacher:
         assert run.journal.read(1) is None
 
     def test_other_weights_than_the_run_began_with_are_refused(self, run: Taught) -> None:
-        error = refused(lambda: run.join_teacher("beef"))
+        error = refused(lambda: run.join_teacher(b"\xbe\xef"))
         assert error.status is Status.FAILED_PRECONDITION
         assert str(error) == (
-            "weights: the run has a teacher 'old' with weights of digest f00d, this worker's are beef; give its "
+            "weights_sha256: the run has a teacher 'old' with weights of SHA-256 f00d, this worker's are beef; give its "
             "teachers.weights the file that the run began with"
         )
 
@@ -126,10 +127,10 @@ class TestTeacher:
         assert "publishes {'logits': [4]}, method kd with 3 classes takes {'logits': [3]}" in str(error)
 
     def test_it_is_shown_as_a_teacher(self, run: Taught) -> None:
-        assert [(each.name, each.teacher) for each in run.coordinator.snapshot().students] == [
-            ("ant", False),
-            ("bee", False),
-            ("old", True),
+        assert [(each.name, each.role) for each in run.coordinator.snapshot().participants] == [
+            ("ant", pb.ROLE_STUDENT),
+            ("bee", pb.ROLE_STUDENT),
+            ("old", pb.ROLE_TEACHER),
         ]
 
     def test_metrics_tell_of_it_and_of_students_that_publish_nothing(self, run: Taught) -> None:
@@ -137,16 +138,18 @@ class TestTeacher:
             run.learn("ant", number)
             run.learn("bee", number)
             run.teach(number)
-        tested = pb.Measurement(split=pb.SPLIT_TEST, round=0, accuracy=0.75, loss=0.5)
+        tested = pb.Measurement(split=pb.SPLIT_TEST, steps_trained=0, accuracy=0.75, loss=0.5)
         run.report("old", round=2, durable_round=2, measurements=[tested])
         run.learn("ant", 2)
         run.learn("bee", 2)
         run.clock.now += 20
         text = generate_latest(registry(run.run_state, run.coordinator.snapshot)).decode()
-        assert 'codistill_student_accuracy_ratio{model="mlp",run="small",split="test",student="old"} 0.75' in text
-        assert 'codistill_student_state{run="small",state="present",student="old"} 1.0' in text
-        assert 'codistill_waited_for{run="small",student="old"} 1.0' in text
-        assert 'codistill_students_present{run="small"} 3.0' in text
+        assert (
+            'codistill_participant_accuracy_ratio{model="mlp",participant="old",run="small",split="test"} 0.75' in text
+        )
+        for name in ("ant", "bee", "old"):
+            assert f'codistill_participant_state{{participant="{name}",run="small",state="connected"}} 1.0' in text
+        assert 'codistill_waiting_for{participant="old",run="small"} 1.0' in text
         assert "codistill_disagreement_ratio{" not in text, "of who publishes no logits there is none"
         assert "codistill_ensemble_accuracy_ratio{" not in text
 
@@ -167,7 +170,7 @@ class TestTeacher:
         assert reply.HasField("targets")
         assert not reply.targets.targets
         assert run.run_state.rounds_without_targets == 1
-        assert [each.message for each in run.events("below quorum")] == [
+        assert [each.message for each in run.events("below_quorum")] == [
             "round 0 closed with 2 contributions, without its teacher: no targets"
         ]
 
@@ -215,74 +218,94 @@ class TestShapes:
 
 
 class TestExchangeSchedule:
-    """Every second round from the first of epoch 1 on: 3, 5, 7, 9, 11 of 12."""
+    """Every second step from the first of epoch 1 on exchanges: steps 3, 5, 7, 9, 11 of 12 are rounds 0 to 4."""
 
     METHOD: ClassVar = {"method": "cross_architecture", "start_epoch": 1, "every": 2}
+    STEPS = (3, 5, 7, 9, 11)
 
     def experiment(self, **sections: Any) -> Experiment:
         return make_experiment(distillation=self.METHOD, **sections)
 
-    def test_only_some_rounds_exchange(self) -> None:
+    def test_rounds_have_no_gaps_and_steps_are_shown_beside_them(self) -> None:
         run = Run(self.experiment())
+        assert run.coordinator.snapshot().total_steps == 0
         run.join_all()
-        assert ROUNDS_PER_EPOCH == 3
-        seen = []
-        for number in (3, 5, 7, 9, 11):
-            assert run.coordinator.frontier == number
+        assert STEPS_PER_EPOCH == 3
+        for name, steps in (("ant", 3), ("bee", 2)):
+            run.report(name, steps_trained=steps)
+        for number, step in enumerate(self.STEPS):
+            state = run.coordinator.snapshot()
+            # Before the first round the slowest student's own report tells.
+            assert (state.frontier, state.steps_trained) == (number, step if number else 2)
+            assert (state.total_rounds, state.total_steps) == (len(self.STEPS), TOTAL_STEPS)
             run.close_round(number)
-            seen.append(run.inboxes["ant"].rounds[-1])
-        assert seen == [3, 5, 7, 9, 11]
-        assert run.coordinator.snapshot().frontier == TOTAL_ROUNDS, "no further than the run"
+        assert run.inboxes["ant"].rounds == [0, 1, 2, 3, 4]
+        state = run.coordinator.snapshot()
+        assert (state.frontier, state.steps_trained) == (len(self.STEPS), TOTAL_STEPS), "no further than the run"
 
-    @pytest.mark.parametrize("number", [0, 2, 4])
-    def test_a_contribution_to_another_round_is_refused(self, number: int) -> None:
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_the_number_of_a_step_is_no_round(self, number: int) -> None:
         run = Run(self.experiment())
         run.join_all()
         error = refused(lambda: run.contribute("ant", number))
-        assert str(error) == f"round {number} exchanges nothing; allowed: round 3 and one in 2 from there"
+        assert error.status is Status.ABORTED
+        assert str(error) == f"round {number} is not open; expected round 0, or one before it; join again"
 
     def test_a_restart_goes_on_where_the_journal_ends(self, tmp_path: Path) -> None:
         experiment = self.experiment()
         run = Run(experiment, tmp_path / "journal")
         run.join_all()
-        answers = {number: run.close_round(number) for number in (3, 5)}
-        run.report("ant", round=6, durable_round=5)
-        run.report("bee", round=6, durable_round=4)
-        assert run.journal.read(0) is None, "round 3, the first exchange, is needed by nobody"
+        answers = [run.close_round(number) for number in range(3)]
+        run.report("ant", steps_trained=8, round=3, durable_round=3)
+        run.report("bee", steps_trained=8, round=3, durable_round=1)
+        assert run.journal.read(0) is None, "it is needed by nobody"
+        assert run.journal.read(1) is not None
         run.coordinator.close()
 
         run = Run(experiment, tmp_path / "journal")
-        assert run.coordinator.frontier == 7
-        run.join("ant", 7)
-        run.join("bee", 4)
-        run.contribute("bee", 5)
-        assert run.inboxes["bee"].raw == [answers[5][1]], "the same answer again"
-        run.contribute("ant", 7)
-        run.contribute("bee", 7)
-        assert run.inboxes["ant"].rounds == [7]
+        state = run.coordinator.snapshot()
+        assert (state.frontier, state.steps_trained) == (3, 9)
+        assert (state.total_rounds, state.total_steps) == (len(self.STEPS), TOTAL_STEPS)
+        shown = [(each.name, each.steps_trained, each.round, each.durable_round) for each in state.participants]
+        assert shown == [("ant", 9, 3, 3), ("bee", 5, 1, 1)], "the steps at which those rounds take place"
+        run.join("ant", 3)
+        run.join("bee", 1)
+        run.contribute("bee", 2)
+        assert run.inboxes["bee"].raw == [answers[2][1]], "the same answer again"
+        run.contribute("ant", 3)
+        run.contribute("bee", 3)
+        assert run.inboxes["ant"].rounds == [3]
 
-    def test_a_student_may_need_a_round_that_exchanges_nothing(self) -> None:
+    def test_steps_before_the_first_round_are_shown(self) -> None:
+        """A student may have trained steps of which none exchanged; it needs round 0 all the same."""
         run = Run(self.experiment())
-        assert run.join("ant", 2).frontier == 3
-        assert run.join("bee", 3).frontier == 3
-        error = refused(lambda: run.join("ant", 4))
-        assert "resumes at round" in str(error), "round 3 is not closed yet"
+        run.join("ant", steps_trained=2)
+        (ant, _) = run.coordinator.snapshot().participants
+        assert (ant.steps_trained, ant.round) == (2, 0)
+        (joined,) = run.events("joined")
+        assert joined.message == "joined on cpu, from step 2"
+        error = refused(lambda: run.join("ant", 1))
+        assert "resumes at round 1" in str(error), "round 0 is not closed yet"
 
     def test_whom_an_open_round_waits_for_is_told_by_its_own_number(self) -> None:
         run = Run(self.experiment())
         run.join_all()
-        run.contribute("ant", 3)
+        run.close_round(0)
+        run.contribute("ant", 1)
         run.clock.now += 6
         run.coordinator.tick()
-        (notice,) = run.inboxes["ant"].replies
-        assert (notice.waiting.round, list(notice.waiting.students)) == (3, ["bee"])
+        notice = run.inboxes["ant"].replies[-1]
+        assert (notice.waiting.round, list(notice.waiting.participants)) == (1, ["bee"])
 
     def test_spans_and_events_have_the_runs_rounds(self) -> None:
         run = Run(self.experiment(exchange={"on_absence": "proceed", "round_deadline": 5.0}))
         run.join_all()
-        run.close_round(3)
-        run.contribute("ant", 5)
+        run.close_round(0)
+        run.contribute("ant", 1)
         run.clock.now += 6
         run.coordinator.tick()
-        (absent,) = run.events("absent")
-        assert absent.message.startswith("absent from round 5 on")
+        (skipped,) = run.events("skipped")
+        assert skipped.message.startswith("skipped from round 1 on")
+        run.run_state.flush()
+        spans = [record for record in run.records if isinstance(record, RoundsClosed)]
+        assert (spans[0].first, spans[-1].last, spans[-1].steps_trained) == (0, 1, 6)

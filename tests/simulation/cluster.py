@@ -15,6 +15,7 @@ from codistill.config.fingerprint import identity
 from codistill.peer.session import Session
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
+from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds.actions import Decide
 from simulation.kernel import Arm, Kernel
@@ -213,7 +214,7 @@ class Cluster:
             self.kernel.after(self._until_restart(0.1), self.server.start)
 
     def _asked_to_join(self, student: str, *, late: bool) -> None:
-        """The present student may be superseded now, whether or not the answer arrives."""
+        """The student that is connected may be superseded now, whether or not the answer arrives."""
         alive = self._alive(student)
         if len(alive) > 1 or late:
             for worker in alive:
@@ -280,7 +281,7 @@ class Cluster:
                 if late and kind == "join":
                     self._count("join of a process that is gone")
                 if kind == "join":
-                    self._asked_to_join(request.student, late=late)
+                    self._asked_to_join(request.participant, late=late)
                 self.server.call(kind, request, answer)
 
             link.carry(link.arrival(), lambda: self.server.take(execute))
@@ -444,7 +445,7 @@ class Cluster:
         stream = draw.choice(standing)
         how = draw.choice(("broken", "half-open upwards", "half-open downwards", "dead and unnoticed"))
         self._count(f"stream {how}")
-        self.kernel.note(f"session {stream.session}: its stream is {how}")
+        self.kernel.note(f"session {stream.session_id}: its stream is {how}")
         soon = how == "broken"
         stream.break_(
             draw.random() * (0.5 if soon else CLIENT_KEEPALIVE),
@@ -500,8 +501,8 @@ class Cluster:
 def _brief(value: Any) -> str:
     return (
         " ".join(str(value).split())[:100]
-        if not hasattr(value, "experiment")
-        else f"{value.student} {value.first_round}"
+        if not isinstance(value, pb.JoinRequest)
+        else f"{value.participant} {value.first_round}"
     )
 
 

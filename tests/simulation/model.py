@@ -50,21 +50,21 @@ def learn(state: bytes, targets: pb.Targets) -> bytes:
     return hashlib.blake2b(state + targets.SerializeToString(deterministic=True), digest_size=16).digest()
 
 
-def contribution(number: int, state: bytes, *, held_out: bool) -> pb.Contribution:
+def contribution(number: int, state: bytes, *, held_out: bool) -> pb.ExchangeRequest:
     """Return what a student in this state publishes in a round."""
     wants = held_out and number > 0 and number % ROUNDS_PER_EPOCH == 0
-    return pb.Contribution(
+    return pb.ExchangeRequest(
         round=number,
         batch=_samples(number * BATCH, BATCH, state),
         held_out=_samples(10_000, HELD_OUT, state[::-1]) if wants else None,
     )
 
 
-def _samples(first: int, rows: int, state: bytes) -> pb.Samples:
+def _samples(first: int, rows: int, state: bytes) -> pb.SampleOutputs:
     ids = np.arange(first, first + rows, dtype=_INT64)
     drawn = np.frombuffer(hashlib.shake_128(state).digest(4 * rows * CLASSES), "<i4")
     logits = (drawn.astype("<f4") / np.float32(2**28)).astype("<f4")
-    return pb.Samples(
+    return pb.SampleOutputs(
         ids=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[rows], data=ids.tobytes()),
         labels=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[rows], data=(ids % CLASSES).astype(_INT64).tobytes()),
         outputs={"logits": pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[rows, CLASSES], data=logits.tobytes())},
@@ -97,11 +97,11 @@ class Reference:
             replies, method_state = self.close(number, sent, method_state)
             self.replies.append(replies)
             for name in experiment.names:
-                states[name] = learn(states[name], pb.ExchangeReply.FromString(reply_to(replies, name)).targets)
+                states[name] = learn(states[name], pb.ExchangeResponse.FromString(reply_to(replies, name)).targets)
         self.states = states
 
     def close(
-        self, number: int, sent: Mapping[str, pb.Contribution], state: State, *, targets: bool = True
+        self, number: int, sent: Mapping[str, pb.ExchangeRequest], state: State, *, targets: bool = True
     ) -> tuple[Mapping[str, bytes], State]:
         """Return what a round closed with these contributions is answered with, and the method's state after it."""
         each = [sent[name] for name in self.experiment.names if name in sent]
@@ -122,7 +122,7 @@ class Reference:
             arrays[""] = made.shared
         replies = {
             name: append_checksum(
-                pb.ExchangeReply(
+                pb.ExchangeResponse(
                     targets=pb.Targets(
                         round=number, targets={key: encode(value, "float32") for key, value in values.items()}
                     )
@@ -148,18 +148,18 @@ class Ledger:
     closed: dict[int, Mapping[str, bytes]] = field(default_factory=dict)
     last_session: int = 0
     sessions: dict[int, str] = field(default_factory=dict)
-    published: dict[tuple[str, int], pb.Contribution] = field(default_factory=dict)
+    published: dict[tuple[str, int], pb.ExchangeRequest] = field(default_factory=dict)
     contributors: dict[int, tuple[str, ...]] = field(default_factory=dict)
     answers: int = 0
     final: dict[str, bytes] = field(default_factory=dict)
 
-    def admitted(self, session: int, student: str) -> None:
-        if session <= self.last_session:
-            raise Violation(f"session {session} of {student} is not newer than session {self.last_session}")
-        self.last_session = session
-        self.sessions[session] = student
+    def admitted(self, session_id: int, student: str) -> None:
+        if session_id <= self.last_session:
+            raise Violation(f"session {session_id} of {student} is not newer than session {self.last_session}")
+        self.last_session = session_id
+        self.sessions[session_id] = student
 
-    def sent(self, student: str, message: pb.Contribution) -> None:
+    def sent(self, student: str, message: pb.ExchangeRequest) -> None:
         """A student publishes; whatever process of it does, it is the same."""
         known = self.published.setdefault((student, message.round), message)
         if known != message:
@@ -184,14 +184,14 @@ class Ledger:
         if replies != self.reference.replies[number]:
             raise Violation(f"round {number}: its targets are not those of the expected contributions")
 
-    def answered(self, session: int, number: int, reply: bytes) -> None:
+    def answered(self, session_id: int, number: int, reply: bytes) -> None:
         """The server sends targets."""
-        self._check_answer(self.sessions[session], number, reply, "is sent")
+        self._check_answer(self.sessions[session_id], number, reply, "is sent")
 
     def received(self, student: str, number: int, targets: pb.Targets) -> None:
         """A student learns from targets, as those of a round."""
         self.answers += 1
-        self._check_answer(student, number, append_checksum(pb.ExchangeReply(targets=targets)), "takes")
+        self._check_answer(student, number, append_checksum(pb.ExchangeResponse(targets=targets)), "takes")
 
     def finished(self, student: str, state: bytes) -> None:
         self.check_final(student, state)
@@ -226,6 +226,6 @@ class GoingOn(Ledger):
     def check_final(self, student: str, state: bytes) -> None:
         expected = first_state(self.reference.experiment.seed, student)
         for number in range(self.reference.rounds):
-            expected = learn(expected, pb.ExchangeReply.FromString(reply_to(self.closed[number], student)).targets)
+            expected = learn(expected, pb.ExchangeResponse.FromString(reply_to(self.closed[number], student)).targets)
         if state != expected:
             raise Violation(f"student {student} ends with another state than the journalled targets lead to")

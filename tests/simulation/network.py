@@ -92,8 +92,8 @@ class Link:
 class Stream:
     """One Exchange call. The two ends are told apart by who calls: worker_* and server_*."""
 
-    def __init__(self, link: Link, session: int) -> None:
-        self.link, self.session = link, session
+    def __init__(self, link: Link, session_id: int) -> None:
+        self.link, self.session_id = link, session_id
         self.inbox: deque[Any] = deque()
         self.worker_open = self.server_open = True
         self.on_arrival: Callable[[], None] = lambda: None  # at the worker

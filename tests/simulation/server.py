@@ -12,7 +12,7 @@ from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Decide, Status
-from codistill_server.rounds.events import StudentRecord
+from codistill_server.rounds.events import ParticipantRecord
 from codistill_server.storage.journal import ClosedRound, Journal
 from simulation.model import Violation
 from simulation.network import CLIENT_KEEPALIVE, Stream
@@ -55,7 +55,7 @@ class DiskJournal(Journal):
         self.cluster.kernel.note(f"server: round {closed.round} is journalled")
         self.cluster.server.burn()
 
-    def remember(self, record: StudentRecord) -> None:
+    def remember(self, record: ParticipantRecord) -> None:
         self.cluster.server.burn()
         super().remember(record)
         self.cluster.server.burn()
@@ -85,9 +85,9 @@ class Outbox:
 
     def reply(self, reply: bytes) -> None:
         self.server.burn()
-        message = pb.ExchangeReply.FromString(reply)
+        message = pb.ExchangeResponse.FromString(reply)
         if message.HasField("targets"):
-            self.server.cluster.ledger.answered(self.stream.session, message.targets.round, reply)
+            self.server.cluster.ledger.answered(self.stream.session_id, message.targets.round, reply)
         if not self.ending and not self.stream.server_reply(reply):
             self.end(Status.ABORTED, "replies lie unread")
 
@@ -250,8 +250,8 @@ class Server:
             match kind:
                 case "join":
                     response = coordinator.join(request)
-                    self.cluster.ledger.admitted(response.session, request.student)
-                    self.cluster.kernel.after(_STREAM_GRACE, lambda: self._expect(response.session))
+                    self.cluster.ledger.admitted(response.session_id, request.participant)
+                    self.cluster.kernel.after(_STREAM_GRACE, lambda: self._expect(response.session_id))
                     answer(response)
                 case "report":
                     answer(coordinator.report(request) or pb.ReportResponse())
@@ -272,7 +272,7 @@ class Server:
             return
         self._outboxes[outbox] = None
         try:
-            coordinator.open_stream(stream.session, outbox)
+            coordinator.open_stream(stream.session_id, outbox)
         except RequestRejected as refused:
             self.end_stream(outbox, failure(refused))
             return
@@ -282,10 +282,10 @@ class Server:
         if self.coordinator is None or outbox is None or outbox.ending:
             return
         try:
-            if not verify_checksum(raw, str(stream.session)):
-                self.coordinator.reject_damaged(stream.session, "a contribution was damaged on the way")
+            if not verify_checksum(raw, str(stream.session_id)):
+                self.coordinator.reject_damaged(stream.session_id, "a contribution was damaged on the way")
                 raise RequestRejected(Status.ABORTED, "a contribution was damaged on the way; join again")
-            self.coordinator.contribute(stream.session, pb.Contribution.FromString(raw), len(raw))
+            self.coordinator.contribute(stream.session_id, pb.ExchangeRequest.FromString(raw), len(raw))
         except RequestRejected as refused:
             outbox.end(refused.status, str(refused))
 
@@ -303,10 +303,10 @@ class Server:
 
     def _closed(self, outbox: Outbox) -> None:
         self._outboxes.pop(outbox, None)
-        self._with(lambda each: each.close_stream(outbox.stream.session, outbox))
+        self._with(lambda each: each.close_stream(outbox.stream.session_id, outbox))
 
-    def _expect(self, session: int) -> None:
-        self.take(lambda: self._with(lambda each: each.expect_stream(session)))
+    def _expect(self, session_id: int) -> None:
+        self.take(lambda: self._with(lambda each: each.expect_stream(session_id)))
 
     def _check_memory(self) -> None:
         if self.coordinator is None:
@@ -320,6 +320,6 @@ class Server:
         }
         for what, size in sizes.items():
             if size > count:
-                raise Violation(f"the server holds {size} {what} for {count} students")
+                raise Violation(f"the server holds {size} {what} for {count} participants")
         if len(self.coordinator._recent) > 4:
             raise Violation(f"the server holds {len(self.coordinator._recent)} recent rounds")

@@ -114,7 +114,7 @@ class LosesTheNewestRound(DiskJournal):
         return super().restore()
 
 
-class ForgetsStudents(DiskJournal):
+class ForgetsParticipants(DiskJournal):
     def remember(self, record: Any) -> None:
         """Sessions begin at 1 again after a restart."""
 
@@ -144,8 +144,8 @@ class GivesTargetsBelowTheQuorum(Coordinator):
         super()._decide(replace(decide, targets=True))
 
 
-class CountsTheAbsentIn(Coordinator):
-    """Closes a round as if the last who is there were absent."""
+class LeavesSomebodyOut(Coordinator):
+    """Closes a round as if the last who is there were skipped."""
 
     def _decide(self, decide: Decide) -> None:
         names = list(decide.contributions)
@@ -155,14 +155,14 @@ class CountsTheAbsentIn(Coordinator):
 
 class KeepsBothSessions(Rounds):
     def _join(self, event: Join, now: float) -> list[Action]:
-        self._session_of.pop(event.student, None)
+        self._session_of.pop(event.participant, None)
         return super()._join(event, now)
 
-    def _forget_session(self, session: int, presence: Any) -> None:
-        student = self._sessions.get(session)
-        if student is not None:
-            self._session_of.setdefault(student, session)
-        super()._forget_session(session, presence)
+    def _forget_session(self, session_id: int, state: Any) -> None:
+        participant = self._sessions.get(session_id)
+        if participant is not None:
+            self._session_of.setdefault(participant, session_id)
+        super()._forget_session(session_id, state)
 
 
 class SupersedesNobody(Rounds):
@@ -233,21 +233,21 @@ class StaysOnASilentStream(Session):
 
 class CallsTheNewestDurable(Store):
     @property
-    def durable_round(self) -> int:
-        return self._rounds[-1] if self._rounds else 0
+    def durable_step(self) -> int:
+        return self._steps[-1] if self._steps else 0
 
 
 class OverwritesLaterOnes(Store):
-    def save(self, number: int, state: bytes) -> bool:
-        self.disk.previous, self.disk.newest, self.disk.torn = self.disk.newest, (number, state), False
-        self._rounds = [*self._rounds[-1:], number]
+    def save(self, step: int, state: bytes) -> bool:
+        self.disk.previous, self.disk.newest, self.disk.torn = self.disk.newest, (step, state), False
+        self._steps = [*self._steps[-1:], step]
         return True
 
 
 PLANTS: Mapping[str, tuple[Plant, str]] = {
     "answers before journalling": (Plant(journal=AnswersBeforeJournalling), "not journalled|not in the journal"),
     "a journal that loses a round": (Plant(journal=LosesTheNewestRound), "decided a second time|REFUSED"),
-    "a journal that loses the students": (Plant(journal=ForgetsStudents), "is not newer than"),
+    "a journal that loses the participants": (Plant(journal=ForgetsParticipants), "is not newer than"),
     "a journal that loses the method's state": (Plant(journal=LosesTheMethodsState), "not those of the expected"),
     "reduces in order of arrival": (Plant(coordinator=ReducesInOrderOfArrival), "not those of the expected"),
     "does not wait for all": (Plant(coordinator=DoesNotWait), "not those of the expected"),
@@ -255,8 +255,8 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
         Plant(coordinator=GivesTargetsBelowTheQuorum, proceed=True),
         "not those of the con",
     ),
-    "leaves somebody out": (Plant(coordinator=CountsTheAbsentIn, proceed=True), "not those of the contributions"),
-    "two sessions of one student": (Plant(coordinator=with_rounds(KeepsBothSessions)), "the server holds"),
+    "leaves somebody out": (Plant(coordinator=LeavesSomebodyOut, proceed=True), "not those of the contributions"),
+    "two sessions of one participant": (Plant(coordinator=with_rounds(KeepsBothSessions)), "the server holds"),
     "an older stream is left open": (Plant(coordinator=with_rounds(SupersedesNobody)), "the server holds"),
     "takes the targets of any round": (Plant(session=TakesAnyRound), "other targets|not journalled"),
     "waits for ever": (Plant(session=WaitsForEver), "waits in receive"),

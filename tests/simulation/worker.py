@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codistill import PROTOCOL_VERSION
+from codistill.config.fingerprint import identity_sha256
 from codistill.peer.errors import Interrupted, PeerError
 from codistill.peer.steps import CALL_SECONDS, Cancel, Done, Failure, Join, Leave, Listen, Pause, Send
 from codistill.process.exit_codes import ExitCode
@@ -30,7 +31,7 @@ _LEAVE_SLACK = 3 * CALL_SECONDS + _SLACK
 
 @dataclass
 class Disk:
-    """A student's folder: the newest two checkpoints, as (round, state); the newest may be torn."""
+    """A student's folder: the newest two checkpoints, as (step, state); the newest may be torn."""
 
     newest: tuple[int, bytes] | None = None
     previous: tuple[int, bytes] | None = None
@@ -38,33 +39,36 @@ class Disk:
 
 
 class Store:
-    """The checkpoints as one process knows them; see :class:`codistill_worker.training.checkpoints.CheckpointStore`."""
+    """The checkpoints as one process knows them; see :class:`codistill_worker.training.checkpoints.CheckpointStore`.
+
+    They count steps. Every step of the simulation exchanges, so a step has the number of its round.
+    """
 
     def __init__(self, disk: Disk) -> None:
         self.disk = disk
-        self._rounds: list[int] = []
+        self._steps: list[int] = []
         self._torn = False
 
     @property
-    def durable_round(self) -> int:
-        return self._rounds[0] if len(self._rounds) > 1 else 0
+    def durable_step(self) -> int:
+        return self._steps[0] if len(self._steps) > 1 else 0
 
     def load(self) -> tuple[int, bytes] | None:
         disk = self.disk
         self._torn = disk.torn
         good = [each for each in (None if disk.torn else disk.newest, disk.previous) if each is not None]
-        self._rounds = [round_number for round_number, _ in reversed(good)]
+        self._steps = [step for step, _ in reversed(good)]
         return good[0] if good else None
 
-    def save(self, round_number: int, state: bytes) -> bool:
-        if self.disk.newest is not None and not self.disk.torn and self.disk.newest[0] > round_number:
+    def save(self, step: int, state: bytes) -> bool:
+        if self.disk.newest is not None and not self.disk.torn and self.disk.newest[0] > step:
             return False
         if self.disk.newest is not None and not self._torn:
             self.disk.previous = self.disk.newest
-        self.disk.newest = round_number, state
+        self.disk.newest = step, state
         self.disk.torn = self._torn = False
-        if not self._rounds or self._rounds[-1] != round_number:
-            self._rounds = [*self._rounds[-1:], round_number]
+        if not self._steps or self._steps[-1] != step:
+            self._steps = [*self._steps[-1:], step]
         return True
 
 
@@ -89,7 +93,7 @@ class Worker:
         self.stream: Stream | None = None
         self._listening: Callable[[Any], None] | None = None
         self._request = pb.JoinRequest()
-        self._open: pb.Contribution | None = None
+        self._open: pb.ExchangeRequest | None = None
         self._leave_request = pb.LeaveRequest()
         self._reporting = False
         self._pending: pb.ReportRequest | None = None
@@ -191,27 +195,30 @@ class Worker:
         experiment = self.cluster.experiment
         self._request = pb.JoinRequest(
             protocol_version=PROTOCOL_VERSION,
-            student=self.student,
-            experiment=self.cluster.identity,
+            participant=self.student,
+            experiment_sha256=identity_sha256(experiment),
+            experiment_json=self.cluster.identity,
             data=pb.DataFingerprint(
-                digest="d", train_samples=model.BATCH * model.ROUNDS_PER_EPOCH, classes=model.CLASSES
+                data_sha256=b"d", train_samples=model.BATCH * model.ROUNDS_PER_EPOCH, classes=model.CLASSES
             ),
             outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
             first_round=round_number,
             total_rounds=self.cluster.rounds,
-            worker=self.order,
+            steps_trained=round_number,
+            total_steps=self.cluster.rounds,
+            worker_id=self.order,
         )
         self.core.join(round_number, self.cluster.kernel.now)
         yield from self._bounded("join", self.cluster.connect_timeout + _SLACK)
 
-    def _send(self, contribution: pb.Contribution) -> None:
+    def _send(self, contribution: pb.ExchangeRequest) -> None:
         self._open = contribution
         self.cluster.ledger.sent(self.student, contribution)
         if self.core.send(contribution.round) and self.stream is not None:
             self._put(self.stream, contribution)
 
-    def _put(self, stream: Stream, contribution: pb.Contribution) -> None:
-        stream.worker_send(append_checksum(contribution, str(stream.session)))
+    def _put(self, stream: Stream, contribution: pb.ExchangeRequest) -> None:
+        stream.worker_send(append_checksum(contribution, str(stream.session_id)))
 
     def _receive(self, round_number: int) -> Generator[Arm, Any, pb.Targets]:
         self.core.receive(round_number, self.cluster.kernel.now)
@@ -220,7 +227,10 @@ class Worker:
         return targets
 
     def _report(self, round_number: int) -> Generator[Arm, Any, None]:
-        self._pending = pb.ReportRequest(round=round_number, durable_round=self.store.durable_round)
+        self._pending = pb.ReportRequest(
+            steps_trained=round_number, round=round_number, durable_round=self.store.durable_step
+        )
+        self._request.steps_trained = round_number
         self.core.reached(round_number)
         if not self._active:
             if self.stop:
@@ -230,7 +240,7 @@ class Worker:
         if not self._reporting:
             self._reporting = True
             request, self._pending = self._pending, None
-            request.session = self.core.session_id
+            request.session_id = self.core.session_id
 
             def done(answer: Any) -> None:
                 self._reporting = False
@@ -273,15 +283,15 @@ class Worker:
                     if self.superseded:
                         raise Violation(f"{self.student} joins again although it is superseded")
                     self._request.first_round = step.first_round
-                    self._request.session = step.session_id
+                    self._request.session_id = step.session_id
                     request = pb.JoinRequest()
                     request.CopyFrom(self._request)
                     answer = yield self.cluster.call(self, "join", request, step.timeout)
                     if isinstance(answer, Failure):
                         self.core.join_failed(answer, kernel.now)
                     else:
-                        self._open_stream(answer.session)
-                        self.core.joined(answer.session)
+                        self._open_stream(answer.session_id)
+                        self.core.joined(answer.session_id)
                 case Send():
                     if self.stream is not None and self._open is not None:
                         self._put(self.stream, self._open)
@@ -295,7 +305,7 @@ class Worker:
                         self._broke(item)
                     elif item.HasField("waiting"):
                         self._check_stop()
-                        self.core.waiting(item.waiting.round, item.waiting.students, kernel.now)
+                        self.core.waiting(item.waiting.round, item.waiting.participants, kernel.now)
                     elif self.core.targets(item.targets.round, kernel.now):
                         return item.targets
                 case Cancel():
@@ -303,8 +313,8 @@ class Worker:
                 case Leave():
                     yield from self._call_leave()
 
-    def _open_stream(self, session: int) -> None:
-        stream = self.stream = Stream(self.link, session)
+    def _open_stream(self, session_id: int) -> None:
+        stream = self.stream = Stream(self.link, session_id)
         server = self.cluster.server
         stream.on_arrival = self._arrived
         stream.on_message = lambda message: server.take(lambda: server.message(stream, message))
@@ -332,7 +342,7 @@ class Worker:
         if isinstance(item, bytes):
             if not verify_checksum(item):
                 return Failure("UNAVAILABLE", "a reply was damaged on the way", damaged=True)
-            return pb.ExchangeReply.FromString(item)
+            return pb.ExchangeResponse.FromString(item)
         return item
 
     def _broke(self, failure: Failure) -> None:
@@ -360,13 +370,13 @@ class Worker:
             yield sleep(self.cluster.kernel, 0.5)
             waited += 0.5
         if self._pending is not None:
-            self._pending.session = self.core.session_id
+            self._pending.session_id = self.core.session_id
             answer = yield self.cluster.call(self, "report", self._pending, CALL_SECONDS)
             if isinstance(answer, Failure):
                 self.core.leave_failed(answer, self.cluster.kernel.now)
                 return
             self._pending = None
-        self._leave_request.session = self.core.session_id
+        self._leave_request.session_id = self.core.session_id
         request = pb.LeaveRequest()
         request.CopyFrom(self._leave_request)
         answer = yield self.cluster.call(self, "leave", request, CALL_SECONDS)

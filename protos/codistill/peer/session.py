@@ -318,7 +318,7 @@ class Session:
         """Record that the targets of a round arrived.
 
         Returns:
-            Whether they are those that the peer waits for. Others answer a contribution that was sent twice, around a reconnection.
+            Whether they are those that are waited for. Others answer a contribution that was sent twice, around a reconnection.
 
         Raises:
             PeerError: they are not, and the wait is over.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 from codistill_server.rpc.quotas import Limits, QuotaExceeded, Quotas
-from codistill_server.rpc.requests import DamagedRequest, has_checksum_field, parse, parse_undamaged
+from codistill_server.rpc.requests import DamagedRequest, has_checksum_field, parse, parse_join, parse_undamaged
 from codistill_server.rpc.status import GOING_DOWN, Context, abort
 from codistill_server.rpc.stream import SessionStream, session_of
 
@@ -78,10 +79,10 @@ class DistillationService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Join": self._unary(pb.JoinRequest, self._join),
-                "Report": self._unary(pb.ReportRequest, report),
-                "Leave": self._unary(pb.LeaveRequest, leave),
-                "GetRun": self._unary(pb.GetRunRequest, get_run),
+                "Join": self._unary(parse_join, self._join),
+                "Report": self._unary(partial(parse_undamaged, pb.ReportRequest), report),
+                "Leave": self._unary(partial(parse_undamaged, pb.LeaveRequest), leave),
+                "GetRun": self._unary(partial(parse_undamaged, pb.GetRunRequest), get_run),
                 "WatchRun": grpc.unary_stream_rpc_method_handler(
                     self._watch_run, None, pb.WatchRunResponse.SerializeToString
                 ),
@@ -104,12 +105,12 @@ class DistillationService:
                 return
 
     def _unary(
-        self, request_type: type[_Request], call: Callable[[_Request], Message]
+        self, read: Callable[[bytes], _Request], call: Callable[[_Request], Message]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(raw: bytes, context: Context) -> bytes:
             try:
                 self._quotas.call(_host_of(context), len(raw), time.monotonic())
-                response = call(parse_undamaged(request_type, raw))
+                response = call(read(raw))
                 return append_checksum(response) if has_checksum_field(type(response)) else response.SerializeToString()
             except (RequestRejected, QuotaExceeded) as rejected:
                 await abort(context, rejected)

@@ -19,7 +19,7 @@ from codistill_server import methods
 from codistill_server.admission.contributions import receive_limit
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
-from codistill_server.rounds.machine import Presence
+from codistill_server.rounds.machine import ParticipantState
 from server.support import (
     BATCH,
     CLASSES,
@@ -35,7 +35,7 @@ from server.support import (
     samples,
 )
 
-WRONG: list[tuple[Callable[[pb.Contribution], object], list[str]]] = [
+WRONG: list[tuple[Callable[[pb.ExchangeRequest], object], list[str]]] = [
     (
         lambda m: m.batch.outputs["logits"].CopyFrom(encode(torch.zeros(BATCH, CLASSES), "float16")),
         ["batch.outputs.logits.dtype", "float16", "float32"],
@@ -63,6 +63,10 @@ WRONG: list[tuple[Callable[[pb.Contribution], object], list[str]]] = [
         lambda m: m.batch.outputs["more"].CopyFrom(encode(torch.zeros(BATCH), "float32")),
         ["batch.outputs", "['logits', 'more']", "['logits']"],
     ),
+    (
+        lambda m: m.batch.sparse_outputs["logits"].CopyFrom(pb.SparseTensor(size=CLASSES)),
+        ["batch.sparse_outputs", "not allowed", "this session's arrays are dense"],
+    ),
     (lambda m: m.ClearField("batch"), ["batch.ids"]),
     (lambda m: m.held_out.CopyFrom(samples(torch.zeros(0, CLASSES))), ["held_out", "holds out none"]),
 ]
@@ -72,7 +76,7 @@ class TestContribute:
     def test_targets_are_the_ensembles(self, run: Run) -> None:
         answers = run.close_round(0)
         assert answers[0] == answers[1]
-        targets = pb.ExchangeReply.FromString(answers[0]).targets
+        targets = pb.ExchangeResponse.FromString(answers[0]).targets
         assert targets.round == 0
         aggregator = methods.create(run.experiment.distillation)
         assert aggregator is not None
@@ -86,14 +90,14 @@ class TestContribute:
         run.join_all()
         ant, bee = run.close_round(0)
         assert ant != bee
-        probabilities = decode(pb.ExchangeReply.FromString(ant).targets.targets["probabilities"])
+        probabilities = decode(pb.ExchangeResponse.FromString(ant).targets.targets["probabilities"])
         torch.testing.assert_close(probabilities, logits_of(run.experiment, "bee", 0).softmax(-1))
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_targets_travel_in_the_experiments_dtype(self, dtype: str) -> None:
         run = Run(make_experiment(exchange={"dtype": dtype}))
         run.join_all()
-        reply = pb.ExchangeReply.FromString(run.close_round(0)[0])
+        reply = pb.ExchangeResponse.FromString(run.close_round(0)[0])
         assert str(decode(reply.targets.targets["logits"]).dtype) == f"torch.{dtype}"
 
     def test_whoever_comes_first_the_bits_are_the_same(self) -> None:
@@ -103,26 +107,26 @@ class TestContribute:
             run = Run(experiment)
             order = list(experiment.names)
             random.Random(seed).shuffle(order)
-            for student in order:
-                run.join(student)
-            for student in reversed(order):
-                run.contribute(student, 0)
+            for participant in order:
+                run.join(participant)
+            for participant in reversed(order):
+                run.contribute(participant, 0)
             answers |= {raw for inbox in run.inboxes.values() for raw in inbox.raw}
         assert len(answers) == 1
 
     @pytest.mark.parametrize(("change", "parts"), WRONG, ids=[", ".join(parts) for _, parts in WRONG])
     def test_a_wrong_message_is_refused_by_field_and_value(
-        self, run: Run, change: Callable[[pb.Contribution], object], parts: list[str]
+        self, run: Run, change: Callable[[pb.ExchangeRequest], object], parts: list[str]
     ) -> None:
         message = contribution(run.experiment, "ant", 0)
         change(message)
         error = refused(lambda: run.send("ant", message))
         assert error.status is Status.INVALID_ARGUMENT
-        for part in ["student 'ant', round 0", *parts]:
+        for part in ["participant 'ant', round 0", *parts]:
             assert part in str(error)
-        assert run.coordinator.presence == {"ant": Presence.ABSENT, "bee": Presence.PRESENT}
+        assert run.coordinator.states == {"ant": ParticipantState.DISCONNECTED, "bee": ParticipantState.CONNECTED}
         assert run.run_state.rejected[Status.INVALID_ARGUMENT] == 1
-        assert [(event.student, event.message) for event in run.events("rejected")] == [("ant", str(error))]
+        assert [(event.participant, event.message) for event in run.events("rejected")] == [("ant", str(error))]
         run.join("ant")  # and it did no harm to the round
         assert len(set(run.close_round(0))) == 1
 
@@ -133,9 +137,9 @@ class TestContribute:
         run.join_all()
         logits = logits_of(run.experiment, "ant", 0)
         logits[2, 1] = value
-        error = refused(lambda: run.send("ant", pb.Contribution(batch=samples(logits, dtype))))
+        error = refused(lambda: run.send("ant", pb.ExchangeRequest(batch=samples(logits, dtype))))
         assert error.status is Status.INVALID_ARGUMENT
-        assert "student 'ant', round 0: batch.outputs.logits[2, 1] is " in str(error)
+        assert "participant 'ant', round 0: batch.outputs.logits[2, 1] is " in str(error)
         assert "the student has diverged, lower its learning rate" in str(error)
         shown = str(error).split("[2, 1] is ")[1].split(";")[0]
         assert shown == str(value) or float(shown) == pytest.approx(value, rel=1e-2)
@@ -147,10 +151,13 @@ class TestContribute:
         experiment = make_experiment(data={"held_out": HELD_OUT}, distillation={"ensemble": ensemble})
         run = Run(experiment)
         run.join_all()
-        for student in experiment.names:
-            signs = logits_of(experiment, student, 0).sign()
+        for participant in experiment.names:
+            signs = logits_of(experiment, participant, 0).sign()
             logits = signs * torch.nextafter(torch.tensor(1e30), torch.tensor(0.0))
-            run.send(student, pb.Contribution(batch=samples(logits), held_out=samples(logits[:1].expand(HELD_OUT, -1))))
+            run.send(
+                participant,
+                pb.ExchangeRequest(batch=samples(logits), held_out=samples(logits[:1].expand(HELD_OUT, -1))),
+            )
         for inbox in run.inboxes.values():
             (reply,) = inbox.replies
             assert bool(torch.isfinite(decode(reply.targets.targets["logits"])).all())
@@ -159,8 +166,8 @@ class TestContribute:
         run.contribute("ant", 0)
         error = refused(lambda: run.contribute("bee", 0, first=20))
         assert error.status is Status.FAILED_PRECONDITION
-        assert "student 'bee' has at position 0 sample 20 with label 0" in str(error)
-        assert "sample 0 with label 0, from student 'ant'" in str(error)
+        assert "participant 'bee' has at position 0 sample 20 with label 0" in str(error)
+        assert "sample 0 with label 0, from participant 'ant'" in str(error)
         assert run.run_state.rejected[Status.FAILED_PRECONDITION] == 1
         assert run.inboxes["ant"].ended is None
         run.join("bee")
@@ -195,7 +202,7 @@ class TestContribute:
         for _ in range(data.draw(st.integers(1, 6))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
         with contextlib.suppress(DecodeError, RequestRejected):
-            run.send("ant", pb.Contribution.FromString(bytes(raw)))
+            run.send("ant", pb.ExchangeRequest.FromString(bytes(raw)))
         run.join("ant")
         answers = run.close_round(0, held_out=True)
         clean = Run(run.experiment)
@@ -212,6 +219,15 @@ class TestHeldOut:
         error = refused(lambda: run.send("ant", message))
         assert error.status is Status.INVALID_ARGUMENT
         assert f"held_out.ids.shape: [{HELD_OUT + 1}] is not allowed; expected [{HELD_OUT}]" in str(error)
+
+    def test_sparse_arrays_are_refused_there_too(self) -> None:
+        run = Run(general_experiment())
+        run.join_all()
+        message = contribution(run.experiment, "ant", 0, held_out=True)
+        message.held_out.sparse_outputs["logits"].size = CLASSES
+        error = refused(lambda: run.send("ant", message))
+        assert error.status is Status.INVALID_ARGUMENT
+        assert "held_out.sparse_outputs: some are not allowed; this session's arrays are dense" in str(error)
 
     def test_values_are_checked_there_too(self) -> None:
         run = Run(general_experiment())
@@ -245,7 +261,7 @@ class TestReceiveLimit:
             training={"batch_size": batch},
             exchange={"dtype": dtype},
         )
-        message = pb.Contribution(round=2**63, batch=samples(torch.zeros(batch, classes), dtype, 10**9, [0] * batch))
+        message = pb.ExchangeRequest(round=2**63, batch=samples(torch.zeros(batch, classes), dtype, 10**9, [0] * batch))
         if held_out:
             held = samples(torch.zeros(held_out, classes), dtype, 10**9, [0] * held_out)
             message.held_out.CopyFrom(held)
@@ -256,6 +272,6 @@ class TestReceiveLimit:
             assert limit <= 2 * message.ByteSize()
 
     def test_a_large_experiment_can_still_join(self) -> None:
-        experiment = make_experiment([f"student-{number:03}" for number in range(256)])
+        experiment = make_experiment([f"participant-{number:03}" for number in range(256)])
         assert json.loads(identity(experiment))
-        assert join_request(experiment, "student-000").ByteSize() <= receive_limit(experiment)
+        assert join_request(experiment, "participant-000").ByteSize() <= receive_limit(experiment)

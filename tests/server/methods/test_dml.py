@@ -31,7 +31,7 @@ class TestDml:
         expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
         assert made.each["ant"]["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
 
-    def test_an_absent_student_learns_from_all(self) -> None:
+    def test_a_missing_student_learns_from_all(self) -> None:
         probabilities = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
         made = targets_of(Dml(), round_inputs(probabilities.log()[:, None, :], [0], include_missing=True))
         assert made.shared is not None
@@ -39,7 +39,7 @@ class TestDml:
         expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
         assert made.shared["divergence"].tolist() == pytest.approx([expected], rel=1e-5)
 
-    def test_an_absent_student_learns_from_all_at_the_methods_temperature(self) -> None:
+    def test_a_missing_student_learns_from_all_at_the_methods_temperature(self) -> None:
         """Logits of 2·ln 4 and 0 are 0.8 and 0.2 at T = 2, and 16/17 and 1/17 at T = 1."""
         logits = torch.tensor([[[2 * math.log(4), 0.0]], [[0.0, 0.0]]])
         made = targets_of(Dml(temperature=2.0), round_inputs(logits, [0], include_missing=True))

@@ -95,7 +95,7 @@ class TestGeneral:
         made = targets_of(self.METHOD, round_inputs(self.LOGITS, [0, 1, 2, 3], state=old, **held_out))
         assert list(made.state) == ["covariance/ant,bee,cat"]
 
-    def test_without_an_absent_student_the_weights_are_those_of_the_others_errors(self) -> None:
+    def test_without_a_missing_student_the_weights_are_those_of_the_others_errors(self) -> None:
         state = self.measured().state
         without_bee = RoundInputs(
             ("ant", "cat"), {"logits": self.LOGITS[[0, 2]]}, torch.tensor([0, 1, 2, 3]), state=state

@@ -205,7 +205,7 @@ def test_a_participant_that_left_takes_its_series_along(scraped: Scraped, how: s
     others = {name: scraped.series_of(name) for name in ("ant", "cat")}
     assert len(scraped.series_of("bee")) >= 9
     if how == "disconnected":
-        run.coordinator.close_stream(run.sessions["bee"], run.inboxes["bee"])
+        run.coordinator.close_stream(run.session_ids["bee"], run.inboxes["bee"])
     else:
         run.leave("bee", pb.LEAVE_REASON_STOPPED if how == "stopped" else pb.LEAVE_REASON_FAILED)
     assert scraped.series_of("bee") == SERVERS_OWN

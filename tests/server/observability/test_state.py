@@ -417,6 +417,8 @@ class TestSnapshot:
         """Also those after its last round."""
         watched = Watched(schedule=ExchangeSchedule(start=1, every=4))
         watched.run_state.total_rounds, watched.run_state.total_steps = 3, 11  # rounds at steps 1, 5 and 9
+        for name in NAMES:
+            watched.run_state.record_report(name, pb.ReportRequest(steps_trained=1))
         assert [watched.snapshot(frontier=number).steps_trained for number in range(4)] == [1, 5, 9, 11]
 
     def test_of_a_run_that_exchanges_nothing_the_slowest_students_steps_count(self) -> None:

@@ -25,11 +25,11 @@ def contribution(round_number: int, payload: Any = "", **changes: Any) -> Contri
     return Contribution(round_number, changes.pop("samples", own), payload=payload, **changes)
 
 
-def joined(rounds: Rounds, student: str, first_round: int = 0, now: float = 0.0) -> int:
+def joined(rounds: Rounds, participant: str, first_round: int = 0, now: float = 0.0) -> int:
     """Join and return the session."""
-    admit = rounds.apply(Join(student, first_round), now)[-1]
+    admit = rounds.apply(Join(participant, first_round), now)[-1]
     assert isinstance(admit, Admit)
-    return admit.session
+    return admit.session_id
 
 
 def machine_settings(examples: int, steps: int) -> settings:

@@ -35,18 +35,18 @@ from codistill_server.rounds.events import (
     Join,
     Leave,
     LeaveReason,
+    ParticipantRecord,
     Progress,
     Restored,
     Samples,
-    StudentRecord,
     Tick,
 )
-from codistill_server.rounds.machine import Presence, Rounds, Rules
+from codistill_server.rounds.machine import ParticipantState, Rounds, Rules
 from server.rounds.support import contribution, machine_settings, samples
 
 TOTAL = 6
 NOTICE = 5.0
-STUDENTS = st.integers(0, 3)
+PARTICIPANTS = st.integers(0, 3)
 
 
 def wants_held_out(number: int) -> bool:
@@ -59,7 +59,7 @@ class JournalModel:
 
     kept: dict[int, Any] = field(default_factory=dict)
     ever: dict[int, Any] = field(default_factory=dict)
-    records: dict[str, StudentRecord] = field(default_factory=dict)
+    records: dict[str, ParticipantRecord] = field(default_factory=dict)
 
     def append(self, number: int, targets: Any) -> None:
         assert number not in self.ever, f"round {number} is decided a second time"
@@ -80,7 +80,7 @@ class JournalModel:
 
 @dataclass
 class Worker:
-    """A student's training as its newest process knows it, and its checkpoints on disk."""
+    """A participant's training as its newest process knows it, and its checkpoints on disk."""
 
     next_round: int = 0
     checkpoint: int = 0
@@ -126,17 +126,17 @@ class RoundsMachine(RuleBasedStateMachine):
         self.core = Rounds(self.rules_of_run, self.journal.restored())
         self.live: dict[str, int] = {}
         self.inbox: dict[int, list[tuple[int, Any]]] = {}
-        self.presence = {
-            name: Presence.FINISHED
+        self.states = {
+            name: ParticipantState.FINISHED
             if name in self.journal.records and self.journal.records[name].finished
-            else Presence.EXPECTED
+            else ParticipantState.EXPECTED
             for name in self.names
         }
         self.open = OpenRound()
         self.floor = self.journal.restored().oldest
         self.actions_to_live = None
         assert self.core.frontier == self.journal.frontier
-        assert dict(self.core.presence) == self.presence
+        assert dict(self.core.states) == self.states
 
     def reboot(self) -> None:
         for worker in self.workers.values():
@@ -163,27 +163,27 @@ class RoundsMachine(RuleBasedStateMachine):
     def carry_out(self, action: Action) -> None:
         match action:
             case Remember(record):
-                self.journal.records[record.student] = record
-            case Admit(student, session, frontier):
-                assert session > max(self.owners, default=0), "a session's number is used again"
-                assert self.journal.records[student].session == session, "admitted before it was remembered"
+                self.journal.records[record.participant] = record
+            case Admit(participant, session_id, frontier):
+                assert session_id > max(self.owners, default=0), "a session's number is used again"
+                assert self.journal.records[participant].session_id == session_id, "admitted before it was remembered"
                 assert frontier == self.told
-                self.owners[session] = student
-                self.live[student] = session
-                self.inbox[session] = []
-                self.presence[student] = Presence.PRESENT
-            case End(session, student):
-                self.hang_up(session, Presence.ABSENT)
-                assert self.owners[session] == student
+                self.owners[session_id] = participant
+                self.live[participant] = session_id
+                self.inbox[session_id] = []
+                self.states[participant] = ParticipantState.CONNECTED
+            case End(session_id, participant):
+                self.hang_up(session_id, ParticipantState.DISCONNECTED)
+                assert self.owners[session_id] == participant
             case Decide():
                 self.check_decide(action)
                 self.open.decide = action
-            case Answer(session, student, contribution):
+            case Answer(session_id, participant, contribution):
                 number = contribution.round
                 assert number < self.journal.frontier, "answered before it was journalled"
                 assert number in self.journal.kept, "the targets promised are not kept any more"
-                assert self.live[student] == session, "a session that is over is answered"
-                self.inbox[session].append((number, self.journal.kept[number]))
+                assert self.live[participant] == session_id, "a session that is over is answered"
+                self.inbox[session_id].append((number, self.journal.kept[number]))
             case Forget(before):
                 assert not self.rules_of_run.keep_all
                 for name in self.names:
@@ -208,15 +208,15 @@ class RoundsMachine(RuleBasedStateMachine):
             assert each.samples == first.samples
             assert each.held_out == first.held_out
 
-    def hang_up(self, session: int, presence: Presence) -> None:
+    def hang_up(self, session_id: int, state: ParticipantState) -> None:
         """The model's side of a session's end."""
-        student = self.owners[session]
-        if self.live.get(student) == session:
-            del self.live[student]
-            self.inbox.pop(session)
-            self.presence[student] = presence
-            self.workers[student].outstanding = False
-        self.open.waiters.pop(session, None)
+        participant = self.owners[session_id]
+        if self.live.get(participant) == session_id:
+            del self.live[participant]
+            self.inbox.pop(session_id)
+            self.states[participant] = state
+            self.workers[participant].outstanding = False
+        self.open.waiters.pop(session_id, None)
 
     def name_of(self, index: int) -> str:
         return self.names[index % len(self.names)]
@@ -236,13 +236,13 @@ class RoundsMachine(RuleBasedStateMachine):
 
     # What must come of an event
 
-    def join(self, student: str, first_round: int) -> bool:
+    def join(self, participant: str, first_round: int) -> bool:
         """Join and predict the outcome; return whether the worker is in."""
-        older = self.live.get(student)
-        durable = min(self.durable(student), first_round)
+        older = self.live.get(participant)
+        durable = min(self.durable(participant), first_round)
         killed = self.actions_to_live is not None
         allowed = range(self.floor, self.told + 1)
-        actions = self.apply(Join(student, first_round))
+        actions = self.apply(Join(participant, first_round))
         if first_round not in allowed:
             (refusal,) = actions
             assert isinstance(refusal, Refuse)
@@ -252,18 +252,18 @@ class RoundsMachine(RuleBasedStateMachine):
         *ends, remember, admit = actions
         assert isinstance(remember, Remember)
         assert isinstance(admit, Admit)
-        assert remember.record == StudentRecord(student, admit.session, durable, finished=False)
-        assert [(end.session, end.status) for end in ends] == ([] if older is None else [(older, Status.SUPERSEDED)])  # type: ignore[union-attr]
-        admitted = self.live.get(student) == admit.session
+        assert remember.record == ParticipantRecord(participant, admit.session_id, durable, finished=False)
+        assert [(end.session_id, end.status) for end in ends] == ([] if older is None else [(older, Status.SUPERSEDED)])  # type: ignore[union-attr]
+        admitted = self.live.get(participant) == admit.session_id
         assert admitted or killed
         return admitted
 
-    def contribute(self, session: int, contribution: Contribution) -> None:
+    def contribute(self, session_id: int, contribution: Contribution) -> None:
         """Contribute and predict the outcome from the model."""
-        student = self.owners.get(session)
+        participant = self.owners.get(session_id)
         number = contribution.round
-        is_live = student is not None and self.live.get(student) == session
-        peers = {name: other for name, other in self.open.contributions.items() if name != student}
+        is_live = participant is not None and self.live.get(participant) == session_id
+        peers = {name: other for name, other in self.open.contributions.items() if name != participant}
         fits = all(
             (other.samples, other.held_out) == (contribution.samples, contribution.held_out) for other in peers.values()
         )
@@ -272,40 +272,40 @@ class RoundsMachine(RuleBasedStateMachine):
         if is_live and number == told and not fits and not stood_for:
             self.open.contributions, self.open.opened, fits = {}, None, True
         if is_live and number == told and fits:
-            self.open.waiters[session] = self.now
+            self.open.waiters[session_id] = self.now
             if self.open.decide is None:
-                self.open.contributions[student] = contribution  # type: ignore[index]
+                self.open.contributions[participant] = contribution  # type: ignore[index]
                 self.open.opened = self.now if self.open.opened is None else self.open.opened
         full = len(self.open.contributions) == len(self.names) and self.open.decide is None
-        actions = self.apply(Contribute(session, contribution))
+        actions = self.apply(Contribute(session_id, contribution))
         if not is_live:
-            self.expect_refusal(actions, session)
+            self.expect_refusal(actions, session_id)
         elif number > told:
-            self.expect_end(actions, session, Status.ABORTED, f"expected round {told},")
+            self.expect_end(actions, session_id, Status.ABORTED, f"expected round {told},")
         elif number < floor:
-            self.expect_end(actions, session, Status.FAILED_PRECONDITION, f"keeps rounds from {floor} on")
+            self.expect_end(actions, session_id, Status.FAILED_PRECONDITION, f"keeps rounds from {floor} on")
         elif number < told:
             (answer,) = actions
-            assert answer == Answer(session, student, contribution)  # type: ignore[arg-type]
+            assert answer == Answer(session_id, participant, contribution)  # type: ignore[arg-type]
         elif not fits:
-            self.expect_end(actions, session, Status.FAILED_PRECONDITION, f"student {student!r} ")
-            assert any(f"student {peer!r}" in actions[0].message for peer in peers)  # type: ignore[union-attr]
+            self.expect_end(actions, session_id, Status.FAILED_PRECONDITION, f"participant {participant!r} ")
+            assert any(f"participant {peer!r}" in actions[0].message for peer in peers)  # type: ignore[union-attr]
         elif full:
             (decide,) = actions
             assert isinstance(decide, Decide)
         else:
             assert actions == []
 
-    def expect_refusal(self, actions: list[Action], session: int) -> None:
+    def expect_refusal(self, actions: list[Action], session_id: int) -> None:
         (refusal,) = actions
         assert isinstance(refusal, Refuse)
         assert refusal.status is Status.ABORTED
-        assert f"session {session} " in refusal.message
+        assert f"session {session_id} " in refusal.message
 
-    def expect_end(self, actions: list[Action], session: int, status: Status, text: str) -> None:
+    def expect_end(self, actions: list[Action], session_id: int, status: Status, text: str) -> None:
         (end,) = actions
         assert isinstance(end, End)
-        assert (end.session, end.status) == (session, status)
+        assert (end.session_id, end.status) == (session_id, status)
         assert text in end.message
 
     def write_targets(self) -> None:
@@ -322,24 +322,24 @@ class RoundsMachine(RuleBasedStateMachine):
         self.open = OpenRound()
         actions = self.apply(Decided(decide.round))
         assert all(isinstance(action, Answer) for action in actions)
-        assert sorted(action.session for action in actions) == sorted(waiters)  # type: ignore[union-attr]
+        assert sorted(action.session_id for action in actions) == sorted(waiters)  # type: ignore[union-attr]
 
     def receive(self, name: str) -> None:
         """The worker reads what it was sent."""
-        worker, session = self.workers[name], self.live[name]
-        for number, targets in self.inbox[session]:
+        worker, session_id = self.workers[name], self.live[name]
+        for number, targets in self.inbox[session_id]:
             assert targets == self.journal.ever[number]
             assert worker.learnt.setdefault(number, targets) == targets, "a replayed step is another step"
             if number == worker.next_round:
                 worker.next_round += 1
                 worker.outstanding = False
-        self.inbox[session] = []
+        self.inbox[session_id] = []
 
     def step(self, name: str) -> None:
         """The next thing that a healthy worker does."""
         worker = self.workers[name]
         if name not in self.live:
-            if self.presence[name] is Presence.FINISHED:
+            if self.states[name] is ParticipantState.FINISHED:
                 return
             assert self.join(name, worker.next_round) or name not in self.live, "a healthy worker is turned away"
             return
@@ -364,42 +364,42 @@ class RoundsMachine(RuleBasedStateMachine):
         if worker.checkpoint != worker.next_round:
             worker.previous, worker.checkpoint = worker.checkpoint, worker.next_round
         if reported:
-            session = self.live[name]
-            expected = self.progressed(name, session, worker.checkpoint, finished=False)
-            assert self.apply(Progress(session, worker.checkpoint)) == expected
+            session_id = self.live[name]
+            expected = self.progressed(name, session_id, worker.checkpoint, finished=False)
+            assert self.apply(Progress(session_id, worker.checkpoint)) == expected
 
     def finish(self, name: str) -> None:
         self.save(name, reported=False)
-        session = self.live[name]
-        self.hang_up(session, Presence.FINISHED)
-        expected = self.progressed(name, session, TOTAL, finished=True)
-        if all(presence is Presence.FINISHED for presence in self.presence.values()):
+        session_id = self.live[name]
+        self.hang_up(session_id, ParticipantState.FINISHED)
+        expected = self.progressed(name, session_id, TOTAL, finished=True)
+        if all(state is ParticipantState.FINISHED for state in self.states.values()):
             expected.append(Complete())
-        assert self.apply(Leave(session, LeaveReason.FINISHED)) == expected
+        assert self.apply(Leave(session_id, LeaveReason.FINISHED)) == expected
 
-    def progressed(self, name: str, session: int, durable: int, *, finished: bool) -> list[Action]:
-        """The consequences of a student's durable round."""
+    def progressed(self, name: str, session_id: int, durable: int, *, finished: bool) -> list[Action]:
+        """The consequences of a participant's durable round."""
         if durable <= self.durable(name) and not finished:
             return []
-        record = StudentRecord(name, session, max(durable, self.durable(name)), finished)
+        record = ParticipantRecord(name, session_id, max(durable, self.durable(name)), finished)
         needed = min(self.told, record.durable_round, *(self.durable(peer) for peer in self.names if peer != name))
         forgets = not self.rules_of_run.keep_all and needed > self.floor
         return [Remember(record), *([Forget(needed)] if forgets else [])]
 
     # Rules: a healthy run
 
-    @rule(student=STUDENTS)
-    def worker_steps(self, student: int) -> None:
-        self.step(self.name_of(student))
+    @rule(participant=PARTICIPANTS)
+    def worker_steps(self, participant: int) -> None:
+        self.step(self.name_of(participant))
 
     @rule(times=st.integers(1, 4))
     def everyone_steps(self, times: int) -> None:
         for _ in range(times):
             self.sweep()
 
-    @rule(student=st.none() | STUDENTS, reported=st.booleans())
-    def workers_save(self, student: int | None, reported: bool) -> None:
-        for name in self.names if student is None else [self.name_of(student)]:
+    @rule(participant=st.none() | PARTICIPANTS, reported=st.booleans())
+    def workers_save(self, participant: int | None, reported: bool) -> None:
+        for name in self.names if participant is None else [self.name_of(participant)]:
             if name in self.live:
                 self.save(name, reported=reported)
 
@@ -421,20 +421,20 @@ class RoundsMachine(RuleBasedStateMachine):
             expected = [(s, told) for s, told in self.open.waiters.items() if self.now - told >= NOTICE]
         missing = tuple(name for name in self.names if name not in self.open.contributions)
         actions = self.core.apply(Tick(), self.now)
-        assert sorted(action.session for action in actions) == sorted(session for session, _ in expected)  # type: ignore[union-attr]
+        assert sorted(action.session_id for action in actions) == sorted(session_id for session_id, _ in expected)  # type: ignore[union-attr]
         for action in actions:
             assert isinstance(action, Notify)
             assert action.waiting.round == self.told
-            assert action.waiting.students == missing
+            assert action.waiting.participants == missing
             assert action.waiting.seconds == pytest.approx(self.now - self.open.opened)  # type: ignore[operator]
-            self.open.waiters[action.session] = self.now
+            self.open.waiters[action.session_id] = self.now
 
     # Rules: faults of workers and of the network
 
-    @rule(student=STUDENTS, torn=st.booleans())
-    def worker_restarts(self, student: int, torn: bool) -> None:
+    @rule(participant=PARTICIPANTS, torn=st.booleans())
+    def worker_restarts(self, participant: int, torn: bool) -> None:
         """A new process resumes a checkpoint; nobody noticed that the old one is gone."""
-        name = self.name_of(student)
+        name = self.name_of(participant)
         worker = self.workers[name]
         first_round = worker.previous if torn else worker.checkpoint
         if self.join(name, first_round):
@@ -442,39 +442,41 @@ class RoundsMachine(RuleBasedStateMachine):
             worker.previous = min(worker.previous, first_round)
             worker.outstanding = False
 
-    @rule(student=STUDENTS)
-    def stream_breaks(self, student: int) -> None:
-        name = self.name_of(student)
+    @rule(participant=PARTICIPANTS)
+    def stream_breaks(self, participant: int) -> None:
+        name = self.name_of(participant)
         if name in self.live:
-            session = self.live[name]
-            assert self.apply(Disconnect(session)) == []
-            self.hang_up(session, Presence.ABSENT)
+            session_id = self.live[name]
+            assert self.apply(Disconnect(session_id)) == []
+            self.hang_up(session_id, ParticipantState.DISCONNECTED)
 
-    @rule(student=STUDENTS, reason=st.sampled_from([LeaveReason.STOPPED, LeaveReason.FAILED]))
-    def worker_leaves(self, student: int, reason: LeaveReason) -> None:
-        name = self.name_of(student)
+    @rule(participant=PARTICIPANTS, reason=st.sampled_from([LeaveReason.STOPPED, LeaveReason.FAILED]))
+    def worker_leaves(self, participant: int, reason: LeaveReason) -> None:
+        name = self.name_of(participant)
         if name in self.live:
-            session = self.live[name]
-            assert self.apply(Leave(session, reason)) == []
-            self.hang_up(session, Presence.ABSENT if reason is LeaveReason.STOPPED else Presence.FAILED)
+            session_id = self.live[name]
+            assert self.apply(Leave(session_id, reason)) == []
+            self.hang_up(
+                session_id, ParticipantState.DISCONNECTED if reason is LeaveReason.STOPPED else ParticipantState.FAILED
+            )
 
     @rule(data=st.data())
     def dead_session_speaks(self, data: st.DataObject) -> None:
         """A superseded or cut-off process, or one of a server's previous life, has no effect whatever it says."""
         dead = [*sorted(set(self.owners) - set(self.live.values())), 10**6]
-        session = data.draw(st.sampled_from(dead))
+        session_id = data.draw(st.sampled_from(dead))
         number = data.draw(st.integers(0, TOTAL))
         core = self.core
-        before = (dict(core.presence), dict(core.durable_rounds), core.frontier, core.oldest)
-        self.contribute(session, self.contribution(number))
-        for event in (Progress(session, number), *(Leave(session, reason) for reason in LeaveReason)):
-            self.expect_refusal(self.core.apply(event, self.now), session)
-        assert self.core.apply(Disconnect(session), self.now) == []
-        assert before == (dict(core.presence), dict(core.durable_rounds), core.frontier, core.oldest)
+        before = (dict(core.states), dict(core.durable_rounds), core.frontier, core.oldest)
+        self.contribute(session_id, self.contribution(number))
+        for event in (Progress(session_id, number), *(Leave(session_id, reason) for reason in LeaveReason)):
+            self.expect_refusal(self.core.apply(event, self.now), session_id)
+        assert self.core.apply(Disconnect(session_id), self.now) == []
+        assert before == (dict(core.states), dict(core.durable_rounds), core.frontier, core.oldest)
 
-    @rule(student=STUDENTS, number=st.none() | st.integers(0, TOTAL))
-    def request_is_duplicated_late_or_early(self, student: int, number: int | None) -> None:
-        name, open_round = self.name_of(student), self.told if self.told < TOTAL else None
+    @rule(participant=PARTICIPANTS, number=st.none() | st.integers(0, TOTAL))
+    def request_is_duplicated_late_or_early(self, participant: int, number: int | None) -> None:
+        name, open_round = self.name_of(participant), self.told if self.told < TOTAL else None
         if number is None or number == self.told:
             number = open_round
         if name in self.live and number is not None:
@@ -482,7 +484,7 @@ class RoundsMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.open.decide is None and self.told < TOTAL)
     @rule(
-        student=STUDENTS,
+        participant=PARTICIPANTS,
         changes=st.sampled_from(
             [
                 {"samples": samples([5, 6, 7])},
@@ -493,16 +495,16 @@ class RoundsMachine(RuleBasedStateMachine):
             ]
         ),
     )
-    def samples_differ(self, student: int, changes: dict[str, Any]) -> None:
+    def samples_differ(self, participant: int, changes: dict[str, Any]) -> None:
         """A worker of another seed; its stream ends, or those of the others do until it sends what is right."""
-        name = self.name_of(student)
+        name = self.name_of(participant)
         if name in self.live:
             self.contribute(self.live[name], self.contribution(self.told, **changes))
             self.workers[name].outstanding = False
 
-    @rule(student=STUDENTS, number=st.integers(0, 2 * TOTAL))
-    def report_is_late_or_checkpoint_another_runs(self, student: int, number: int) -> None:
-        name = self.name_of(student)
+    @rule(participant=PARTICIPANTS, number=st.integers(0, 2 * TOTAL))
+    def report_is_late_or_checkpoint_another_runs(self, participant: int, number: int) -> None:
+        name = self.name_of(participant)
         if number > self.told:
             assert not self.join(name, number)
         elif name in self.live and number <= self.durable(name):
@@ -529,11 +531,11 @@ class RoundsMachine(RuleBasedStateMachine):
 
     @invariant()
     def one_live_session_of_each(self) -> None:
-        alive = {session: self.core.student_of(session) for session in self.owners}
-        assert {session: name for session, name in alive.items() if name} == {
-            session: name for name, session in self.live.items()
+        alive = {session_id: self.core.participant_of(session_id) for session_id in self.owners}
+        assert {session_id: name for session_id, name in alive.items() if name} == {
+            session_id: name for name, session_id in self.live.items()
         }
-        assert dict(self.core.presence) == self.presence
+        assert dict(self.core.states) == self.states
 
     @invariant()
     def needed_rounds_are_kept(self) -> None:
@@ -545,14 +547,14 @@ class RoundsMachine(RuleBasedStateMachine):
         assert all(number in self.journal.kept for number in range(self.floor, self.journal.frontier))
 
     @invariant()
-    def memory_is_bounded_by_the_students(self) -> None:
+    def memory_is_bounded_by_the_participants(self) -> None:
         opened, count = self.core._open_round, len(self.names)
         assert set(opened.waiters) == set(opened.notified) == set(self.open.waiters)
         assert set(opened.waiters) <= set(self.core._sessions)
         assert set(opened.arrived) == set(opened.contributions)
         assert len(opened.contributions) <= count
         assert len(self.core._sessions) == len(self.core._session_of) <= count
-        assert len(self.core._durable_rounds) == len(self.core._presence) == len(self.core._last_sessions) == count
+        assert len(self.core._durable_rounds) == len(self.core._states) == len(self.core._last_sessions) == count
         assert all(each.round == self.core.frontier for each in opened.contributions.values())
 
     @invariant()
@@ -562,7 +564,7 @@ class RoundsMachine(RuleBasedStateMachine):
             assert waiting is None
         else:
             assert waiting is not None
-            assert set(waiting.students) == set(self.names) - set(self.open.contributions)
+            assert set(waiting.participants) == set(self.names) - set(self.open.contributions)
 
     def teardown(self) -> None:
         """Faults stop: whatever has happened, the run comes to its end."""

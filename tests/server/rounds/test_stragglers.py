@@ -28,36 +28,36 @@ def decision(waited: float, contributed: tuple[str, ...], **changes: Any) -> Clo
 
 
 class TestCloseDecision:
-    def test_it_closes_when_every_awaited_student_is_in(self) -> None:
+    def test_it_closes_when_every_awaited_participant_is_in(self) -> None:
         assert decision(0.1, NAMES) == CloseDecision(
-            True, True, (), "every awaited student is in; 3 contributions, quorum 2"
+            True, True, (), "every awaited participant is in; 3 contributions, quorum 2"
         )
         assert decision(0.1, ("ant", "bee"), awaited=("ant", "bee")).close
 
     def test_before_the_deadline_it_waits(self) -> None:
         made = decision(2.999, ("ant", "bee"))
         assert not made.close
-        assert made.absent == ()
+        assert made.skipped == ()
         assert made.reason == "waits for cat since 3.0 s; 2 contributions, quorum 2"
 
     def test_at_the_deadline_it_goes_on_with_a_quorum(self) -> None:
         made = decision(3.0, ("ant", "bee"))
-        assert (made.close, made.targets, made.absent) == (True, True, ("cat",))
+        assert (made.close, made.targets, made.skipped) == (True, True, ("cat",))
         assert made.reason == "without cat after 3.0 s; 2 contributions, quorum 2"
 
     def test_below_the_quorum_it_has_no_targets(self) -> None:
         made = decision(3.0, ("bee",))
-        assert (made.close, made.targets, made.absent) == (True, False, ("ant", "cat"))
+        assert (made.close, made.targets, made.skipped) == (True, False, ("ant", "cat"))
         assert made.reason.endswith("1 contributions, quorum 2: no targets")
 
-    def test_the_contribution_of_an_absent_student_counts(self) -> None:
+    def test_the_contribution_of_a_skipped_participant_counts(self) -> None:
         assert decision(0.0, ("ant", "cat"), awaited=("ant",)).targets
 
     def test_one_that_never_joined_is_given_longer(self) -> None:
         early = decision(29.9, ("ant",), expected=("cat",))
-        assert (early.close, early.absent) == (False, ("bee",))
+        assert (early.close, early.skipped) == (False, ("bee",))
         late = decision(30.0, ("ant",), expected=("cat",))
-        assert (late.close, late.absent) == (True, ("bee", "cat"))
+        assert (late.close, late.skipped) == (True, ("bee", "cat"))
 
     @given(
         waited=st.floats(0, 100),
@@ -70,9 +70,9 @@ class TestCloseDecision:
     ) -> None:
         made = decision(waited, tuple(contributed), awaited=tuple(sorted(awaited)), expected=expected)
         assert made.close or waited < FIXED.evict_after
-        assert made.close == (awaited - contributed <= set(made.absent))
+        assert made.close == (awaited - contributed <= set(made.skipped))
         assert made.targets == (made.close and len(contributed) >= 2)
-        assert not set(made.absent) & contributed
+        assert not set(made.skipped) & contributed
 
 
 class TestArrivalLags:
@@ -104,7 +104,7 @@ class TestArrivalLags:
 
 
 class TestPolicyOfAnExperiment:
-    def test_one_that_waits_for_every_student_has_none(self) -> None:
+    def test_one_that_waits_for_every_participant_has_none(self) -> None:
         assert straggler_policy(make_experiment()) is None
 
     @pytest.mark.parametrize(("setting", "deadline"), [("auto", None), (3, 3.0)])

@@ -1,4 +1,4 @@
-"""Shared by the tests of the gRPC service: a run behind a real port, and its students' sides of their sessions."""
+"""Shared by the tests of the gRPC service: a run behind a real port, and its participants' sides of their sessions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from codistill.config.methods import Distillation
 from codistill.methods.aggregator import Aggregator
 from codistill.rundir.records import Record
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, crc32c, format_session
 from codistill_server.admission.contributions import receive_limit
@@ -31,7 +31,7 @@ from codistill_server.storage.journal import Journal
 from server.support import contribution, join_request, make_experiment
 
 PATIENCE = 40.0
-EXCHANGE = "/codistill.v1.Distillation/Exchange"
+EXCHANGE = "/codistill.v1.DistillationService/Exchange"
 
 
 def drive(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -58,41 +58,41 @@ class Served:
 
     @property
     def stub(self) -> Any:  # the generated types know blocking channels only
-        return DistillationStub(self.channel)
+        return DistillationServiceStub(self.channel)
 
     @property
-    def presence(self) -> dict[str, str]:
-        return {name: presence.value for name, presence in self.coordinator.presence.items()}
+    def states(self) -> dict[str, str]:
+        return {name: state.value for name, state in self.coordinator.states.items()}
 
-    async def students(self) -> list[Student]:
-        """Have all students join and open their streams."""
-        made = [Student(self, name) for name in self.experiment.names]
-        await asyncio.gather(*(student.start() for student in made))
+    async def participants(self) -> list[Participant]:
+        """Have all participants join and open their streams."""
+        made = [Participant(self, name) for name in self.experiment.names]
+        await asyncio.gather(*(participant.start() for participant in made))
         return made
 
 
 @dataclass
-class Student:
+class Participant:
     """A worker's side of a session, with messages as bytes."""
 
     served: Served
     name: str
     channel: grpc.aio.Channel | None = None
-    session: int = 0
+    session_id: int = 0
     call: Any = None
 
     async def start(self, first_round: int = 0) -> None:
         channel = self.channel or self.served.channel
         request = join_request(self.served.experiment, self.name, first_round)
-        self.session = (await cast("Any", DistillationStub(channel)).Join(request)).session
-        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(self.session)),))
+        self.session_id = (await cast("Any", DistillationServiceStub(channel)).Join(request)).session_id
+        self.call = channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(self.session_id)),))
         await self.call.initial_metadata()
 
     async def send(self, number: int, **options: Any) -> None:
         await self.contribute(contribution(self.served.experiment, self.name, number, **options))
 
-    async def contribute(self, message: pb.Contribution) -> None:
-        await self.write(append_checksum(message, str(self.session)))
+    async def contribute(self, message: pb.ExchangeRequest) -> None:
+        await self.write(append_checksum(message, str(self.session_id)))
 
     async def write(self, raw: bytes) -> None:
         await self.call.write(raw)
@@ -103,7 +103,7 @@ class Student:
             while True:
                 raw = await self.call.read()
                 assert isinstance(raw, bytes), "the stream ended"
-                reply = pb.ExchangeReply.FromString(raw)
+                reply = pb.ExchangeResponse.FromString(raw)
                 if reply.HasField("targets"):
                     return raw
 
@@ -116,9 +116,9 @@ class Student:
             return error
 
 
-def with_checksum(raw: bytes, session: int) -> bytes:
+def with_checksum(raw: bytes, session_id: int) -> bytes:
     """Return bytes, whatever they are, with the checksum of a contribution."""
-    return raw + b"\x7d" + crc32c(str(session).encode() + raw).to_bytes(4, "little")
+    return raw + b"\xa5\x06" + crc32c(str(session_id).encode() + raw).to_bytes(4, "little")
 
 
 @contextlib.asynccontextmanager

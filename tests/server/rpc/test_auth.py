@@ -11,7 +11,7 @@ from codistill.wire.token import Token
 from codistill_server.rpc.auth import OPEN_METHODS, TokenInterceptor
 from support_certificates import TOKEN, WRONG_TOKEN
 
-JOIN = "/codistill.v1.Distillation/Join"
+JOIN = "/codistill.v1.DistillationService/Join"
 OWN = cast("Any", object())
 
 

@@ -28,7 +28,7 @@ class TestRateLimitedRecords:
 
     def test_each_kind_has_its_own(self) -> None:
         log_filter = RareRecordFilter(Clock())
-        gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.Distillation/WatchRun]"
+        gone = "ExecuteBatchError raised in core by servicer method [/codistill.v1.DistillationService/WatchRun]"
         error = RuntimeError('Failed "execute_batch": (SendMessageOperation,)')
         told, again, other = record(gone), record(gone), record(gone)
         told.exc_info = again.exc_info = (RuntimeError, error, None)

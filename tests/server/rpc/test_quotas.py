@@ -30,11 +30,13 @@ class TestRepeatQuota:
 
 
 class TestQuotas:
-    def test_joins_are_limited_for_each_student(self) -> None:
+    def test_joins_are_limited_for_each_participant(self) -> None:
         quotas = Quotas(Limits())
         for _ in range(50):
             quotas.join("ant", 0)
-        with pytest.raises(QuotaExceeded, match=r"student 'ant': more than 5 joins a second; see that one worker runs"):
+        with pytest.raises(
+            QuotaExceeded, match=r"participant 'ant': more than 5 joins a second; see that one worker runs"
+        ):
             quotas.join("ant", 0)
         quotas.join("bee", 0)
         quotas.join("ant", 0.2)
@@ -42,7 +44,7 @@ class TestQuotas:
     def test_names_that_the_experiment_does_not_have_share_one(self) -> None:
         quotas = Quotas(Limits(joins=Rate(1, 1)))
         quotas.join("", 0)
-        with pytest.raises(QuotaExceeded, match="students that the experiment does not have: more than 1 joins"):
+        with pytest.raises(QuotaExceeded, match="participants that the experiment does not have: more than 1 joins"):
             quotas.join("", 0)
 
     def test_calls_and_their_bytes_are_limited_for_each_host(self) -> None:

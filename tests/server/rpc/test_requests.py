@@ -20,15 +20,15 @@ class TestRequests:
         async def test() -> None:
             async with serving() as served:
                 for name, message in UNARY.items():
-                    error = await error_of(served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")(raw))
+                    error = await error_of(served.channel.unary_unary(f"/codistill.v1.DistillationService/{name}")(raw))
                     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
                     assert f"{len(raw)} bytes are not a {message.DESCRIPTOR.full_name}" in (error.details() or "")
-                watch = served.channel.unary_stream("/codistill.v1.Distillation/WatchRun")(raw)
+                watch = served.channel.unary_stream("/codistill.v1.DistillationService/WatchRun")(raw)
                 assert (await error_of(watch.read())).code() is grpc.StatusCode.INVALID_ARGUMENT
-                ant, _ = await served.students()
-                await ant.write(with_checksum(raw, ant.session))
+                ant, _ = await served.participants()
+                await ant.write(with_checksum(raw, ant.session_id))
                 assert (await ant.ending()).code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.states == {"ant": "disconnected", "bee": "connected"}
                 assert served.failures == []
 
         drive(test)
@@ -39,22 +39,24 @@ class TestRequests:
 
         async def test() -> None:
             async with serving() as served:
-                ant, _ = await served.students()
+                ant, _ = await served.participants()
                 request: Any = {
                     "Join": join_request(served.experiment, "ant"),
-                    "Report": pb.ReportRequest(session=ant.session, round=3, durable_round=2),
-                    "Leave": pb.LeaveRequest(session=ant.session, reason=pb.LEAVE_REASON_FINISHED, message="done"),
+                    "Report": pb.ReportRequest(session_id=ant.session_id, round=3, durable_round=2),
+                    "Leave": pb.LeaveRequest(
+                        session_id=ant.session_id, reason=pb.LEAVE_REASON_FINISHED, message="done"
+                    ),
                 }[name]
                 raw = append_checksum(request)
-                call = served.channel.unary_unary(f"/codistill.v1.Distillation/{name}")
-                for position in range(0, len(raw) - 5, max(1, len(raw) // 30)):
+                call = served.channel.unary_unary(f"/codistill.v1.DistillationService/{name}")
+                for position in range(0, len(raw) - 6, max(1, len(raw) // 30)):
                     damaged = bytearray(raw)
                     damaged[position] ^= 2
                     error = await error_of(call(bytes(damaged)))
                     assert error.code() is grpc.StatusCode.UNAVAILABLE, (position, error.details())
                     assert "damaged on the way" in (error.details() or "")
-                assert served.presence == {"ant": "present", "bee": "present"}
-                assert served.coordinator.run_state.students["ant"].durable_round == 0
+                assert served.states == {"ant": "connected", "bee": "connected"}
+                assert served.coordinator.run_state.participants["ant"].durable_round == 0
                 await call(request.SerializeToString())  # without a checksum, as other programs may
                 answer = await (call(raw) if name != "Leave" else error_of(call(raw)))
                 if name == "Join":

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire.security import Security
 from codistill_server.errors import ServerError
 from server.support import make_experiment
@@ -136,7 +136,7 @@ def _comes(raw: socket.socket, kind: int) -> bool:
 def _answers(address: str) -> bool:
     with grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         try:
-            return DistillationStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).name == "small"
+            return DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.name == "small"
         except grpc.RpcError:
             return False
 

@@ -6,41 +6,43 @@ from typing import ClassVar
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from codistill.config.fingerprint import identity
 from codistill.methods.aggregator import LOGITS, RoundInputs, Targets
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.times import duration, seconds
 from codistill_server import methods
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
-from server.rpc.support import PATIENCE, Student, drive, error_of, returning, serving, until
+from server.rpc.support import PATIENCE, Participant, drive, error_of, returning, serving, until
 from server.support import join_request, make_experiment
 
 
 class TestRounds:
-    def test_eight_students_get_the_same_bytes(self) -> None:
+    def test_eight_participants_get_the_same_bytes(self) -> None:
         async def test() -> None:
             async with serving(make_experiment([f"s{number}" for number in range(8)])) as served:
-                students = await served.students()
+                participants = await served.participants()
                 for number in range(12):
-                    await asyncio.gather(*(student.send(number) for student in students))
-                    answers = await asyncio.gather(*(student.answer() for student in students))
+                    await asyncio.gather(*(participant.send(number) for participant in participants))
+                    answers = await asyncio.gather(*(participant.answer() for participant in participants))
                     assert len(set(answers)) == 1
-                    assert pb.ExchangeReply.FromString(answers[0]).targets.round == number
+                    assert pb.ExchangeResponse.FromString(answers[0]).targets.round == number
                 assert served.coordinator.frontier == 12
 
         drive(test)
 
-    def test_a_student_that_comes_back_is_answered_from_the_journal(self) -> None:
+    def test_a_participant_that_comes_back_is_answered_from_the_journal(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 answers: list[bytes] = []
                 for number in range(7):
                     await asyncio.gather(ant.send(number), bee.send(number))
                     answers.append(await ant.answer())
                 ant.call.cancel()
-                await until(lambda: served.presence["ant"] == "absent")
-                again = Student(served, "ant")
+                await until(lambda: served.states["ant"] == "disconnected")
+                again = Participant(served, "ant")
                 await again.start(2)
                 for number in range(2, 7):
                     await again.send(number)
@@ -51,60 +53,78 @@ class TestRounds:
     def test_who_waits_is_told_whom_for(self) -> None:
         async def test() -> None:
             async with serving(make_experiment(exchange={"waiting_notice": 0.3})) as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 await ant.send(0)
                 raw = await ant.call.read()
-                waiting = pb.ExchangeReply.FromString(raw).waiting
-                assert (waiting.round, list(waiting.students)) == (0, ["bee"])
-                assert waiting.seconds >= 0.3
-                run = await served.stub.GetRun(pb.GetRunRequest())
+                waiting = pb.ExchangeResponse.FromString(raw).waiting
+                assert (waiting.round, list(waiting.participants)) == (0, ["bee"])
+                assert seconds(waiting.elapsed) >= 0.3
+                run = (await served.stub.GetRun(pb.GetRunRequest())).run
                 assert list(run.waiting_for) == ["bee"]
                 await bee.send(0)
                 assert await ant.answer() == await bee.answer()
 
         drive(test)
 
-    def test_a_student_that_finished_is_reported_and_completes_the_run(self) -> None:
+    def test_a_participant_that_finished_is_reported_and_completes_the_run(self) -> None:
         async def test() -> None:
             async with serving(make_experiment()) as served:
-                ant, bee = await served.students()
-                await served.stub.Report(pb.ReportRequest(session=ant.session, round=3, epoch=1, durable_round=0))
-                run = await served.stub.GetRun(pb.GetRunRequest())
-                assert [(student.name, student.round) for student in run.students] == [("ant", 3), ("bee", 0)]
-                for student in (ant, bee):
+                ant, bee = await served.participants()
+                await served.stub.Report(pb.ReportRequest(session_id=ant.session_id, round=3, epochs_trained=1))
+                run = (await served.stub.GetRun(pb.GetRunRequest())).run
+                assert [(participant.name, participant.round) for participant in run.participants] == [
+                    ("ant", 3),
+                    ("bee", 0),
+                ]
+                for participant in (ant, bee):
                     assert not served.coordinator.complete
-                    leave = pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED)
+                    leave = pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
                     await served.stub.Leave(leave)
-                    student.call.cancel()
+                    participant.call.cancel()
                 assert served.coordinator.complete
 
         drive(test)
 
 
 class TestWatchRun:
-    @pytest.mark.parametrize("interval", [0.05, 61.0, -1.0, float("nan"), float("inf")])
-    def test_an_interval_that_is_not_allowed(self, interval: float) -> None:
+    @pytest.mark.parametrize(
+        ("interval", "shown"),
+        [
+            (Duration(), "0.0"),
+            (Duration(nanos=99_999_999), "0.099999999"),
+            (Duration(seconds=60, nanos=1), "60.000000001"),
+            (Duration(seconds=61), "61.0"),
+            (Duration(seconds=-1), "-1.0"),
+            (Duration(nanos=-1), "-1e-09"),
+            (Duration(seconds=1, nanos=-1), "0.999999999"),
+            (Duration(nanos=2 * 10**9), "2.0"),
+            (Duration(seconds=2**62), str(float(2**62))),
+        ],
+    )
+    def test_an_interval_that_is_not_allowed(self, interval: Duration, shown: str) -> None:
         async def test() -> None:
             async with serving() as served:
-                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval=interval))
                 error = await error_of(call.read())
                 assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert f"interval_seconds: {interval} is not allowed; allowed: 0.1 to 60" in (error.details() or "")
+                assert f"interval: {shown} s is not allowed; allowed: 0.1 s to 60 s" in (error.details() or "")
 
         drive(test)
 
-    @pytest.mark.parametrize("interval", [0.0, 0.1])
-    def test_it_goes_on_until_the_run_is_complete(self, interval: float) -> None:
+    @pytest.mark.parametrize("interval", [None, duration(0.1)])
+    def test_it_goes_on_until_the_run_is_complete(self, interval: Duration | None) -> None:
         async def test() -> None:
             async with serving() as served:
-                call = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=interval))
-                assert not (await call.read()).complete
-                for student in await served.students():
-                    await served.stub.Leave(pb.LeaveRequest(session=student.session, reason=pb.LEAVE_REASON_FINISHED))
+                call = served.stub.WatchRun(pb.WatchRunRequest(interval=interval))
+                assert not (await call.read()).run.complete
+                for participant in await served.participants():
+                    await served.stub.Leave(
+                        pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
+                    )
                 async with asyncio.timeout(PATIENCE):
                     states = []
                     while (state := await call.read()) is not grpc.aio.EOF:
-                        states.append(state.complete)
+                        states.append(state.run.complete)
                 assert states[-1]
                 assert not any(states[:-1])
 
@@ -114,7 +134,7 @@ class TestWatchRun:
         async def test() -> None:
             async with serving() as served:
                 before = len(asyncio.all_tasks())
-                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=0.1)) for _ in range(5)]
+                calls = [served.stub.WatchRun(pb.WatchRunRequest(interval=duration(0.1))) for _ in range(5)]
                 for call in calls:
                     await call.read()
                 while calls:
@@ -137,14 +157,14 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
-                students = await served.students()
-                for student in students:
-                    await student.send(0)
+                participants = await served.participants()
+                for participant in participants:
+                    await participant.send(0)
                 await until(lambda: bool(served.failures))
                 assert [str(failure) for failure in served.failures] == ["the disk is full"]
                 served.service.end()  # as the process does on a failure
-                for student in students:
-                    assert (await student.ending()).code() is grpc.StatusCode.UNAVAILABLE
+                for participant in participants:
+                    assert (await participant.ending()).code() is grpc.StatusCode.UNAVAILABLE
 
         drive(test)
 
@@ -156,7 +176,7 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment, _BrokenJournal(None, identity(experiment))) as served:
-                first, _ = await served.students()
+                first, _ = await served.participants()
                 await first.send(0)
                 await until(lambda: bool(served.failures))
                 assert [str(failure) for failure in served.failures] == ["the disk is full"]
@@ -173,7 +193,7 @@ class TestFaults:
 
         async def test() -> None:
             async with serving(experiment) as served:
-                first, second = await served.students()
+                first, second = await served.participants()
 
                 def fault(record: object) -> None:
                     raise ZeroDivisionError("a fault of ours")
@@ -183,7 +203,9 @@ class TestFaults:
                 await first.send(0)
                 await until(lambda: served.coordinator.snapshot().waiting_for == ["bee"])
                 if goes == "Leave":
-                    call = served.stub.Leave(pb.LeaveRequest(session=second.session, reason=pb.LEAVE_REASON_STOPPED))
+                    call = served.stub.Leave(
+                        pb.LeaveRequest(session_id=second.session_id, reason=pb.LEAVE_REASON_STOPPED)
+                    )
                 else:
                     call = served.stub.Join(join_request(experiment, "bee"))
                 error = await error_of(call)
@@ -213,8 +235,8 @@ class TestFaults:
 
         async def test() -> None:
             async with serving() as served:
-                for student in await served.students():
-                    await student.send(0)
+                for participant in await served.participants():
+                    await participant.send(0)
                 await until(lambda: bool(served.failures))
                 assert [type(failure) for failure in served.failures] == [ZeroDivisionError]
 

@@ -8,13 +8,14 @@ import grpc.aio
 import pytest
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill.v1.distillation_pb2_grpc import DistillationStub
+from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire import channel
 from codistill.wire.channel import SESSION_KEY, server_options
 from codistill.wire.checksum import append_checksum, format_session
+from codistill.wire.times import duration
 from codistill_server.ratelimit import Rate
 from codistill_server.rpc.quotas import Limits
-from server.rpc.support import EXCHANGE, PATIENCE, Student, drive, error_of, relay, serving, trailing, until
+from server.rpc.support import EXCHANGE, PATIENCE, Participant, drive, error_of, relay, serving, trailing, until
 from server.support import contribution, join_request
 
 
@@ -24,7 +25,7 @@ class TestLimits:
     def test_a_session_that_asks_for_the_same_again_and_again(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 await asyncio.gather(ant.send(0), bee.send(0))
                 await asyncio.gather(ant.answer(), bee.answer())
                 for _ in range(64):
@@ -35,22 +36,22 @@ class TestLimits:
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert "round 0: this session has contributed to it before" in str(error.details())
                 assert 1 <= int(trailing(error)["grpc-retry-pushback-ms"]) <= 1000
-                again = Student(served, "ant")
+                again = Participant(served, "ant")
                 await again.start(1)
                 await asyncio.gather(again.send(1), bee.send(1))
                 assert await again.answer() == await bee.answer()
 
         drive(test)
 
-    def test_a_student_that_catches_up_at_full_speed_meets_none(self) -> None:
+    def test_a_participant_that_catches_up_at_full_speed_meets_none(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 for number in range(12):
                     await asyncio.gather(ant.send(number), bee.send(number))
                     await asyncio.gather(ant.answer(), bee.answer())
                 for _ in range(20):
-                    again = Student(served, "ant")
+                    again = Participant(served, "ant")
                     await again.start()
                     for number in range(12):
                         await again.send(number)
@@ -59,7 +60,7 @@ class TestLimits:
 
         drive(test)
 
-    def test_joins_of_one_student(self) -> None:
+    def test_joins_of_one_participant(self) -> None:
         async def test() -> None:
             async with serving(limits=Limits(joins=Rate(2, 0.1))) as served:
                 for name in ("ant", "nobody"):
@@ -75,7 +76,9 @@ class TestLimits:
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "made-up names have one share in all"
                 await served.stub.Join(join_request(served.experiment, "bee"))
                 kinds = [event.kind for event in served.coordinator.snapshot().events]
-                assert kinds.count("refused") == 2, "what the limit refuses leaves no event: nobody fills the disk"
+                assert kinds.count(pb.EVENT_KIND_REFUSED) == 2, (
+                    "what the limit refuses leaves no event: nobody fills the disk"
+                )
 
         drive(test)
 
@@ -85,7 +88,7 @@ class TestLimits:
                 for _ in range(5):
                     await served.stub.GetRun(pb.GetRunRequest())
                 async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}") as channel:
-                    error = await error_of(cast("Any", DistillationStub(channel)).GetRun(pb.GetRunRequest()))
+                    error = await error_of(cast("Any", DistillationServiceStub(channel)).GetRun(pb.GetRunRequest()))
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert str(error.details()).startswith("ipv4:127.0.0.1 makes more than 0.1 calls a second")
 
@@ -94,7 +97,7 @@ class TestLimits:
     def test_bytes_of_one_host(self) -> None:
         async def test() -> None:
             async with serving(limits=Limits(call_bytes=Rate(1000, 1))) as served:
-                junk = served.channel.unary_unary("/codistill.v1.Distillation/Join")
+                junk = served.channel.unary_unary("/codistill.v1.DistillationService/Join")
                 assert (await error_of(junk(bytes(1000)))).code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert (await error_of(junk(bytes(1000)))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -103,7 +106,7 @@ class TestLimits:
     def test_watchers(self) -> None:
         async def test() -> None:
             async with serving(limits=Limits(watchers=3)) as served:
-                request = pb.WatchRunRequest(interval_seconds=60)
+                request = pb.WatchRunRequest(interval=duration(60))
                 for _ in range(5):  # whoever ends makes room
                     watching = [served.stub.WatchRun(request) for _ in range(3)]
                     for each in watching:
@@ -125,7 +128,9 @@ class TestLimits:
                 relay(served.port) as (port, cut),
                 grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
             ):
-                unread = cast("Any", DistillationStub(channel)).WatchRun(pb.WatchRunRequest(interval_seconds=0.1))
+                unread = cast("Any", DistillationServiceStub(channel)).WatchRun(
+                    pb.WatchRunRequest(interval=duration(0.1))
+                )
                 await unread.initial_metadata()
                 await until(lambda: served.service._quotas.watching == 1)
                 cut()
@@ -136,13 +141,15 @@ class TestLimits:
     def test_one_exchange_stream_for_a_session(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
-                second = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(ant.session)),))
+                ant, bee = await served.participants()
+                second = served.channel.stream_stream(EXCHANGE)(
+                    metadata=((SESSION_KEY, format_session(ant.session_id)),)
+                )
                 await second.initial_metadata()
                 error = await ant.ending()
                 assert error.code() is grpc.StatusCode.ABORTED
                 assert "has opened another stream" in str(error.details())
-                await second.write(append_checksum(contribution(served.experiment, "ant", 0), str(ant.session)))
+                await second.write(append_checksum(contribution(served.experiment, "ant", 0), str(ant.session_id)))
                 await bee.send(0)
                 assert await second.read() == await bee.answer()
 
@@ -153,14 +160,14 @@ class TestLimits:
 
         async def test() -> None:
             async with serving() as served:
-                held = [served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60)) for _ in range(4)]
+                held = [served.stub.WatchRun(pb.WatchRunRequest(interval=duration(60))) for _ in range(4)]
                 for each in held:
                     await each.read()
                 error = await error_of(served.stub.GetRun(pb.GetRunRequest(), timeout=0.5))
                 assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, "the fifth waits for its turn"
                 own = [("grpc.use_local_subchannel_pool", 1)]  # else both channels share one connection
                 async with grpc.aio.insecure_channel(f"127.0.0.1:{served.port}", own) as channel:
-                    await cast("Any", DistillationStub(channel)).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
+                    await cast("Any", DistillationServiceStub(channel)).GetRun(pb.GetRunRequest(), timeout=PATIENCE)
 
         drive(test)
 
@@ -188,7 +195,7 @@ class TestLimits:
                 while await reader.read(1000):
                     pass
                 writer.close()
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 await asyncio.gather(ant.send(0), bee.send(0))
                 assert await ant.answer() == await bee.answer()
 

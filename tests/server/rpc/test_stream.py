@@ -13,6 +13,7 @@ from codistill.config.fingerprint import identity
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import SESSION_KEY, SUPERSEDED_KEY
 from codistill.wire.checksum import append_checksum, crc32c, format_session
+from codistill.wire.times import duration
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
@@ -22,7 +23,7 @@ from codistill_server.storage.journal import Journal
 from server.rpc.support import (
     EXCHANGE,
     PATIENCE,
-    Student,
+    Participant,
     drive,
     error_of,
     relay,
@@ -35,20 +36,20 @@ from server.support import contribution, join_request, make_experiment
 
 
 class TestStreams:
-    def test_a_broken_connection_makes_the_student_absent(self) -> None:
+    def test_a_broken_connection_makes_the_participant_disconnected(self) -> None:
         async def test() -> None:
             async with serving() as served, relay(served.port) as (port, cut):
-                bee = Student(served, "bee")
+                bee = Participant(served, "bee")
                 await bee.start()
                 async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                    ant = Student(served, "ant", channel)
+                    ant = Participant(served, "ant", channel)
                     await ant.start()
                     await ant.send(0)
                     cut()
-                    await until(lambda: served.presence["ant"] == "absent")
+                    await until(lambda: served.states["ant"] == "disconnected")
                     assert (await ant.ending()).code() is grpc.StatusCode.UNAVAILABLE
-                assert served.presence["bee"] == "present"
-                again = Student(served, "ant")
+                assert served.states["bee"] == "connected"
+                again = Participant(served, "ant")
                 await again.start()
                 await again.send(0)
                 await bee.send(0)
@@ -61,11 +62,11 @@ class TestStreams:
 
         async def test() -> None:
             async with serving() as served:
-                await Student(served, "bee").start()
+                await Participant(served, "bee").start()
                 await served.stub.Join(join_request(served.experiment, "ant"))
-                assert served.presence["ant"] == "present"
-                await until(lambda: served.presence["ant"] == "absent")
-                assert served.presence["bee"] == "present"
+                assert served.states["ant"] == "connected"
+                await until(lambda: served.states["ant"] == "disconnected")
+                assert served.states["bee"] == "connected"
 
         drive(test)
 
@@ -76,13 +77,13 @@ class TestStreams:
         async def test() -> None:
             async with serving() as served:
                 for hops in range(12):
-                    session = (await served.stub.Join(join_request(served.experiment, "ant"))).session
-                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(session)),))
+                    session_id = (await served.stub.Join(join_request(served.experiment, "ant"))).session_id
+                    call = served.channel.stream_stream(EXCHANGE)(metadata=((SESSION_KEY, format_session(session_id)),))
                     for _ in range(hops):
                         await asyncio.sleep(0)
                     call.cancel()
                     if hops % 4 == 3:
-                        await until(lambda: served.presence["ant"] == "absent")
+                        await until(lambda: served.states["ant"] == "disconnected")
                 assert served.failures == []
 
         drive(test)
@@ -90,10 +91,10 @@ class TestStreams:
     def test_a_second_stream_of_a_session_takes_over(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 first = ant.call
                 ant.call = served.channel.stream_stream(EXCHANGE)(
-                    metadata=((SESSION_KEY, format_session(ant.session)),)
+                    metadata=((SESSION_KEY, format_session(ant.session_id)),)
                 )
                 await ant.call.initial_metadata()
                 error = await error_of(first.read())
@@ -111,43 +112,43 @@ class TestStreams:
 
         async def test() -> None:
             async with serving(experiment) as served:
-                ant, bee = await served.students()
-                for student in (ant, bee):
-                    await student.send(0)
-                for student in (ant, bee):
-                    await student.answer()
+                ant, bee = await served.participants()
+                for participant in (ant, bee):
+                    await participant.send(0)
+                for participant in (ant, bee):
+                    await participant.answer()
                 sent = served.coordinator.run_state.bytes_out
                 asking = asyncio.create_task(_ask(ant))
-                await until(lambda: served.presence["ant"] == "absent")
+                await until(lambda: served.states["ant"] == "disconnected")
                 unread = served.coordinator.run_state.bytes_out - sent
                 assert unread < 1000 * 4 * batch * classes
                 await bee.send(0)
                 await bee.answer()
-                again = Student(served, "ant")
+                again = Participant(served, "ant")
                 await again.start()
                 await again.send(0)
                 await again.answer()
                 asking.cancel()
                 await asyncio.wait([asking])
 
-        async def _ask(student: Student) -> None:
-            raw = append_checksum(contribution(experiment, student.name, 0), str(student.session))
+        async def _ask(participant: Participant) -> None:
+            raw = append_checksum(contribution(experiment, participant.name, 0), str(participant.session_id))
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while True:
-                    await student.write(raw)
+                    await participant.write(raw)
 
         drive(test)
 
     def test_the_servers_end_ends_every_stream(self) -> None:
         async def test() -> None:
             async with serving() as served:
-                students = await served.students()
-                await students[0].send(0)
-                watch = served.stub.WatchRun(pb.WatchRunRequest(interval_seconds=60))
+                participants = await served.participants()
+                await participants[0].send(0)
+                watch = served.stub.WatchRun(pb.WatchRunRequest(interval=duration(60)))
                 await watch.read()
                 served.service.end()
-                for student in students:
-                    error = await student.ending()
+                for participant in participants:
+                    error = await participant.ending()
                     assert error.code() is grpc.StatusCode.UNAVAILABLE
                     assert "going down" in (error.details() or "")
                 async with asyncio.timeout(PATIENCE):
@@ -179,7 +180,7 @@ class TestStreams:
 
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 metadata = () if value is None else ((SESSION_KEY, value),)
                 call = served.channel.stream_stream(EXCHANGE)(metadata=metadata)
                 error = await error_of(call.read())
@@ -187,10 +188,10 @@ class TestStreams:
                 assert SUPERSEDED_KEY not in dict(error.trailing_metadata())
                 assert "session" in (error.details() or "")
                 assert "join again" in (error.details() or "")
-                for student in (ant, bee):
-                    await student.contribute(contribution(served.experiment, student.name, 0))
-                for student in (ant, bee):
-                    assert await student.answer(), "and nobody's stream has ended"
+                for participant in (ant, bee):
+                    await participant.contribute(contribution(served.experiment, participant.name, 0))
+                for participant in (ant, bee):
+                    assert await participant.answer(), "and nobody's stream has ended"
 
         drive(test)
 
@@ -198,14 +199,14 @@ class TestStreams:
     def test_a_damaged_contribution_is_sent_again_and_never_counted(self, damage: str) -> None:
         async def test() -> None:
             async with serving() as served:
-                ant, bee = await served.students()
+                ant, bee = await served.participants()
                 message = contribution(served.experiment, "ant", 0)
-                raw = append_checksum(message, str(ant.session))
+                raw = append_checksum(message, str(ant.session_id))
                 raw = {
                     "a bit": raw[:-40] + bytes([raw[-40] ^ 4]) + raw[-39:],
                     "the tail": raw[:-1],
                     "no checksum": message.SerializeToString(),
-                    "another session": append_checksum(message, str(bee.session)),
+                    "another session": append_checksum(message, str(bee.session_id)),
                 }[damage]
                 await bee.send(0)
                 await ant.write(raw)
@@ -213,12 +214,12 @@ class TestStreams:
                 assert error.code() is grpc.StatusCode.ABORTED
                 assert "damaged on the way" in (error.details() or "")
                 assert SUPERSEDED_KEY not in trailing(error), "it joins again"
-                assert served.presence == {"ant": "absent", "bee": "present"}
+                assert served.states == {"ant": "disconnected", "bee": "connected"}
                 assert served.coordinator.frontier == 0
                 assert served.coordinator.run_state.rejected[Status.ABORTED] == 1
                 events = served.coordinator.snapshot().events
-                assert [event.student for event in events if event.kind == "damaged"] == ["ant"]
-                ant = Student(served, "ant")
+                assert [event.participant for event in events if event.kind == pb.EVENT_KIND_DAMAGED] == ["ant"]
+                ant = Participant(served, "ant")
                 await ant.start()
                 await ant.send(0)
                 assert await ant.answer() == await bee.answer()
@@ -232,11 +233,11 @@ class TestStreams:
             headers = "not sent"
             told: grpc.StatusCode | None = None
 
-            def __init__(self, session: int) -> None:
-                self.session = session
+            def __init__(self, session_id: int) -> None:
+                self.session_id = session_id
 
             def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-                return ((SESSION_KEY, format_session(self.session)),)
+                return ((SESSION_KEY, format_session(self.session_id)),)
 
             async def send_initial_metadata(self, _: object) -> None:
                 self.headers = "under way"
@@ -253,10 +254,10 @@ class TestStreams:
             experiment = make_experiment()
             journal = Journal(None, identity(experiment))
             coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
-            context = Context(coordinator.join(join_request(experiment, "ant")).session)
+            context = Context(coordinator.join(join_request(experiment, "ant")).session_id)
 
             async def requests() -> AsyncGenerator[bytes]:
-                yield with_checksum(b"no message", context.session)
+                yield with_checksum(b"no message", context.session_id)
 
             with contextlib.suppress(asyncio.CancelledError):
                 await DistillationService(coordinator, lambda _: None)._exchange(requests(), cast("Any", context))
@@ -269,8 +270,8 @@ class TestStreams:
 class _SlowHeaders:
     """A stream's context whose headers take their time, as on a busy machine."""
 
-    def __init__(self, session: int) -> None:
-        self._session = session
+    def __init__(self, session_id: int) -> None:
+        self._session = session_id
         self.sent: list[str] = []
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
@@ -295,10 +296,10 @@ def test_headers_are_sent_in_full_when_the_caller_ends_its_stream_at_once() -> N
     async def test() -> None:
         async with serving() as served:
             request = join_request(served.experiment, "ant")
-            session = (await served.stub.Join(request)).session
-            context = _SlowHeaders(session)
+            session_id = (await served.stub.Join(request)).session_id
+            context = _SlowHeaders(session_id)
             await cast("Any", served.service)._exchange(nothing(), context)
             assert context.sent == ["headers"]
-            assert served.presence["ant"] == "absent"
+            assert served.states["ant"] == "disconnected"
 
     drive(test)

@@ -35,15 +35,15 @@ class TestHeavyWork:
 
         async def test() -> None:
             async with serving(experiment) as served:
-                students = await served.students()
-                for student in students:
-                    await student.send(0)
+                participants = await served.participants()
+                for participant in participants:
+                    await participant.send(0)
                 if aggregator.heavy:
                     await until(lambda: len(threads) == 1)
-                    run = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
-                    assert run.frontier == 0
+                    response = await asyncio.wait_for(served.stub.GetRun(pb.GetRunRequest()), PATIENCE)
+                    assert response.run.frontier == 0
                     release.set()
-                answers = {await student.answer() for student in students}
+                answers = {await participant.answer() for participant in participants}
                 assert len(answers) == 1
 
         drive(test)
@@ -53,10 +53,10 @@ class TestHeavyWork:
     def test_a_real_linear_round(self) -> None:
         async def test() -> None:
             async with serving(make_experiment(distillation={"ensemble": "linear"})) as served:
-                students = await served.students()
+                participants = await served.participants()
                 for number in range(3):
-                    await asyncio.gather(*(student.send(number) for student in students))
-                    assert len({await student.answer() for student in students}) == 1
+                    await asyncio.gather(*(participant.send(number) for participant in participants))
+                    assert len({await participant.answer() for participant in participants}) == 1
                 assert served.failures == []
 
         drive(test)

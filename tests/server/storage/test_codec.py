@@ -23,12 +23,12 @@ def test_no_state_is_no_bytes() -> None:
     assert decode_state(b"") == {}
 
 
-def test_students_without_a_reply_of_their_own_share_one() -> None:
+def test_participants_without_a_reply_of_their_own_share_one() -> None:
     targets = Targets(shared={"logits": LOGITS}, each={"ant": {"logits": 2 * LOGITS}})
     replies = encode_replies(7, targets, ["old"], "float32")
     assert replies.keys() == {"", "ant", "old"}
     assert all(verify_checksum(reply) for reply in replies.values())
-    sent = {student: pb.ExchangeReply.FromString(reply).targets for student, reply in replies.items()}
+    sent = {participant: pb.ExchangeResponse.FromString(reply).targets for participant, reply in replies.items()}
     assert {message.round for message in sent.values()} == {7}
     assert torch.equal(decode(sent[""].targets["logits"]), LOGITS)
     assert torch.equal(decode(sent["ant"].targets["logits"]), 2 * LOGITS)

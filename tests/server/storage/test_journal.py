@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codistill_server.rounds.events import Restored, Samples, StudentRecord
+from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
 
 IDENTITY = '{"seed":1,"name":"x"}'
@@ -50,10 +50,10 @@ def closed_in_full(number: int) -> ClosedRound:
     return closed(number, replies=replies, contributors=("ant", "bee"))
 
 
-ANT = StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1)
+ANT = ParticipantRecord("ant", 3, 5, finished=False, worker_id=2**64 - 1)
 ROUNDS = 30
 EVERYTHING = (
-    Restored(oldest=0, frontier=ROUNDS, students=(ANT,)),
+    Restored(oldest=0, frontier=ROUNDS, participants=(ANT,)),
     "mine",
     b"state %d" % (ROUNDS - 1),
     [closed_in_full(number) for number in range(ROUNDS)],
@@ -95,7 +95,7 @@ class TestRounds:
         assert again.read(3) == written
         again.close()
 
-    def test_a_reply_is_everyones_or_each_students_own(self) -> None:
+    def test_a_reply_is_everyones_or_each_participants_own(self) -> None:
         assert closed(0, replies={"": b"all"}).reply_to("ant") == b"all"
         assert closed(0, replies={"ant": b"1", "bee": b"2"}).reply_to("bee") == b"2"
 
@@ -129,7 +129,7 @@ class TestRounds:
         database.execute("DROP TABLE targets")
         database.execute(
             "CREATE TABLE targets (round INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED, "
-            "student TEXT, reply BLOB)"
+            "participant TEXT, reply BLOB)"
         )
         with pytest.raises(JournalError, match="FOREIGN KEY"):
             journal.append(closed(0))
@@ -208,18 +208,18 @@ class TestForget:
 
 
 class TestRun:
-    def test_students_are_remembered(self, journal: Journal, path: Path) -> None:
+    def test_participants_are_remembered(self, journal: Journal, path: Path) -> None:
         for record in (
-            StudentRecord("ant", 1, 0, finished=False),
-            StudentRecord("bee", 2, 7, finished=True),
-            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
+            ParticipantRecord("ant", 1, 0, finished=False),
+            ParticipantRecord("bee", 2, 7, finished=True),
+            ParticipantRecord("ant", 3, 5, finished=False, worker_id=2**64 - 1),
         ):
             journal.remember(record)
         journal.close()
         again = reopened(path)
-        assert again.restore().students == (
-            StudentRecord("ant", 3, 5, finished=False, worker=2**64 - 1),
-            StudentRecord("bee", 2, 7, finished=True),
+        assert again.restore().participants == (
+            ParticipantRecord("ant", 3, 5, finished=False, worker_id=2**64 - 1),
+            ParticipantRecord("bee", 2, 7, finished=True),
         )
         again.close()
 
@@ -297,15 +297,18 @@ class TestFaults:
             ("UPDATE rounds SET round = 90 WHERE round = 29", "of its rounds 0 to 90 it holds 30"),
             ("DELETE FROM rounds WHERE round = 7", "of its rounds 0 to 29 it holds 29"),
             ("UPDATE targets SET reply = x'02' WHERE round = 7", "round 7 is not what was written"),
-            ("UPDATE targets SET student = 'ant' WHERE round = 7", "round 7 is not what was written"),
+            ("UPDATE targets SET participant = 'ant' WHERE round = 7", "round 7 is not what was written"),
             ("DELETE FROM targets WHERE round = 7", "round 7 is not what was written"),
             ("UPDATE rounds SET state = x'02' WHERE round = 29", "round 29 is not what was written"),
             ("UPDATE rounds SET contributors = 'ant' WHERE round = 7", "round 7 is not what was written"),
             ("UPDATE rounds SET contributors = x'616e' WHERE round = 7", "round 7 is not what was written"),
-            ("UPDATE targets SET student = x'616e' WHERE student = 'ant'", "round 0 is not what was written"),
-            ("UPDATE students SET worker = '8'", "what it says of student 'ant' is not what was written"),
-            ("UPDATE students SET durable_round = 9", "what it says of student 'ant' is not what was written"),
-            ("UPDATE students SET student = 'anu'", "what it says of student 'anu' is not what was written"),
+            ("UPDATE targets SET participant = x'616e' WHERE participant = 'ant'", "round 0 is not what was written"),
+            ("UPDATE participants SET worker_id = '8'", "what it says of participant 'ant' is not what was written"),
+            ("UPDATE participants SET durable_round = 9", "what it says of participant 'ant' is not what was written"),
+            (
+                "UPDATE participants SET participant = 'anu'",
+                "what it says of participant 'anu' is not what was written",
+            ),
             ("UPDATE run SET value = 'yours' WHERE key = 'data'", "what it says of the run is not what was written"),
             ("UPDATE run SET key = 'dada' WHERE key = 'data'", "what it says of the run is not what was written"),
         ],
@@ -326,7 +329,7 @@ class TestFaults:
         """Each byte of the header and around each page's end is tried, and every 31st of the rest."""
         written(path).close()
         size, page = path.stat().st_size, 4096
-        # From less than two bytes SQLite makes a new file; the check of joins then rejects students who are ahead.
+        # From less than two bytes SQLite makes a new file; the check of joins then rejects participants who are ahead.
         lengths = {
             *range(2, 150),
             *range(150, size, 31),
