@@ -11,7 +11,7 @@ they are. A *participant* is a student or a teacher. A *worker* is the process o
 A *step* is one optimiser step of a student. A *round* is one exchange of the whole run; rounds are numbered from 0
 without gaps. Most methods exchange at every step. Some leave steps out, and one exchanges nothing: its run has
 steps and no rounds. Each worker translates between the two. The server speaks of rounds, and shows the steps that
-it is told of.
+workers report.
 
 A *contribution* is what a participant publishes in a round. The *targets* are what the server answers. A round is
 *closed* once its targets are decided. They never change afterwards, and every repeated contribution is answered
