@@ -275,6 +275,11 @@ class Coordinator:
                 raise RequestRejected(
                     Status.FAILED_PRECONDITION, "this run's method exchanges nothing; a contribution is not allowed"
                 )
+            if message.round >= self.run_state.total_rounds:
+                raise RequestRejected(
+                    Status.FAILED_PRECONDITION,
+                    f"round: {message.round} is not one of the run's; allowed: 0 to {self.run_state.total_rounds - 1}",
+                )
             shapes = self._admission.shapes_of(participant)
             contribution = self._contributions.decode(participant, message, shapes)
             self._process(Contribute(session_id, contribution)).raise_if_rejected()
@@ -321,10 +326,26 @@ class Coordinator:
                 f"reason: {request.reason} is not allowed; allowed: FINISHED, STOPPED, FAILED",
             )
         participant = self._rounds.participant_of(request.session_id)
+        if participant is not None and reason is LeaveReason.FINISHED:
+            self._check_finished(participant)
         if participant is not None:  # before the run may complete
             self.run_state.record_event(_LEAVE_EVENTS[reason], participant, printable(request.message[:500]))
         self._outboxes.pop(request.session_id, None)
         self._process(Leave(request.session_id, reason)).raise_if_rejected()
+
+    def _check_finished(self, participant: str) -> None:
+        """Reject the end of a participant that cannot have finished yet; the others would stop waiting for it."""
+        run_state = self.run_state
+        if self._rounds.rules.exchanges:
+            done, total, unit = self.frontier, run_state.total_rounds, "rounds are closed"
+        else:
+            done, total = run_state.participants[participant].steps_trained, run_state.total_steps
+            unit = "steps are reported"
+        if done < total:
+            raise RequestRejected(
+                Status.FAILED_PRECONDITION,
+                f"reason: FINISHED is not allowed while {done} of {total} {unit}; leave as STOPPED or FAILED",
+            )
 
     def disconnect(self, session_id: int) -> None:
         """End a session whose stream is gone."""

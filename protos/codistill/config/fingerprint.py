@@ -106,9 +106,15 @@ def _first_difference(ours: Any, theirs: Any) -> tuple[str, str, str] | None:
             continue
         our_text = _NOTHING if our_items or our_value is _MISSING else json.dumps(our_value)
         their_text = _NOTHING if their_items or their_value is _MISSING else json.dumps(their_value)
-        if our_text != their_text:
+        if our_text != their_text and not _equal_numbers(our_value, their_value):
             return _dotted(path), our_text, their_text
     return None
+
+
+def _equal_numbers(ours: Any, theirs: Any) -> bool:
+    """Return whether two values are one number, which another language may write in another way."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (ours, theirs))
+    return numbers and ours == theirs
 
 
 def _missing_names(ours: Any, theirs: Any) -> str | None:

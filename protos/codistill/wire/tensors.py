@@ -82,7 +82,8 @@ def check(
     """
     name = _NAMES.get(message.dtype)
     if name is None:
-        raise TensorError(f"{field}.dtype: {message.dtype} is not allowed; allowed: {', '.join(_DTYPES)}")
+        given = f"{message.dtype} is not allowed" if message.dtype else "none is given"
+        raise TensorError(f"{field}.dtype: {given}; allowed: {dtype or ', '.join(_DTYPES)}")
     if dtype is not None and name != dtype:
         raise TensorError(f"{field}.dtype: {name} is not allowed; this run's experiment asks for {dtype}")
     sizes = tuple(message.shape)

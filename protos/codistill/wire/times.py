@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from google.protobuf.duration_pb2 import Duration
 
-__all__ = ["duration", "is_valid", "seconds"]
+__all__ = ["LONGEST", "duration", "is_valid", "seconds"]
 
 _NANOS = 1_000_000_000
-_LONGEST = 315_576_000_000  # seconds: protobuf's own limit, ten thousand years
+LONGEST = 315_576_000_000
+"""The longest duration in seconds: protobuf's own limit, ten thousand years."""
 
 
 def duration(seconds: float) -> Duration:
@@ -27,4 +28,4 @@ def seconds(duration: Duration) -> float:
 
 def is_valid(duration: Duration) -> bool:
     """Return whether a duration from outside is one, and not negative."""
-    return 0 <= duration.seconds <= _LONGEST and 0 <= duration.nanos < _NANOS
+    return 0 <= duration.seconds <= LONGEST and 0 <= duration.nanos < _NANOS

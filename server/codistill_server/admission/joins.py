@@ -125,25 +125,34 @@ class JoinAdmission:
         )
 
     def _check_length(self, request: pb.JoinRequest) -> None:
-        """Reject a worker whose numbers of steps and rounds are impossible."""
-        steps_per_epoch = request.data.train_samples // self._experiment.training.batch_size
+        """Reject a worker whose numbers of samples, steps and rounds do not follow from the experiment."""
+        training, samples = self._experiment.training, request.data.train_samples
+        if not training.batch_size <= samples <= _LARGEST_COUNT:
+            raise RequestRejected(
+                Status.INVALID_ARGUMENT,
+                f"data.train_samples: {samples} is not allowed; allowed: {training.batch_size}, one batch, to "
+                f"{_LARGEST_COUNT}",
+            )
+        steps_per_epoch = samples // training.batch_size
+        steps = training.epochs * steps_per_epoch
         schedule = self._experiment.distillation.exchange_schedule(steps_per_epoch)
-        rounds = 0 if self._aggregator is None else schedule.rounds_before(request.total_steps)
-        for field, value, largest, what in (
-            ("total_steps", request.total_steps, _LARGEST_COUNT, ""),
-            ("steps_trained", request.steps_trained, request.total_steps, ", which is total_steps"),
-            ("first_round", request.first_round, request.total_rounds, ", which is total_rounds"),
+        rounds = 0 if self._aggregator is None else schedule.rounds_before(steps)
+        for field, value, expected, why in (
+            ("total_steps", request.total_steps, steps, f"{training.epochs} epochs of {steps_per_epoch} steps"),
+            ("total_rounds", request.total_rounds, rounds, f"as many of the {steps} steps exchange"),
+        ):
+            if value != expected:
+                raise RequestRejected(
+                    Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed: {expected}, {why}"
+                )
+        for field, value, largest in (
+            ("steps_trained", request.steps_trained, steps),
+            ("first_round", request.first_round, rounds),
         ):
             if value > largest:
                 raise RequestRejected(
-                    Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed: 0 to {largest}{what}"
+                    Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed: 0 to {largest}"
                 )
-        if request.total_rounds != rounds:
-            raise RequestRejected(
-                Status.INVALID_ARGUMENT,
-                f"total_rounds: {request.total_rounds} is not allowed; allowed: {rounds}, as that many of "
-                f"{request.total_steps} steps exchange",
-            )
 
     def _check_outputs(self, request: pb.JoinRequest) -> None:
         """Reject a worker whose outputs are not those that the method takes, or not in the settled shapes."""
@@ -213,9 +222,9 @@ class JoinAdmission:
 def _check_offer(field: str, enum: Any, offered: Sequence[int], taken: int) -> None:
     """Reject a worker that offers other ways of exchange than the one that this server takes."""
     if offered and taken not in offered:
-        names = ", ".join(word(enum, number) for number in offered)
+        names = ", ".join(f"{number} ({word(enum, number)})" for number in offered)
         raise RequestRejected(
-            Status.FAILED_PRECONDITION, f"{field}: {names} is not allowed; this server takes {word(enum, taken)}"
+            Status.FAILED_PRECONDITION, f"{field}: {names}; allowed: {taken} ({word(enum, taken)}), or none given"
         )
 
 
@@ -228,7 +237,7 @@ def _facts(request: pb.JoinRequest) -> dict[str, int | str]:
     """Return the facts on data and length that every worker must agree on, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
-        "data.data_sha256": request.data.data_sha256[:_DIGEST_BYTES].hex(),
+        "data.data_sha256": request.data.data_sha256[:_DIGEST_BYTES].hex() or "none",
         "total_rounds": request.total_rounds,
         "total_steps": request.total_steps,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.times import is_valid
+from codistill.wire.times import LONGEST, is_valid
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 
@@ -28,8 +28,9 @@ def check_counts(request: pb.ReportRequest, total_rounds: int, total_steps: int)
         f"measurements.{index}.steps_trained": measurement.steps_trained
         for index, measurement in enumerate(request.measurements)
     }
-    rounds = {"round": request.round, "durable_round": request.durable_round}
-    for counts, largest in ((steps, total_steps), (rounds, total_rounds)):
+    rounds = {"round": request.round}
+    durable = {"durable_round": request.durable_round}
+    for counts, largest in ((steps, total_steps), (rounds, total_rounds), (durable, request.round)):
         for field, count in counts.items():
             if count > largest:
                 raise RequestRejected(
@@ -52,7 +53,7 @@ def check_values(request: pb.ReportRequest) -> None:
         if not is_valid(time):
             raise RequestRejected(
                 Status.INVALID_ARGUMENT,
-                f"{field}: {time.seconds} s and {time.nanos} ns is not allowed; allowed are 0 and above",
+                f"{field}: {time.seconds} s and {time.nanos} ns is not allowed; allowed: 0 to {LONGEST} s, with 0 to 999999999 ns",
             )
     for index, measurement in enumerate(request.measurements):
         if measurement.split not in (pb.SPLIT_TRAIN, pb.SPLIT_TEST):

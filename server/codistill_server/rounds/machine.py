@@ -232,7 +232,7 @@ class Rounds:
             return [
                 Refuse(
                     Status.FAILED_PRECONDITION,
-                    f"participant {participant!r} resumes at round {event.first_round}, but this server's journal ends at "
+                    f"first_round: participant {participant!r} resumes at round {event.first_round}, but this server's journal ends at "
                     f"round {self._frontier}: start the server with the --run-dir of the run's whole journal; if its end is "
                     "lost (a power cut: see exchange.journal.durability), remove the participant's checkpoint.safetensors, so "
                     "that it resumes from the one before it",
@@ -242,7 +242,7 @@ class Rounds:
             return [
                 Refuse(
                     Status.FAILED_PRECONDITION,
-                    f"participant {participant!r} needs round {event.first_round}, but the journal keeps rounds from "
+                    f"first_round: participant {participant!r} needs round {event.first_round}, but the journal keeps rounds from "
                     f"{self._oldest} on: start it with the --run-dir that holds its newest checkpoint, or run with "
                     "exchange.journal.keep: all",
                 )

@@ -8,10 +8,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.wrappers_pb2 import UInt32Value
 
-from codistill import PROTOCOL_VERSION
-from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import has_checksum, verify_checksum
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
@@ -23,7 +20,6 @@ __all__ = [
     "ParsingInterceptor",
     "has_checksum_field",
     "parse",
-    "parse_join",
     "parse_undamaged",
 ]
 
@@ -68,27 +64,6 @@ def parse_undamaged(request_type: type[_Request], raw: bytes) -> _Request:
     if message.HasField("checksum") and not verify_checksum(raw):
         raise damaged
     return message
-
-
-def parse_join(raw: bytes) -> pb.JoinRequest:
-    """Return a join from its bytes; of another version's that this one cannot read, its version alone.
-
-    A version may give a field another type, so that its join is no message here. Its number is in field 1 in every version.
-
-    Raises:
-        RequestRejected: the bytes are no message of this version, nor of another.
-        DamagedRequest: they are not those to which the checksum was appended.
-    """
-    try:
-        return parse_undamaged(pb.JoinRequest, raw)
-    except RequestRejected:
-        try:
-            version = UInt32Value.FromString(raw).value  # it has field 1, and skips all others unread
-        except DecodeError:
-            version = PROTOCOL_VERSION
-        if version == PROTOCOL_VERSION:
-            raise
-        return pb.JoinRequest(protocol_version=version)
 
 
 def has_checksum_field(message_type: type[Message]) -> bool:

@@ -23,7 +23,7 @@ from codistill_server.coordinator import Coordinator
 from codistill_server.errors import RequestRejected
 from codistill_server.rounds.actions import Status
 from codistill_server.rpc.quotas import Limits, QuotaExceeded, Quotas
-from codistill_server.rpc.requests import DamagedRequest, has_checksum_field, parse, parse_join, parse_undamaged
+from codistill_server.rpc.requests import DamagedRequest, has_checksum_field, parse, parse_undamaged
 from codistill_server.rpc.status import GOING_DOWN, Context, abort
 from codistill_server.rpc.stream import SessionStream, session_of
 
@@ -79,7 +79,7 @@ class DistillationService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Join": self._unary(parse_join, self._join),
+                "Join": self._unary(partial(parse_undamaged, pb.JoinRequest), self._join),
                 "Report": self._unary(partial(parse_undamaged, pb.ReportRequest), report),
                 "Leave": self._unary(partial(parse_undamaged, pb.LeaveRequest), leave),
                 "GetRun": self._unary(partial(parse_undamaged, pb.GetRunRequest), get_run),

@@ -41,14 +41,6 @@ ANOTHER_VERSION: Mapping[str, Callable[[pb.JoinRequest], bytes]] = {
     "unknown fields": lambda request: request.SerializeToString() + b"\xa2\x1f\x03abc" + b"\xc0\x3e\x07",
     "another checksum": lambda request: request.SerializeToString() + b"\x7d\x01\x02\x03\x04",
     "a field of another type": lambda request: request.SerializeToString() + b"\x20\x07",
-    # Version 2 had the data's fingerprint where this one has a text: its 60,000 samples are no UTF-8.
-    "a field that cannot be read": lambda request: (
-        bytes([1 << 3, request.protocol_version])
-        + _field(2, b"ant")
-        + _field(3, b"{}")
-        + _field(4, _field(1, b"0" * 64) + b"\x10\xe0\xd4\x03\x18\x0a")
-        + b"\x7d\x01\x02\x03\x04"
-    ),
 }
 
 
