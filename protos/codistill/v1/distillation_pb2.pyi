@@ -183,9 +183,9 @@ class _EncodingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
     """ENCODING_UNSPECIFIED is never valid."""
     ENCODING_DENSE: _Encoding.ValueType  # 1
-    """ENCODING_DENSE is Tensor. Every server takes it."""
+    """ENCODING_DENSE is arrays as Tensor holds them. Every server takes it."""
     ENCODING_TOP_K: _Encoding.ValueType  # 2
-    """ENCODING_TOP_K is SparseTensor. No server takes it yet."""
+    """ENCODING_TOP_K is arrays as SparseTensor holds them. No server takes it yet."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """Encoding is a form of the arrays in contributions and targets."""
@@ -193,9 +193,9 @@ class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """ENCODING_UNSPECIFIED is never valid."""
 ENCODING_DENSE: Encoding.ValueType  # 1
-"""ENCODING_DENSE is Tensor. Every server takes it."""
+"""ENCODING_DENSE is arrays as Tensor holds them. Every server takes it."""
 ENCODING_TOP_K: Encoding.ValueType  # 2
-"""ENCODING_TOP_K is SparseTensor. No server takes it yet."""
+"""ENCODING_TOP_K is arrays as SparseTensor holds them. No server takes it yet."""
 global___Encoding = Encoding
 
 class _Split:
@@ -295,9 +295,9 @@ class _RoleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeW
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     """ROLE_UNSPECIFIED is never sent."""
     ROLE_STUDENT: _Role.ValueType  # 1
-    """ROLE_STUDENT learns."""
+    """ROLE_STUDENT is one that learns."""
     ROLE_TEACHER: _Role.ValueType  # 2
-    """ROLE_TEACHER publishes, and learns nothing."""
+    """ROLE_TEACHER is one that publishes, and learns nothing."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """Role says what a participant does."""
@@ -305,9 +305,9 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """ROLE_UNSPECIFIED is never sent."""
 ROLE_STUDENT: Role.ValueType  # 1
-"""ROLE_STUDENT learns."""
+"""ROLE_STUDENT is one that learns."""
 ROLE_TEACHER: Role.ValueType  # 2
-"""ROLE_TEACHER publishes, and learns nothing."""
+"""ROLE_TEACHER is one that publishes, and learns nothing."""
 global___Role = Role
 
 class _EventKind:
