@@ -21,7 +21,7 @@ from codistill.process.watchdog import Watchdog
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.errors import ConfigurationError, is_out_of_memory, refuse_exit
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
@@ -129,11 +129,12 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             watchdog.begin(
                 f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
             )
-            dataset = data.load(plan.data, device)
-            if isinstance(plan, TeacherPlan):
-                return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-            store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)
-            return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+            with refuse_exit(f"{'teacher' if teaches else 'student'} {options.student!r}"):
+                dataset = data.load(plan.data, device)
+                if isinstance(plan, TeacherPlan):
+                    return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
+                store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)
+                return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
     except (RuntimeError, MemoryError) as error:
@@ -155,13 +156,14 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     except Interrupted:
         return _stopped()
     try:
-        while not loop.done:
-            if stop.is_set():
-                loop.stop()
-                return _stopped()
-            loop.begin_round()
-            loop.end_round()
-        loop.finish()
+        with refuse_exit(loop.title):
+            while not loop.done:
+                if stop.is_set():
+                    loop.stop()
+                    return _stopped()
+                loop.begin_round()
+                loop.end_round()
+            loop.finish()
     except Interrupted:
         loop.stop()
         return _stopped()
@@ -170,7 +172,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
         if code in _STUDENT_INTACT:
             loop.keep()
         if code not in _SESSION_OVER:
-            line = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
+            line = str(error) if isinstance(error, PeerError | LoadError) else f"{type(error).__name__}: {error}"
             loop.fail(line.splitlines()[0])
         raise
     return ExitCode.OK

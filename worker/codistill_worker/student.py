@@ -106,6 +106,11 @@ class StudentLoop:
         self._resume()
 
     @property
+    def title(self) -> str:
+        """The student's name for people: "student 'a'"."""
+        return f"student {self.trainer.student!r}"
+
+    @property
     def round(self) -> int:
         """The next round to train."""
         return self.trainer.round
