@@ -126,6 +126,8 @@ def leaving(classes):
     raise SystemExit
 
 class Leaving(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
     def forward(self, images):
         raise SystemExit(0)
 
