@@ -23,6 +23,7 @@ from codistill.rundir.layout import RunLayout
 from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, work
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training.checkpoints import read
+from codistill_worker.training.trainer import Trainer
 
 Tiny = Callable[..., Experiment]
 
@@ -142,6 +143,25 @@ def test_workers_train_to_the_end_stop_and_go_on(tiny: Tiny, serving: Any, tmp_p
     assert again.wait() == {"cnn": ExitCode.OK, "mlp": ExitCode.OK}
     for name in ("cnn", "mlp"):
         assert weights(tmp_path / "stopped", name).step == weights(tmp_path / "undisturbed", name).step == 9
+
+
+def test_a_student_that_ends_the_process_has_failed_and_the_run_knows(
+    tiny: Tiny, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny(exchange__give_up_after=5)
+    server = serving(experiment)
+    begin = Trainer.begin
+
+    def leave(self: Trainer) -> Any:
+        if self.step == 3 and self.student == "cnn":
+            raise SystemExit(0)
+        return begin(self)
+
+    monkeypatch.setattr(Trainer, "begin", leave)
+    error = Workers(experiment, server.address, tmp_path).wait()["cnn"]
+    assert isinstance(error, ConfigurationError), error
+    assert str(error).startswith("student 'cnn': it ended the process (SystemExit: 0 at ")
+    assert ("failed", "cnn") in server.events()
 
 
 class Interrupting:

@@ -21,7 +21,7 @@ from codistill.process.watchdog import Watchdog
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.errors import ConfigurationError, is_out_of_memory, refuse_exit
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
@@ -114,6 +114,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
     device = choose_device(plan.training.device, experiment.participants.index(options.participant))
+    title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
         options.server,
         connect_timeout=experiment.exchange.connect_timeout,
@@ -127,14 +128,15 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     try:
         with Watchdog() as watchdog:
             watchdog.begin(
-                f"participant {options.participant!r} at loading its data and its model",
+                f"{title} at loading its data and its model",
                 _LOADING * plan.training.hang_after,
             )
-            dataset = data.load(plan.data, device)
-            if isinstance(plan, TeacherPlan):
-                return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-            store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
-            return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+            with refuse_exit(title):
+                dataset = data.load(plan.data, device)
+                if isinstance(plan, TeacherPlan):
+                    return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
+                store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
+                return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
     except (RuntimeError, MemoryError) as error:
@@ -142,7 +144,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             raise
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise PeerError(
-            f"participant {options.participant!r} ran out of memory on {device}: {line}; lower training.batch_size, or set "
+            f"{title} ran out of memory on {device}: {line}; lower training.batch_size, or set "
             "training.precision: bfloat16",
             ExitCode.OUT_OF_MEMORY,
         ) from error
@@ -156,13 +158,14 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     except Interrupted:
         return _stopped()
     try:
-        while not loop.done:
-            if stop.is_set():
-                loop.stop()
-                return _stopped()
-            loop.begin_step()
-            loop.end_step()
-        loop.finish()
+        with refuse_exit(loop.title):
+            while not loop.done:
+                if stop.is_set():
+                    loop.stop()
+                    return _stopped()
+                loop.begin_step()
+                loop.end_step()
+            loop.finish()
     except Interrupted:
         loop.stop()
         return _stopped()
@@ -171,7 +174,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
         if code in _STUDENT_INTACT:
             loop.keep()
         if code not in _SESSION_OVER:
-            line = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
+            line = str(error) if isinstance(error, PeerError | LoadError) else f"{type(error).__name__}: {error}"
             loop.fail(line.splitlines()[0])
         raise
     return ExitCode.OK

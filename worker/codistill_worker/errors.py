@@ -6,12 +6,15 @@ PeerError                ends a worker, and has its exit code (codistill.peer.er
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import users_code
 
-__all__ = ["ConfigurationError", "is_out_of_memory"]
+__all__ = ["ConfigurationError", "is_out_of_memory", "refuse_exit"]
 
 # On a CPU, PyTorch raises a plain RuntimeError; its text depends on the system.
 _TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -32,3 +35,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+
+
+def refuse_exit(participant: str) -> AbstractContextManager[None]:
+    """Return a context in which a user's code that ends the process raises a LoadError instead.
+
+    Args:
+        participant: begins the error's text: "student 'a'".
+    """
+    return users_code(participant, spare=lambda error: not isinstance(error, SystemExit))

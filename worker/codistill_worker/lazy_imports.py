@@ -1,24 +1,13 @@
-"""Imports torchvision and timm on first use.
-
-Both take seconds to import. torchvision's wheel from PyPI is built beside a CUDA build of torch. Beside a CPU build its
-compiled operators cannot be loaded; its import fails, as it registers shape rules for two operators that were never declared.
-Classification uses neither, so it is enough to declare their schemas.
-"""
+"""Imports torchvision and timm on first use, as both take seconds to import."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch
-
+from codistill.process.torchvision_operators import declare_missing_operators
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["timm", "torchvision"]
-
-_OPERATORS = ("nms", "qnms")
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []  # a library's declarations last as long as its object
 
 
 def torchvision() -> Any:
@@ -27,21 +16,11 @@ def torchvision() -> Any:
     Raises:
         ConfigurationError: it is not installed.
     """
+    declare_missing_operators()
     try:
         import torchvision as module
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        # Declared only now: where the compiled operators load, they declare themselves, and may do so only once.
-        library = torch.library.Library("torchvision", "DEF")
-        for name in _OPERATORS:
-            library.define(name + _SCHEMA)
-        _declared.append(library)
-        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-            del sys.modules[name]  # left over from the failed import, and incomplete
-        import torchvision as module
     return module
 
 

@@ -113,6 +113,11 @@ class StudentLoop:
         self._resume()
 
     @property
+    def title(self) -> str:
+        """The student's name for people: "student 'a'"."""
+        return f"student {self.trainer.student!r}"
+
+    @property
     def step(self) -> int:
         """The next step to train."""
         return self.trainer.step

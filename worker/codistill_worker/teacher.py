@@ -98,6 +98,11 @@ class TeacherLoop:
         self._ready: dict[int, Published] = {}
 
     @property
+    def title(self) -> str:
+        """The teacher's name for people: "teacher 't'"."""
+        return f"teacher {self._plan.teacher.name!r}"
+
+    @property
     def done(self) -> bool:
         """Whether nothing is left to publish."""
         return self.step >= self._total_steps

@@ -19,6 +19,7 @@ from codistill_deploy.cli.compare import compare
 from codistill_deploy.cli.export import export
 from codistill_deploy.cli.extras import describe_missing
 from codistill_deploy.cli.health import health
+from codistill_deploy.cli.process_setup import refusing_exit
 from codistill_deploy.cli.ray import ray
 from codistill_deploy.cli.report import report
 from codistill_deploy.cli.run import run
@@ -41,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (run, ray, compare, serve, work, status, health, report, export):
-    app.command()(command)
+    app.command()(refusing_exit(command))
 
 _DEBUG_VARIABLE = "CODISTILL_DEBUG"
 _EXIT_SECONDS = 60.0
@@ -71,6 +72,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get(_DEBUG_VARIABLE) == "1"
     if debug:
         os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes of loaders and of Ray: no module of the working folder
     tolerate_lost_stderr()
     _set_up_logging(debug)
     code = _run_command(arguments, debug)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from codistill.process import modules_beside
 from codistill_deploy.cli.stdio import console
 from codistill_deploy.run_folder import RunFolder
 
@@ -34,7 +34,7 @@ def export(
     from codistill_deploy.export import export as write
 
     folder = RunFolder(run_dir)
-    sys.path.insert(0, str(Path.cwd()))
+    modules_beside.add_folder(Path.cwd())  # the run's folder does not say where the experiment's was
     written = write(folder, student, out, which.value)
     console.print(f"weights: {written.weights}", soft_wrap=True)
     console.print(f"program: {written.program}", soft_wrap=True)

@@ -1,19 +1,42 @@
-"""A command's own process: where modules are found, and what a signal does."""
+"""A command's own process: where modules are found, what its user's code may not do, and what a signal does."""
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["find_modules_beside", "stop_on_signals"]
+from codistill.process import modules_beside
+from codistill_deploy.supervise.isolation import FOLDERS_VARIABLE
+
+__all__ = ["find_modules_beside", "refusing_exit", "stop_on_signals"]
 
 
 def find_modules_beside(experiment: Path) -> None:
-    """Let `package.module:callable` be found in the working folder and in the experiment file's."""
-    folders = (str(experiment.resolve().parent), str(Path.cwd()))
-    sys.path[:0] = [folder for folder in folders if folder not in sys.path]  # each of several runs asks for it
+    """Let `package.module:callable` be found in the experiment file's folder too, behind all that is installed.
+
+    In a process of a run the file is the run's own copy; there the command that started it says which folders are meant.
+    """
+    folders = os.environ.get(FOLDERS_VARIABLE)
+    for folder in [Path(each) for each in folders.split(os.pathsep)] if folders else [experiment.resolve().parent]:
+        modules_beside.add_folder(folder)
+
+
+def refusing_exit(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that fails if a user's code ends the process, whatever the exit code it ends it with."""
+
+    @functools.wraps(command)
+    def checked(*arguments: Any, **named: Any) -> None:
+        from codistill.process.plugins import users_code
+
+        with users_code("the experiment's own code", spare=lambda error: not isinstance(error, SystemExit)):
+            command(*arguments, **named)
+
+    return checked
 
 
 def stop_on_signals() -> threading.Event:

@@ -33,6 +33,7 @@ from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
 from codistill_worker.app import choose_device, use_deterministic_kernels
+from codistill_worker.errors import refuse_exit
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
@@ -180,7 +181,8 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
         with Watchdog() as watchdog:
             loops = _loops(experiment, folder, coordinator, watchdog)
             for loop in loops:
-                loop.join()
+                with refuse_exit(loop.title):
+                    loop.join()
             return _train(loops, coordinator, view, stop)
     except JournalError as error:
         raise PeerError(str(error)) from error
@@ -218,10 +220,12 @@ def _loops(
             datasets[key] = data.load(plan.data, device)
         transport = InProcessTransport(coordinator)
         if isinstance(plan, TeacherPlan):
-            loops.append(TeacherLoop(experiment, plan, datasets[key], device, transport, watchdog=watchdog))
+            with refuse_exit(f"teacher {name!r}"):
+                loops.append(TeacherLoop(experiment, plan, datasets[key], device, transport, watchdog=watchdog))
             continue
         store = CheckpointStore(folder.student(name).path)
-        loops.append(StudentLoop(experiment, plan, datasets[key], device, transport, store, watchdog=watchdog))
+        with refuse_exit(f"student {name!r}"):
+            loops.append(StudentLoop(experiment, plan, datasets[key], device, transport, store, watchdog=watchdog))
     return loops
 
 
@@ -238,9 +242,11 @@ def _train(
         step = min(loop.step for loop in loops)
         behind = [loop for loop in loops if loop.step == step]
         for loop in behind:
-            loop.begin_step()
+            with refuse_exit(loop.title):
+                loop.begin_step()
         for loop in behind:
-            loop.end_step()
+            with refuse_exit(loop.title):
+                loop.end_step()
         view.offer(coordinator.snapshot)
     for loop in loops:
         loop.finish()

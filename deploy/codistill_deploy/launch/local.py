@@ -15,6 +15,7 @@ from codistill.wire.security import Security
 from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.child import Child
+from codistill_deploy.supervise.isolation import isolated
 from codistill_deploy.supervise.port import Port
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
@@ -32,7 +33,7 @@ class LocalOptions:
         listen: the server's "HOST:PORT"; port 0 takes a free one.
         metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
-        search_path: a folder in which `package.module:callable` is looked for, besides the usual ones.
+        search_path: a folder in which `package.module:callable` is looked for, behind the usual ones.
         restarts: how often each process is restarted; see :mod:`codistill_deploy.supervise.restart_policy`.
         inherited: descriptors that every process inherits: the lock on the run's folder.
         security: TLS and token.
@@ -89,11 +90,8 @@ def run_local(
 
 
 def _environment(options: LocalOptions) -> dict[str, str]:
-    environment = {**os.environ, **options.security.environment}
-    if options.search_path is not None:
-        paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
+    folders = [] if options.search_path is None else [options.search_path.resolve()]
+    return isolated({**os.environ, **options.security.environment}, folders)
 
 
 def _server(

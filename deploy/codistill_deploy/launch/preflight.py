@@ -17,7 +17,7 @@ from codistill_server import methods as server_methods
 from codistill_worker import data, models
 from codistill_worker import methods as worker_methods
 from codistill_worker.app import choose_device
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, refuse_exit
 from codistill_worker.training import weights
 from codistill_worker.training.outputs import output_shapes, teacher_shapes
 
@@ -157,6 +157,7 @@ def _check_outputs(
 
 def _problems_of(check_one: Callable[[], object]) -> Iterator[str]:
     try:
-        check_one()
+        with refuse_exit("the experiment's own code"):
+            check_one()
     except (ConfigurationError, LoadError) as error:
         yield str(error)

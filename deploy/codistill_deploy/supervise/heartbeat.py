@@ -44,6 +44,12 @@ class Heartbeat:
         self._last_tick = now
         self._age_at_heartbeat = 0.0
         self._silence = 0.0
+        self._announced: bool | None = None
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether the process sent heartbeats, and none that announced its exit: if it ended, something cut it short."""
+        return self._announced is False
 
     def tick(self, now: float, heartbeats: bytes) -> str | None:
         """Let time go by.
@@ -58,6 +64,7 @@ class Heartbeat:
         elapsed = min(now - self._last_tick, _LONGEST_TICK)
         self._last_tick = now
         if heartbeats:
+            self._announced = self._announced or _LAST_HEARTBEAT in heartbeats
             if _LAST_HEARTBEAT in heartbeats:
                 self._limit_after_heartbeat += _EXIT_SECONDS
             self._age_at_heartbeat += self._silence + elapsed
@@ -85,16 +92,22 @@ def start_heartbeat() -> None:
     _descriptors.append(descriptor)
 
     def send_heartbeats() -> None:
-        while True:
-            try:
-                os.write(descriptor, _HEARTBEAT)
-            except BlockingIOError:  # the pipe is full: nobody reads for now
-                pass
-            except OSError:  # nobody will read again
-                return
+        while _send_heartbeat(descriptor):
             time.sleep(_INTERVAL)
 
+    _send_heartbeat(descriptor)  # at once: whatever ends this process from here on, its parent knows that it was up
     threading.Thread(target=send_heartbeats, name="codistill-heartbeat", daemon=True).start()
+
+
+def _send_heartbeat(descriptor: int) -> bool:
+    """Send one, and return whether another can be of use."""
+    try:
+        os.write(descriptor, _HEARTBEAT)
+    except BlockingIOError:  # the pipe is full: nobody reads for now
+        return True
+    except OSError:  # nobody will read again
+        return False
+    return True
 
 
 def announce_exit() -> None:

@@ -20,6 +20,9 @@ __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
 _LOG_TAIL = 65536
+_CUT_SHORT = (
+    "something in it ended the process, with 0 and before its work was done; os._exit does that: see what calls it"
+)
 _PIPE_BYTES = 65536  # as many as a pipe holds: old heartbeats must not pass for new ones
 
 
@@ -89,21 +92,26 @@ class Process:
 
     @property
     def code(self) -> int | None:
-        """The exit code; None while the process runs. Read it again and again: that finds and kills what hangs."""
+        """The exit code; None while the process runs. Read it again and again: that finds and kills what hangs.
+
+        It is 1 instead of 0 where the process did not come to its own end.
+        """
         code = self._process.poll()
-        if code is not None:
-            return code if self._hang is None else ExitCode.HUNG
         if self._hang is None and not self._log_file.closed:
-            self._hang = self._heartbeat.tick(time.monotonic(), self._read_heartbeats())
-            if self._hang is not None:
+            hang = self._heartbeat.tick(time.monotonic(), self._read_heartbeats())
+            if code is None and hang is not None:
+                self._hang = hang
                 self._process.kill()
-        return None
+        if code is None or self._hang is None:
+            return ExitCode.ERROR if code == ExitCode.OK and self._heartbeat.broke_off else code
+        return ExitCode.HUNG
 
     def ending(self, ran: float) -> Ending:
         """See :class:`codistill_deploy.supervise.child.ManagedProcess`."""
         code = self.code
         assert code is not None  # noqa: S101 - the caller looked
-        return Ending(code, self._hang or (self._last_error() if code > 0 else ""), ran)
+        cut_short = _CUT_SHORT if code != self._process.returncode else ""
+        return Ending(code, self._hang or cut_short or (self._last_error() if code > 0 else ""), ran)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal if the process runs."""

@@ -11,7 +11,7 @@ from codistill_deploy.run_folder import RunFolder
 
 __all__ = ["ProcessSpec", "serve_arguments", "work_arguments", "worker_specs"]
 
-_MODULE = ("-m", "codistill_deploy")
+_MODULE = ("-P", "-m", "codistill_deploy")  # with -m alone, Python would take modules of the working folder first
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from codistill.config.strict_yaml import Document, Word
 __all__ = [
     "DEVICE_PATTERN",
     "NAME_PATTERN",
+    "PRETRAINED",
+    "PRETRAINED_KEYS",
     "SectionError",
     "ambiguous_lines",
     "format_value",
@@ -25,6 +27,15 @@ __all__ = [
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 DEVICE_PATTERN = r"^(auto|cpu|cuda|cuda:\d+)$"
+PRETRAINED_KEYS = frozenset(
+    {"checkpoint", "checkpoint_path", "init_from", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
+)
+"""Keys by which libraries and training loops let a model begin from weights."""
+
+PRETRAINED = (
+    "models are built untrained; to begin from weights, let the student's `model` be a callable of your own that loads them, "
+    'for example "mine:net" of mine.py beside the experiment (the README shows one)'
+)
 _PATTERN_REASONS: Mapping[str, str] = {
     NAME_PATTERN: "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit",
     DEVICE_PATTERN: "input should be auto, cpu, cuda or cuda:N",
@@ -112,6 +123,8 @@ def _problem_line(error: dict[str, Any], root: type[BaseModel], read: Document) 
         allowed = sorted(_keys_at(root, location[:-1], error["loc"]))
         close = difflib.get_close_matches(str(location[-1]), allowed, 1)
         hint = f"did you mean {close[0]!r}? Allowed" if close else "allowed"
+        if location[0] == "students" and location[-1] in PRETRAINED_KEYS:
+            hint = f"{PRETRAINED}; allowed"
         return f"{path}: unknown key; {hint}: {', '.join(allowed)}"
     if kind == "missing":
         return f"{path}: is needed and not given"

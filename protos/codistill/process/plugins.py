@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import re
+import sys
 import sysconfig
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from codistill.process import modules_beside
 from codistill.process.exit_codes import ExitCode
+from codistill.process.torchvision_operators import declare_missing_operators
 
-__all__ = ["LoadError", "accepted_arguments", "call", "explain_error", "is_reference", "load", "shorten"]
+__all__ = [
+    "LoadError",
+    "accepted_arguments",
+    "call",
+    "explain_error",
+    "is_reference",
+    "load",
+    "shorten",
+    "users_code",
+]
 
 _SHOWN = 8
 _OURS = frozenset({"codistill", "codistill_deploy", "codistill_server", "codistill_worker"})
@@ -22,6 +37,9 @@ _NOT_THE_USERS = (
     "<frozen",
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 )
+
+_IMPORTED = "--imported-by-codistill"
+"""All that a user's code finds in `sys.argv`: no parser knows it, so none takes codistill's arguments or its own defaults."""
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -41,28 +59,38 @@ def load(reference: str, field: str) -> Callable[..., Any]:
     """Import a callable by its name.
 
     Args:
-        reference: `package.module:callable`; Python looks for the module in installed packages and on PYTHONPATH.
+        reference: `package.module:callable`; Python looks for the module in installed packages, on PYTHONPATH, and then
+            beside the experiment.
         field: the experiment's field that holds the reference, for errors.
 
     Raises:
-        LoadError: the text has another form, the module is missing or cannot be imported, or it has no such callable.
+        LoadError: the text has another form, the module is missing or cannot be imported, or it has no such callable. Or
+            another module of its name hides one beside the experiment.
     """
     form = _FORM.fullmatch(reference)
     if form is None:
         raise LoadError(f"{field}: {reference!r} is not of the form package.module:callable")
     module_name, name = form.groups()
+    modules_beside.search()
+    hidden = modules_beside.shadow(module_name)
+    if hidden is not None:
+        raise LoadError(
+            f"{field}: {reference!r}: for Python the module {module_name.partition('.')[0]!r} is {hidden[0]}, and not "
+            f"{hidden[1]} beside the experiment; rename that file, and give its new name here"
+        )
+    declare_missing_operators()
     try:
-        module = importlib.import_module(module_name)
+        with users_code(f"{field}: {reference!r}", spare=lambda error: isinstance(error, ModuleNotFoundError)):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
             # The module is there; something that it imports is not.
             raise LoadError(f"{field}: {reference!r}: {explain_error(error)}") from error
         raise LoadError(
-            f"{field}: {reference!r}: there is no module {missing!r}; install it, or add its folder to PYTHONPATH"
+            f"{field}: {reference!r}: there is no module {missing!r}; install it, put it beside the experiment file, or "
+            f"add its folder to PYTHONPATH{_in_working_folder(module_name)}"
         ) from error
-    except Exception as error:
-        raise LoadError(f"{field}: {reference!r}: {explain_error(error)}") from error
     named = getattr(module, name, None)
     if callable(named):
         return cast("Callable[..., Any]", named)
@@ -91,10 +119,55 @@ def call(reference: str, field: str, arguments: Mapping[str, Any]) -> Any:
                 f"distillation.parameters.{name}: {reference!r} has no such argument; accepted: "
                 f"{', '.join(sorted(names)) or 'none'}"
             )
-    try:
+    with users_code(f"{field}: {reference!r}"):
         return function(**arguments)
-    except Exception as error:
-        raise LoadError(f"{field}: {reference!r}: {explain_error(error)}") from error
+
+
+@contextlib.contextmanager
+def users_code(
+    where: str,
+    error_type: Callable[[str], Exception] = LoadError,
+    *,
+    spare: Callable[[BaseException], bool] = lambda _: False,
+) -> Generator[None]:
+    """Raise what a user's code raises as an error of one line.
+
+    An attempt to end the process is such an error too: a LoadError whatever `error_type` is, as its cause stays.
+    KeyboardInterrupt stays as it is. On the main thread, `sys.argv` holds no argument of codistill's meanwhile.
+
+    Args:
+        where: begins the error's text: the experiment's field and reference, or the participant.
+        error_type: makes the error from its text.
+        spare: returns whether an error is raised as it is.
+    """
+    arguments = sys.argv
+    swaps = threading.current_thread() is threading.main_thread()
+    if swaps:
+        sys.argv = [_program(where), _IMPORTED]
+    try:
+        yield
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        if spare(error):
+            raise
+        made = LoadError if isinstance(error, SystemExit) else error_type
+        raise made(f"{where}: {explain_error(error)}") from error
+    finally:
+        if swaps:
+            sys.argv = arguments
+
+
+def _program(where: str) -> str:
+    """Return the user's file for the usage line of a parser, from a text that holds its reference."""
+    form = _FORM.search(where)
+    return f"{form[1].replace('.', '/')}.py" if form else "your code"
+
+
+def _in_working_folder(module_name: str) -> str:
+    top = Path.cwd() / module_name.partition(".")[0]
+    found = next((path for path in (top.with_name(f"{top.name}.py"), top) if path.exists()), None)
+    return f"; {found} is not looked at, as nothing is loaded from the working folder" if found else ""
 
 
 def explain_error(error: BaseException) -> str:
@@ -106,6 +179,14 @@ def explain_error(error: BaseException) -> str:
     frames = list(traceback.walk_tb(error.__traceback__))
     users = [frame for frame in frames if _is_users(frame[0])] or frames
     place = f" at {users[-1][0].f_code.co_filename}:{users[-1][1]}" if users else ""
+    if isinstance(error, SystemExit):
+        kind = f"{kind}: {text}" if text else kind
+        if any(frame.f_code.co_name == "<module>" for frame, _ in users):
+            return (
+                f"it ended the process while it was imported ({kind}{place}); put what a program does, such as parse_args, "
+                'under `if __name__ == "__main__":`'
+            )
+        return f"it ended the process ({kind}{place}); let it return, or raise an error that says what is wrong"
     return f"{kind}{place}{': ' if text else ''}{text}"
 
 

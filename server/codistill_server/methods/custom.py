@@ -49,10 +49,8 @@ class _CheckedAggregator:
 
     def targets(self, inputs: RoundInputs) -> Targets:
         """Return the user's targets of one round."""
-        try:
+        with plugins.users_code(self._field):
             targets = self._checked.targets(inputs)
-        except Exception as error:
-            raise LoadError(f"{self._field}: {plugins.explain_error(error)}") from error
         problem = next(_problems(targets, inputs), None)
         if problem is not None:
             raise LoadError(f"{self._field}: {problem}")

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from codistill.process.plugins import LoadError
 from codistill_deploy.cli.app import app
+from codistill_deploy.cli.process_setup import refusing_exit
 
 
 def test_a_signal_while_the_process_ends_changes_nothing() -> None:
@@ -106,3 +108,19 @@ def test_a_child_follows_its_parent_before_anything_that_may_take_long(
 
     monkeypatch.setattr(f"codistill_deploy.cli.{arguments[0]}.exit_with_parent", follow)
     assert isinstance(CliRunner().invoke(app, arguments).exception, FollowedError)
+
+
+def test_a_module_of_the_working_folder_is_not_loaded(tmp_path: Path) -> None:
+    for name in ("typer", "yaml", "codistill", "pydantic"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('it was loaded')\n")
+    command = [sys.executable, "-m", "codistill_deploy", "--version"]
+    ended = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_an_end_of_the_process_inside_a_command_is_an_error() -> None:
+    def leave() -> None:
+        sys.exit(0)
+
+    with pytest.raises(LoadError, match=r"^the experiment's own code: it ended the process \(SystemExit: 0 at "):
+        refusing_exit(leave)()

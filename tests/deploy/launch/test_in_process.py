@@ -15,6 +15,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.config.methods import KDCL_ENSEMBLES
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import LoadError
 from codistill.rundir import records
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.launch.in_process import run_in_process
@@ -226,6 +227,21 @@ def test_students_that_resume_at_different_steps_catch_up(
     assert train(experiment(method), path, resume=True) is ExitCode.OK
     assert bits(path) == bits(tmp_path / "undisturbed")
     assert measured(path) == measured(tmp_path / "undisturbed")
+
+
+def test_a_student_that_ends_the_process_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Trainer.begin
+
+    def leave(self: Trainer) -> Any:
+        if self.step == 3 and self.student == "adam":
+            raise SystemExit(0)
+        return begin(self)
+
+    monkeypatch.setattr(Trainer, "begin", leave)
+    with pytest.raises(
+        LoadError, match=r"^student 'adam': it ended the process \(SystemExit: 0 at .*test_in_process\.py:"
+    ):
+        train(experiment(), tmp_path / "run")
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:

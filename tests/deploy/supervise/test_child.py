@@ -153,12 +153,25 @@ def test_a_process_without_a_heartbeat_is_killed(make: Callable[..., Child], num
 
 def test_a_process_with_a_heartbeat_is_left_alone(make: Callable[..., Child]) -> None:
     child = make(
-        "from codistill_deploy.supervise.heartbeat import start_heartbeat; import time; start_heartbeat(); time.sleep(5)",
+        "from codistill_deploy.supervise.heartbeat import announce_exit, start_heartbeat; import time; "
+        "start_heartbeat(); time.sleep(5); announce_exit()",
         hang_after=3,
     )
     child.start(0)
     wait_for_end(child)
     assert child.done
+
+
+def test_a_process_that_something_ends_with_0_has_not_done_its_work(make: Callable[..., Child]) -> None:
+    child = make(
+        "from codistill_deploy.supervise.heartbeat import start_heartbeat; import os; start_heartbeat(); os._exit(0)"
+    )
+    child.start(0)
+    wait_for_end(child)
+    assert not child.done
+    assert isinstance(child.poll(1), Restart), "it may have been the machine's doing"
+    assert child.ending is not None
+    assert str(child.ending).startswith("ended with exit code 1: something in it ended the process, with 0 and before")
 
 
 def test_once_the_run_is_over_nothing_is_started_again(make: Callable[..., Child]) -> None:

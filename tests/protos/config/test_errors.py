@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codistill.config.errors import PRETRAINED
 from codistill.config.experiment import ExperimentError, load, parse
 from codistill.config.methods import KDCL_ENSEMBLES
 from protos.config.support import DATASET_NAMES, METHOD_ALLOWED, TOP, changed, document
@@ -32,6 +33,12 @@ ENSEMBLES = ", ".join(map(repr, KDCL_ENSEMBLES)).rsplit(", ", 1)
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     # keys that are not known
     ({"trainig": {}}, [f"trainig: unknown key; did you mean 'training'? Allowed: {TOP}"]),
+    (
+        {"students": [{"name": "a", "model": "mlp", "weights": "a.pth"}, {"name": "b", "model": "mlp"}]},
+        [
+            f"students.0.weights: unknown key; {PRETRAINED}; allowed: data, distillation, model, model_args, name, training"
+        ],
+    ),
     ({"zzz": 1}, [f"zzz: unknown key; allowed: {TOP}"]),
     ({"kdcl": {"temperature": 2}}, [f"kdcl: unknown key; allowed: {TOP}"]),
     (

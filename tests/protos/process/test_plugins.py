@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from codistill.process.exit_codes import ExitCode
-from codistill.process.plugins import LoadError, accepted_arguments, explain_error, is_reference, load, shorten
+from codistill.process.plugins import (
+    LoadError,
+    accepted_arguments,
+    call,
+    explain_error,
+    is_reference,
+    load,
+    shorten,
+    users_code,
+)
 
 MODULE = """
 import os
@@ -26,6 +37,20 @@ def calling():
 limit = 5
 """
 
+PARSING = """import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float, default=0.1)
+"""
+ENDING = {
+    "parsing": PARSING + "args = parser.parse_args()\n",
+    "lenient": PARSING + "args, _ = parser.parse_known_args()\ndef lr(): return args.lr\n",
+    "leaving": "import sys\nsys.exit()\n",
+    "saying": "import sys\nsys.exit('prepared; run me again')\n",
+    "inside": PARSING + "def lr(): return parser.parse_args().lr\n",
+    "stopped": "raise KeyboardInterrupt\n",
+    "odd": "class Odd(BaseException): pass\nraise Odd('no')\n",
+}
+
 
 @pytest.fixture(autouse=True)
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +61,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "broken.py").write_text("import a_module_that_is_not_there\n")
     (package / "torn.py").write_text("f = (\n")
     (package / "failing.py").write_text("raise OSError('no licence')\n")
+    for name, text in ENDING.items():
+        (package / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -49,7 +76,7 @@ def test_functions_and_classes_are_found() -> None:
     [
         ("widget", "model: 'widget' is not of the form package.module:callable"),
         ("a.b:c.d", "model: 'a.b:c.d' is not of the form package.module:callable"),
-        ("nowhere_at_all:f", "there is no module 'nowhere_at_all'; install it, or add its folder to PYTHONPATH"),
+        ("nowhere_at_all:f", "there is no module 'nowhere_at_all'; install it, put it beside the experiment file, or"),
         ("references_package.other:f", "there is no module 'references_package.other'"),
         ("references_package.parts.deeper:f", "there is no module 'references_package.parts.deeper'"),
         (
@@ -108,3 +135,70 @@ def test_accepted_arguments() -> None:
     assert accepted_arguments(anything) is None
     assert accepted_arguments(positional) == {"size", "width"}
     assert accepted_arguments(max) is None  # no signature to read
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (
+            "parsing",
+            r"it ended the process while it was imported \(SystemExit: 2 at .*parsing\.py:4\); put what .* under `if",
+        ),
+        ("leaving", r"it ended the process while it was imported \(SystemExit at .*leaving\.py:2\); put what"),
+        (
+            "saying",
+            r"it ended the process while it was imported \(SystemExit: prepared; run me again at .*saying\.py:2\)",
+        ),
+        ("odd", r"Odd at .*odd\.py:2: no"),
+    ],
+)
+def test_a_module_that_ends_the_process_is_an_error_of_its_reference(
+    module: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["codistill", "run", "--lr", "3"])
+    with pytest.raises(LoadError, match=f"^model: 'references_package.{module}:f': {what}") as caught:
+        load(f"references_package.{module}:f", "model")
+    assert caught.value.code is ExitCode.CONFIGURATION
+    assert sys.argv == ["codistill", "run", "--lr", "3"]
+
+
+def test_a_parser_takes_none_of_our_arguments_and_its_usage_names_the_users_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["codistill", "--lr", "3"])
+    assert load("references_package.lenient:lr", "model")() == 0.1
+    with pytest.raises(
+        LoadError, match=r"^f: '.*inside:lr': it ended the process \(SystemExit: 2 at .*inside\.py:4\); let"
+    ):
+        call("references_package.inside:lr", "f", {})
+    assert capsys.readouterr().err.startswith("usage: inside.py [-h]")
+
+
+def test_an_interrupt_keeps_its_meaning() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load("references_package.stopped:f", "model")
+
+
+def test_an_end_of_the_process_is_never_the_callers_kind_of_error_and_others_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^here: KeyError at .*: 'a'$"), users_code("here", RuntimeError):
+        raise KeyError("a")
+    with (
+        pytest.raises(LoadError, match=r"^here: it ended the process \(SystemExit: 0 at "),
+        users_code("here", RuntimeError),
+    ):
+        sys.exit(0)
+    with pytest.raises(MemoryError), users_code("here", spare=lambda error: isinstance(error, MemoryError)):
+        raise MemoryError
+
+
+def test_threads_leave_the_arguments_alone() -> None:
+    seen: list[list[str]] = []
+
+    def work() -> None:
+        with users_code("here"):
+            seen.append(sys.argv)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [sys.argv]

@@ -25,6 +25,7 @@ ANSWERS = {
     "state": lambda inputs: Targets(shared={}, state={"mean": LOGITS_OF_NOBODY}),
     "one": lambda inputs: Targets(each={"ant": {}}),
     "error": lambda inputs: inputs.outputs["logit"],
+    "exit": lambda inputs: exit(0),
 }
 
 class Mean:
@@ -77,12 +78,18 @@ def nothing():
         ):
             self.load("Mean", answer="error").targets(self.round_inputs())
 
+    def test_an_end_of_the_process_is_an_error_of_its_own(self) -> None:
+        with pytest.raises(
+            LoadError, match=r"^distillation\.server: .*: it ended the process \(SystemExit: 0 at .*\.py:14\)"
+        ):
+            self.load("Mean", answer="exit").targets(self.round_inputs())
+
     @pytest.mark.parametrize(
         ("name", "parameters", "message"),
         [
             ("Maen", {}, r"distillation\.server: .* has no 'Maen'; did you mean 'Mean'\?"),
             ("Mean", {"rat": 1}, r"distillation\.parameters\.rat: .* has no such argument; accepted: answer, rate"),
-            ("Mean", {"rate": 0}, r"distillation\.server: .*ZeroDivisionError at .*custom_aggregator\.py:19"),
+            ("Mean", {"rate": 0}, r"distillation\.server: .*ZeroDivisionError at .*custom_aggregator\.py:20"),
             ("nothing", {}, r"returned int, which lacks heavy, student, teacher, targets; an aggregator has"),
         ],
     )

@@ -10,6 +10,7 @@ import torch
 
 from codistill.config.data import Data
 from codistill.peer.errors import PeerError
+from codistill.process.plugins import LoadError
 from codistill_worker.data import Dataset, load
 from codistill_worker.data.dataset import MemorySplit
 from codistill_worker.errors import ConfigurationError
@@ -161,4 +162,14 @@ def test_what_a_callable_returns_is_checked(
 def test_a_callables_own_error_says_where_it_was_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own(monkeypatch, tmp_path, "def make(): raise KeyError('disk')")
     with pytest.raises(PeerError, match=r"data\.dataset: 'own_data:make': KeyError at .*own_data\.py:2: 'disk'$"):
+        load_own()
+
+
+def test_a_callable_that_ends_the_process_is_an_error_that_says_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own(monkeypatch, tmp_path, "import sys\ndef make():\n    print('prepared; run me again')\n    sys.exit()")
+    with pytest.raises(
+        LoadError, match=r"data\.dataset: 'own_data:make': it ended .*SystemExit at .*own_data\.py:5\); let"
+    ):
         load_own()

@@ -10,6 +10,7 @@ from torch import nn
 
 from codistill.config.methods import Custom
 from codistill.methods import Objective, Step, StudentContext
+from codistill.process.plugins import LoadError
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods import create
 
@@ -25,6 +26,7 @@ ANSWERS = {
     "constant": lambda z, loss: Loss(loss.detach(), loss.detach()),
     "error": lambda z, loss: z + torch.ones(7),
     "memory": lambda z, loss: exhausted(),
+    "exit": lambda z, loss: exit(0),
 }
 
 def exhausted():
@@ -79,6 +81,13 @@ def test_an_error_of_its_own_names_the_field_and_the_line() -> None:
         ConfigurationError, match=r"^distillation\.worker: .*Own': RuntimeError at .*custom_objective\.py:11: The size"
     ):
         objective("error").loss(STEP)
+
+
+def test_an_end_of_the_process_is_an_error_of_its_own() -> None:
+    with pytest.raises(
+        LoadError, match=r"^distillation\.worker: .*Own': it ended the process \(SystemExit: 0 at .*\.py:13\)"
+    ):
+        objective("exit").loss(STEP)
 
 
 def test_out_of_memory_is_no_mistake_of_the_experiment() -> None:

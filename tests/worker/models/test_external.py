@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from codistill.peer.errors import PeerError
+from codistill.process.plugins import LoadError
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import timm, torchvision
 from worker.models.support import built, parameters
@@ -52,6 +53,14 @@ def test_torchvision_weights_follow_from_the_seed() -> None:
         ("torchvision:maxvit_t", {}, "model 'torchvision:maxvit_t': cannot be built: Input size .* partition size 7"),
         ("timm:resnet18", {"widht": 2}, "model_args.widht: is not an argument of this model; .*Accepted: .*base_width"),
         ("timm:resnet18", {"in_chans": 2}, "model_args.in_chans: follows from the data set"),
+        (
+            "torchvision:resnet18",
+            {"weights": "DEFAULT"},
+            "model_args.weights: models are built untrained; .*callable of your",
+        ),
+        ("timm:resnet18", {"pretrained": True}, "model_args.pretrained: models are built untrained"),
+        ("timm:resnet18", {"checkpoint_path": "a.pth"}, "model_args.checkpoint_path: models are built untrained"),
+        ("mlp", {"pretrained": True}, "model_args.pretrained: models are built untrained"),
     ],
 )
 def test_arguments_of_libraries_are_checked(reference: str, args: dict[str, Any], message: str) -> None:
@@ -112,6 +121,20 @@ def nothing():
 
 def failing(classes):
     raise KeyError("weights")
+
+def leaving(classes):
+    raise SystemExit
+
+class Leaving(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+    def forward(self, images):
+        raise SystemExit(0)
+
+def loaded(classes, channels, size, weights):
+    model = plain(classes, channels, size)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model
 """
 
 
@@ -169,3 +192,23 @@ def test_what_a_callable_makes_is_checked(name: str, args: dict[str, Any], messa
 def test_a_callables_own_error_says_where_it_was_raised() -> None:
     with pytest.raises(PeerError, match=r"model: 'own_models:failing': KeyError at .*own_models\.py:\d+: 'weights'$"):
         built("own_models:failing")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_callable_that_ends_the_process_is_an_error_that_says_where() -> None:
+    with pytest.raises(
+        LoadError, match=r"model: 'own_models:leaving': it ended the process \(SystemExit at .*own_models\.py"
+    ):
+        built("own_models:leaving")
+    with pytest.raises(
+        ConfigurationError, match=r"model 'own_models:Leaving' cannot .*: it ended .*SystemExit: 0 at .*own_mod"
+    ):
+        built("own_models:Leaving")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_callable_may_begin_from_weights(tmp_path: Path) -> None:
+    first = built("own_models:plain", seed=1)
+    torch.save(first.state_dict(), tmp_path / "w.pth")
+    again = built("own_models:loaded", seed=2, weights=str(tmp_path / "w.pth"))
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in first.state_dict().items())

@@ -38,12 +38,8 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     where = f"data.dataset: {data.dataset!r}"
     function = plugins.load(data.dataset, "data.dataset")
     arguments = _arguments(function, data, where)
-    try:
+    with plugins.users_code(where, PeerError, spare=is_out_of_memory):
         returned = function(*arguments)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise PeerError(f"{where}: {plugins.explain_error(error)}") from error
     arrays = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if arrays is None or len(arrays) != 4:
         size = f" of {len(arrays)}" if arrays is not None else ""

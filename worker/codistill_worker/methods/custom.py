@@ -46,12 +46,8 @@ class _CheckedObjective:
 
     def loss(self, step: Step) -> Loss:
         """Return the user's loss of one step."""
-        try:
+        with plugins.users_code(self._field, ConfigurationError, spare=is_out_of_memory):
             loss: Any = self._checked.loss(step)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise ConfigurationError(f"{self._field}: {plugins.explain_error(error)}") from error
         if not isinstance(loss, Loss):
             raise ConfigurationError(
                 f"{self._field}: loss returned {type(loss).__name__}; expected codistill.methods.Loss"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from codistill.process.plugins import explain_error
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import torchvision
 
@@ -64,8 +65,9 @@ def _operation_names(model: nn.Module) -> tuple[list[str], list[str]]:
     extraction = _feature_extraction()
     try:
         modes = extraction.get_graph_node_names(model, suppress_diff_warning=True)
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+    except (Exception, SystemExit) as error:
+        ended = isinstance(error, SystemExit)
+        why = explain_error(error) if ended else " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(
             f"hidden layers: the model cannot be traced: {why}; choose a model whose forward has no branches on the "
             "values of tensors, or a method that needs logits only"

@@ -20,6 +20,7 @@ from codistill_worker.models.external import (
     from_callable,
     from_timm,
     from_torchvision,
+    refuse_pretrained,
     refuse_unknown,
     torchvision_names,
     unknown_model,
@@ -61,6 +62,7 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
         refuse_unknown(args or {}, _arguments(_BUILTIN[reference]))
         return
     if source == "torchvision":
+        refuse_pretrained(args or {})
         names = torchvision_names()
         if name not in names:
             raise unknown_model(
@@ -70,6 +72,7 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
                 f"Allowed: {plugins.shorten(names)}, as torchvision.models.list_models() lists them",
             )
     elif source == "timm":
+        refuse_pretrained(args or {})
         check_timm_name(name)
     elif plugins.is_reference(reference):
         names = plugins.accepted_arguments(plugins.load(reference, "model"))
@@ -146,7 +149,7 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
     try:
         with _evaluating(model), torch.no_grad():
             output = model(images)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from codistill.config.errors import PRETRAINED, PRETRAINED_KEYS
 from codistill.peer.errors import PeerError
 from codistill.process import plugins
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
@@ -21,6 +22,7 @@ __all__ = [
     "from_callable",
     "from_timm",
     "from_torchvision",
+    "refuse_pretrained",
     "refuse_unknown",
     "torchvision_names",
     "unknown_model",
@@ -129,12 +131,8 @@ def from_callable(reference: str, *, classes: int, channels: int, size: int, arg
     if names is not None:
         refuse_unknown(args, sorted(names - {*given}))
         given = {name: value for name, value in given.items() if name in names}
-    try:
+    with plugins.users_code(f"model: {reference!r}", PeerError, spare=is_out_of_memory):
         model = function(**given | dict(args))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise PeerError(f"model: {reference!r}: {plugins.explain_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"returned {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -148,6 +146,7 @@ def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
     """
     for name in args:
         if name not in names:
+            _refuse_pretrained(name)
             close = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ConfigurationError(
@@ -155,11 +154,27 @@ def refuse_unknown(args: Mapping[str, Any], names: list[str]) -> None:
             )
 
 
+def refuse_pretrained(args: Mapping[str, Any]) -> None:
+    """Check that a library's model is not asked for weights, which it would download, or unpickle from a file.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    for name in args:
+        _refuse_pretrained(name)
+
+
+def _refuse_pretrained(name: str) -> None:
+    if name in PRETRAINED_KEYS:
+        raise ConfigurationError(f"model_args.{name}: {PRETRAINED}")
+
+
 def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
     """Return a library's model; if the arguments are refused, the error lists those that it takes.
 
     The libraries hand arguments down through several layers, so only a built model shows which it takes.
     """
+    refuse_pretrained(args)
     for name in args:
         if name in fixed:
             raise ConfigurationError(f"model_args.{name}: follows from the data set and may not be given")

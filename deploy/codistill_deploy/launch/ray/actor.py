@@ -19,6 +19,7 @@ from codistill.rundir.files import locked
 from codistill.rundir.layout import RunLayout
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.ray.task import ActorNode, ServerAddress, Task
+from codistill_deploy.supervise.isolation import isolated
 from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import Ending
 
@@ -140,10 +141,10 @@ def _advertised(address: ServerAddress) -> ServerAddress:
 
 
 def _environment(task: Task) -> dict[str, str]:
-    environment = {**os.environ, **task.environment}
-    paths = [str(Path.cwd() / task.search_path), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
+    # In a job, Ray puts the folder of the job's files first.
+    here = Path.cwd()
+    folder = here / task.search_path
+    return isolated({**os.environ, **task.environment}, [folder], last=[folder, here])
 
 
 def _read(path: Path) -> str | None:

@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def connect(address: str | None, cpus: int) -> Generator[Any, None, None]:
         ray = _import_ray()
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            ray.init(**options, job_config=_job_config(ray))
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             why = str(error).splitlines()[0]
             raise CommandError(
@@ -98,6 +98,21 @@ def _import_ray() -> Any:
         if hasattr(ray, "init"):
             return ray
     raise CommandError(_MISSING)
+
+
+class _NoFolders(list[str]):
+    """A list of folders that stays empty."""
+
+    def extend(self, values: Iterable[str], /) -> None:
+        """Add nothing."""
+
+
+def _job_config(ray: Any) -> Any:
+    """Return a job's settings with which actors do not take modules from this process's working folder first."""
+    config = ray.job_config.JobConfig()
+    # Ray adds the working folder to this list, and has no setting against that.
+    setattr(config, "_py_driver_sys_path", _NoFolders())  # noqa: B010 - Ray gives it no public name
+    return config
 
 
 def _local_options(folder: Path, cpus: int) -> dict[str, Any]:

@@ -125,11 +125,12 @@ def test_a_secret_is_in_the_environment_and_nowhere_else(
     task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    script = "import os; print(os.environ['SECRET'], os.environ['PYTHONPATH'])"
-    secret = task(script, environment={"SECRET": "very secret", "PYTHONPATH": "mine"}, search_path=Path("models"))
+    script = "import os; print(*map(os.environ.get, ('SECRET', 'PYTHONPATH', 'PYTHONSAFEPATH', 'CODISTILL_MODULES')))"
+    path = os.pathsep.join([str(tmp_path), "mine"])  # as Ray puts the folder of a job's files first
+    secret = task(script, environment={"SECRET": "very secret", "PYTHONPATH": path}, search_path=Path("models"))
     assert "very secret" not in repr(secret)
     assert ProcessActor("10.0.0.7").run(secret).code == 0
-    assert (tmp_path / "log.txt").read_text() == f"very secret {tmp_path / 'models'}{os.pathsep}mine\n"
+    assert (tmp_path / "log.txt").read_text() == f"very secret mine 1 {tmp_path / 'models'}{os.pathsep}{tmp_path}\n"
 
 
 @pytest.mark.parametrize(

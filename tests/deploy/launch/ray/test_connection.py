@@ -9,7 +9,14 @@ import pytest
 
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.errors import CommandError
-from codistill_deploy.launch.ray.connection import AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH, connect, token_metadata
+from codistill_deploy.launch.ray.connection import (
+    AUTH_MODE,
+    AUTH_TOKEN,
+    AUTH_TOKEN_PATH,
+    _job_config,
+    connect,
+    token_metadata,
+)
 
 
 def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +61,10 @@ def test_a_checkout_without_ray_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CommandError, match=r"pip install 'codistill\[ray\]'"), connect("auto", 1):
         pass
     sys.modules.pop("ray", None)
+
+
+def test_actors_do_not_take_modules_from_the_working_folder() -> None:
+    ray = pytest.importorskip("ray")
+    config = _job_config(ray)
+    config._py_driver_sys_path.extend(["/a/working/folder"])  # as ray.init does
+    assert list(config._get_proto_job_config().py_driver_sys_path) == []
