@@ -1,4 +1,4 @@
-"""The worker's errors, and how to tell that memory ran out.
+"""The worker's errors, and how to tell those of memory and device.
 
 PeerError                ends a worker, and has its exit code (codistill.peer.errors)
 └── ConfigurationError   an experiment's model, data set or checkpoint cannot be used as it is
@@ -11,10 +11,11 @@ import torch
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 
-__all__ = ["ConfigurationError", "is_out_of_memory"]
+__all__ = ["ConfigurationError", "is_devices_fault", "is_out_of_memory"]
 
 # On a CPU, PyTorch raises a plain RuntimeError; its text depends on the system.
 _TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_OF_GPUS = ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error")
 
 
 class ConfigurationError(PeerError, ValueError):
@@ -32,3 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+
+
+def is_devices_fault(error: BaseException) -> bool:
+    """Return whether an error is the device's, or one of its memory, so that another try may succeed."""
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and str(error).startswith(_OF_GPUS))
