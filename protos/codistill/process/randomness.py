@@ -1,7 +1,7 @@
 """Seeds the global generators, from which a user's code draws: Python's, NumPy's and torch's.
 
-No generator's state is kept in a checkpoint. The generators are seeded anew wherever a user's code may draw: for each step,
-each evaluation, each round's targets, and while a model, a method or a data set is made.
+No generator's state is kept in a checkpoint. The generators are seeded anew for each step, each evaluation and each round's
+targets. They are seeded too while a user's model, method or data set is made.
 """
 
 from __future__ import annotations
