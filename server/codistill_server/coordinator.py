@@ -16,8 +16,11 @@ from typing import Protocol, TypeVar
 import torch
 
 from codistill.config.experiment import Experiment
+from codistill.config.methods import Custom
 from codistill.methods.aggregator import NOTHING, RoundInputs, Targets
+from codistill.peer.draws import derive
 from codistill.process.printable import printable
+from codistill.process.randomness import seed_generators, seeded
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import append_checksum
 from codistill.wire.times import duration
@@ -150,7 +153,8 @@ class Coordinator:
         self._journal = journal
         self._submit = submit
         self._clock = clock
-        self._aggregator = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
+        with seeded(derive(experiment.seed, "aggregator")):
+            self._aggregator = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._method_state: Mapping[str, torch.Tensor] = decode_state(journal.last_state())
         self._teachers = frozenset(experiment.teacher_names)
         self._admission = JoinAdmission(experiment, journal, self._aggregator)
@@ -479,6 +483,8 @@ class Coordinator:
         def make() -> tuple[RoundInputs, Targets, ClosedRound]:
             inputs = self._contributions.round_inputs(decide, state, include_missing=include_missing)
             with_targets = decide.targets and bool(inputs.students)
+            if isinstance(experiment.distillation, Custom):  # no other method draws anything
+                seed_generators(derive(experiment.seed, "targets", round_number))
             targets = aggregator.targets(inputs) if with_targets else replace(NOTHING, state=state)
             replies = encode_replies(round_number, targets, experiment.teacher_names, experiment.exchange.dtype)
             method_state = encode_state(round_number, targets.state)

@@ -309,3 +309,46 @@ class TestExchangeSchedule:
         run.run_state.flush()
         spans = [record for record in run.records if isinstance(record, RoundsClosed)]
         assert (spans[0].first, spans[-1].last, spans[-1].steps_trained) == (0, 1, 6)
+
+
+DRAWING = """
+import random
+
+import numpy as np
+import torch
+from codistill.methods import LOGITS, Targets
+
+
+class Drawing:
+    heavy, student, teacher = False, {"logits": LOGITS}, {}
+
+    def __init__(self):
+        self.made = random.random() + np.random.rand() + torch.rand(())
+
+    def targets(self, inputs):
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return Targets(shared={"logits": inputs.outputs["logits"].mean(0) + self.made + noise})
+"""
+
+
+def test_what_a_users_aggregator_draws_follows_the_seed_and_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is restarted, and one process with the students in it, have drawn other numbers before."""
+    (tmp_path / "drawing_aggregator.py").write_text(DRAWING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    custom = {"method": "custom", "server": "drawing_aggregator:Drawing", "worker": "a:b"}
+
+    def answers(disturbance: int, seed: int = 3) -> list[bytes]:
+        torch.rand(disturbance)
+        run = Run(make_experiment(distillation=custom, seed=seed))
+        run.join_all()
+        found: list[bytes] = []
+        for number in range(2):
+            torch.rand(disturbance)
+            found.append(run.close_round(number)[0])
+        return found
+
+    first = answers(0)
+    assert answers(1) == first
+    assert not set(answers(0, seed=4)) & set(first)

@@ -80,7 +80,7 @@ def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quo
             def __init__(self, classes, channels, size):
                 super().__init__()
                 self.layer = torch.nn.Linear(channels * size * size, classes)
-                self.steps = 0
+                self.register_buffer("steps", torch.zeros(()))
             def forward(self, images):
                 self.steps += self.training
                 return self.layer(images.flatten(1)) * (1e38 if self.steps > 3 else 1)

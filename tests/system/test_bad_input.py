@@ -216,6 +216,24 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
     refused(output, "student 'bad'", "step 3", "not finite", "lr")
 
 
+def test_auxiliary_logits_end_the_run_before_it_begins(tmp_path: Path) -> None:
+    module = """
+        import torch
+        class Auxiliary(torch.nn.Linear):
+            def __init__(self, classes, channels, size):
+                super().__init__(channels * size * size, classes)
+            def forward(self, images):
+                logits = super().forward(images.flatten(1))
+                return (logits, logits) if self.training else logits
+    """
+    (tmp_path / "auxiliary.py").write_text(textwrap.dedent(module))
+    path = experiment_file(tmp_path, students=[{"name": "bad", "model": "auxiliary:Auxiliary"}, STUDENTS[1]])
+    code, output = run("run", path, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    assert code == ExitCode.CONFIGURATION, output
+    refused(output, "student 'bad'", "a tuple", "while it trains", "auxiliary.py:6", "not started again")
+    assert not (tmp_path / "run" / "students" / "bad" / "checkpoint.safetensors").exists()
+
+
 def test_an_unreadable_checkpoint(tmp_path: Path) -> None:
     path = experiment_file(tmp_path)
     broken = tmp_path / "run" / "students" / "cnn" / "checkpoint.safetensors"

@@ -19,6 +19,7 @@ from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill.wire.times import seconds
+from codistill_worker import student
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.student import StudentLoop
 from codistill_worker.training.checkpoints import CheckpointStore, read
@@ -152,6 +153,27 @@ def test_held_out_samples_are_sent(tiny: Tiny, learn: Any) -> None:
     go(loop)
     assert [each.round for each in transport.sent if each.HasField("held_out")] == [3, 6]
     assert decode(transport.sent[3].held_out.ids).tolist() == list(range(20))
+
+
+def test_a_student_is_tried_before_it_joins_and_not_when_it_resumes(
+    tiny: Tiny, learn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def fail(experiment: Any, plan: Any, *_: Any) -> None:
+        tried.append(plan.student.name)
+        raise ConfigurationError(f"{experiment.name}: no step")
+
+    loop, _ = learn(tiny())
+    loop.join()
+    loop.begin_round()
+    loop.end_round()
+    loop.stop()
+    monkeypatch.setattr(student, "try_training", fail)
+    assert learn(tiny())[0].round == 1
+    with pytest.raises(ConfigurationError, match="no step"):
+        learn(tiny(), folder="another")
+    assert tried == ["cnn"]
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny: Tiny, learn: Any) -> None:

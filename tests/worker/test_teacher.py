@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from codistill.config.data import Data
 from codistill.config.experiment import Experiment
@@ -191,6 +195,65 @@ def test_weights_that_give_no_number_end_it(
     loop, _ = teacher()
     with pytest.raises(PeerError, match=r"teacher 'old': its logits are not finite in steps 0 to 1; its weights are"):
         loop._prepare(0)
+
+
+class Noisy(nn.Module):
+    """Draws from Python's global generator, or from one of its own."""
+
+    def __init__(self, classes: int, channels: int, size: int, *, own: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.draw = random.Random(0).random if own else random.random
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) == 3:
+            raise RuntimeError("three")
+        logits: torch.Tensor = self.layer(images.flatten(1)) * self.draw()
+        return logits
+
+
+@pytest.fixture
+def noisy(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    module = types.ModuleType("noisy_teacher")
+    module.Noisy = Noisy  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "noisy_teacher", module)
+    save_file(Noisy(10, 1, 8).state_dict(), weights)
+
+    def changes(**args: Any) -> dict[str, Any]:
+        return {
+            "teachers": [
+                {"name": "old", "model": "noisy_teacher:Noisy", "model_args": args, "weights": str(weights)},
+            ]
+        }
+
+    return changes
+
+
+def test_what_a_teacher_draws_follows_from_the_rounds(noisy: Any, teacher: Any) -> None:
+    whole, part = teacher(**noisy()), teacher(5, **noisy())
+    teach(whole[0])
+    random.random()
+    teach(part[0])
+    expected, found = logits(whole[1]), logits(part[1])
+    assert all(torch.equal(found[number], expected[number]) for number in range(5, 9))
+
+
+def test_a_teacher_that_gives_other_outputs_each_time_is_refused_before_it_joins(noisy: Any, teacher: Any) -> None:
+    loop, transport = teacher(**noisy(own=True))
+    with pytest.raises(
+        ConfigurationError, match=r"^teachers\.0\.model: .* of teacher 'old' gives other logits for the same"
+    ):
+        loop.join()
+    assert transport.joined == []
+
+
+def test_an_error_that_only_its_batches_meet_ends_a_teacher_before_it_joins(noisy: Any, teacher: Any) -> None:
+    loop, transport = teacher(**noisy(), training__batch_size=3, training__evaluation_batch_size=3)
+    with pytest.raises(
+        ConfigurationError, match=r"teacher 'old' cannot compute its outputs: RuntimeError at .*: three"
+    ):
+        loop.join()
+    assert transport.joined == []
 
 
 def test_another_models_weights_are_refused(

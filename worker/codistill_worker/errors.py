@@ -1,4 +1,4 @@
-"""The worker's errors, and how to tell that memory ran out.
+"""The worker's errors, and how to tell those of memory and device.
 
 PeerError                ends a worker, and has its exit code (codistill.peer.errors)
 └── ConfigurationError   an experiment's model, data set or checkpoint cannot be used as it is
@@ -14,10 +14,11 @@ from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import users_code
 
-__all__ = ["ConfigurationError", "is_out_of_memory", "refuse_exit"]
+__all__ = ["ConfigurationError", "is_devices_fault", "is_out_of_memory", "refuse_exit"]
 
 # On a CPU, PyTorch raises a plain RuntimeError; its text depends on the system.
 _TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_OF_GPUS = ("CUDA error", "CUDA driver error", "cuDNN error", "NCCL error")
 
 
 class ConfigurationError(PeerError, ValueError):
@@ -44,3 +45,8 @@ def refuse_exit(participant: str) -> AbstractContextManager[None]:
         participant: begins the error's text: "student 'a'".
     """
     return users_code(participant, spare=lambda error: not isinstance(error, SystemExit))
+
+
+def is_devices_fault(error: BaseException) -> bool:
+    """Return whether an error is the device's, or one of its memory, so that another try may succeed."""
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and str(error).startswith(_OF_GPUS))

@@ -25,8 +25,9 @@ from codistill.wire.tensors import decode
 from codistill_worker.data import Dataset, check_batch
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.participant import Participant, describe_device
-from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
+from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore, newest
 from codistill_worker.training.trainer import StepLoss, Trainer, divergence_error
+from codistill_worker.training.trial import try_training
 
 __all__ = ["StudentLoop"]
 
@@ -89,6 +90,8 @@ class StudentLoop:
         watchdog: Watchdog | None = None,
     ) -> None:
         check_batch(dataset, plan.training.batch_size)
+        if newest(store.folder) is None:
+            try_training(experiment, plan, dataset, device)
         self.trainer = Trainer(experiment, plan, dataset, device)
         self._participant = Participant(
             plan.student.name,

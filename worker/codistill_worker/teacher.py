@@ -17,17 +17,21 @@ from codistill.config.experiment import Experiment
 from codistill.config.plans import TeacherPlan
 from codistill.methods import StudentContext
 from codistill.peer.base import Transport
+from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
 from codistill.peer.order import Order
+from codistill.process.randomness import seed_generators
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, augmentation, check_batch
+from codistill_worker.errors import ConfigurationError
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training import weights
 from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
+from codistill_worker.training.users_errors import explained
 
 __all__ = ["TeacherLoop"]
 
@@ -110,9 +114,13 @@ class TeacherLoop:
     def join(self) -> None:
         """Open the session with the run, and begin at its frontier.
 
+        Before that, it computes its first outputs, so that what they show ends no run that has begun.
+
         Raises:
+            ConfigurationError: its model cannot compute them, or computes others each time.
             PeerError: the run cannot be reached, or rejects this teacher.
         """
+        self._try_outputs()
         response = self._participant.join(
             self._dataset,
             self._shapes,
@@ -123,6 +131,7 @@ class TeacherLoop:
             weights_sha256=self._digest,
         )
         self.step = min(self._exchange_schedule.step_of(response.frontier), self._total_steps)
+        self._ready = {step: published for step, published in self._ready.items() if step >= self.step}
         _log.info(
             "teacher %s (%s) joined run %s on %s at step %d of %d",
             self._plan.teacher.name,
@@ -180,6 +189,7 @@ class TeacherLoop:
         streamed = zip(steps, batches, self._dataset.train.stream(iter(batches)), strict=True)
         images = torch.cat([self._augmented(images, ids, exchanging) for exchanging, ids, images in streamed])
         normalised = self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
+        self._seed("forward", steps[0])
         with torch.inference_mode(), autocast(self._device, self._plan.training):
             outputs = self._network(normalised)
         arrays = to_cpu({name: value.float() for name, value in outputs.items()}, self._device)
@@ -196,12 +206,36 @@ class TeacherLoop:
                 of_round = {name: values[position] for name, values in by_round.items()}
                 self._ready[exchanging] = Published(exchanging, Outputs(ids, labels[ids], of_round))
 
+    def _try_outputs(self) -> None:
+        """Compute the outputs of the first rounds twice; keep them."""
+        teacher = self._plan.teacher
+        where = f"teachers.{self._experiment.teacher_names.index(teacher.name)}.model: {teacher.model!r}"
+        computed: list[dict[int, Published]] = []
+        with explained(f"{where} of teacher {teacher.name!r} cannot compute its outputs"):
+            for _ in range(2):
+                self._ready = {}
+                self._prepare(0)
+                computed.append(self._ready)
+        for number, first in computed[0].items():
+            for name, value in first.batch.arrays.items():
+                if self._device.type == "cpu" and not torch.equal(value, computed[1][number].batch.arrays[name]):
+                    raise ConfigurationError(
+                        f"{where} of teacher {teacher.name!r} gives other {name} for the same images each time; let its "
+                        "outputs depend on its images and weights alone, and draw random numbers from torch, random or "
+                        "numpy.random themselves, which are seeded for each forward pass"
+                    )
+
+    def _seed(self, purpose: str, step: int) -> None:
+        """Seed what a model draws from; the participants of one process would share its state."""
+        seed_generators(derive(self._experiment.seed, purpose, self._plan.teacher.name, step))
+
     def _augmented(self, images: torch.Tensor, ids: torch.Tensor, step: int) -> torch.Tensor:
         seed = augmentation.view_seed(self._experiment, self._plan.teacher.name, step)
         return augmentation.augment(images, ids, self._plan.data.augment, seed)
 
     def _evaluate(self) -> None:
         set_threads(self._plan.training)
+        self._seed("evaluation", 0)
         score = evaluate(
             self._model,
             self._dataset,

@@ -51,7 +51,7 @@ class Data(Section):
     dataset: str = Field(
         description="One of `"
         + "`, `".join(DATASETS)
-        + "`, or `package.module:callable`. Every process calls it, and it must return the same in each: seed everything that it draws at random."
+        + "`, or `package.module:callable`. Every process calls it, and it must return the same in each. What it draws from `random`, `numpy.random` and torch follows `split_seed`; seed generators of its own."
     )
     root: str = Field(
         default="data",

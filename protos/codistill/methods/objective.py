@@ -86,8 +86,8 @@ class StudentContext:
         shape: the classes, channels and image size that the model was built for.
         teacher_shapes: returns the shapes of the teacher's outputs, without the samples. It builds the teacher's model,
             so call it only to learn a mapping onto those outputs.
-        seed: of the objective's random draws, 63 bits. While an objective is built, torch's global generator is seeded
-            with it too.
+        seed: of the objective's random draws, 63 bits. While an objective is built, the global generators of Python,
+            NumPy and torch are seeded with it too.
     """
 
     name: str

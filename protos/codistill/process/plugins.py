@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, cast
 
 from codistill.process import modules_beside
@@ -81,7 +81,7 @@ def load(reference: str, field: str) -> Callable[..., Any]:
     declare_missing_operators()
     try:
         with users_code(f"{field}: {reference!r}", spare=lambda error: isinstance(error, ModuleNotFoundError)):
-            module = importlib.import_module(module_name)
+            module = _imported(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
@@ -103,6 +103,14 @@ def load(reference: str, field: str) -> Callable[..., Any]:
         f"{field}: {reference!r}: module {module_name!r} has no {name!r}; {hint}"
         f"It has: {shorten(sorted(candidates)) or 'nothing to call'}"
     )
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a user's module; what it draws meanwhile is the same in every process."""
+    from codistill.process.randomness import seeded  # torch takes seconds, and few commands load a user's code
+
+    with seeded(0):
+        return importlib.import_module(name)
 
 
 def call(reference: str, field: str, arguments: Mapping[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_server.storage.journal import Journal, JournalError
+from codistill_worker import student
 from codistill_worker.training.checkpoints import CheckpointStore, read
 from codistill_worker.training.trainer import Trainer
 
@@ -166,6 +167,13 @@ def test_every_ensemble_runs_and_two_runs_give_the_same_bits(method: str, tmp_pa
     else:
         assert all(value is not None and value >= 0 for value in distilled)
         assert any(value is not None and value > 1e-3 for value in distilled)
+
+
+def test_the_trial_step_changes_no_bit(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The students have dropout and batch statistics."""
+    monkeypatch.setattr(student, "try_training", lambda *_: None)
+    assert train(experiment(), tmp_path / "run") is ExitCode.OK
+    assert bits(tmp_path / "run") == bits(undisturbed)
 
 
 def test_every_ensemble_trains_differently(tmp_path: Path) -> None:

@@ -173,3 +173,22 @@ def test_a_callable_that_ends_the_process_is_an_error_that_says_where(
         LoadError, match=r"data\.dataset: 'own_data:make': it ended .*SystemExit at .*own_data\.py:5\); let"
     ):
         load_own()
+
+
+def test_what_a_callable_draws_follows_the_split_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own(
+        monkeypatch,
+        tmp_path,
+        """
+import random
+
+
+def make():
+    noise = torch.randint(0, 256, (6, 1, 4, 4)) * np.random.randint(1, 9) * random.randint(1, 9)
+    return noise.to(torch.uint8), torch.arange(6) % 3, noise.to(torch.uint8)[:3], torch.arange(3)
+""",
+    )
+    first = everything(load_own().train)
+    torch.rand(3)
+    assert torch.equal(everything(load_own().train), first)
+    assert not torch.equal(everything(load_own(split_seed=1).train), first)

@@ -14,12 +14,12 @@ from torch.nn import functional
 from codistill.config.data import Data
 from codistill.peer.order import Order
 from codistill.process.plugins import LoadError
+from codistill.process.randomness import seed_generators
 from codistill_worker.data import load
 from codistill_worker.data.augmentation import normalise
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import torchvision
 from codistill_worker.models import build, builtin_names, check
-from codistill_worker.randomness import seed_forward
 from worker.models.support import built, parameters
 
 SMALL = ("mlp", "cnn", "vit", "resnet8", "wrn16_1")
@@ -86,7 +86,7 @@ def test_dropout_follows_the_seed_of_the_forward_pass(name: str) -> None:
     images = torch.randn(4, 1, 8, 8)
 
     def forward(number: int) -> torch.Tensor:
-        seed_forward(0, "student", number)
+        seed_generators(number)
         with torch.no_grad():
             return model(images)
 

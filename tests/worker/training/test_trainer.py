@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from codistill.config.experiment import Experiment
+from codistill.methods import Loss, Step
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.data import augmentation
-from worker.support import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train
+from codistill_worker.training import trainer as trainer_module
+from worker.support import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train, load
 
 
 class Odd(nn.Module):
@@ -53,6 +57,19 @@ class Masks(nn.Module):
         return nn.functional.dropout(self.ones.expand(len(images), -1), 0.5, self.training)
 
 
+class Drawing(nn.Module):
+    """Draws from Python's and NumPy's generators, while it trains and while it is evaluated."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.scale = random.random(), np.random.rand()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layer(images.flatten(1))
+        return logits * (random.random() + self.scale[0]) + (np.random.randn() + self.scale[1]) * images.mean()
+
+
 class Pixels(nn.Module):
     """Answers with the middle rows of the images."""
 
@@ -67,7 +84,7 @@ class Pixels(nn.Module):
 @pytest.fixture(autouse=True)
 def odd(monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("odd_models")
-    for model in (Odd, Masks, Pixels):
+    for model in (Odd, Masks, Pixels, Drawing):
         setattr(module, model.__name__, model)
     monkeypatch.setitem(sys.modules, "odd_models", module)
     return "odd_models:Odd"
@@ -307,15 +324,18 @@ def test_every_student_and_step_draws_its_own(what: str, tiny: Tiny, student: Ma
         assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("drawing", [False, True])
 def test_two_students_in_one_process_are_each_as_alone(
-    tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same, targets_for: Answer
+    drawing: bool, tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same, targets_for: Answer
 ) -> None:
-    experiment = tiny()
-    alone = {}
+    own = [{"name": name, "model": "odd_models:Drawing"} for name in STUDENTS]
+    experiment = tiny(students=own) if drawing else tiny()
+    alone, scores = {}, {}
     for name in STUDENTS:
         trainer = student(experiment, name)
         train(trainer, 6)
         alone[name] = state(trainer)
+        scores[name] = trainer.evaluate(load(experiment.data).test)
     together = {name: student(experiment, name) for name in STUDENTS}
     for each in range(6):
         published = {name: together[name].begin() for name in STUDENTS[:: 1 if each % 2 else -1]}
@@ -323,6 +343,31 @@ def test_two_students_in_one_process_are_each_as_alone(
             together[name].prepare()
             together[name].finish(targets_for(published[name]))
     assert same({name: state(each) for name, each in together.items()}, alone)
+    assert {name: together[name].evaluate(load(experiment.data).test) for name in reversed(STUDENTS)} == scores
+
+
+def test_what_a_method_draws_for_its_loss_is_its_own(
+    tiny: Tiny, student: MakeStudent, state: State, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another student's forward pass, or nothing, comes between the forward pass and the loss."""
+    label_loss = trainer_module.label_loss
+
+    def drawing(step: Step) -> Loss:
+        loss = label_loss(step)
+        factor = torch.rand(()) + random.random() + np.random.rand()
+        return Loss(loss.total * factor, loss.cross_entropy)
+
+    monkeypatch.setattr(trainer_module, "label_loss", drawing)
+    one, other = student(tiny()), student(tiny())
+    for disturbance in range(3):
+        one.begin()
+        one.finish({})
+        other.begin()
+        torch.rand(disturbance)
+        random.random()
+        np.random.rand(disturbance)
+        other.finish({})
+    assert same(state(one), state(other))
 
 
 def test_each_student_has_its_own_number_of_threads(tiny: Tiny, student: MakeStudent, train: Train) -> None:

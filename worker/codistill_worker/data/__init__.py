@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from codistill_worker.data.dataset import Dataset, Split, check_batch
+from codistill_worker.data.dataset import Dataset, MemorySplit, Split, check_batch
 from codistill_worker.data.loading import check, image_of, load
 
-__all__ = ["Dataset", "Split", "check", "check_batch", "image_of", "load"]
+__all__ = ["Dataset", "MemorySplit", "Split", "check", "check_batch", "image_of", "load"]

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from codistill.config.data import Data
+from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
 from codistill.process import plugins
+from codistill.process.randomness import seeded
 from codistill_worker.data.sources import Arrays
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 
@@ -26,9 +28,9 @@ _WANTED = "(train_images, train_labels, test_images, test_labels)"
 def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     """Call the callable that `data.dataset` names, and check its result.
 
-    It is called with the `data` section if it takes an argument, and returns (train_images, train_labels, test_images,
-    test_labels), each a tensor or an array. Images are uint8 of shape [N, C, H, W] or [N, H, W], square. Labels are
-    integers of shape [N] from 0 to `data.classes`-1.
+    It is called with the `data` section if it takes an argument. Meanwhile the global generators are seeded from
+    `data.split_seed`. It returns (train_images, train_labels, test_images, test_labels), each a tensor or an array. Images
+    are uint8 of shape [N, C, H, W] or [N, H, W], square. Labels are integers of shape [N] from 0 to `data.classes`-1.
 
     Raises:
         LoadError: it cannot be imported.
@@ -38,7 +40,7 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     where = f"data.dataset: {data.dataset!r}"
     function = plugins.load(data.dataset, "data.dataset")
     arguments = _arguments(function, data, where)
-    with plugins.users_code(where, PeerError, spare=is_out_of_memory):
+    with plugins.users_code(where, PeerError, spare=is_out_of_memory), seeded(derive(data.split_seed, "data")):
         returned = function(*arguments)
     arrays = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if arrays is None or len(arrays) != 4:

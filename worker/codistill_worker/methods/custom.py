@@ -34,20 +34,20 @@ def objective(settings: Custom, context: StudentContext) -> Objective:
 
 
 class _CheckedObjective:
-    """A user's objective whose losses are checked, and whose errors name the experiment's field."""
+    """A user's objective, `checked`, whose losses are checked, and whose errors name the experiment's field."""
 
     def __init__(self, checked: Objective, field: str) -> None:
         self.network = checked.network
         self.extra = checked.extra
         self.publishes = checked.publishes
         self.measures_held_out = checked.measures_held_out
-        self._checked = checked
+        self.checked = checked
         self._field = field
 
     def loss(self, step: Step) -> Loss:
         """Return the user's loss of one step."""
         with plugins.users_code(self._field, ConfigurationError, spare=is_out_of_memory):
-            loss: Any = self._checked.loss(step)
+            loss: Any = self.checked.loss(step)
         if not isinstance(loss, Loss):
             raise ConfigurationError(
                 f"{self._field}: loss returned {type(loss).__name__}; expected codistill.methods.Loss"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.methods import Arrays, StudentContext
+from codistill.process.randomness import seeded
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods.maps import as_map, pooled
 from codistill_worker.methods.stages import evaluating, last_layer_with_weights, run_on_empty_images, stage_layers
@@ -47,7 +48,7 @@ class FeatureExtractor(nn.Module):
         features: names of the layers behind `features/…`.
         heads: names of the layers with an auxiliary classifier, behind `logits/stage…`.
         embedding: whether to output `embedding`.
-        seed: of the classifiers' initial weights, 63 bits; torch's global generator stays as it was.
+        seed: of the classifiers' initial weights, 63 bits; the global generators stay as they were.
 
     Attributes:
         student: the plain model, which shares its weights and buffers with the wrapper.
@@ -85,8 +86,7 @@ class FeatureExtractor(nn.Module):
             )
         for name, output in layers.items():
             _check_layer(name, output)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.heads = nn.ModuleList(_classifier(as_map(layers[name]), classes) for name in heads)
         self.heads.to(images.device)
         self.train(student.training)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
 from torch import nn
 
 from codistill.config.methods import Distillation
 from codistill.methods import Logits, Objective, StudentContext
+from codistill.process.randomness import seeded
 
-__all__ = ["create", "teacher_network"]
+__all__ = ["create", "teacher_network", "teaches_hidden_layers"]
 
 
 def create(distillation: Distillation, context: StudentContext) -> Objective:
@@ -25,8 +25,7 @@ def create(distillation: Distillation, context: StudentContext) -> Objective:
         ConfigurationError: the student's model has no layer that is named, or a user's objective lacks an attribute.
         LoadError: a user's objective cannot be loaded.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(context.seed)
+    with seeded(context.seed):
         return _module(distillation.method).objective(distillation, context)
 
 
@@ -37,9 +36,15 @@ def teacher_network(distillation: Distillation, context: StudentContext) -> nn.M
         ConfigurationError: the teacher's model has no layer that is named.
     """
     module = _module(distillation.method)
-    if not hasattr(module, "teacher"):
+    if not teaches_hidden_layers(distillation):
         return Logits(context.model)
-    return module.teacher(distillation, context)
+    with seeded(context.seed):
+        return module.teacher(distillation, context)
+
+
+def teaches_hidden_layers(distillation: Distillation) -> bool:
+    """Return whether a teacher publishes something else than its logits."""
+    return hasattr(_module(distillation.method), "teacher")
 
 
 def _module(method: str) -> ModuleType:

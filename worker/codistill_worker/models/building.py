@@ -13,6 +13,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from torch import nn
 
 from codistill.process import plugins
+from codistill.process.randomness import seeded
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.models.cnn import cnn
 from codistill_worker.models.external import (
@@ -96,7 +97,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
         channels: of an image.
         size: height and width of an image.
         args: the experiment's `model_args`.
-        seed: of the initial weights, 63 bits; torch's global generator stays as it was.
+        seed: of the initial weights, 63 bits; the global generators stay as they were.
 
     Returns:
         The model on the CPU, in training mode: [B, channels, size, size] to [B, classes].
@@ -110,8 +111,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
     check(reference)
     source, _, name = reference.partition(":")
     shape = {"classes": classes, "channels": channels, "size": size}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         try:
             if reference in _BUILTIN:
                 model = _builtin(_BUILTIN[reference], shape, args)

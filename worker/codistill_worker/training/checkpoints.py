@@ -30,7 +30,7 @@ from codistill.rundir.files import remove_abandoned_parts, write_atomically
 from codistill.rundir.layout import ParticipantLayout
 from codistill_worker.errors import ConfigurationError
 
-__all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read"]
+__all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read", "serialize"]
 
 _log = logging.getLogger(__name__)
 _FORMAT = 3
@@ -166,7 +166,7 @@ class CheckpointStore:
 
     def _write(self, path: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
         """Write a checkpoint to its place; safetensors itself would hide the disk's errors."""
-        write_atomically(path, _serialize(checkpoint), writer=self._process, previous=previous)
+        write_atomically(path, serialize(checkpoint), writer=self._process, previous=previous)
 
 
 def newest(folder: Path) -> Path | None:
@@ -231,7 +231,8 @@ def _step_of(path: Path) -> int | None:
         return None
 
 
-def _serialize(checkpoint: Checkpoint) -> bytes:
+def serialize(checkpoint: Checkpoint) -> bytes:
+    """Return a checkpoint as the content of its file."""
     tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
     tensors |= {f"extra.{name}": value.detach().contiguous() for name, value in checkpoint.extra.items()}
     optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)

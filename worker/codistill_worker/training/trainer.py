@@ -20,19 +20,20 @@ from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.config.plans import StudentPlan
-from codistill.methods import Step, StudentContext, label_loss
+from codistill.methods import Objective, Step, StudentContext, label_loss
 from codistill.peer.draws import derive
 from codistill.peer.errors import PeerError
 from codistill.peer.order import Order
 from codistill.process.exit_codes import ExitCode
+from codistill.process.randomness import seed_generators
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
-from codistill_worker.randomness import seed_forward
 from codistill_worker.training import weights
 from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
 from codistill_worker.training.evaluation import Score, evaluate
 from codistill_worker.training.optim import build_optimizer, learning_rate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
+from codistill_worker.training.rollback import Moved, Rollback
 
 __all__ = ["StepLoss", "Trainer", "divergence_error"]
 
@@ -70,7 +71,7 @@ class _Begun:
 
     labels: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
-    buffers: list[torch.Tensor]
+    before: Moved
 
 
 class Trainer:
@@ -85,6 +86,7 @@ class Trainer:
     Attributes:
         step: the next step to train; the steps before it are in the weights.
         model: the student.
+        objective: the method's loss, and the network that computes its inputs.
         extra: modules that the method trains besides the model; empty for most methods.
         shapes: of the outputs that the student publishes, without the samples, by name.
 
@@ -113,19 +115,16 @@ class Trainer:
         teachers = partial(teacher_shapes, experiment, shape)
         seed = derive(experiment.seed, "objective", self.student)
         context = StudentContext(self.student, self.model, shape, teachers, seed)
-        self._objective = methods.create(plan.distillation, context)
-        self.extra: nn.Module = self._objective.extra.to(device)
+        self.objective: Objective = methods.create(plan.distillation, context)
+        self.extra: nn.Module = self.objective.extra.to(device)
         self.shapes = {
             name: dims
-            for name, dims in output_shapes(self._objective.network, shape, device).items()
-            if name in self._objective.publishes
+            for name, dims in output_shapes(self.objective.network, shape, device).items()
+            if name in self.objective.publishes
         }
         self._trained = nn.ModuleList([self.model, self.extra])
         self._optimizer = build_optimizer(self._trained, training.optimizer)
-        # By owner and name, as a module may put a new tensor in the place of its buffer.
-        self._buffers = [
-            (module, name) for module in self._trained.modules() for name, _ in module.named_buffers(recurse=False)
-        ]
+        self._rollback = Rollback(self._trained)
         self._batches: Iterator[torch.Tensor] = iter(())
         self._streaming_from = -1
         self._prepared: _Prepared | None = None
@@ -170,14 +169,13 @@ class Trainer:
         if prepared is None or prepared.step != self.step:
             prepared = self._prepare(self.step)
         self._prepared = None
+        before = self._rollback.keep()
         held_out = self._held_out() if self._measures_held_out() else None
-        # The forward pass changes batch statistics; `abandon` restores them.
-        buffers: list[torch.Tensor] = [getattr(module, name).detach().clone() for module, name in self._buffers]
         self.model.train()
-        self._objective.network.train()
-        seed_forward(self._experiment.seed, self.student, self.step)
+        self.objective.network.train()
+        self._seed("forward")
         outputs = self._outputs(prepared.images)
-        self._begun = _Begun(prepared.labels, outputs, buffers)
+        self._begun = _Begun(prepared.labels, outputs, before)
         if not self.exchanges:
             return None
         labels = self._dataset.train.labels[prepared.ids]
@@ -197,8 +195,9 @@ class Trainer:
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
         epoch = self.step / self.steps_per_epoch
         step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
+        self._seed("loss")
         without_targets = self._plan.distillation.exchanges and not on_device
-        loss = label_loss(step) if without_targets else self._objective.loss(step)
+        loss = label_loss(step) if without_targets else self.objective.loss(step)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.zero_grad(set_to_none=True)
@@ -215,9 +214,7 @@ class Trainer:
         """Undo :meth:`begin`, so that this process or another can begin the step again."""
         if self._begun is None:
             return
-        with torch.no_grad():
-            for (module, name), before in zip(self._buffers, self._begun.buffers, strict=True):
-                getattr(module, name).copy_(before)
+        self._rollback.restore(self._begun.before)
         self._begun = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
@@ -231,6 +228,7 @@ class Trainer:
             PeerError: the loss is not finite any more.
         """
         set_threads(self._plan.training)
+        self._seed("evaluation")
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
             raise divergence_error(self.student, self.step, f"its loss is {score.loss}")
@@ -259,6 +257,10 @@ class Trainer:
         self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
         self.step = step
 
+    def _seed(self, purpose: str) -> None:
+        """Seed what a model and a method draw from; students in one process would share its state."""
+        seed_generators(derive(self._experiment.seed, purpose, self.student, self.step))
+
     def _prepare(self, step: int) -> _Prepared:
         if self._streaming_from != step:
             self._batches = self._dataset.train.stream(
@@ -277,27 +279,28 @@ class Trainer:
 
     def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
         with autocast(self.device, self._plan.training):
-            return {name: value.float() for name, value in self._objective.network(images).items()}
+            return {name: value.float() for name, value in self.objective.network(images).items()}
 
     def _measures_held_out(self) -> bool:
-        return self._objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0
+        return self.objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0
 
     def _held_out(self) -> Outputs:
         split = self._dataset.held_out
         if split is None:
             raise RuntimeError("the experiment holds no samples out")
         self.model.eval()
-        self._objective.network.eval()
+        self.objective.network.eval()
+        self._seed("held_out")
         ids = torch.arange(len(split))
         batches = ids.split(self._plan.training.evaluation_batch_size)
         with torch.inference_mode():
             by_batch = [self._outputs(self._normalise(images)) for images in split.stream(iter(batches))]
-        outputs = {name: torch.cat([batch[name] for batch in by_batch]) for name in self._objective.publishes}
+        outputs = {name: torch.cat([batch[name] for batch in by_batch]) for name in self.objective.publishes}
         return Outputs(ids, split.labels, self._published(outputs))
 
     def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the outputs to publish, on the CPU; raise PeerError if they are not finite."""
-        arrays = to_cpu({name: outputs[name] for name in self._objective.publishes}, self.device)
+        arrays = to_cpu({name: outputs[name] for name in self.objective.publishes}, self.device)
         for name, value in arrays.items():
             if not bool(torch.isfinite(value).all()):
                 raise divergence_error(self.student, self.step, f"its {name} are not finite")

@@ -1,0 +1,378 @@
+"""The trial step: the errors that only training meets, and that a student which passes it can resume to the bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from codistill.config.experiment import Experiment
+from codistill.peer.errors import PeerError
+from codistill.process.exit_codes import ExitCode
+from codistill_worker.training.trial import try_training
+from worker.support import CPU, Tiny, load
+
+MODELS = """
+import os, random, sys
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Base(nn.Module):
+    def __init__(self, classes, channels, size):
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.setup()
+
+    def setup(self):
+        pass
+
+    def forward(self, images):
+        logits = self.layer(images.flatten(1))
+        return self.trained(logits) if self.training else logits
+
+    def trained(self, logits):
+        return logits
+
+
+class Tuple(Base):
+    def trained(self, logits):
+        return logits, logits
+
+
+class Narrow(Base):
+    def trained(self, logits):
+        return logits[:, 1:]
+
+
+class Raises(Base):
+    def trained(self, logits):
+        raise KeyError("dropped")  # the line
+
+
+class Exits(Base):
+    def trained(self, logits):
+        sys.exit(0)  # the line
+
+
+class Detached(Base):
+    def trained(self, logits):
+        return logits.detach()
+
+
+class Frozen(Base):
+    def setup(self):
+        self.requires_grad_(False)
+
+
+class Normalised(Base):
+    def setup(self):
+        self.norm = nn.BatchNorm1d(10)
+
+    def trained(self, logits):
+        return self.norm(logits)
+
+
+class Counted(Base):
+    steps = 0
+
+    def trained(self, logits):
+        self.steps += 1
+        return logits
+
+    def get_extra_state(self):
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state):
+        self.steps = state["steps"]
+
+
+class Unsavable(Counted):
+    def get_extra_state(self):
+        raise RuntimeError("no state")  # the line
+
+
+class Unrestorable(Counted):
+    def get_extra_state(self):
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state):
+        raise RuntimeError("no way back")  # the line
+
+
+class CountedAsTensor(Counted):
+    def trained(self, logits):
+        return super().trained(logits) / self.steps
+
+    def get_extra_state(self):
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state):
+        self.steps = int(state)
+
+
+class Unsaved(Base):
+    def setup(self):
+        self.register_buffer("running", torch.zeros(()), persistent=False)
+
+    def trained(self, logits):
+        self.running = 0.9 * self.running + 0.1 * logits.detach().mean()
+        return logits
+
+
+class UnsavedAttribute(Base):
+    def setup(self):
+        self.running = [torch.zeros(())]
+
+    def trained(self, logits):
+        self.running[0] = self.running[0] + logits.detach().mean()
+        return logits
+
+
+class UnsavedCounter(Base):
+    steps = 0
+
+    def trained(self, logits):
+        self.steps += 1
+        return logits / self.steps
+
+
+class OwnGenerator(Base):
+    def setup(self):
+        self.draws = self.made()
+
+    def made(self):
+        return torch.Generator().manual_seed(0)
+
+    def trained(self, logits):
+        return logits * torch.rand((), generator=self.draws)
+
+
+class OwnGeneratorOfNumpy(OwnGenerator):
+    def made(self):
+        return np.random.default_rng(0)
+
+    def trained(self, logits):
+        return logits * float(self.draws.random())
+
+
+class OwnGeneratorOfPython(OwnGeneratorOfNumpy):
+    def made(self):
+        return random.Random(0)
+
+
+class Entropy(Base):
+    def trained(self, logits):
+        return logits * float(np.random.default_rng().random())
+
+
+class Global(Base):
+    steps = [0]
+
+    def trained(self, logits):
+        Global.steps[0] += 1
+        return logits / Global.steps[0]
+
+
+class Constant(Base):
+    def setup(self):
+        self.register_buffer("positions", torch.arange(10.0), persistent=False)
+        self.offsets = torch.ones(10)
+
+    def trained(self, logits):
+        return logits + self.positions + self.offsets
+
+
+class Remembers(Base):
+    def trained(self, logits):
+        self.last = logits
+        self.register_buffer("cached", torch.ones(10), persistent=False)
+        return logits * self.cached
+
+
+class Drawing(Base):
+    def trained(self, logits):
+        if random.random() < 0.5:
+            logits = logits * np.random.rand()
+        return nn.functional.dropout(logits, 0.5) + random.gauss(0, 1) + np.random.randn()
+
+
+class Spectral(Base):
+    def setup(self):
+        self.layer = nn.utils.parametrizations.spectral_norm(self.layer)
+"""
+
+
+@pytest.fixture(autouse=True)
+def trial_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "trial_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "trial_models", raising=False)
+    return tmp_path / "trial_models.py"
+
+
+@pytest.fixture
+def tried(tiny: Tiny) -> Callable[..., None]:
+    def run(model: str, **changes: Any) -> None:
+        students = [{"name": "b", "model": "mlp"}, {"name": "a", "model": model}]
+        experiment: Experiment = tiny(**{"students": students, "distillation": {"method": "dml"}} | changes)
+        plan = experiment.plan("a")
+        try_training(experiment, plan, load(plan.data), CPU)
+
+    return run
+
+
+def line_of(path: Path, model: str) -> str:
+    """Return FILE:LINE of the marked line of a model."""
+    lines = path.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"class {model}("))
+    marked = next(number for number, line in enumerate(lines[start:], start + 1) if "# the line" in line)
+    return f"{path}:{marked}"
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("Tuple", "gives a tuple for 16 images while it trains"),
+        ("Narrow", "gives torch.float32 [16, 9] for 16 images while it trains"),
+        ("Detached", "cannot train a step on a batch of 16: RuntimeError"),
+        ("Frozen", "has nothing to train"),
+        ("Counted", "cannot be saved: '_extra_state' in its state_dict is a dict"),
+        ("Unsaved", "buffer 'running' changes while it trains"),
+        ("UnsavedAttribute", "attribute 'running' changes while it trains"),
+        ("UnsavedCounter", "attribute 'steps' changes while it trains"),
+        ("OwnGenerator", "attribute 'draws' changes while it trains"),
+        ("OwnGeneratorOfNumpy", "attribute 'draws' changes while it trains"),
+        ("OwnGeneratorOfPython", "attribute 'draws' changes while it trains"),
+        ("Entropy", "the same step from the same checkpoint gave other weights"),
+        ("Global", "the same step from the same checkpoint gave other weights"),
+    ],
+)
+def test_a_student_that_cannot_be_trained_or_resumed_is_refused(model: str, text: str, tried: Any) -> None:
+    with pytest.raises(PeerError) as caught:
+        tried(f"trial_models:{model}")
+    assert caught.value.code is ExitCode.CONFIGURATION
+    assert str(caught.value).startswith(f"students.1.model: 'trial_models:{model}' of student 'a' ")
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "text"),
+    [
+        ("Raises", "cannot train a step on a batch of 16: KeyError", "'dropped'"),
+        ("Exits", "cannot train a step on a batch of 16: SystemExit", "0"),
+        ("Unsavable", "cannot train a step on a batch of 16: RuntimeError", "no state"),
+        ("Unrestorable", "cannot be restored from its checkpoint: RuntimeError", "no way back"),
+    ],
+)
+def test_an_error_of_a_users_code_names_its_line(
+    model: str, kind: str, text: str, tried: Any, trial_models: Path
+) -> None:
+    with pytest.raises(PeerError) as caught:
+        tried(f"trial_models:{model}")
+    assert caught.value.code is ExitCode.CONFIGURATION
+    place = line_of(trial_models, model)
+    assert str(caught.value) == f"students.1.model: 'trial_models:{model}' of student 'a' {kind} at {place}: {text}"
+
+
+def test_a_batch_of_one_with_batch_normalisation_is_refused(tried: Any) -> None:
+    with pytest.raises(
+        PeerError, match=r"'a' cannot train a step on a batch of 1: ValueError at .*models\.py:"
+    ) as caught:
+        tried("trial_models:Normalised", training__batch_size=1)
+    assert caught.value.code is ExitCode.CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(f"trial_models:{name}" for name in ("Constant", "Remembers", "CountedAsTensor", "Drawing", "Spectral")),
+        *("cnn", "mlp", "vit", "resnet8", "torchvision:resnet18"),
+    ],
+)
+def test_a_student_that_can_resume_passes(model: str, tried: Any) -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
+    tried(model)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[union-attr]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_student_that_diverges_is_left_to_the_run(tried: Any) -> None:
+    tried("mlp", training__optimizer={"name": "sgd", "lr": 1e30})
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("of the GPU"), MemoryError(), RuntimeError("CUDA error: ECC")], ids=repr
+)
+def test_errors_of_the_device_are_not_the_students(
+    error: BaseException, tried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("codistill_worker.training.trainer.Trainer.begin", fail)
+    with pytest.raises(type(error)) as caught:
+        tried("mlp")
+    assert caught.value is error
+
+
+OBJECTIVE = """
+from codistill.methods import LOGITS, LogitsObjective, Loss, Targets
+from codistill_worker.methods import losses
+
+
+class Server:
+    heavy, student, teacher = False, {"logits": LOGITS}, {}
+
+    def targets(self, inputs):
+        return Targets(shared={"mine": inputs.outputs["logits"].mean(0)})
+
+
+class Own(LogitsObjective):
+    publishes = ("logits",)
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.center = 0
+
+    def loss(self, step):
+        self.center = self.center + step.targets["mine"].mean()
+        total = losses.cross_entropy(step.outputs["logits"], step.labels) + self.center
+        return Loss(total, total.detach())
+
+
+class Stateless(Own):
+    def loss(self, step):
+        total = losses.cross_entropy(step.outputs["logits"], step.labels) + step.targets["mine"].mean()
+        return Loss(total, total.detach())
+"""
+
+
+def test_the_state_of_a_users_method_is_tried_with_the_users_targets(tried: Any, tmp_path: Path) -> None:
+    (tmp_path / "trial_objective.py").write_text(OBJECTIVE)
+    custom = {"method": "custom", "server": "trial_objective:Server", "worker": "trial_objective:Stateless"}
+    tried("mlp", distillation=custom)
+    with pytest.raises(PeerError, match=r"attribute 'objective\.center' changes while it trains"):
+        tried("mlp", distillation=custom | {"worker": "trial_objective:Own"})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "independent"},
+        {"method": "kdcl"},
+        {"method": "dcm", "stages": 1},
+        {"method": "cross_architecture", "every": 3, "start_epoch": 1},
+    ],
+    ids=str,
+)
+def test_every_kind_of_method_has_targets_to_try(method: Any, tried: Any) -> None:
+    tried("cnn", distillation=method)
