@@ -166,11 +166,11 @@ def test_a_student_is_tried_before_it_joins_and_not_when_it_resumes(
 
     loop, _ = learn(tiny())
     loop.join()
-    loop.begin_round()
-    loop.end_round()
+    loop.begin_step()
+    loop.end_step()
     loop.stop()
     monkeypatch.setattr(student, "try_training", fail)
-    assert learn(tiny())[0].round == 1
+    assert learn(tiny())[0].step == 1
     with pytest.raises(ConfigurationError, match="no step"):
         learn(tiny(), folder="another")
     assert tried == ["cnn"]
