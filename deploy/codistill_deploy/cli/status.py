@@ -38,11 +38,12 @@ def status(
         if line is not None:
             console.print(line, soft_wrap=True)
             return
+    security = security_files.read(run_dir if server is None else None)
     if server is None and run_dir is not None:
         from codistill_deploy.supervise.discovery import find_server
 
         server = find_server(run_dir, 0, threading.Event())
-    run = fetch_status(server or DEFAULT_SERVER, security_files.read())
+    run = fetch_status(server or DEFAULT_SERVER, security)
     if run_dir is not None:
         add_supervisor_events(run, RunFolder(run_dir))
     if as_json:
