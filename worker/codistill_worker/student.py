@@ -210,6 +210,7 @@ class StudentLoop:
         self._participant.leave(reason, message, self.trainer.round)
 
     def _resume(self) -> None:
+        self._store.check()  # from now on it is the folder that the run began with
         checkpoint = self._store.load(self.trainer.student, self._participant.identity)
         if checkpoint is None:
             return
