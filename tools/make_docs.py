@@ -122,7 +122,7 @@ def exit_codes_page() -> str:
         "`codistill run` restarts a process that was killed, could not be started, or ended with 1, 5, 6, 9, 10, 11 or 130.",
         "It also restarts a server that ended with 0 before the run did. It does so up to `--restarts` times, unless the same",
         "error comes back at once. If it gives up, it passes on the code of the first process that failed. It passes on only",
-        "3, 4, 5, 6, 7, 10 and 11. Any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
+        "3, 4, 5, 6, 7, 10, 11 and 13. Any other death of a process is 9. A second Ctrl-C ends at once, also with 130.",
         "",
         "`codistill ray` does the same with its actors. There 5 is also a cluster that does not answer, and 4 is also one that",
         "does not accept the token.",

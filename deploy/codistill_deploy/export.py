@@ -23,8 +23,10 @@ from torch import nn
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.plans import StudentPlan
+from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import explain_error
 from codistill.rundir.files import write_atomically
+from codistill.rundir.storage import explain, outlasts_restarts
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_worker import data, models
@@ -137,7 +139,8 @@ def _writing(target: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise CommandError(f"{target} cannot be written: {error.strerror or error}") from error
+        code = ExitCode.STORAGE if outlasts_restarts(error) else ExitCode.CONFIGURATION
+        raise CommandError(f"{target} cannot be written: {explain(error, target)}", code) from error
 
 
 @contextlib.contextmanager

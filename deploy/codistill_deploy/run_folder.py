@@ -13,9 +13,10 @@ from pathlib import Path
 from codistill.config.experiment import Experiment, load
 from codistill.config.fingerprint import difference, extends, identity
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.files import is_locked, locked, sync_folder, write_atomically
+from codistill.rundir.files import is_locked, locked, make_private_folder, sync_folder, write_atomically
 from codistill.rundir.info import Mode, write_info
 from codistill.rundir.layout import RunLayout
+from codistill.rundir.storage import unwritable
 from codistill_deploy.errors import CommandError
 
 __all__ = ["RunFolder"]
@@ -52,7 +53,7 @@ class RunFolder(RunLayout):
         """
         with contextlib.ExitStack() as stack:
             with self._write_errors():
-                self.path.mkdir(parents=True, exist_ok=True)
+                make_private_folder(self.path)
                 try:
                     lock = stack.enter_context(locked(self.run_lock, seconds, waiting))
                 except TimeoutError as error:
@@ -130,7 +131,14 @@ class RunFolder(RunLayout):
                 self._discard()
             self._write_run_files(experiment, mode, experiment.names)
 
-    def join(self, experiment: Experiment, students: Iterable[str] = (), seconds: float = 15.0) -> None:
+    def join(
+        self,
+        experiment: Experiment,
+        students: Iterable[str] = (),
+        seconds: float = 15.0,
+        *,
+        supervised: bool = False,
+    ) -> None:
         """Make the folder a run's for a server or a worker that is started by itself; others may do the same meanwhile.
 
         Where it is this run's already, nothing is changed except for students that were added to the experiment.
@@ -139,12 +147,20 @@ class RunFolder(RunLayout):
             experiment: the experiment to run.
             students: the students whose files will be in the folder.
             seconds: how long to wait for others that do the same.
+            supervised: whether the command that uses the folder started this process.
 
         Raises:
             CommandError: the folder holds another run, cannot be written, or is kept by another process.
         """
+        if not supervised and self.in_use:
+            # A second worker would take its student from the run's own, and the run would end with that one.
+            raise CommandError(
+                f"run folder {self.path} is in use by a run, which starts its server and workers itself and again if they "
+                "end; end the run first, or give another --run-dir"
+            )
         with self._write_errors():
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not supervised:  # else it is there; one that was deleted meanwhile is not made again
+                make_private_folder(self.path)
             with self._hold_start(seconds):
                 if self.experiment_file.exists():
                     if identity(self.experiment()) == identity(experiment):
@@ -213,6 +229,4 @@ class RunFolder(RunLayout):
         try:
             yield
         except OSError as error:
-            raise CommandError(
-                f"run folder {self.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
-            ) from error
+            raise CommandError(*unwritable(self.path, error)) from error

@@ -18,11 +18,11 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.process.exit_codes import ExitCode
-from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.address import Addresses, write_addresses
 from codistill.rundir.files import locked
 from codistill.rundir.layout import RunLayout
+from codistill.rundir.storage import FolderGuard, StorageError, unwritable
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.channel import format_address, is_loopback, parse_address
@@ -58,6 +58,7 @@ _RETURN_SECONDS = 1.0
 _SNAPSHOT_SECONDS = 5.0
 _LAST_POLL_SECONDS = POLL_SECONDS + 1
 _TURN_SECONDS = 0.25
+_FOLDER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ class _Server:
     ) -> ExitCode:
         options = self._options
         writer, journal = self._open_files()
+        layout = self._layout
+        files = (layout.journal_file, layout.metrics_file, layout.events_file)
+        guard = FolderGuard("run folder", layout.path, "its journal and records", files)
         run_state = RunState(self._experiment, writer.write)
         submit = EventLoopSubmit(self._fail)
         try:
@@ -150,7 +154,7 @@ class _Server:
         except JournalError as error:
             journal.close()
             writer.close()
-            raise ServerError(str(error)) from error
+            raise _unusable(error) from error
         service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
         server = GrpcServer(
@@ -171,6 +175,7 @@ class _Server:
                 asyncio.create_task(service.tick()),
                 asyncio.create_task(self._mark_turns(coordinator)),
                 asyncio.create_task(self._fail_if_listening_stops(server)),
+                asyncio.create_task(self._fail_if_folder_changes(guard)),
             ]
             self._end_on(stop)
             self._announce(host, bound_port, http, limit)
@@ -180,6 +185,7 @@ class _Server:
             await server.stop_being_healthy()
             service.end()
             await asyncio.gather(self._stop(server, _DRAIN_SECONDS), self._wait_for_last_polls())
+            self._check_folder(guard)
         finally:
             for task in (*tasks, self._concluding):
                 if task is not None:
@@ -194,8 +200,7 @@ class _Server:
             with contextlib.suppress(OSError):
                 self._layout.address_file.unlink(missing_ok=True)
         if self._failure is not None:
-            code = self._failure.code if isinstance(self._failure, LoadError) else ExitCode.ERROR
-            raise ServerError(str(self._failure), code) from self._failure
+            raise ServerError(str(self._failure), _code_of(self._failure, ExitCode.ERROR)) from self._failure
         return ExitCode.OK
 
     async def _mark_turns(self, coordinator: Coordinator) -> None:
@@ -228,6 +233,19 @@ class _Server:
         if not self._done.is_set():
             self._fail(ServerError(f"gRPC stopped listening ({why}); start the server again: the journal is whole"))
 
+    async def _fail_if_folder_changes(self, guard: FolderGuard) -> None:
+        """End the process if the run's folder is deleted, moved or made read-only: what it writes would be lost."""
+        while self._failure is None:
+            self._check_folder(guard)
+            await asyncio.sleep(_FOLDER_SECONDS)
+
+    def _check_folder(self, guard: FolderGuard) -> None:
+        """Fail if the run's folder is no longer the one that it was."""
+        try:
+            guard.check()
+        except StorageError as error:
+            self._fail(error)
+
     def _open_files(self) -> tuple[RecordWriter, Journal]:
         exchange = self._experiment.exchange
         try:
@@ -238,7 +256,7 @@ class _Server:
                 may_grow=exchange.journal.keep == "all",
             )
         except JournalError as error:
-            raise ServerError(str(error)) from error
+            raise _unusable(error) from error
         try:
             return RecordWriter(self._layout.events_file, self._layout.metrics_file), journal
         except OSError as error:
@@ -355,7 +373,7 @@ class _Server:
     def _fail(self, error: Exception) -> None:
         if self._failure is None:
             self._failure = error
-            _log.error("%s", error, exc_info=error if not isinstance(error, JournalError) else None)
+            _log.error("%s", error, exc_info=None if isinstance(error, JournalError | StorageError) else error)
         self._done.set()
 
 
@@ -370,7 +388,7 @@ def _only_server_in(layout: RunLayout) -> Generator[None, None, None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            layout.path.mkdir(parents=True, exist_ok=True)
+            layout.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(locked(layout.server_lock, _LOCK_SECONDS))
         except TimeoutError as error:
             raise ServerError(
@@ -384,6 +402,13 @@ def _only_server_in(layout: RunLayout) -> Generator[None, None, None]:
 
 
 def _unwritable(run_dir: Path, error: OSError) -> ServerError:
-    return ServerError(
-        f"run folder {run_dir} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
-    )
+    return ServerError(*unwritable(run_dir, error))
+
+
+def _unusable(error: JournalError) -> ServerError:
+    return ServerError(str(error), _code_of(error, ExitCode.CONFIGURATION))
+
+
+def _code_of(error: Exception, otherwise: ExitCode) -> ExitCode:
+    code = getattr(error, "code", None)
+    return code if isinstance(code, ExitCode) else otherwise

@@ -69,7 +69,7 @@ def test_every_file_of_a_run_and_of_a_comparison() -> None:
 
 
 def file_names(text: str) -> set[str]:
-    return set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html|svg)\b", text))
+    return set(re.findall(r"\b[\w-]+\.(?:yaml|jsonl|json|sqlite|lock|log|txt|safetensors|html|svg|token)\b", text))
 
 
 def test_every_port() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -46,6 +48,64 @@ def test_start_writes_the_resolved_experiment_and_where_it_ran(experiment: Exper
     assert {"codistill", "python", "torch"} <= about["versions"].keys()
     assert folder.student("a").path.is_dir()
     assert folder.student("b").path.is_dir()
+
+
+@pytest.mark.parametrize("how", ["hold", "join"])
+def test_a_new_folder_is_its_users_alone_and_one_that_is_there_keeps_its_mode_with_a_warning(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    def use(folder: RunFolder) -> None:
+        if how == "join":
+            folder.join(experiment)
+            return
+        with folder.hold():
+            pass
+
+    new = RunFolder(tmp_path / "runs" / "new")
+    use(new)
+    assert stat.S_IMODE(new.path.stat().st_mode) == 0o700
+    use(new)
+    assert not caplog.messages
+    shared = RunFolder(tmp_path / "shared")
+    shared.path.mkdir()
+    for mode, warned in ((0o2770, False), (0o755, True), (0o777, True)):
+        shared.path.chmod(mode)
+        use(shared)
+        assert stat.S_IMODE(shared.path.stat().st_mode) == mode
+        told = [f"folder {shared.path} can be used by other users (mode {mode:03o}); chmod 700 it"] if warned else []
+        assert caplog.messages == told
+        caplog.clear()
+
+
+def test_a_folder_that_a_run_uses_is_joined_by_that_runs_own_processes_alone(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.hold():
+        folder.start(experiment, mode="grpc", resume=False)
+        with pytest.raises(
+            CommandError, match=r"run folder .*run is in use by a run, .*; end the run first, or"
+        ) as raised:
+            folder.join(experiment, ["a"])
+        assert raised.value.code is ExitCode.CONFIGURATION
+        folder.join(experiment, ["a"], supervised=True)
+    folder.join(experiment, ["a"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE])
+def test_a_folder_for_which_there_is_no_room_ends_the_command_with_its_own_code(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(
+        CommandError, match=rf"run folder {folder.path} cannot be written: .*{os.strerror(number)}"
+    ) as raised:
+        folder.start(experiment, mode="grpc", resume=False)
+    assert raised.value.code is ExitCode.STORAGE
 
 
 def add_checkpoint(folder: RunFolder) -> None:

@@ -155,6 +155,16 @@ class TestRefused:
 
 
 class TestServing:
+    @pytest.mark.parametrize("lost", ["run", "run/journal.sqlite", "run/metrics.jsonl", "run/events.jsonl"])
+    def test_until_its_folder_or_a_file_that_it_writes_is_gone(self, tmp_path: Path, lost: str) -> None:
+        with serving(tmp_path) as served:
+            (tmp_path / lost).rename(tmp_path / "elsewhere")
+            error = served.end()
+        assert isinstance(error, ServerError)
+        assert error.code is ExitCode.STORAGE
+        assert str(error).startswith(f"run folder {tmp_path / 'run'}")
+        assert "moved" in str(error)
+
     def test_until_it_is_stopped(self, tmp_path: Path) -> None:
         with serving(tmp_path) as served:
             assert served.announced == {"address": served.address, "metrics": "", "pid": os.getpid()}

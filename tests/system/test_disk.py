@@ -23,7 +23,8 @@ from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
 from codistill_worker.training.checkpoints import read
 from system.run_harness import ALL_WELL, CHANGES, ROUNDS, running
-from system.support import assert_bit_equal, experiment_file, rounds_trained, weights
+from system.support import assert_bit_equal, experiment_file, rounds_trained, start, wait_for, weights
+from system.support import run as command
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -72,7 +73,9 @@ def test_a_journal_on_a_full_disk_ends_the_server_and_no_round_is_lost(
             run.work(name, workers)
         run.until(lambda: run.server.poll() is not None, "the disk is full")
         output, _ = run.server.communicate()
-        assert run.server.returncode == ExitCode.ERROR, output
+        assert run.server.returncode == ExitCode.STORAGE, output
+        assert f"tmpfs, mounted at {disk}, has " in output
+        assert " of 1.0 MiB left" in output
         assert f"error: journal {disk / 'run' / 'journal.sqlite'} cannot be written: database or disk is full" in output
         assert "free disk space" in output
         assert "Traceback" not in output
@@ -106,7 +109,7 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         assert 0 < kept < ROUNDS
         cnn = run.workers.pop("cnn")
         output, _ = cnn.communicate(timeout=90)
-        assert cnn.returncode == ExitCode.ERROR, output
+        assert cnn.returncode == ExitCode.STORAGE, output
         assert f"cannot be written to {checkpoints}: No space left on device; what was saved before stays" in output
         assert "error: student 'cnn' is trained, but cannot be saved" in output
         assert "Traceback" not in output
@@ -118,6 +121,40 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         run.workers["mlp"].communicate(timeout=90)
         assert run.ended() == ALL_WELL
         assert_bit_equal(weights(folder), reference)
+
+
+def test_a_run_on_a_full_disk_ends_at_once(tmp_path: Path, mount: Mount) -> None:
+    disk = tmp_path / "disk"
+    mount(disk, "1m")
+    code, output = command("run", experiment_file(tmp_path, **CHANGES), "--run-dir", disk / "run", cwd=tmp_path)
+    assert code == ExitCode.STORAGE, output
+    error = output.splitlines()[-1]
+    assert error.startswith(
+        f"error: the server ended with exit code 13: journal {disk / 'run' / 'journal.sqlite'} cannot be"
+    )
+    assert f"tmpfs, mounted at {disk}, has " in error
+    assert "started again in" not in output
+
+
+@pytest.mark.parametrize("change", ["deleted", "moved"])
+def test_a_run_whose_folder_is_gone_ends_with_an_error_and_makes_no_other(tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "run"
+    process = start("run", experiment_file(tmp_path, **CHANGES), "--run-dir", folder, cwd=tmp_path)
+    try:
+        wait_for(lambda: rounds_trained(folder) > 5 or process.poll() is not None, "the run has begun")
+        if change == "deleted":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "elsewhere")
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.STORAGE, output
+    error = output.splitlines()[-1]
+    assert error.startswith(f"error: run folder {folder} was {change}"), output
+    assert "journal, records and checkpoints" in error
+    assert "report: " not in output
+    assert not folder.exists()
 
 
 class _StopAfter(PlainProgress):

@@ -16,6 +16,7 @@ from codistill.config.fingerprint import identity, identity_sha256
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.storage import StorageError
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from codistill.wire.times import seconds
@@ -411,13 +412,36 @@ def test_a_student_that_cannot_be_saved_at_the_end_has_not_finished(
     with monkeypatch.context() as full:
         full_disk(full, "save", "save_best")
         go(loop)
-        with pytest.raises(PeerError, match=r"student 'cnn' is trained, but cannot be saved to .*free disk space"):
+        with pytest.raises(
+            PeerError, match=r"student 'cnn' is trained, but cannot be saved to .*mounted at .*free disk space"
+        ) as raised:
             loop.finish()
+    assert raised.value.code is ExitCode.STORAGE
     assert transport.left == []
     again, transport = learn(tiny())
     assert again.trainer.step == 5
     to_the_end(again)
     assert transport.left == [(pb.LEAVE_REASON_FINISHED, "trained 9 steps")]
+
+
+def test_a_folder_that_is_gone_ends_the_training(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
+    """Though no checkpoint is due: the next report finds it out."""
+    loop, _ = learn(tiny(), clock=Clock(step=1.0))
+    go(loop, 1)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="the checkpoints of student") as raised:
+        go(loop)
+    assert raised.value.code is ExitCode.STORAGE
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_last_checkpoint_that_was_deleted_is_written_again(tiny: Tiny, learn: Any, tmp_path: Path) -> None:
+    loop, _ = learn(tiny())
+    go(loop)
+    loop.keep()
+    (tmp_path / "run" / NEWEST).unlink()
+    loop.finish()
+    assert read(tmp_path / "run" / NEWEST).round == 9
 
 
 # --- going on

@@ -174,7 +174,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
         if code in _STUDENT_INTACT:
             loop.keep()
         if code not in _SESSION_OVER:
-            line = str(error) if isinstance(error, PeerError | LoadError) else f"{type(error).__name__}: {error}"
+            line = str(error) if isinstance(code, ExitCode) else f"{type(error).__name__}: {error}"
             loop.fail(line.splitlines()[0])
         raise
     return ExitCode.OK

@@ -19,7 +19,9 @@ from codistill.config.experiment import Experiment
 from codistill.config.plans import StudentPlan
 from codistill.peer.base import Transport
 from codistill.peer.errors import PeerError
+from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.storage import detail, explain, outlasts_restarts
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode
 from codistill_worker.data import Dataset, check_batch
@@ -112,6 +114,7 @@ class StudentLoop:
         self._best = -1.0
         self._saved_at = clock()
         self._saved_step = -1
+        self._unsaved: OSError | None = None
         self._step_started: float | None = None
         self._resume()
 
@@ -186,14 +189,17 @@ class StudentLoop:
 
         Raises:
             PeerError: it cannot be saved, or the server cannot be reached.
+            StorageError: the folder of its checkpoints is gone.
         """
         self._save()
-        if self._saved_step != self.trainer.step:
+        if self._unsaved is not None:
             # If it left as finished, the server would drop the rounds that are needed to train it again.
             raise PeerError(
-                f"student {self.trainer.student!r} is trained, but cannot be saved to {self._store.folder}; free disk space "
-                "or check the folder's permissions, then resume the run"
-            )
+                f"student {self.trainer.student!r} is trained, but cannot be saved to {self._store.folder}: "
+                f"{explain(self._unsaved, self._store.folder)}; free disk space or check the folder's permissions, then "
+                "resume the run",
+                ExitCode.STORAGE if outlasts_restarts(self._unsaved) else ExitCode.ERROR,
+            ) from self._unsaved
         self._report()
         self._leave(pb.LEAVE_REASON_FINISHED, f"trained {self.trainer.step} steps")
 
@@ -219,6 +225,7 @@ class StudentLoop:
         self._participant.leave(reason, message, self.trainer.step)
 
     def _resume(self) -> None:
+        self._store.check()  # from now on it is the folder that the run began with
         checkpoint = self._store.load(self.trainer.student, self._participant.identity)
         if checkpoint is None:
             return
@@ -258,6 +265,7 @@ class StudentLoop:
         if now - self._saved_at >= training.checkpoint_every and not self.done:
             self._save()
         if self._participant.report_due(now):
+            self._store.check()
             self._report()
 
     def _measure_training(self) -> None:
@@ -300,24 +308,27 @@ class StudentLoop:
 
     def _save(self) -> None:
         self._saved_at = self._clock()
-        if self._saved_step == self.trainer.step:
+        if self._saved_step == self.trainer.step and self._store.holds_newest:
             return
         self._mark("saving a checkpoint")
         try:
             self._store.save(self._checkpoint(with_optimizer=True))
         except OSError as error:
             self._log_unsaved("checkpoint", error)
+            self._unsaved = error
             return
         self._saved_step = self.trainer.step
+        self._unsaved = None
 
     def _log_unsaved(self, content: str, error: OSError) -> None:
         _log.error(
-            "%s of student %s at step %d cannot be written to %s: %s; what was saved before stays",
+            "%s of student %s at step %d cannot be written to %s: %s; what was saved before stays%s",
             content,
             self.trainer.student,
             self.trainer.step,
             self._store.folder,
             error.strerror or error,
+            detail(error, self._store.folder),
         )
 
     def _checkpoint(self, *, with_optimizer: bool) -> Checkpoint:

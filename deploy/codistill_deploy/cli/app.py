@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from codistill.config.experiment import ExperimentError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.printable import printable
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.storage import explain, outlasts_restarts
 from codistill_deploy.cli.compare import compare
 from codistill_deploy.cli.export import export
 from codistill_deploy.cli.extras import describe_missing
@@ -134,9 +136,15 @@ def _print_error(error: Exception) -> ExitCode:
     line = describe_missing(error)
     if line is not None:
         code, lines = ExitCode.CONFIGURATION, [line]
+    if code is None and isinstance(error, OSError) and outlasts_restarts(error):
+        file = error.filename if isinstance(error.filename, str) else None
+        why = f"a file: {error.strerror}" if file is None else f"{file}: {explain(error, Path(file))}"
+        code, lines = ExitCode.STORAGE, [f"{why}; a restart does not help: free what is missing, then try again"]
     if code is None:
         code = ExitCode.ERROR
         lines = [f"{type(error).__name__}: {lines[0]} (--debug shows where)"]
     for line in lines:
         sys.stderr.write(f"error: {printable(line)}\n")
+    for note in getattr(error, "__notes__", ()):
+        console.print(note, soft_wrap=True)
     return code

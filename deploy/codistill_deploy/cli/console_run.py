@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir import records
 from codistill.rundir.info import Mode
+from codistill.rundir.records import Measured
 from codistill_deploy.cli.options import SecurityFiles
 from codistill_deploy.cli.process_setup import find_modules_beside
 from codistill_deploy.cli.stdio import console
@@ -158,7 +160,7 @@ def run_in_folder(
 ) -> ExitCode:
     """Start a run's folder, then call `run` with a view on the console and the descriptor of the folder's lock.
 
-    A run that failed has a report too. A run that was refused has none, as the folder belongs to another one.
+    A run that failed has a report too, if it has measured something. A run that was refused has none, as the folder belongs to another one.
 
     Raises:
         CommandError: the folder cannot be this run's, or `run` raised it.
@@ -173,25 +175,43 @@ def run_in_folder(
             shown.callback(view.finish)
             try:
                 code = run(view, lock)
-            except Exception:
+            except Exception as error:
                 shown.close()
-                if report and folder.metrics_file.exists():
-                    write_report(folder.path)
+                if report and _has_measured(folder):
+                    line = _save_report(folder.path)
+                    if line is not None:
+                        error.add_note(line)  # shown after the error
                 raise
-        if report:
+        if report and (code is ExitCode.OK or _has_measured(folder)):
             write_report(folder.path)
         return code
 
 
+def _has_measured(folder: RunFolder) -> bool:
+    """Return whether a run has come far enough for a report to show something."""
+    try:
+        return any(isinstance(record, Measured) for record in records.read(folder.metrics_file))
+    except ValueError:
+        return True  # making the report then says what is wrong with it
+    except OSError:
+        return False
+
+
 def write_report(folder: Path) -> None:
-    """Write the report of a run or a comparison; only warn where that fails, as the exit code is the run's."""
+    """Write the report of a run or a comparison, and print where it is."""
+    line = _save_report(folder)
+    if line is not None:
+        console.print(line, soft_wrap=True)
+
+
+def _save_report(folder: Path) -> str | None:
+    """Write a report and return a line that says where; only warn where that fails, as the exit code is the run's."""
     from codistill_deploy import report as reports
 
     try:
-        written = reports.write(folder)
+        return f"report: {reports.write(folder)}"
     except reports.ReportError as error:
         _log.warning(
             "%s; what was trained is untouched; write its report later with: codistill report %s", error, folder
         )
-    else:
-        console.print(f"report: {written}", soft_wrap=True)
+        return None

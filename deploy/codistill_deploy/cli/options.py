@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from codistill.rundir.layout import RunLayout
+
 if TYPE_CHECKING:
     from codistill.wire.security import Security
 
@@ -61,15 +63,21 @@ class SecurityFiles:
         typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
     ] = None
 
-    def read(self) -> Security:
+    def read(self, run_dir: Path | None = None) -> Security:
         """Read TLS and token from the files and the environment.
+
+        Args:
+            run_dir: the folder of the run whose server is called: its own token serves where no other is given.
 
         Raises:
             SecurityError: a file or a variable cannot be used.
         """
         from codistill.wire.security import read  # it imports gRPC
 
-        return read(self.tls_cert, self.tls_key, self.tls_ca, self.token_file)
+        security = read(self.tls_cert, self.tls_key, self.tls_ca, self.token_file)
+        if security.token is None and run_dir is not None and RunLayout(run_dir).token_file.exists():
+            return read(self.tls_cert, self.tls_key, self.tls_ca, RunLayout(run_dir).token_file)
+        return security
 
 
 def with_security_options(command: Callable[..., None]) -> Callable[..., None]:

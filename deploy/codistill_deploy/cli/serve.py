@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Run one aggregation server. It resumes from the journal in the run's folder, if any."""
     stop = threading.Event()
-    exit_with_parent(stop)
+    supervised = exit_with_parent(stop)
     loaded = load(experiment)
     from codistill_deploy.compare.generations import require_single_run
     from codistill_server.app import ServeOptions, check
@@ -76,5 +76,5 @@ def serve(
         advertise=advertise,
     )
     check(options)
-    folder.join(loaded)
+    folder.join(loaded, supervised=supervised)
     raise typer.Exit(run_server(loaded, options, stop))

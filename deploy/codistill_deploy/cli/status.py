@@ -38,11 +38,12 @@ def status(
         if line is not None:
             console.print(line, soft_wrap=True)
             return
+    security = security_files.read(run_dir if server is None else None)
     if server is None and run_dir is not None:
         from codistill_deploy.supervise.discovery import find_server
 
         server = find_server(run_dir, 0, threading.Event())
-    run = fetch_status(server or DEFAULT_SERVER, security_files.read())
+    run = fetch_status(server or DEFAULT_SERVER, security)
     more = supervisor_events(RunFolder(run_dir)) if run_dir is not None else []
     if as_json:
         sys.stdout.write(json.dumps(status_document(run, more), indent=2) + "\n")

@@ -34,7 +34,7 @@ def work(
     A student resumes from the checkpoint in the run's folder, if any.
     """
     stop = threading.Event()
-    exit_with_parent(stop)
+    supervised = exit_with_parent(stop)
     loaded = load(experiment)
     from codistill_deploy.compare.generations import require_single_run
     from codistill_worker.app import WorkOptions, check_participant
@@ -47,8 +47,8 @@ def work(
         raise CommandError("--server: give the server's HOST:PORT, or the --run-dir of a server on this machine")
     check_participant(loaded, student)
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.lasting(loaded.name)
-    security = security_files.read()
-    folder.join(loaded, [student] if student in loaded.names else [])
+    security = security_files.read(folder.path if server is None else None)
+    folder.join(loaded, [student] if student in loaded.names else [], supervised=supervised)
     options = WorkOptions(student, server or "", folder.path, security)
     if server is None:
         from codistill.rundir.address import read_addresses

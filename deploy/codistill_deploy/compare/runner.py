@@ -10,6 +10,7 @@ from pathlib import Path
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import make_private_folder
 from codistill.rundir.layout import ComparisonLayout
 from codistill_deploy.compare import generations
 from codistill_deploy.compare.index import ComparisonIndex, IndexedRun
@@ -63,7 +64,7 @@ def compare(
     )
     if ComparisonIndex.path(folder).exists() and not resume:
         raise CommandError(f"{folder} already holds a comparison; give --resume to continue it, or another --run-dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     index.write(folder)
     began, trained = time.monotonic(), 0
     for position, training in enumerate(trainings, 1):

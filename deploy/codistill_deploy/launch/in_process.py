@@ -22,6 +22,7 @@ from codistill.peer.grpc_reports import Reports
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.storage import FolderGuard, unwritable
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.console.progress import ProgressView
@@ -175,7 +176,13 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
     """
     use_deterministic_kernels()
     journal = _open_journal(experiment, folder)
-    writer = RecordWriter(folder.events_file, folder.metrics_file)
+    try:
+        writer = RecordWriter(folder.events_file, folder.metrics_file)
+    except OSError as error:
+        journal.close()
+        raise PeerError(*unwritable(folder.path, error)) from error
+    files = (folder.journal_file, folder.metrics_file, folder.events_file)
+    guard = FolderGuard("run folder", folder.path, "its journal, records and checkpoints", files)
     coordinator = Coordinator(experiment, journal, RunState(experiment, writer.write), _submit)
     try:
         with Watchdog() as watchdog:
@@ -183,9 +190,9 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
             for loop in loops:
                 with refuse_exit(loop.title):
                     loop.join()
-            return _train(loops, coordinator, view, stop)
+            return _train(loops, coordinator, view, stop, guard)
     except JournalError as error:
-        raise PeerError(str(error)) from error
+        raise PeerError(str(error), error.code or ExitCode.ERROR) from error
     finally:
         coordinator.close()
         writer.close()
@@ -196,7 +203,7 @@ def _open_journal(experiment: Experiment, folder: RunFolder) -> Journal:
     try:
         return Journal(folder.journal_file, identity(experiment), settings.durability, may_grow=settings.keep == "all")
     except JournalError as error:
-        raise PeerError(str(error), ExitCode.CONFIGURATION) from error
+        raise PeerError(str(error), error.code or ExitCode.CONFIGURATION) from error
 
 
 def _submit(work: Callable[[], _T], done: Callable[[_T], None], *, heavy: bool) -> None:
@@ -230,7 +237,11 @@ def _loops(
 
 
 def _train(
-    loops: Sequence[StudentLoop | TeacherLoop], coordinator: Coordinator, view: ProgressView, stop: threading.Event
+    loops: Sequence[StudentLoop | TeacherLoop],
+    coordinator: Coordinator,
+    view: ProgressView,
+    stop: threading.Event,
+    guard: FolderGuard,
 ) -> ExitCode:
     while not all(loop.done for loop in loops):
         if stop.is_set():
@@ -247,8 +258,10 @@ def _train(
         for loop in behind:
             with refuse_exit(loop.title):
                 loop.end_step()
+        guard.check()
         view.offer(coordinator.snapshot)
     for loop in loops:
         loop.finish()
+    guard.check()
     view.update(coordinator.snapshot())
     return ExitCode.OK

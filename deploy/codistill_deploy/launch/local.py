@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import sys
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.files import write_atomically
+from codistill.rundir.storage import unwritable
 from codistill.wire.security import Security
+from codistill.wire.token import Token
 from codistill_deploy.console.progress import ProgressView
+from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.isolation import isolated
@@ -36,7 +43,7 @@ class LocalOptions:
         search_path: a folder in which `package.module:callable` is looked for, behind the usual ones.
         restarts: how often each process is restarted; see :mod:`codistill_deploy.supervise.restart_policy`.
         inherited: descriptors that every process inherits: the lock on the run's folder.
-        security: TLS and token.
+        security: TLS and token; where neither keeps others out, a token is made for this run.
         insecure: listen beyond this machine although nothing protects the port.
     """
 
@@ -73,6 +80,36 @@ def run_local(
         CommandError: a process ended that the run needs; the text holds its own last line.
     """
     options = options or LocalOptions()
+    with _with_token(options, folder) as security:
+        return _run(experiment, folder, view, stop, replace(options, security=security))
+
+
+@contextlib.contextmanager
+def _with_token(options: LocalOptions, folder: RunFolder) -> Generator[Security, None, None]:
+    """Add a token of its own to a run that nothing else protects, as other users of the machine reach loopback too.
+
+    Its file is in the run's folder, where the processes and `codistill status` find it. It is removed at the end.
+    """
+    security = options.security
+    mutual_tls = security.serves_tls and security.ca is not None
+    if security.token is not None or mutual_tls or options.insecure:
+        yield security
+        return
+    token = Token(secrets.token_hex(32), "the token of this run")
+    try:
+        write_atomically(folder.token_file, token.plain + "\n", private=True)
+    except OSError as error:
+        raise CommandError(*unwritable(folder.path, error)) from error
+    try:
+        yield replace(security, token=token, token_file=folder.token_file)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.token_file.unlink(missing_ok=True)
+
+
+def _run(
+    experiment: Experiment, folder: RunFolder, view: ProgressView, stop: threading.Event, options: LocalOptions
+) -> ExitCode:
     listen, metrics = Port(options.listen, "listen"), Port(options.metrics, "metrics")
     reading, writing = os.pipe()
     try:

@@ -12,6 +12,7 @@ from codistill.config.experiment import ExperimentError
 from codistill.rundir import history
 from codistill.rundir.files import write_atomically
 from codistill.rundir.layout import ComparisonLayout, RunLayout
+from codistill.rundir.storage import detail
 from codistill_deploy.compare import statistics
 from codistill_deploy.compare.index import ComparisonIndex
 from codistill_deploy.errors import CommandError
@@ -43,7 +44,9 @@ def write(folder: Path) -> Path:
             return _save(folder, run_document(history.read(folder)))
     except ExperimentError as error:
         raise ReportError(str(error)) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ReportError(f"{folder}: no report can be made: {error}{detail(error, folder)}") from error
+    except ValueError as error:
         raise ReportError(f"{folder}: no report can be made: {error}") from error
     raise ReportError(
         f"{folder}: is neither a run folder (no experiment.yaml in it) nor a comparison folder (no comparison.json in it); "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir.storage import detail, outlasts_restarts
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS, Ending, GiveUp, Restart, decide
 
 __all__ = ["Child", "ManagedProcess"]
@@ -136,7 +137,9 @@ class Child:
         try:
             self.start(now)
         except OSError as error:
-            self.ending = Ending(ExitCode.WORKER_FAILED, str(error), started=False)
+            lasts = outlasts_restarts(error) or not self.log.parent.is_dir()
+            code = ExitCode.STORAGE if lasts else ExitCode.WORKER_FAILED
+            self.ending = Ending(code, f"{error}{detail(error, self.log)}", started=False)
             return self.ending
         return None
 

@@ -22,14 +22,15 @@ PARENT_VARIABLE = "CODISTILL_PARENT_FD"
 _GRACE_SECONDS = 10.0
 
 
-def exit_with_parent(stop: threading.Event) -> None:
+def exit_with_parent(stop: threading.Event) -> bool:
     """Set `stop` when the parent dies, and exit at once if that has not ended this process within 10 s.
 
-    Does nothing in a process that no supervisor started.
+    Returns:
+        Whether there is a parent; in a process that no supervisor started, nothing is done.
     """
     value = os.environ.pop(PARENT_VARIABLE, "")
     if not value.isdigit():
-        return
+        return False
     descriptor = int(value)
 
     def wait() -> None:
@@ -40,3 +41,4 @@ def exit_with_parent(stop: threading.Event) -> None:
         os._exit(ExitCode.INTERRUPTED)
 
     threading.Thread(target=wait, name="codistill-parent", daemon=True).start()
+    return True

@@ -57,10 +57,8 @@ class Process:
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, launch: Launch, hang_after: float) -> None:
-        self._log = log
         self._hang: str | None = None
-        log.parent.mkdir(parents=True, exist_ok=True)  # it may have been moved away since the last start
-        self._log_file = log.open("ab")
+        self._log_file = log.open("a+b")  # read by this descriptor too, as the file may be deleted meanwhile
         try:
             self._heartbeats, childs_end = os.pipe()
         except BaseException:
@@ -68,7 +66,7 @@ class Process:
             raise
         try:
             os.set_blocking(self._heartbeats, False)
-            self._log_start = log.stat().st_size
+            self._log_start = os.fstat(self._log_file.fileno()).st_size
             # Its own session keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
             self._process = subprocess.Popen(
                 [*arguments],
@@ -140,10 +138,9 @@ class Process:
     def _last_error(self) -> str:
         """Return the last error line that it printed, or its last line; both are near the log's end."""
         try:
-            with self._log.open("rb") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(self._log_start, end - _LOG_TAIL))
-                lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
+            end = os.fstat(self._log_file.fileno()).st_size
+            tail = os.pread(self._log_file.fileno(), _LOG_TAIL, max(self._log_start, end - _LOG_TAIL))
+            lines = tail.decode(errors="replace").splitlines()
         except OSError as error:
             return f"its log cannot be read: {error.strerror}"
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]

@@ -30,6 +30,7 @@ _NEVER = {
     ExitCode.REFUSED: "its cause stays",
     ExitCode.DIVERGED: "a repeated step is the same step, so it would diverge again",
     ExitCode.SUPERSEDED: "another worker has taken this participant over",
+    ExitCode.STORAGE: "a restart makes no room and brings no folder back",
 }
 _NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
 _WAITS = (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.address import Addresses, read_addresses
 from codistill.rundir.history import RESTARTED
 from codistill.rundir.records import Happened
+from codistill.rundir.storage import (
+    FolderGuard,
+    StorageError,
+    describe_disk,
+    detail,
+    outlasts_restarts,
+    unwritable,
+)
 from codistill.rundir.writer import RecordWriter
 from codistill.wire.security import Security
 from codistill_deploy.console.progress import ProgressView
@@ -37,6 +47,7 @@ _PASSED_ON = (
     ExitCode.DIVERGED,
     ExitCode.OUT_OF_MEMORY,
     ExitCode.HUNG,
+    ExitCode.STORAGE,
 )
 
 
@@ -89,15 +100,25 @@ class Supervisor:
         Raises:
             CommandError: a child ended that the run needs; the text holds its own last line.
         """
-        self._folder.address_file.unlink(missing_ok=True)
         over = threading.Event()
         self._children = [server, *workers]
         try:
             self._writer = _open_writer(self._folder)
+            guard = self._guard()
+            with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
+                self._folder.address_file.unlink(missing_ok=True)
             for child in self._children:
                 _start(child)
             self._start_watcher(over, announce)
-            return self._supervise(server, workers, stop)
+            code = self._supervise(server, workers, stop, guard)
+            guard.check()
+        except StorageError as error:
+            for child in self._children:
+                child.send_signal(signal.SIGTERM)  # what can still be saved is
+            _wait_for(self._children, _END_SECONDS)
+            raise CommandError(str(error), error.code) from error
+        else:
+            return code
         finally:
             for child in self._children:
                 child.close()
@@ -107,8 +128,19 @@ class Supervisor:
             if self._writer is not None:
                 self._writer.close()
 
-    def _supervise(self, server: Child, workers: Sequence[Child], stop: threading.Event) -> ExitCode:
+    def _guard(self) -> FolderGuard:
+        """Return the guard of the run's folder as it is now, with what lasts for the whole run."""
+        folder, experiment = self._folder, self._experiment
+        students = [folder.student(name).path for name in experiment.names]
+        teachers = [folder.teacher(name).path for name in experiment.teacher_names]
+        inside = [folder.supervisor_file, *students, *teachers]
+        return FolderGuard("run folder", folder.path, "its journal, records and checkpoints", inside)
+
+    def _supervise(
+        self, server: Child, workers: Sequence[Child], stop: threading.Event, guard: FolderGuard
+    ) -> ExitCode:
         while not stop.wait(_POLL_SECONDS):
+            guard.check()  # before anything is started again, and so writes to a folder that is not the run's
             if all(worker.done for worker in workers):
                 return self._end_server(server)
             for child in self._children:
@@ -167,7 +199,25 @@ class Supervisor:
         if (server.code or 0) > 0:
             server.record_ending(time.monotonic())
             raise self._error(server)
+        self._check_results()
         return ExitCode.OK  # where it was killed at the last moment, nobody needed it any more
+
+    def _check_results(self) -> None:
+        """Check that the folder of a run that has ended well holds what it is to hold.
+
+        Raises:
+            StorageError: something is missing.
+        """
+        folder = self._folder
+        results = [folder.experiment_file, folder.journal_file, folder.metrics_file, folder.events_file]
+        results += [folder.student(name).checkpoint for name in self._experiment.names]
+        # A list of the folder is new even where a network file system remembers for a while that a file was not there.
+        missing = [str(path) for path in results if path.name not in _names_in(path.parent)]
+        if missing:
+            raise StorageError(
+                f"run folder {folder.path} has lost {', '.join(missing)}, deleted or moved while the run was going on; put it "
+                "back from a copy, or start the run anew in another folder"
+            )
 
     def _record(self, child: Child, decision: Restart | GiveUp) -> None:
         """Record what was decided about a child that ended, and show it."""
@@ -204,14 +254,25 @@ class Supervisor:
                 ExitCode.WORKER_FAILED,
             )
         code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED
-        return CommandError(f"{child.title} {ending}{reason} (log: {child.log})", code)
+        # On a full disk its log may have had no room for its last line.
+        disk = f"; {describe_disk(child.log)}" if code is ExitCode.STORAGE and "mounted at" not in ending.line else ""
+        return CommandError(f"{child.title} {ending}{reason} (log: {child.log}){disk}", code)
 
 
 def _start(child: Child) -> None:
     try:
         child.start(time.monotonic())
     except OSError as error:
-        raise CommandError(f"{child.title} cannot be started: {error}", ExitCode.WORKER_FAILED) from error
+        code = ExitCode.STORAGE if outlasts_restarts(error) else ExitCode.WORKER_FAILED
+        raise CommandError(f"{child.title} cannot be started: {error}{detail(error, child.log)}", code) from error
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it is not there."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _wait_for(children: Sequence[Child], seconds: float) -> None:
@@ -225,6 +286,4 @@ def _open_writer(folder: RunFolder) -> RecordWriter:
     try:
         return RecordWriter(folder.supervisor_file)
     except OSError as error:
-        raise CommandError(
-            f"run folder {folder.path} cannot be written: {error.strerror}; make it writable, or give another --run-dir"
-        ) from error
+        raise CommandError(*unwritable(folder.path, error)) from error

@@ -38,6 +38,9 @@ class ExitCode(IntEnum):
     no heartbeat, and the command that started it killed it."""
     NO_RESOURCES = 12
     """The Ray cluster did not have the resources of the experiment within ``--wait-for-resources``."""
+    STORAGE = 13
+    """The run's folder cannot be written, or was deleted or moved. Or a disk is full, a quota used up, a file system
+    read-only, or too many files are open. The line names the file, its disk and the space left."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM. Every student was saved first, except one that could not do so within 30 s. That one is named and
     killed, and resumes from its last checkpoint. ``codistill serve`` ends with 0 instead."""

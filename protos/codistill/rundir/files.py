@@ -1,4 +1,4 @@
-"""Locks, and files that are either wholly there or not at all: how everything in a run's folder is written.
+"""Locks, private folders, and files that are either wholly there or not at all: how everything in a run's folder is written.
 
 Locks are the kernel's (flock): it releases them when their holder dies, in whatever way. A child that inherits the
 descriptor holds the lock too.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import math
 import os
 import time
@@ -18,12 +19,15 @@ from typing import IO, Any
 __all__ = [
     "is_locked",
     "locked",
+    "make_private_folder",
     "remove_abandoned_parts",
     "staged",
     "sync_folder",
     "try_lock",
     "write_atomically",
 ]
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _PART_SECONDS = 30.0  # for which another writer of the same part is awaited
@@ -46,9 +50,27 @@ def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock on a file; there need be no such file."""
     try:
         with path.open() as file:
-            return not try_lock(file)
+            # Two processes that look at the same time must not take each other for the holder.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
         return False
+    return False
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder that other users can neither read nor write; one that is there keeps its mode, and may get a warning.
+
+    Who shares a folder between users makes it beforehand, with the mode that they need.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o007:
+        _log.warning("folder %s can be used by other users (mode %03o); chmod 700 it", path, mode)
 
 
 @contextlib.contextmanager
@@ -80,7 +102,9 @@ def locked(
         yield file
 
 
-def write_atomically(path: Path, content: str | bytes, *, writer: str = "", previous: Path | None = None) -> None:
+def write_atomically(
+    path: Path, content: str | bytes, *, writer: str = "", previous: Path | None = None, private: bool = False
+) -> None:
     """Write a file that is either wholly there or not at all, whatever dies meanwhile.
 
     Args:
@@ -88,11 +112,12 @@ def write_atomically(path: Path, content: str | bytes, *, writer: str = "", prev
         content: what to write.
         writer: what tells this writer from others of the same file, who may write at the same time.
         previous: where the file that is replaced is kept; otherwise it is lost.
+        private: let nobody but this user read it.
 
     Raises:
         OSError: it could not be written; what was there is still there, in its place or in `previous`.
     """
-    with staged(path, content.encode() if isinstance(content, str) else content, writer) as part:
+    with staged(path, content.encode() if isinstance(content, str) else content, writer, private=private) as part:
         if previous is not None and path.exists():
             path.replace(previous)
         part.replace(path)
@@ -100,7 +125,7 @@ def write_atomically(path: Path, content: str | bytes, *, writer: str = "", prev
 
 
 @contextlib.contextmanager
-def staged(path: Path, content: bytes, writer: str = "") -> Generator[Path, None, None]:
+def staged(path: Path, content: bytes, writer: str = "", *, private: bool = False) -> Generator[Path, None, None]:
     """Write a file beside its place, durable and locked, for the caller to rename; what is not renamed is removed.
 
     Two writers of the same place cannot mix what they write: each has a file of its own. A file of a writer that died
@@ -110,6 +135,7 @@ def staged(path: Path, content: bytes, writer: str = "") -> Generator[Path, None
         path: the place.
         content: what to write.
         writer: what tells this writer from others.
+        private: let nobody but this user read it.
 
     Raises:
         OSError: it could not be written; what was there is still there.
@@ -117,11 +143,17 @@ def staged(path: Path, content: bytes, writer: str = "") -> Generator[Path, None
     part = path.with_name(f"{path.name}.{writer}.part" if writer else f"{path.name}.part")
     with _locked_part(part) as file:
         try:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.truncate(0)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             yield part
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # a write says only what happened, not to which file
+                error.filename = str(path)
+            raise
         finally:
             if _has_name(file, part):  # of a full disk it would keep what is left
                 part.unlink()

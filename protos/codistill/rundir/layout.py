@@ -8,6 +8,7 @@ supervisor.jsonl        which processes ended, and were started again (the comma
 run.lock                held by the command and every process that it started; server.lock by a server
 start.lock              held by a server or a worker while it makes the folder a run's
 server.json             the server's address, while it is up
+run.token               the token that the command made for the run, while it is going on
 driver.json             by which the nodes of a Ray cluster see that they share the folder; host.lock by the actor of a server or a student
 server.log
 students/NAME/          log.txt, checkpoint.safetensors and the one before it, best.safetensors
@@ -127,6 +128,11 @@ class RunLayout:
     def address_file(self) -> Path:
         """Where the server is reached, for as long as one is at work there: :mod:`codistill.rundir.address`."""
         return self.path / "server.json"
+
+    @property
+    def token_file(self) -> Path:
+        """The token that the command made for the run, while it is going on; readable for its user alone."""
+        return self.path / "run.token"
 
     @property
     def driver_file(self) -> Path:

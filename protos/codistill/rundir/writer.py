@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from codistill.rundir.records import Happened, Record
+from codistill.rundir.storage import explain
 
 __all__ = ["RecordWriter"]
 
@@ -51,7 +52,11 @@ class RecordWriter:
             _append(file, record.model_dump_json().encode() + b"\n")
         except OSError as error:
             if not self._failing:
-                _log.error("%s cannot be written: %s; training goes on without records", file.name, error)
+                _log.error(
+                    "%s cannot be written: %s; training goes on without records",
+                    file.name,
+                    explain(error, Path(file.name)),
+                )
             self._failing = True
         else:
             self._failing = False

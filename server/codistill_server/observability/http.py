@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import ipaddress
 import logging
+import re
 import socket
 import socketserver
 import threading
@@ -41,6 +42,8 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _METHODS = "GET, HEAD"
 _LOCAL_NAME = "localhost"
+# A host and its port and nothing else: a URL's other parts, as in `evil.example@localhost`, make no host.
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(:[0-9]{0,5})?", re.ASCII)
 _CLOSED_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
@@ -135,7 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(self._respond(), body=False)
 
     def _respond(self) -> _Response:
-        if self.names is not None and not _names_this_host(self.headers.get("Host"), self.names):
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) > 1 or not all(_HOST.fullmatch(host) for host in hosts):
+            line = "Host: one host is allowed, as a name or an address, and its port\n"
+            return _Response(line.encode(), status=HTTPStatus.BAD_REQUEST)
+        if self.names is not None and not all(_names_this_host(host, self.names) for host in hosts):
             line = "this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
             return _Response(line.encode(), status=HTTPStatus.MISDIRECTED_REQUEST)
         path, query = urlsplit(f"http://-{self.path}")[2:4] if self.path.startswith("/") else ("", "")
@@ -200,13 +207,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Write nothing: clients must not be able to fill the disk."""
 
 
-def _names_this_host(host: str | None, names: frozenset[str]) -> bool:
+def _names_this_host(host: str, names: frozenset[str]) -> bool:
     """Return whether a request's Host is one of `names`, or an address, which no web site can have as its name."""
-    if host is None:  # every browser sends it
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return False
+    name = found["name"].lower()
+    if name in names or name.endswith(f".{_LOCAL_NAME}"):
         return True
     try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name in names or name.endswith(f".{_LOCAL_NAME}") or bool(ipaddress.ip_address(name))
+        return bool(ipaddress.IPv6Address(name[1:-1]) if name.startswith("[") else ipaddress.IPv4Address(name))
     except ValueError:
         return False
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.config.fingerprint import difference, extends
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir.storage import describe_disk
 from codistill.wire.checksum import crc32c
 from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 
@@ -47,7 +49,15 @@ CREATE TABLE IF NOT EXISTS targets (
 
 
 class JournalError(RuntimeError):
-    """The journal cannot be read or written; the text names the file and what to do."""
+    """The journal cannot be read or written; the text names the file and what to do.
+
+    Attributes:
+        code: how the process ends; None leaves it to the caller.
+    """
+
+    def __init__(self, message: str, code: ExitCode | None = None) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -115,9 +125,7 @@ class Journal:
             self._database.execute(f"PRAGMA synchronous={'FULL' if durability == 'power' else 'OFF'}")
             self._database.executescript(_SCHEMA)
         except _ERRORS as error:
-            raise JournalError(
-                f"journal {self._location} cannot be opened: {error}; {_REPLACE if _is_damage(error) else _CHECK_FILE}"
-            ) from error
+            raise self._failed("opened", error, _CHECK_FILE) from error
         stored: dict[str, str] = dict(self._query("SELECT key, value FROM run"))  # pyright: ignore[reportArgumentType]
         if stored and stored.get("schema") != str(_SCHEMA_VERSION):
             raise JournalError(
@@ -272,6 +280,13 @@ class Journal:
     def _settle(self, key: str, value: str) -> None:
         self._write("INSERT INTO run VALUES (?, ?, ?)", (key, value, _checksum(key, value)))
 
+    def _failed(self, done: str, error: Exception, otherwise: str) -> JournalError:
+        """Return the error of a journal that cannot be `done`; where its disk is the cause, with the space left there."""
+        line = f"journal {self._location} cannot be {done}: {error}"
+        if _is_of_storage(error):
+            return JournalError(f"{line}; {_MAKE_ROOM} ({describe_disk(Path(self._location))})", ExitCode.STORAGE)
+        return JournalError(f"{line}; {_REPLACE if _is_damage(error) else otherwise}")
+
     def _damaged(self, how: str) -> JournalError:
         return JournalError(f"journal {self._location} is damaged: {how}; {_REPLACE}")
 
@@ -290,9 +305,7 @@ class Journal:
                     self._database.execute("ROLLBACK")
                 raise
         except _ERRORS as error:
-            raise JournalError(
-                f"journal {self._location} cannot be written: {error}; {_REPLACE if _is_damage(error) else _MAKE_ROOM}"
-            ) from error
+            raise self._failed("written", error, _MAKE_ROOM) from error
 
 
 def holds_rounds(path: Path) -> bool:
@@ -305,6 +318,15 @@ def holds_rounds(path: Path) -> bool:
             return tables != (0,) and database.execute("SELECT 1 FROM rounds LIMIT 1").fetchone() is not None
     except sqlite3.Error:
         return True
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Return whether an error comes from a full disk, a read-only one, or one that fails."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+    )
 
 
 def _is_damage(error: Exception) -> bool:

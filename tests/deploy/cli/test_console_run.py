@@ -12,10 +12,15 @@ from codistill.config.experiment import Experiment, parse
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import locked
 from codistill_deploy import run_folder
+from codistill_deploy.cli import app
 from codistill_deploy.cli.console_run import Wire, run_here, run_in_folder
 from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
+
+MEASURED = (
+    '{"kind":"measured","time":1,"student":"mlp","split":"test","round":3,"epoch":1.0,"accuracy":0.5,"loss":1.0}\n'
+)
 
 
 class TestReport:
@@ -29,21 +34,50 @@ class TestReport:
         return parse(yaml.safe_dump(document))
 
     def end(
-        self, experiment: Experiment, folder: RunFolder, error: Exception | None = None, metrics: str = ""
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        error: Exception | None = None,
+        metrics: str = "",
+        code: ExitCode = ExitCode.OK,
     ) -> ExitCode:
         def run(view: ProgressView, lock: int) -> ExitCode:
             folder.metrics_file.write_text(metrics)
             if error is not None:
                 raise error
-            return ExitCode.OK
+            return code
 
         return run_in_folder(experiment, folder, "x", run, mode="grpc", resume=False, report=True)
 
-    def test_of_a_run_that_failed_too(self, experiment: Experiment, tmp_path: Path) -> None:
+    def test_of_a_run_that_failed_too(
+        self, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         folder = RunFolder(tmp_path)
-        with pytest.raises(CommandError, match="it died"):
-            self.end(experiment, folder, CommandError("it died"))
+        with pytest.raises(CommandError, match="it died") as raised:
+            self.end(experiment, folder, CommandError("it died"), MEASURED)
         assert folder.report_file.is_file()
+        assert raised.value.__notes__ == [f"report: {folder.report_file}"]
+        assert "report" not in capsys.readouterr().out, "it is shown after the error"
+        assert app._print_error(raised.value) is ExitCode.CONFIGURATION
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == (f"report: {folder.report_file}\n", "error: it died\n")
+
+    @pytest.mark.parametrize("code", [ExitCode.INTERRUPTED, None])
+    def test_of_a_run_that_measured_nothing_there_is_none(
+        self, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: ExitCode | None
+    ) -> None:
+        folder = RunFolder(tmp_path)
+        joined = (
+            '{"kind":"joined","time":1,"student":"mlp","model":"mlp","parameters":1,"device":"cpu","total_rounds":9}\n'
+        )
+        if code is None:
+            with pytest.raises(CommandError, match="it died") as raised:
+                self.end(experiment, folder, CommandError("it died"), joined)
+            assert not hasattr(raised.value, "__notes__")
+        else:
+            self.end(experiment, folder, None, joined, code)
+        assert not folder.report_file.exists()
+        assert "report" not in capsys.readouterr().out
 
     @pytest.mark.parametrize("garbage", [True, False])
     def test_one_that_cannot_be_written_hides_no_error(
@@ -53,7 +87,9 @@ class TestReport:
         if not garbage:
             folder.report_file.mkdir()
         with pytest.raises(CommandError, match=r"^it died$") as raised:
-            self.end(experiment, folder, CommandError("it died", ExitCode.HUNG), "garbage\n{}\n" if garbage else "")
+            self.end(
+                experiment, folder, CommandError("it died", ExitCode.HUNG), "garbage\n{}\n" if garbage else MEASURED
+            )
         assert raised.value.code is ExitCode.HUNG
         (line,) = caplog.messages
         assert line.startswith(f"{tmp_path}: no report can be made: ")

@@ -38,3 +38,19 @@ def test_the_options_reach_the_command_as_one_value() -> None:
     assert CliRunner().invoke(one, ["7", *options]).exit_code == 0
     assert CliRunner().invoke(one, ["8"]).exit_code == 0
     assert received == [(7, SecurityFiles(Path("c"), Path("k"), Path("a"), Path("t")), "y"), (8, SecurityFiles(), "z")]
+
+
+def test_a_runs_own_token_serves_where_no_other_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_FILE.variable, raising=False)
+    assert SecurityFiles().read(tmp_path).token is None, "no run is going on there"
+    (tmp_path / "run.token").write_text("the token of the run\n".replace(" ", "-"))
+    (tmp_path / "run.token").chmod(0o600)
+    assert SecurityFiles().read().token is None
+    found = SecurityFiles().read(tmp_path).token
+    assert found is not None
+    assert found.plain == "the-token-of-the-run"
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-the-environment")
+    found = SecurityFiles().read(tmp_path).token
+    assert found is not None
+    assert found.plain == "a-token-of-the-environment"

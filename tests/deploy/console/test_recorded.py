@@ -57,7 +57,7 @@ def left_by(folder: RunFolder, command: list[str], *, steps: int, epochs: float)
         "name: tiny\ndata: {dataset: digits}\ntraining: {epochs: 4}\n"
         "distillation: {method: independent}\nstudents: [{name: a, model: mlp}]\n"
     )
-    folder.join(experiment)
+    folder.join(experiment, supervised=True)
     (folder.path / "run.json").write_text(RunInfo(command=tuple(command)).model_dump_json())
     done = {
         "participant": "a",

@@ -17,6 +17,7 @@ from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.rundir import records
+from codistill.rundir.storage import StorageError
 from codistill.v1 import distillation_pb2 as pb
 from codistill_deploy.launch.in_process import run_in_process
 from codistill_deploy.run_folder import RunFolder
@@ -276,6 +277,13 @@ def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="resumes at round 1, but this server's journal ends at round 0") as refused:
         train(experiment(), path, resume=True)
     assert refused.value.code is ExitCode.REFUSED
+
+
+@pytest.mark.parametrize("lost", ["", "journal.sqlite", "metrics.jsonl", "events.jsonl"])
+def test_a_folder_or_a_file_of_it_that_is_gone_ends_the_run(tmp_path: Path, lost: str) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(StorageError, match=rf"run folder {path}.* moved"):
+        train(experiment(), path, RecordingView(lambda: (path / lost).rename(tmp_path / "elsewhere")))
 
 
 def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(

@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 import errno
+import stat
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
+from codistill.wire.security import Security
+from codistill.wire.token import Token
 from codistill_deploy.console.progress import PlainProgress
 from codistill_deploy.errors import CommandError
-from codistill_deploy.launch.local import run_local
+from codistill_deploy.launch.local import LocalOptions, run_local
 from codistill_deploy.run_folder import RunFolder
 from system.support import experiment_file
+
+
+class RefusedError(Exception):
+    """Ends a run at its first process."""
+
+
+@pytest.mark.parametrize("protected", ["", "token", "insecure", "mutual TLS", "TLS"])
+def test_a_run_that_nothing_else_protects_makes_a_token_that_its_user_alone_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protected: str
+) -> None:
+    experiment = load(experiment_file(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(experiment, mode="grpc", resume=False)
+    own = Token("a-token-of-its-users-own", "a test")
+    options = {
+        "": LocalOptions(),
+        "token": LocalOptions(security=Security(token=own)),
+        "insecure": LocalOptions(insecure=True),
+        "mutual TLS": LocalOptions(security=Security(Path("cert"), Path("key"), Path("ca"))),
+        "TLS": LocalOptions(security=Security(Path("cert"), Path("key"))),
+    }[protected]
+    made = protected in ("", "TLS")
+    seen: list[str] = []
+
+    def look(arguments: list[str], **named: Any) -> None:
+        assert folder.token_file.exists() == made
+        assert named["env"].get("CODISTILL_TOKEN_FILE") == (str(folder.token_file) if made else None)
+        if made:
+            token = folder.token_file.read_text().strip()
+            seen.append(token)
+            assert len(token) == 64
+            assert stat.S_IMODE(folder.token_file.stat().st_mode) == 0o600
+            assert not any(token in text for text in (*arguments, *named["env"].values()))
+        raise RefusedError
+
+    monkeypatch.setattr(subprocess, "Popen", look)
+    for _ in range(2):
+        with pytest.raises(RefusedError):
+            run_local(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event(), options)
+        assert not folder.token_file.exists(), "it ends with the run"
+    assert len(set(seen)) == (2 if made else 0), "each run has another"
 
 
 def test_a_machine_that_can_start_nothing_ends_the_run_with_a_line(

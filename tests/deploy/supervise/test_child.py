@@ -120,15 +120,37 @@ def test_starts_that_fail_use_the_restarts_up(make: Callable[..., Child], monkey
     assert open_files() < before, "nothing is left open"
 
 
-def test_a_folder_that_was_moved_away_is_created_again(make: Callable[..., Child], tmp_path: Path) -> None:
+def test_in_a_folder_that_is_gone_nothing_is_started_and_the_folder_not_made_again(
+    make: Callable[..., Child], tmp_path: Path
+) -> None:
     child = make("print('up')", finishes=False)
     child.start(0)
     wait_for_end(child)
     child.poll(1)
     tmp_path.rename(tmp_path.with_name("elsewhere"))
-    assert child.poll(2) is None
+    assert isinstance(child.poll(2), GiveUp)
+    assert str(child.ending) == f"could not be started: [Errno 2] No such file or directory: '{child.log}'"
+    assert child.ending is not None
+    assert child.ending.code == ExitCode.STORAGE
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE])
+def test_a_start_that_lacks_storage_or_files_is_not_repeated(
+    make: Callable[..., Child], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    child = make("import sys; sys.exit(1)")
+    child.start(0)
     wait_for_end(child)
-    assert child.log.read_text() == "up\n"
+    child.poll(1)
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    assert isinstance(child.poll(2), GiveUp)
+    assert child.ending is not None
+    assert child.ending.code == ExitCode.STORAGE
+    assert os.strerror(number) in str(child.ending)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, None])
@@ -227,13 +249,13 @@ def test_only_what_this_process_printed_counts(make: Callable[..., Child], tmp_p
     assert child.ending.line == "it printed nothing"
 
 
-def test_a_log_that_is_gone_is_no_fault_of_the_run(make: Callable[..., Child], tmp_path: Path) -> None:
-    child = make("import sys; sys.exit(1)")
+def test_the_last_line_of_a_log_that_is_gone_is_still_read(make: Callable[..., Child], tmp_path: Path) -> None:
+    child = make("import sys; print('error: it broke'); sys.exit(1)")
     child.start(0)
     wait_for_end(child)
     (tmp_path / "log.txt").unlink()
     assert child.poll(1) == Restart(0.1, 1, 10)
-    assert str(child.ending) == "ended with exit code 1: its log cannot be read: No such file or directory"
+    assert str(child.ending) == "ended with exit code 1: it broke"
 
 
 def test_of_a_long_log_only_the_end_is_read(make: Callable[..., Child]) -> None:

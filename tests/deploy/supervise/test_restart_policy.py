@@ -29,6 +29,7 @@ NOT_RESTARTED = [
     ExitCode.REFUSED,
     ExitCode.DIVERGED,
     ExitCode.SUPERSEDED,
+    ExitCode.STORAGE,
 ]
 
 endings = st.builds(

@@ -95,13 +95,55 @@ def test_another_path_is_not_found(served: HttpServer, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil", "[::1", ""]
+    "host",
+    [
+        "evil.example",
+        "evil.example:9464",
+        "localhost.evil.example",
+        "127.0.0.1.evil",
+        "evillocalhost",
+        "localhost.",
+        "127.1",
+    ],
 )
 def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: HttpServer, host: str, path: str) -> None:
     status, headers, body = asked(served, path, Host=host)
     assert status == 421
     assert body == b"this port answers to this machine's names only; ask for localhost or 127.0.0.1\n"
     assert "ETag" not in headers
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example@localhost",
+        "evil.example:x@localhost",
+        "127.0.0.1:80@evil.example",
+        "localhost:80:80",
+        "localhost/evil.example",
+        "localhost#evil.example",
+        "localhost?evil.example",
+        "localhost evil.example",
+        "localhost,evil.example",
+        "[::1]evil.example",
+        "[localhost]",
+        "[::1",
+        "::1",
+        "localhost:http",
+        "local\x1fhost",
+        "",
+    ],
+)
+def test_a_host_with_anything_but_a_name_and_a_port_is_refused(served: HttpServer, host: str) -> None:
+    status, headers, body = asked(served, "/metrics", Host=host)
+    assert status == 400
+    assert body == b"Host: one host is allowed, as a name or an address, and its port\n"
+    assert "ETag" not in headers
+
+
+def test_two_hosts_are_refused(served: HttpServer) -> None:
+    answer = raw(served, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+    assert b" 400 " in answer.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
+from codistill.rundir.storage import StorageError
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training import checkpoints
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore, read
@@ -517,6 +518,23 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         CheckpointStore(tmp_path / "file" / "cnn").save(checkpoint())
+
+
+@pytest.mark.parametrize("save", [CheckpointStore.save, CheckpointStore.save_best])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_is_gone_is_an_error_and_is_not_made_again(
+    tmp_path: Path, save: Callable[[CheckpointStore, Checkpoint], None], replaced: bool
+) -> None:
+    folder = tmp_path / "cnn"
+    store = store_with(folder, 1)
+    folder.rename(tmp_path / "elsewhere")
+    if replaced:
+        folder.mkdir()
+    with pytest.raises(StorageError, match=rf"folder {folder} was .*the checkpoints of student 'cnn'"):
+        save(store, checkpoint(2))
+    assert folder.exists() == replaced
+    assert not replaced or list(folder.iterdir()) == []
+    assert read(tmp_path / "elsewhere" / NEWEST).round == 1
 
 
 def test_students_added_to_the_experiment_later_are_nothing_to_a_checkpoint(tmp_path: Path) -> None:

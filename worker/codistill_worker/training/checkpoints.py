@@ -28,6 +28,7 @@ from safetensors.torch import save
 from codistill.config.fingerprint import difference, extends
 from codistill.rundir.files import remove_abandoned_parts, write_atomically
 from codistill.rundir.layout import ParticipantLayout
+from codistill.rundir.storage import FolderGuard
 from codistill_worker.errors import ConfigurationError
 
 __all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read", "serialize"]
@@ -76,11 +77,29 @@ class CheckpointStore:
         self._steps: list[int] = []
         self._torn = False
         self._process = secrets.token_hex(4)  # a process id is another's too, in another container
+        self._guard: FolderGuard | None = None
 
     @property
     def durable_step(self) -> int:
         """The first step that the student needs again after going back to the older checkpoint kept."""
         return self._steps[0] if len(self._steps) > 1 else 0
+
+    @property
+    def holds_newest(self) -> bool:
+        """Whether the newest checkpoint is in its place."""
+        return self._layout.checkpoint.exists()
+
+    def check(self) -> None:
+        """Check that the folder is the one that the student began with, and can be written.
+
+        Raises:
+            StorageError: it is not; the text says what happened and what is lost.
+            OSError: it cannot be made.
+        """
+        if self._guard is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._guard = FolderGuard("folder", self.folder, f"the checkpoints of student {self.folder.name!r}")
+        self._guard.check()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and keep the one before it.
@@ -89,9 +108,10 @@ class CheckpointStore:
         forgotten the rounds before it.
 
         Raises:
+            StorageError: the folder is gone, or can no longer be written.
             OSError: it could not be written; the checkpoints before it stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()
         newest = self._layout.checkpoint
         saved_step = None if self._torn else _step_of(newest)
         if saved_step is not None and saved_step > checkpoint.step:
@@ -106,9 +126,10 @@ class CheckpointStore:
         """Write the best weights so far, without the optimiser's state.
 
         Raises:
+            StorageError: the folder is gone, or can no longer be written.
             OSError: they could not be written; the weights before them stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.check()
         self._write(self._layout.best_weights, checkpoint)
 
     def load(self, student: str, identity: str) -> Checkpoint | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import locked
 from codistill.rundir.layout import RunLayout
+from codistill.rundir.storage import explain, outlasts_restarts
 from codistill_deploy.errors import CommandError
 from codistill_deploy.launch.ray.task import ActorNode, ServerAddress, Task
 from codistill_deploy.supervise.isolation import isolated
@@ -68,8 +69,9 @@ class ProcessActor:
             line = f"{task.lock} is held by a predecessor, on a node that was lost perhaps; end it, and start the run again"
             return Ending(ExitCode.ERROR, line, time.monotonic() - began)
         except OSError as error:
-            line = f"{task.folder} cannot be used on node {self._address()}: {error.strerror or error}"
-            return Ending(ExitCode.ERROR, line, time.monotonic() - began)
+            line = f"{task.folder} cannot be used on node {self._address()}: {explain(error, task.folder)}"
+            code = ExitCode.STORAGE if outlasts_restarts(error) else ExitCode.ERROR
+            return Ending(code, line, time.monotonic() - began)
 
     def send_signal(self, number: int) -> None:
         """Send the process a signal; one that has not started will not."""
