@@ -24,7 +24,7 @@ from codistill_deploy.cli.report import report
 from codistill_deploy.cli.run import run
 from codistill_deploy.cli.serve import serve
 from codistill_deploy.cli.status import status
-from codistill_deploy.cli.stdio import console, flush_or_drop, tolerate_lost_stderr
+from codistill_deploy.cli.stdio import console, flush_or_drop, print_in_any_encoding, tolerate_lost_stderr
 from codistill_deploy.cli.work import work
 from codistill_deploy.supervise.heartbeat import announce_exit
 
@@ -71,6 +71,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get(_DEBUG_VARIABLE) == "1"
     if debug:
         os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
+    print_in_any_encoding()
     tolerate_lost_stderr()
     _set_up_logging(debug)
     code = _run_command(arguments, debug)

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from codistill.wire.proxy import is_here
 from codistill.wire.security_settings import (
     TLS_CA,
     TLS_CERT,
@@ -80,6 +81,8 @@ class Security:
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
         """Return a channel to a server; every call on it carries the token.
 
+        gRPC takes proxies from the environment. A server on this machine is never reached through one.
+
         Args:
             address: the server's "HOST:PORT".
             options: gRPC channel options.
@@ -88,17 +91,18 @@ class Security:
             SecurityError: a file is missing, cannot be read or used, or does not fit the others.
         """
         pair = self._pair()
+        options = [*options, ("grpc.enable_http_proxy", 0)] if is_here(address) else list(options)
         if self.ca is not None:
             key, chain = pair or (None, None)
             credentials = grpc.ssl_channel_credentials(_read_ca(self.ca), key, chain)
-            channel = grpc.secure_channel(address, credentials, list(options))
+            channel = grpc.secure_channel(address, credentials, options)
         elif pair is not None:
             raise SecurityError(
                 f"{TLS_CERT}: a client needs {TLS_CA} too, the CA that signed the server's certificate; for a self-signed "
                 "one that certificate itself"
             )
         else:
-            channel = grpc.insecure_channel(address, list(options))
+            channel = grpc.insecure_channel(address, options)
         return channel if self.token is None else attach_token(channel, self.token)
 
     def _pair(self) -> tuple[bytes, bytes] | None:

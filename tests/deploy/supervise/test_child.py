@@ -33,7 +33,14 @@ def launch() -> Iterator[Launch]:
 def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Child]]:
     made: list[Child] = []
 
-    def child(script: str, *, finishes: bool = True, restarts: int = 10, hang_after: float = 600) -> Child:
+    def child(
+        script: str,
+        *,
+        finishes: bool = True,
+        restarts: int = 10,
+        hang_after: float = 600,
+        serves: Callable[[], bool] = lambda: False,
+    ) -> Child:
         arguments = [sys.executable, "-c", script]
         log = tmp_path / "log.txt"
         made.append(
@@ -44,6 +51,7 @@ def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Child]]:
                 log,
                 restarts,
                 finishes=finishes,
+                serves=serves,
             )
         )
         return made[-1]
@@ -244,3 +252,20 @@ def test_without_restarts_the_first_end_is_the_last(make: Callable[..., Child]) 
     child.start(0)
     wait_for_end(child)
     assert isinstance(child.poll(1), GiveUp)
+
+
+def test_the_same_error_of_a_server_is_given_up_until_it_has_served(make: Callable[..., Child], tmp_path: Path) -> None:
+    address = tmp_path / "address"
+    script = "import os; print(f'error: no /x/{os.getpid()}.db', flush=True); raise SystemExit(1)"
+    for served in (False, True):
+        child = make(script, finishes=False, serves=address.exists)
+        child.start(0)
+        if served:
+            address.touch()
+            child.poll(0)
+            address.unlink()
+        wait_for_end(child)
+        assert child.poll(1) == Restart(0.1, 1, 10)
+        child.poll(2)
+        wait_for_end(child)
+        assert isinstance(child.poll(3), Restart if served else GiveUp)
