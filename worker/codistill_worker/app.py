@@ -130,6 +130,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 f"student {options.student!r} at loading its data and its model", _LOADING * plan.training.hang_after
             )
             dataset = data.load(plan.data, device)
+            _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
             if isinstance(plan, TeacherPlan):
                 return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
             store = CheckpointStore(RunLayout(options.run_dir).student(options.student).path)

@@ -129,7 +129,7 @@ def _print_error(error: Exception) -> ExitCode:
     else:
         found = getattr(error, "code", None)
         code = found if isinstance(found, ExitCode) else None
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = describe_missing(error)
     if line is not None:
         code, lines = ExitCode.CONFIGURATION, [line]

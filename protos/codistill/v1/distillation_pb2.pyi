@@ -346,8 +346,8 @@ class DataFingerprint(google.protobuf.message.Message):
     TRAIN_SAMPLES_FIELD_NUMBER: builtins.int
     CLASSES_FIELD_NUMBER: builtins.int
     digest: builtins.str
-    """digest is a SHA-256, in hexadecimal, over all labels in order, the ids held out, and the shape of an image. The
-    server only compares it.
+    """digest is a SHA-256, in hexadecimal, over all labels in order, the ids held out, the shape of an image, and the images
+    as stored. The server only compares it.
     """
     train_samples: builtins.int
     """train_samples is the number of training samples, held-out ones excluded."""
