@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from codistill.config.base import require_whole_path
 from codistill.wire.proxy import is_here
 from codistill.wire.security_settings import (
     TLS_CA,
@@ -144,7 +145,7 @@ def read(
         environment: the environment's variables; this process's own by default.
 
     Raises:
-        SecurityError: a variable is empty, or the token cannot be read or used.
+        SecurityError: a variable is empty or begins with `~`, or the token cannot be read or used.
     """
     environment = os.environ if environment is None else environment
 
@@ -154,7 +155,10 @@ def read(
         value = environment.get(setting.variable)
         if value == "":
             raise SecurityError(f"{setting.variable}: it is set and empty; name a file, or unset it")
-        return None if value is None else Path(value)
+        try:
+            return None if value is None else Path(require_whole_path(value))
+        except ValueError as error:
+            raise SecurityError(f"{setting.variable}: {value}: {error}") from error
 
     file = named(token_file, TOKEN_FILE)
     token = read_token(file, environment.get(TOKEN_VARIABLE))
