@@ -32,12 +32,16 @@ __all__ = [
 DEFAULT_SERVER = "127.0.0.1:50551"
 
 
-def whole_path(text: str) -> Path:
+def whole_path(given: str | Path) -> Path:
     """Return an option's path.
+
+    Args:
+        given: the text, or the option's default.
 
     Raises:
         typer.BadParameter: it is empty, or begins with `~`, which only a shell expands.
     """
+    text = str(given)
     try:
         if not text:
             raise ValueError("the path is empty; name one, or leave the option out")
