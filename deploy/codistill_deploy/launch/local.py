@@ -90,7 +90,6 @@ def run_local(
 
 def _environment(options: LocalOptions) -> dict[str, str]:
     environment = {**os.environ, **options.security.environment}
-    environment.pop("PYTHONINSPECT", None)  # with it, no process could end with its own exit code
     if options.search_path is not None:
         paths = [str(options.search_path.resolve()), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -19,6 +19,7 @@ from codistill_deploy.supervise.restart_policy import Ending
 __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
+_INSPECT = "PYTHONINSPECT"  # with it, no process ends with its own exit code
 _LOG_TAIL = 65536
 _PIPE_BYTES = 65536  # as many as a pipe holds: old heartbeats must not pass for new ones
 
@@ -73,9 +74,10 @@ class Process:
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,
                 env={
-                    **launch.environment,
+                    **{name: value for name, value in launch.environment.items() if name != _INSPECT},
                     PARENT_VARIABLE: str(launch.parent_pipe),
                     HEARTBEAT_VARIABLE: str(childs_end),
+                    "PYTHONIOENCODING": "utf-8",  # of the log, whatever the terminal's
                 },
                 pass_fds=(launch.parent_pipe, childs_end, *launch.inherited),
                 start_new_session=True,

@@ -269,3 +269,20 @@ def test_the_same_error_of_a_server_is_given_up_until_it_has_served(make: Callab
         child.poll(2)
         wait_for_end(child)
         assert isinstance(child.poll(3), Restart if served else GiveUp)
+
+
+def test_a_process_of_any_environment_ends_with_its_own_code_and_an_error_that_can_be_read(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    environment = {**os.environ, "PYTHONINSPECT": "1", "PYTHONIOENCODING": "utf-16"}
+    script = "print('error: no é'); raise SystemExit(7)"
+    process = Process([sys.executable, "-c", script], tmp_path / "log.txt", Launch(environment, reading), 600)
+    try:
+        deadline = time.monotonic() + 60
+        while process.code is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (process.code, process.ending(1).line) == (7, "no é")
+    finally:
+        process.close()
+        os.close(reading)
+        os.close(writing)
