@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = ["digests"]
 
+_OURS = frozenset({"codistill", "codistill_deploy", "codistill_server", "codistill_worker", "__main__", "__mp_main__"})
 _INSTALLED = tuple(
     f"{folder}/" for name in ("stdlib", "platstdlib", "purelib", "platlib") if (folder := sysconfig.get_path(name))
 )
@@ -20,7 +21,7 @@ def digests() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or name == "__main__" or name.startswith("codistill"):
+        if not isinstance(file, str) or name.partition(".")[0] in _OURS:
             continue
         if file.startswith(_INSTALLED) or _INSTALLED_ELSEWHERE.intersection(Path(file).parts):
             continue

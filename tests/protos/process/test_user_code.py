@@ -29,4 +29,13 @@ def test_modules_beside_an_experiment_and_what_they_import(tmp_path: Path, monke
 
 def test_neither_pythons_nor_what_is_installed_nor_codistills() -> None:
     packages = {name.partition(".")[0] for name in user_code.digests()}
-    assert not packages & {"json", "pathlib", "pydantic", "pytest", "codistill", "codistill_deploy", "__main__"}
+    assert not packages & {
+        "json",
+        "pathlib",
+        "pydantic",
+        "pytest",
+        "codistill",
+        "codistill_deploy",
+        "__main__",
+        "__mp_main__",
+    }
