@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ from support_certificates import Certificates, make_certificates
 
 settings.register_profile("without deadline", deadline=None)  # a machine that is busy is no fault of what is tested
 settings.load_profile("without deadline")
+
+for variable in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):  # the tests' own clients speak over loopback
+    os.environ.pop(variable, None)
+    os.environ.pop(variable.upper(), None)
 
 TOGETHER = ("tests/system/test_dashboards.py", "tests/system/test_ray.py")
 """Modules that one process has, as they start a Prometheus with its runs, and a Ray cluster, for all of their tests."""

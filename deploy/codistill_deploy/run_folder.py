@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 from collections.abc import Callable, Generator, Iterable
@@ -14,12 +15,14 @@ from codistill.config.experiment import Experiment, load
 from codistill.config.fingerprint import difference, extends, identity
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import is_locked, locked, make_private_folder, sync_folder, write_atomically
-from codistill.rundir.info import Mode, write_info
+from codistill.rundir.info import Mode, Start, add_start, differences, write_info
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.storage import unwritable
 from codistill_deploy.errors import CommandError
 
 __all__ = ["RunFolder"]
+
+_log = logging.getLogger("codistill")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class RunFolder(RunLayout):
         Args:
             experiment: the experiment to run.
             mode: "grpc" or "in-process".
-            resume: resume the run in the folder.
+            resume: resume the run in the folder. A warning is logged for each version, processor or module of the user's
+                own that is another one than at the last start.
 
         Raises:
             CommandError: as :meth:`check`, or the folder cannot be written.
@@ -218,10 +222,24 @@ class RunFolder(RunLayout):
         for name in experiment.teacher_names:
             self.teacher(name).path.mkdir(parents=True, exist_ok=True)
         sync_folder(self.students)
-        write_info(self.info_file, mode)
+        self._record_start(Start.now(mode))
         # Last, as it makes the folder a run's.
         write_atomically(self.experiment_file, experiment.to_yaml())
         sync_folder(self.path.parent)
+
+    def _record_start(self, start: Start) -> None:
+        """Record the facts of a start; the first ones stay, and a warning says what has changed since the last."""
+        if not self.has_progress:
+            write_info(self.info_file, start)
+            return
+        try:
+            before = add_start(self.info_file, start)
+        except ValueError as error:
+            _log.warning("%s; the facts of this start replace it", error)
+            write_info(self.info_file, start)
+            return
+        for line in differences(before, start):
+            _log.warning("%s; its numbers may differ from those of a run that was not interrupted", line)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Generator[None, None, None]:

@@ -20,6 +20,8 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.participants import Student
 from codistill.process.exit_codes import ExitCode
+from codistill.rundir import info
+from codistill.rundir.info import RunInfo
 from codistill.rundir.layout import RunLayout
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
@@ -324,3 +326,38 @@ def test_a_start_that_was_killed_anywhere_can_be_resumed(
             assert last > 8
             return
     pytest.fail("start never ends")
+
+
+def test_resuming_adds_a_start_and_warns_of_what_has_changed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(experiment, mode="grpc", resume=False)
+    first = RunInfo.read(folder.info_file)
+    add_checkpoint(folder)
+    folder.start(experiment, mode="grpc", resume=True)
+    assert not caplog.messages, "nothing has changed"
+    monkeypatch.setattr(info, "version", lambda _: "99.1")
+    folder.start(experiment, mode="in-process", resume=True)
+    known = first.versions["torch"]
+    expected = (
+        f"torch: the run was last started with {known}, now with 99.1; its numbers may differ from those of a run"
+    )
+    assert any(message.startswith(expected) for message in caplog.messages)
+    read = RunInfo.read(folder.info_file)
+    assert (read.versions, read.created, read.mode) == (first.versions, first.created, "grpc")
+    assert [each.mode for each in read.resumed] == ["grpc", "in-process"]
+
+
+def test_a_run_json_that_cannot_be_read_keeps_no_run_from_being_resumed(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(experiment, mode="grpc", resume=False)
+    add_checkpoint(folder)
+    folder.info_file.write_text("{")
+    folder.start(experiment, mode="grpc", resume=True)
+    assert caplog.messages[0].endswith(
+        "Invalid JSON: EOF while parsing an object at line 1 column 1; the facts of this start replace it"
+    )
+    assert RunInfo.read(folder.info_file).mode == "grpc"

@@ -133,6 +133,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
             )
             with refuse_exit(title):
                 dataset = data.load(plan.data, device)
+                _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
                 if isinstance(plan, TeacherPlan):
                     return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
                 store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)

@@ -27,7 +27,7 @@ from codistill_deploy.cli.report import report
 from codistill_deploy.cli.run import run
 from codistill_deploy.cli.serve import serve
 from codistill_deploy.cli.status import status
-from codistill_deploy.cli.stdio import console, flush_or_drop, tolerate_lost_stderr
+from codistill_deploy.cli.stdio import console, flush_or_drop, print_in_any_encoding, tolerate_lost_stderr
 from codistill_deploy.cli.work import work
 from codistill_deploy.supervise.heartbeat import announce_exit
 
@@ -75,6 +75,7 @@ def main() -> None:
     if debug:
         os.environ[_DEBUG_VARIABLE] = "1"  # for the processes that this one starts
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes of loaders and of Ray: no module of the working folder
+    print_in_any_encoding()
     tolerate_lost_stderr()
     _set_up_logging(debug)
     code = _run_command(arguments, debug)
@@ -132,7 +133,7 @@ def _print_error(error: Exception) -> ExitCode:
     else:
         found = getattr(error, "code", None)
         code = found if isinstance(found, ExitCode) else None
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = describe_missing(error)
     if line is not None:
         code, lines = ExitCode.CONFIGURATION, [line]

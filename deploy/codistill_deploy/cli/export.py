@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from codistill.process import modules_beside
+from codistill_deploy.cli.options import whole_path
 from codistill_deploy.cli.stdio import console
 from codistill_deploy.run_folder import RunFolder
 
@@ -23,9 +24,9 @@ class Which(StrEnum):
 
 
 def export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", parser=whole_path, help="The run's folder.")],
     student: Annotated[str, typer.Option(help="The student whose weights are written.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("exported"),
+    out: Annotated[Path, typer.Option(parser=whole_path, help="The folder to write to.")] = Path("exported"),
     which: Annotated[
         Which, typer.Option(help="The weights after the last step, or those with the best test accuracy.")
     ] = Which.last,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from codistill.config.base import require_whole_path
 from codistill.rundir.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -25,14 +26,45 @@ __all__ = [
     "ResumeOption",
     "RunDirOption",
     "SecurityFiles",
+    "whole_path",
     "with_security_options",
 ]
 
 DEFAULT_SERVER = "127.0.0.1:50551"
 
-ExperimentArgument = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
-RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME-TIME by default.")]
-LastingDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder; runs/NAME by default.")]
+
+def whole_path(given: str | Path) -> Path:
+    """Return an option's path.
+
+    Args:
+        given: the text, or the option's default.
+
+    Raises:
+        typer.BadParameter: it is empty, or begins with `~`, which only a shell expands.
+    """
+    text = str(given)
+    try:
+        if not text:
+            raise ValueError("the path is empty; name one, or leave the option out")
+        path = Path(require_whole_path(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: {error}" if text else str(error)) from error
+    return (
+        path.absolute() if str(path).startswith("~") else path
+    )  # Path leaves out ./, and child processes are given text
+
+
+ExperimentArgument = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT", parser=whole_path, help="The experiment file.")
+]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option("--run-dir", parser=whole_path, help="The run's folder; runs/NAME-TIME by default."),
+]
+LastingDirOption = Annotated[
+    Path | None,
+    typer.Option("--run-dir", parser=whole_path, help="The run's folder; runs/NAME by default."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run that the folder holds.")]
 InProcessOption = Annotated[
     bool,
@@ -49,18 +81,36 @@ class SecurityFiles:
     """
 
     tls_cert: Annotated[
-        Path | None, typer.Option("--tls-cert", help="This side's certificate, PEM; else CODISTILL_TLS_CERT.")
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            parser=whole_path,
+            help="This side's certificate, PEM; else CODISTILL_TLS_CERT.",
+        ),
     ] = None
     tls_key: Annotated[
-        Path | None, typer.Option("--tls-key", help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.")
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            parser=whole_path,
+            help="The certificate's private key, PEM; else CODISTILL_TLS_KEY.",
+        ),
     ] = None
     tls_ca: Annotated[
         Path | None,
-        typer.Option("--tls-ca", help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA."),
+        typer.Option(
+            "--tls-ca",
+            parser=whole_path,
+            help="The CA that signed the other side's certificate, PEM; else CODISTILL_TLS_CA.",
+        ),
     ] = None
     token_file: Annotated[
         Path | None,
-        typer.Option("--token-file", help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN."),
+        typer.Option(
+            "--token-file",
+            parser=whole_path,
+            help="The file with the token; else CODISTILL_TOKEN_FILE or CODISTILL_TOKEN.",
+        ),
     ] = None
 
     def read(self, run_dir: Path | None = None) -> Security:

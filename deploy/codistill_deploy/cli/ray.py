@@ -12,7 +12,7 @@ import typer
 from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.cli.console_run import read_security_for_both, run_in_folder
-from codistill_deploy.cli.options import ExperimentArgument, SecurityFiles, with_security_options
+from codistill_deploy.cli.options import ExperimentArgument, SecurityFiles, whole_path, with_security_options
 from codistill_deploy.cli.process_setup import find_modules_beside, stop_on_signals
 from codistill_deploy.cli.stdio import console, tolerate_lost_stdout
 from codistill_deploy.errors import CommandError
@@ -32,7 +32,9 @@ def ray(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            "--run-dir", help="The run's folder, on storage that all nodes share; without a cluster, runs/NAME-TIME."
+            "--run-dir",
+            parser=whole_path,
+            help="The run's folder, on storage that all nodes share; without a cluster, runs/NAME-TIME.",
         ),
     ] = None,
     address: Annotated[

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from codistill_deploy.cli.options import whole_path
 from codistill_deploy.cli.stdio import console
 
 __all__ = ["report"]
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run or a comparison.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", parser=whole_path, help="The folder of a run or a comparison.")
+    ],
 ) -> None:
     """Write a run's report: one HTML page that needs no network."""
     from codistill_deploy import report as reports

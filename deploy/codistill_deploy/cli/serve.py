@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Annotated
 
@@ -23,6 +24,9 @@ from codistill_deploy.supervise.heartbeat import start_heartbeat
 from codistill_deploy.supervise.parent_death import exit_with_parent
 
 __all__ = ["serve"]
+
+# With it, prometheus-client keeps its metrics in files of that folder, for servers of several processes. This one has one.
+_OF_OTHER_SERVERS = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 
 _log = logging.getLogger("codistill")
 
@@ -49,6 +53,8 @@ def serve(
     stop = threading.Event()
     supervised = exit_with_parent(stop)
     loaded = load(experiment)
+    for variable in _OF_OTHER_SERVERS:
+        os.environ.pop(variable, None)
     from codistill_deploy.compare.generations import require_single_run
     from codistill_server.app import ServeOptions, check
     from codistill_server.app import serve as run_server

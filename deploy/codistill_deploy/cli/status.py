@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from codistill_deploy.cli.options import DEFAULT_SERVER, SecurityFiles, with_security_options
+from codistill_deploy.cli.options import DEFAULT_SERVER, SecurityFiles, whole_path, with_security_options
 from codistill_deploy.cli.stdio import console
 from codistill_deploy.run_folder import RunFolder
 
@@ -21,7 +21,10 @@ __all__ = ["status"]
 def status(
     *,
     server: Annotated[str | None, typer.Option(help=f"The server's HOST:PORT; {DEFAULT_SERVER} by default.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The folder of a run on this machine.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", parser=whole_path, help="The folder of a run on this machine."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole state as JSON.")] = False,
     security_files: SecurityFiles,
 ) -> None:

@@ -1,8 +1,10 @@
-"""The console of the commands, and standard streams that may be lost while the command goes on."""
+"""The console of the commands, and standard streams of any encoding, which may be lost while the command goes on."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -10,10 +12,19 @@ from typing import Any, TextIO, cast
 
 from codistill_deploy.console.literal import make_console
 
-__all__ = ["LossyStream", "console", "flush_or_drop", "tolerate_lost_stderr", "tolerate_lost_stdout"]
+__all__ = [
+    "LossyStream",
+    "console",
+    "flush_or_drop",
+    "print_in_any_encoding",
+    "tolerate_lost_stderr",
+    "tolerate_lost_stdout",
+]
 
 console = make_console()
 _log = logging.getLogger("codistill")
+_PLAIN = {"–": "-", "—": "-", "…": "...", "×": "x", "±": "+/-", "→": "->", "≥": ">=", "≤": "<=", "·": "."}
+_ERRORS = "codistill-plain"
 
 
 class LossyStream:
@@ -50,6 +61,24 @@ class LossyStream:
         name, self._unreported_name = self._unreported_name, ""
         if name:
             _log.warning("%s cannot be written: %s; the run goes on without it", name, error.strerror)
+
+
+def print_in_any_encoding() -> None:
+    """Let standard streams write every character: those that their encoding lacks in plain letters, or as escapes.
+
+    The locale or PYTHONIOENCODING may set an encoding as narrow as ASCII.
+    """
+    codecs.register_error(_ERRORS, _in_plain_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character) or ascii(character)[1:-1] for character in lacking), error.end
 
 
 def tolerate_lost_stdout() -> None:

@@ -6,6 +6,7 @@ string in a table.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console, JustifyMethod, OverflowMethod
@@ -36,6 +37,9 @@ class LiteralConsole(Console):
 
 def make_console(**options: Any) -> Console:
     """Return a console; `options` are those of rich's."""
+    sizes = {name for name in ("COLUMNS", "LINES") if not os.environ.get(name, "").strip("0 ")}
+    # Of a width or a height of 0, rich shows nothing.
+    options.setdefault("_environ", {name: value for name, value in os.environ.items() if name not in sizes})
     return LiteralConsole(markup=False, emoji=False, highlight=False, **options)
 
 

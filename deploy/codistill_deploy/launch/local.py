@@ -138,7 +138,9 @@ def _server(
     arguments += ["--insecure"] if options.insecure else []
     log = folder.server_log
     start_process = partial(Process, [sys.executable, *arguments], log, launch, hang_after)
-    return Child("the server", "", start_process, log, options.restarts, finishes=False)
+    return Child(
+        "the server", "", start_process, log, options.restarts, finishes=False, serves=folder.address_file.exists
+    )
 
 
 def _worker(spec: ProcessSpec, folder: RunFolder, options: LocalOptions, launch: Launch) -> Child:

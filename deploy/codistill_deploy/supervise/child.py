@@ -49,6 +49,7 @@ class Child:
         log: the file that holds its output.
         restarts: how often it is restarted.
         finishes: whether the exit code 0 means that its work is done; a server's never is.
+        serves: returns whether it serves now. Its errors come back for ever until it has; always of a process that finishes.
 
     Attributes:
         ending: how it ended last, if its work was not done.
@@ -64,6 +65,7 @@ class Child:
         restarts: int = DEFAULT_RESTARTS,
         *,
         finishes: bool = True,
+        serves: Callable[[], bool] = lambda: False,
     ) -> None:
         self.title = title
         self.participant = participant
@@ -73,6 +75,8 @@ class Child:
         self._start_process = start_process
         self._restarts = restarts
         self._finishes = finishes
+        self._serves = serves
+        self._served = False
         self._earlier_endings: list[Ending] = []
         self._process: ManagedProcess | None = None
         self._started_at = 0.0
@@ -113,6 +117,7 @@ class Child:
         Returns:
             What was decided, once for each ending; `ending` says how it ended. None if nothing is new.
         """
+        self._served = self._served or self._serves()
         if self.given_up is not None or self.running or self.done:
             return None
         if self._restart_at is None:
@@ -124,7 +129,7 @@ class Child:
             if failed is None:
                 return None
             ending = failed
-        decision = decide(ending, self._earlier_endings, self._restarts, deterministic=self._finishes)
+        decision = decide(ending, self._earlier_endings, self._restarts, deterministic=not self._served)
         self._earlier_endings.append(ending)
         if isinstance(decision, Restart):
             self._restart_at = now + decision.after

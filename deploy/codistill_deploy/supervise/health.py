@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
+from codistill.wire.proxy import proxy_advice
 from codistill.wire.security import Security
 from codistill.wire.words import word
 from codistill_deploy.errors import CommandError
@@ -38,10 +39,9 @@ def check_server(address: str, security: Security | None = None) -> str:
         except grpc.RpcError as error:
             call = cast("grpc.Call", error)  # what a failed call raises is the call itself
             details = " ".join(str(call.details()).split())
+            advice = proxy_advice(address) or "check the address with --server, and the server's log"
             raise CommandError(
-                f"server {address} does not answer: {call.code().name}: {details}; check the address with --server, and "
-                "the server's log",
-                ExitCode.UNREACHABLE,
+                f"server {address} does not answer: {call.code().name}: {details}; {advice}", ExitCode.UNREACHABLE
             ) from error
     if response.status != health_pb2.HealthCheckResponse.SERVING:
         raise CommandError(f"server {address} is going down; start it again", ExitCode.UNREACHABLE)

@@ -19,6 +19,7 @@ from codistill_deploy.supervise.restart_policy import Ending
 __all__ = ["Launch", "Process"]
 
 _KILL_SECONDS = 5.0
+_INSPECT = "PYTHONINSPECT"  # with it, no process ends with its own exit code
 _LOG_TAIL = 65536
 _CUT_SHORT = (
     "something in it ended the process, with 0 and before its work was done; os._exit does that: see what calls it"
@@ -74,9 +75,10 @@ class Process:
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,
                 env={
-                    **launch.environment,
+                    **{name: value for name, value in launch.environment.items() if name != _INSPECT},
                     PARENT_VARIABLE: str(launch.parent_pipe),
                     HEARTBEAT_VARIABLE: str(childs_end),
+                    "PYTHONIOENCODING": "utf-8",  # of the log, whatever the terminal's
                 },
                 pass_fds=(launch.parent_pipe, childs_end, *launch.inherited),
                 start_new_session=True,

@@ -34,7 +34,8 @@ _NEVER = {
 }
 _NOT_ITS_OWN = (ExitCode.INTERRUPTED, ExitCode.OUT_OF_MEMORY)
 _WAITS = (ExitCode.GAVE_UP, ExitCode.HUNG, ExitCode.UNREACHABLE)
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
+# A process id, a port, an object's address, a temporary file: they differ from start to start. A round does not.
+_OF_ONE_START = re.compile(r"(?<!round )(?<!step )(?<!epoch )\b(?:\w*\d\w*|tmp\w{8})\b")
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class Ending:
         return f"ended with exit code {self.code}: {self.line}"
 
     def same_error(self, other: Ending) -> bool:
-        """Return whether both are the same error of the process itself.
+        """Return whether both are the same error of the process itself, apart from numbers that differ between starts.
 
         A signal, a request to end, a lack of memory, and a start that failed are no such errors.
         """
         if self.code != other.code or self.code <= 0 or self.code in _NOT_ITS_OWN or not self.started:
             return False
-        return _without_addresses(self.line) == _without_addresses(other.line)
+        return _OF_ONE_START.sub("#", self.line) == _OF_ONE_START.sub("#", other.line)
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def decide(ending: Ending, earlier: Sequence[Ending], limit: int, *, determinist
         ending: how it ended.
         earlier: how it ended before, oldest first; it was restarted each time.
         limit: how often it may be restarted before it has run well.
-        deterministic: whether the same error comes back for ever. A worker repeats its steps, so it does. A server's errors
-            depend on its callers and its disk.
+        deterministic: whether the same error comes back for ever. A worker repeats its steps, so it does. The errors of a
+            server that has served depend on its callers and its disk.
     """
     if limit == 0:
         return GiveUp(RESTARTS_OFF)
@@ -119,10 +120,6 @@ def _since_it_ran_well(endings: Sequence[Ending]) -> Sequence[Ending]:
     """Return the endings from the last good run's on; a run that ended in a long wait was not a good one."""
     good_runs = [index for index, ending in enumerate(endings) if ending.ran >= RAN_WELL and ending.code not in _WAITS]
     return endings[good_runs[-1] :] if good_runs else endings
-
-
-def _without_addresses(line: str) -> str:
-    return _ADDRESS.sub("0x", line)
 
 
 def _signal_name(number: int) -> str:

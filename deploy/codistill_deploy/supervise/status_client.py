@@ -12,6 +12,7 @@ from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.v1.distillation_pb2_grpc import DistillationServiceStub
 from codistill.wire import diagnose
+from codistill.wire.proxy import proxy_advice
 from codistill.wire.security import REFUSALS, Security
 from codistill.wire.times import duration
 from codistill_deploy.errors import CommandError
@@ -50,11 +51,8 @@ def fetch_status(address: str, security: Security | None = None) -> pb.Run:
     reason = diagnose.explain(address, security) if code is grpc.StatusCode.UNAVAILABLE else None
     if reason is not None:
         raise CommandError(f"server {address}: {reason}", ExitCode.REFUSED)
-    raise CommandError(
-        f"server {address} does not answer: {code.name}: {details}; check the address with --server, or name the run's "
-        "folder with --run-dir",
-        ExitCode.UNREACHABLE,
-    )
+    advice = proxy_advice(address) or "check the address with --server, or name the run's folder with --run-dir"
+    raise CommandError(f"server {address} does not answer: {code.name}: {details}; {advice}", ExitCode.UNREACHABLE)
 
 
 def watch_status(

@@ -23,6 +23,7 @@ from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire import diagnose
 from codistill.wire.channel import client_options
+from codistill.wire.proxy import proxy_advice
 from codistill.wire.security import Security
 from codistill.wire.times import seconds
 
@@ -205,6 +206,8 @@ class GrpcTransport:
     def _diagnose(self, failure: Failure, step: Join) -> Failure:
         """Return a failure, with what a probe of the port reveals if the status says little and people will read it.
 
+        Where nothing is found, it names the proxy between the two, if there is one.
+
         Raises:
             PeerError: certificates keep out a peer that never joined. One that had joined tries again, as certificates may
                 be renewed in time.
@@ -214,7 +217,7 @@ class GrpcTransport:
             return failure
         wrong = diagnose.explain(self._address, self._security, min(max(step.remaining, 0.1), _DIAGNOSE_SECONDS))
         if wrong is None:
-            return failure
+            return replace(failure, advice=proxy_advice(self._address) or failure.advice)
         if never_joined:
             raise PeerError(f"server {self._address}: {wrong}", ExitCode.REFUSED)
         return replace(failure, details=wrong, advice="")

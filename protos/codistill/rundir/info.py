@@ -1,11 +1,12 @@
-"""``run.json``: the facts of a run that its experiment does not hold."""
+"""``run.json``: the facts of a run that its experiment does not hold, of its first start and of each later one."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,18 +15,31 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from codistill import __version__
+from codistill.process import user_code
 from codistill.rundir.files import write_atomically
 
-__all__ = ["Mode", "RunInfo", "write_info"]
+__all__ = ["Mode", "RunInfo", "Start", "add_start", "differences", "write_info"]
 
-_PACKAGES = ("torch", "grpcio", "protobuf", "numpy")
+_PACKAGES = ("torch", "grpcio", "protobuf", "numpy", "torchvision", "timm", "pillow", "scikit-learn")
+_OF_THE_NUMBERS = ("codistill", "python", "torch", "numpy", "torchvision", "timm", "pillow", "scikit-learn")
+_MOST_RESUMES = 1000
+_SHOWN_OF_A_DIGEST = 12
 
 Mode: TypeAlias = Literal["grpc", "in-process"]
 """How a run's students reach the coordinator."""
 
 
-class RunInfo(BaseModel):
-    """The facts of a run that its experiment does not hold. Every field may be missing."""
+class Start(BaseModel):
+    """The facts of one start of a run. Every field may be missing.
+
+    Attributes:
+        created: when.
+        versions: of packages, by name.
+        command: the command line.
+        mode: how the students reach the coordinator.
+        machine: the operating system, the processor and the number of its cores.
+        code: SHA-256 of the user's own modules, by name.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,6 +48,35 @@ class RunInfo(BaseModel):
     command: tuple[str, ...] = ()
     mode: Mode | None = None
     machine: dict[str, Any] = Field(default_factory=dict)
+    code: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def now(cls, mode: Mode) -> Start:
+        """Return the facts of a start by this process."""
+        versions = {"codistill": __version__, "python": platform.python_version()}
+        for package in _PACKAGES:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return cls(
+            created=datetime.now(UTC).replace(microsecond=0),
+            mode=mode,
+            command=("codistill", *(_valid(argument) for argument in sys.argv[1:])),
+            versions=versions,
+            machine={"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count() or 0},
+            code=user_code.digests(),
+        )
+
+
+class RunInfo(Start):
+    """The facts of a run that its experiment does not hold: those of its first start, and the later ones.
+
+    Attributes:
+        resumed: the later starts, oldest first.
+    """
+
+    resumed: tuple[Start, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> RunInfo:
@@ -51,24 +94,72 @@ class RunInfo(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
 
+    @property
+    def last(self) -> Start:
+        """The facts of the last start."""
+        return self.resumed[-1] if self.resumed else self
 
-def write_info(path: Path, mode: Mode) -> None:
-    """Write the facts of a run that this process starts.
+
+def write_info(path: Path, start: Start) -> None:
+    """Write the facts of a run that starts.
 
     Raises:
         OSError: it could not be written.
     """
-    versions = {"codistill": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    about = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "mode": mode,
-        "command": ["codistill", *sys.argv[1:]],
-        "versions": versions,
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count() or 0},
-    }
-    write_atomically(path, json.dumps(about, indent=2) + "\n")
+    _write(path, RunInfo(**dict(start)))
+
+
+def add_start(path: Path, start: Start) -> Start:
+    """Add a later start to the facts of a run, and return those of the start before. The first ones stay.
+
+    Of more than 1,000 later starts the last are kept.
+
+    Raises:
+        OSError: it could not be written.
+        ValueError: the file is not of this form.
+    """
+    info = RunInfo.read(path)
+    if info == RunInfo():
+        write_info(path, start)
+    else:
+        _write(path, info.model_copy(update={"resumed": (*info.resumed, start)[-_MOST_RESUMES:]}))
+    return info.last
+
+
+def differences(before: Start, now: Start) -> Iterator[str]:
+    """Yield a line for each fact of two starts that differs and decides numbers; it names both values."""
+    for package in _OF_THE_NUMBERS:
+        yield from _difference(package, before.versions, now.versions)
+    yield from _difference("processor", before.machine, now.machine)
+    for module in sorted(before.code.keys() & now.code.keys()):
+        old, new = before.code[module], now.code[module]
+        if old != new:
+            yield (
+                f"module {module!r} has changed since the run was last started: its SHA-256 was "
+                f"{old[:_SHOWN_OF_A_DIGEST]}… and is {new[:_SHOWN_OF_A_DIGEST]}…"
+            )
+
+
+def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    old, new = before.get(name), now.get(name)
+    if old != new and old is not None:
+        yield f"{name}: the run was last started with {old}, now with {new or 'none'}"
+
+
+def _write(path: Path, info: RunInfo) -> None:
+    write_atomically(path, info.model_dump_json(indent=2) + "\n")
+
+
+def _valid(text: str) -> str:
+    """Return a text without the surrogates of bytes that are no text, which JSON cannot hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _processor() -> str:
+    """Return the processor's name as the system gives it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip().lower() in ("model name", "cpu part"):
+                return f"{value.strip()} ({platform.machine()})"
+    return platform.processor() or platform.machine()

@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 
+from codistill.config.base import require_whole_path
+from codistill.wire.proxy import is_here
 from codistill.wire.security_settings import (
     TLS_CA,
     TLS_CERT,
@@ -80,6 +82,8 @@ class Security:
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
         """Return a channel to a server; every call on it carries the token.
 
+        gRPC takes proxies from the environment. A server on this machine is never reached through one.
+
         Args:
             address: the server's "HOST:PORT".
             options: gRPC channel options.
@@ -88,17 +92,18 @@ class Security:
             SecurityError: a file is missing, cannot be read or used, or does not fit the others.
         """
         pair = self._pair()
+        options = [*options, ("grpc.enable_http_proxy", 0)] if is_here(address) else list(options)
         if self.ca is not None:
             key, chain = pair or (None, None)
             credentials = grpc.ssl_channel_credentials(_read_ca(self.ca), key, chain)
-            channel = grpc.secure_channel(address, credentials, list(options))
+            channel = grpc.secure_channel(address, credentials, options)
         elif pair is not None:
             raise SecurityError(
                 f"{TLS_CERT}: a client needs {TLS_CA} too, the CA that signed the server's certificate; for a self-signed "
                 "one that certificate itself"
             )
         else:
-            channel = grpc.insecure_channel(address, list(options))
+            channel = grpc.insecure_channel(address, options)
         return channel if self.token is None else attach_token(channel, self.token)
 
     def _pair(self) -> tuple[bytes, bytes] | None:
@@ -140,7 +145,7 @@ def read(
         environment: the environment's variables; this process's own by default.
 
     Raises:
-        SecurityError: a variable is empty, or the token cannot be read or used.
+        SecurityError: a variable is empty or begins with `~`, or the token cannot be read or used.
     """
     environment = os.environ if environment is None else environment
 
@@ -150,7 +155,10 @@ def read(
         value = environment.get(setting.variable)
         if value == "":
             raise SecurityError(f"{setting.variable}: it is set and empty; name a file, or unset it")
-        return None if value is None else Path(value)
+        try:
+            return None if value is None else Path(require_whole_path(value))
+        except ValueError as error:
+            raise SecurityError(f"{setting.variable}: {value}: {error}") from error
 
     file = named(token_file, TOKEN_FILE)
     token = read_token(file, environment.get(TOKEN_VARIABLE))

@@ -22,6 +22,11 @@ __all__ = ["JoinAdmission"]
 _DIGEST_BYTES = 64  # of a digest from outside, which may have any length
 _LARGEST_COUNT = 2**53  # what JSON, the journal's 64-bit integers and float metrics all hold exactly
 
+_WHICH_DATA = (
+    "; labels, images or the samples held out differ: compare the lines `data digests` of the workers' logs, then give all "
+    "workers the same files"
+)
+
 
 class JoinAdmission:
     """Admits workers that compute the same run, and settles facts that the experiment leaves open.
@@ -103,10 +108,11 @@ class JoinAdmission:
         )
         for field, value in self._settled.items():
             if facts[field] != value:
+                which = _WHICH_DATA if field == "data.data_sha256" else ""
                 raise RequestRejected(
                     Status.FAILED_PRECONDITION,
                     f"{field}: the run has {value}, this worker {facts[field]}; all participants need the same data set, "
-                    f"in the same order{seeding}",
+                    f"in the same order{which}{seeding}",
                 )
         self._check_outputs(request)
         self._check_weights(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from codistill.wire.security_settings import TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, TOKEN_VARIABLE
 from codistill_deploy.cli.app import app
-from codistill_deploy.cli.options import SecurityFiles, with_security_options
+from codistill_deploy.cli.options import SecurityFiles, whole_path, with_security_options
 
 
 @pytest.mark.parametrize("command", ["run", "ray", "serve", "work", "status", "health"])
@@ -54,3 +55,49 @@ def test_a_runs_own_token_serves_where_no_other_is_given(tmp_path: Path, monkeyp
     found = SecurityFiles().read(tmp_path).token
     assert found is not None
     assert found.plain == "a-token-of-the-environment"
+
+
+def test_a_path_is_whole_wherever_a_command_takes_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    paths = 0
+    for registered in app.registered_commands:
+        assert registered.callback is not None
+        for parameter in inspect.signature(registered.callback, eval_str=True).parameters.values():
+            if "Path" in str(parameter.annotation):
+                (settings,) = parameter.annotation.__metadata__
+                assert settings.parser is whole_path, f"{registered.callback.__name__}: {parameter.name}"
+                paths += 1
+    assert paths > 30
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "~/e.yaml"],
+        ["run", "e.yaml", "--run-dir=~/x"],
+        ["run", "e.yaml", "--run-dir", "~"],
+        ["serve", "e.yaml", "--tls-cert", "~/c"],
+        ["report", "~/x"],
+        ["export", "x", "--student", "a", "--out", "~/y"],
+        ["status", "--run-dir", ""],
+    ],
+)
+def test_a_path_that_only_a_shell_expands_is_refused_with_the_whole_one(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    ended = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert ended.exit_code == 2
+    if arguments[-1]:
+        assert re.search(r"write the whole path, /home/me[/\w.]*, or \./~", ended.output), ended.output
+    else:
+        assert "'--run-dir': the path is empty; name one, or leave the option out" in ended.output
+
+
+def test_a_folder_named_so_is_reached_by_the_way_that_the_error_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert whole_path("./~/x") == tmp_path / "~" / "x", "as text it passes for a path in a child's command line too"
+    assert whole_path("a/~/x") == Path("a/~/x")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from codistill.v1 import distillation_pb2 as pb
+from codistill_deploy.cli.app import app
 from codistill_deploy.cli.stdio import LossyStream
 from codistill_deploy.console.progress import LiveProgress, PlainProgress, make_view
 
@@ -88,3 +90,53 @@ def test_a_full_disk_under_both_changes_no_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run([sys.executable, "-c", PROGRAM, "full"], check=False, stdout=full, stderr=full)
     assert ended.returncode == 7
+
+
+SAYS = textwrap.dedent("""
+    import logging, sys
+    from rich.table import Table
+    from codistill_deploy.cli import app as cli
+    from codistill_deploy.cli.stdio import console, tolerate_lost_stdout
+
+    def command(**options):
+        for tolerate in (lambda: None, tolerate_lost_stdout):
+            tolerate()
+            console.print("98 – 99 % ± 0.2, 8×8 … é \\U0001f600")
+            table = Table("–")
+            table.add_row("±")
+            console.print(table)
+            print("→ of a user's code")
+            logging.getLogger("codistill").warning("round 7 – é")
+        raise ValueError("no – é")
+
+    cli.app = command
+    cli.main()
+""")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said", "error"),
+    [
+        ("ascii", b"98 - 99 % +/- 0.2, 8x8 ... \\xe9 \\U0001f600", b"no - \\xe9"),
+        ("latin-1", b"98 - 99 % \xb1 0.2, 8\xd78 ... \xe9 \\U0001f600", b"no - \xe9"),
+        ("ascii:strict", b"98 - 99 % +/- 0.2", b"no - \\xe9"),
+        ("utf-8", "98 – 99 % ± 0.2, 8×8 … é \U0001f600".encode(), "no – é".encode()),
+    ],
+)
+def test_every_character_can_be_printed_in_a_narrow_encoding(encoding: str, said: bytes, error: bytes) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", SAYS], check=False, capture_output=True, env=environment)
+    assert ended.returncode == 1
+    assert ended.stdout.count(said) == 2
+    assert b"error: ValueError: " + error in ended.stderr
+    assert b"round 7 " in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [[], *([registered.callback.__name__] for registered in app.registered_commands)])  # type: ignore[union-attr]
+def test_the_help_of_every_command_can_be_printed_in_ascii(command: list[str]) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    program = [sys.executable, "-m", "codistill_deploy", *command, "--help"]
+    ended = subprocess.run(program, check=False, capture_output=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"Usage: codistill" in ended.stdout

@@ -97,3 +97,18 @@ def test_log_lines_show_what_acts_on_a_terminal() -> None:
     assert lines[0].endswith("WARNING a\\x1b[31m\\rb\\nc")
     assert lines[1].endswith("WARNING d\\x1b[31m")
     assert lines[2:] == ["e"]
+
+
+@pytest.mark.parametrize("size", ["0", "00", "", "-1", "wide"])
+def test_a_terminal_size_in_the_environment_that_is_none_hides_nothing(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.setenv(name, size)
+    for terminal in (False, True):
+        console = make_console(file=io.StringIO(), force_terminal=terminal)
+        console.print("report: x", soft_wrap=True)
+        table = Table("a heading")
+        console.print(table)
+        assert "report: x" in printed(console)
+        assert "a heading" in printed(console)

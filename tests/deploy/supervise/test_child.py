@@ -33,7 +33,14 @@ def launch() -> Iterator[Launch]:
 def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Child]]:
     made: list[Child] = []
 
-    def child(script: str, *, finishes: bool = True, restarts: int = 10, hang_after: float = 600) -> Child:
+    def child(
+        script: str,
+        *,
+        finishes: bool = True,
+        restarts: int = 10,
+        hang_after: float = 600,
+        serves: Callable[[], bool] = lambda: False,
+    ) -> Child:
         arguments = [sys.executable, "-c", script]
         log = tmp_path / "log.txt"
         made.append(
@@ -44,6 +51,7 @@ def make(launch: Launch, tmp_path: Path) -> Iterator[Callable[..., Child]]:
                 log,
                 restarts,
                 finishes=finishes,
+                serves=serves,
             )
         )
         return made[-1]
@@ -279,3 +287,37 @@ def test_without_restarts_the_first_end_is_the_last(make: Callable[..., Child]) 
     child.start(0)
     wait_for_end(child)
     assert isinstance(child.poll(1), GiveUp)
+
+
+def test_the_same_error_of_a_server_is_given_up_until_it_has_served(make: Callable[..., Child], tmp_path: Path) -> None:
+    address = tmp_path / "address"
+    script = "import os; print(f'error: no /x/{os.getpid()}.db', flush=True); raise SystemExit(1)"
+    for served in (False, True):
+        child = make(script, finishes=False, serves=address.exists)
+        child.start(0)
+        if served:
+            address.touch()
+            child.poll(0)
+            address.unlink()
+        wait_for_end(child)
+        assert child.poll(1) == Restart(0.1, 1, 10)
+        child.poll(2)
+        wait_for_end(child)
+        assert isinstance(child.poll(3), Restart if served else GiveUp)
+
+
+def test_a_process_of_any_environment_ends_with_its_own_code_and_an_error_that_can_be_read(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    environment = {**os.environ, "PYTHONINSPECT": "1", "PYTHONIOENCODING": "utf-16"}
+    script = "print('error: no é'); raise SystemExit(7)"
+    process = Process([sys.executable, "-c", script], tmp_path / "log.txt", Launch(environment, reading), 600)
+    try:
+        deadline = time.monotonic() + 60
+        while process.code is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (process.code, process.ending(1).line) == (7, "no é")
+    finally:
+        process.close()
+        os.close(reading)
+        os.close(writing)

@@ -94,10 +94,29 @@ def test_the_same_error_twice_in_a_row_is_enough() -> None:
     assert isinstance(decide(after_a_good_run, [error], 10), Restart), "not at the same place"
 
 
-def test_an_error_is_the_same_wherever_its_objects_lie() -> None:
-    first = Ending(ExitCode.ERROR, "TypeError: <Net object at 0x7f00aa10> is not callable")
-    second = Ending(ExitCode.ERROR, "TypeError: <Net object at 0x7f11bb20> is not callable")
-    assert isinstance(decide(second, [first], 10), GiveUp)
+@pytest.mark.parametrize(
+    ("one", "another"),
+    [
+        (
+            "TypeError: <Net object at 0x7f00aa10> is not callable",
+            "TypeError: <Net object at 0x7f11bb20> is not callable",
+        ),
+        ("No such file or directory: '/x/histogram_4123.db'", "No such file or directory: '/x/histogram_977.db'"),
+        ("bind 127.0.0.1:41181: not permitted", "bind 127.0.0.1:50001: not permitted"),
+        ("cannot write /tmp/tmpq3_8zk1a/x", "cannot write /tmp/tmpabcdefgh/x"),
+        ("lock of process 12 on a1b2c3d4", "lock of process 1377 on 9f8e7d6c"),
+    ],
+)
+def test_an_error_is_the_same_whatever_numbers_a_start_puts_in_it(one: str, another: str) -> None:
+    assert isinstance(decide(Ending(ExitCode.ERROR, one), [Ending(ExitCode.ERROR, another)], 10), GiveUp)
+
+
+@pytest.mark.parametrize(
+    ("one", "another"),
+    [("KeyError at round 7", "KeyError at round 70"), ("no such file: a", "no such file: b"), ("epoch 1", "epoch 2")],
+)
+def test_an_error_at_another_place_is_another(one: str, another: str) -> None:
+    assert isinstance(decide(Ending(ExitCode.ERROR, one), [Ending(ExitCode.ERROR, another)], 10), Restart)
 
 
 def test_an_error_of_a_server_may_not_come_back() -> None:

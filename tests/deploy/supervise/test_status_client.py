@@ -17,6 +17,7 @@ from codistill.v1.distillation_pb2_grpc import DistillationServiceServicer, add_
 from codistill.wire.security import Security
 from codistill.wire.times import seconds
 from codistill_deploy.errors import CommandError
+from codistill_deploy.supervise.health import check_server
 from codistill_deploy.supervise.status_client import fetch_status, watch_status
 from support_certificates import TOKEN, Certificates
 
@@ -99,3 +100,12 @@ def test_a_refused_live_view_shows_nothing_and_ends_when_the_run_is_over(certifi
         watching.join(30)
         assert not watching.is_alive()
     assert seen == []
+
+
+def test_a_server_behind_a_proxy_that_is_away_is_named_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for ask in (fetch_status, check_server):
+        with pytest.raises(CommandError, match=r"set no_proxy=server\.example to connect directly$") as raised:
+            ask("server.example:50551")
+        assert "http_proxy sends" in str(raised.value)
+        assert raised.value.code is ExitCode.UNREACHABLE

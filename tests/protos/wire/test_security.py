@@ -34,6 +34,11 @@ class TestRead:
     def test_a_variable_that_is_empty_is_no_protection_that_was_meant(self, variable: str) -> None:
         assert refused(lambda: read(environment={variable: ""})).startswith(f"{variable}: ")
 
+    @pytest.mark.parametrize("variable", [*BOTH, "CODISTILL_TOKEN_FILE"])
+    def test_a_variable_with_a_path_that_only_a_shell_expands(self, variable: str) -> None:
+        line = refused(lambda: read(environment={variable: "~/c.pem"}))
+        assert line.startswith(f"{variable}: ~/c.pem: `~` is not expanded here; write the whole path, ")
+
     def test_a_file_wins_over_a_token_in_the_environment(self, certificates: Certificates) -> None:
         file = certificates.token_file()
         found = read(token_file=file, environment={"CODISTILL_TOKEN": WRONG_TOKEN})

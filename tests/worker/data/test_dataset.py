@@ -42,6 +42,7 @@ def test_the_fingerprint_tells_what_differs() -> None:
         {"width": 9},
         {"held_out_ids": data.held_out_ids + 1},
         {"held_out": None, "held_out_ids": data.held_out_ids[:0]},
+        {"image_digests": {**data.image_digests, "test": "0" * 64}},
     ]
     prints = {Dataset(**{**vars(data), **change}).fingerprint() for change in changes}
     assert len({data.fingerprint(), *prints}) == len(changes) + 1

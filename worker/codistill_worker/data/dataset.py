@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -144,6 +144,8 @@ class Dataset:
     """The images and labels of a run, and their statistics.
 
     Attributes:
+        image_digests: of the images of `train`, `test` and `held_out` as they are stored, SHA-256 in hexadecimal; see
+            :mod:`codistill_worker.data.digests`.
         classes: number of classes.
         train: the training samples.
         test: the test samples.
@@ -156,6 +158,7 @@ class Dataset:
         width: of an image, in pixels.
     """
 
+    image_digests: Mapping[str, str]
     classes: int
     train: Split
     test: Split
@@ -171,21 +174,28 @@ class Dataset:
         """Return images, uint8 of shape [B, C, H, W], as float32 with the data set's statistics taken out."""
         return normalise(images, self.mean, self.std, channels_last=channels_last)
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256 in hexadecimal, which two workers share if their sample ids mean the same samples.
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 in hexadecimal of the labels and shapes, and of each split's images, by what they cover.
 
-        It covers the training labels in order, the held-out ids and labels, the test labels, the number of classes and
-        an image's shape. Pixels are not in it: decoders may differ in the last bit from machine to machine.
+        `labels` covers the training labels in order, the held-out ids and labels, the test labels, the number of classes
+        and an image's shape.
         """
         held_out = self.held_out.labels if self.held_out else self.held_out_ids
         arrays = [self.train.labels, self.held_out_ids, held_out, self.test.labels]
         sizes = (self.classes, self.channels, self.height, self.width)
-        digest = hashlib.sha256(b"codistill data set\n")
+        labels = hashlib.sha256()
         for count in chain(sizes, (len(array) for array in arrays)):
-            digest.update(count.to_bytes(8, "little"))
+            labels.update(count.to_bytes(8, "little"))
         for array in arrays:
-            digest.update(array.numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
+            labels.update(array.numpy().astype("<i8").tobytes())
+        images = {f"{name} images": digest for name, digest in sorted(self.image_digests.items())}
+        return {"labels": labels.hexdigest(), **images}
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 in hexadecimal, which two workers share if their sample ids mean the same samples."""
+        lines = [f"{name} {digest}\n" for name, digest in self.digests.items()]
+        return hashlib.sha256("".join(["codistill data set\n", *lines]).encode()).hexdigest()
 
 
 def check_batch(dataset: Dataset, batch_size: int) -> None:

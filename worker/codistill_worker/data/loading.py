@@ -81,6 +81,7 @@ def load(data: Data, device: torch.device) -> Dataset:
     }
     mean, std = _statistics(data, splits["train"], train.shape)
     return Dataset(
+        image_digests={name: source.digest() for name, source in sources.items()},
         classes=data.class_count,
         train=splits["train"],
         test=splits["test"],

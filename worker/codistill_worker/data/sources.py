@@ -16,6 +16,7 @@ import torch
 
 from codistill_worker.data.dataset import MemorySplit, Split, StreamedSplit
 from codistill_worker.data.decoding import decode_image
+from codistill_worker.data.digests import digest_of_files, digest_of_pixels
 
 __all__ = ["Arrays", "Files", "Source"]
 
@@ -52,6 +53,14 @@ class Source(ABC):
         """Return some of the samples, in the ids' order."""
 
     @abstractmethod
+    def digest(self) -> str:
+        """Return a SHA-256 in hexadecimal of the images as they are stored; see :mod:`codistill_worker.data.digests`.
+
+        Raises:
+            ConfigurationError: a file cannot be read.
+        """
+
+    @abstractmethod
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
         """Return the samples as a split.
 
@@ -84,6 +93,10 @@ class Arrays(Source):
         """Return some of the samples, copied, in the ids' order."""
         return Arrays(self.pixels[ids], self.labels[ids])
 
+    def digest(self) -> str:
+        """Return a SHA-256 in hexadecimal of the pixels, or of a sample of them."""
+        return digest_of_pixels(self.pixels)
+
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:  # noqa: ARG002
         """Return the samples as a split in the device's memory, or in the host's."""
         pixels = self.pixels.contiguous()
@@ -113,6 +126,10 @@ class Files(Source):
         """Return some of the samples, in the ids' order."""
         chosen: list[int] = ids.tolist()
         return Files([self.paths[index] for index in chosen], self.labels[ids], self.size)
+
+    def digest(self) -> str:
+        """Return a SHA-256 in hexadecimal of the files, or of a sample of them."""
+        return digest_of_files(self.paths)
 
     def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
         """Return the samples as a split: all decoded now, or each when it is needed."""

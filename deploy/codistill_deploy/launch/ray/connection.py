@@ -136,8 +136,11 @@ def _local_options(folder: Path, cpus: int) -> dict[str, Any]:
 
 
 def _check_alive(address: str) -> None:
-    """Check that a cluster answers, as Ray takes minutes to find out that it does not, and does not say why."""
-    with grpc.insecure_channel(address) as channel:
+    """Check that a cluster answers, as Ray takes minutes to find out that it does not, and does not say why.
+
+    Like Ray itself, it connects without a proxy.
+    """
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         ping = channel.unary_unary(_PING, request_serializer=None, response_deserializer=None)
         try:
             ping(b"", timeout=_PING_SECONDS, metadata=token_metadata(os.environ))

@@ -138,7 +138,15 @@ class _Driver:
         task = self._task(serve_arguments(folder), folder.server_log, hang_after, folder.server_host_lock)
         task = replace(task, server_address=self._options.server_address)
         start_process = self._starter(group, 0, task)
-        return Child("the server", "", start_process, task.log, self._options.restarts, finishes=False)
+        return Child(
+            "the server",
+            "",
+            start_process,
+            task.log,
+            self._options.restarts,
+            finishes=False,
+            serves=folder.address_file.exists,
+        )
 
     def _worker(self, group: Any, index: int, spec: ProcessSpec) -> Child:
         arguments = work_arguments(self._folder, spec.participant)
