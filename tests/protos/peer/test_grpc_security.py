@@ -28,13 +28,14 @@ CONNECT_TIMEOUT = 10.0
 
 
 def request(experiment: Experiment, participant: str) -> pb.JoinRequest:
+    exchanges = experiment.distillation.exchanges
     return pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         participant=participant,
         experiment_sha256=identity_sha256(experiment),
         data=pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
-        outputs={"logits": pb.Shape(dims=[10])},
-        total_rounds=9,
+        outputs={"logits": pb.Shape(dims=[10])} if exchanges else {},
+        total_rounds=9 if exchanges else 0,
         total_steps=9,
     )
 
@@ -168,7 +169,7 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
 def test_a_worker_that_had_joined_waits_for_a_server_whose_certificate_is_renewed(
     tiny: Tiny, certificates: Certificates, serving: Any
 ) -> None:
-    experiment = tiny()
+    experiment = tiny(distillation={"method": "independent"})
     server = serving(experiment, certificates.of("server", None, TOKEN))
     transport = GrpcTransport(
         server.address,
@@ -177,7 +178,9 @@ def test_a_worker_that_had_joined_waits_for_a_server_whose_certificate_is_renewe
         stop=threading.Event(),
         security=certificates.of(None, "ca", TOKEN),
     )
-    transport.join(request(experiment, "mlp"))
+    joined = request(experiment, "mlp")
+    joined.steps_trained = 9
+    transport.join(joined)
     server.stop()
     server.security = certificates.of("expired", None, TOKEN)
     server.start()
