@@ -20,6 +20,9 @@ from codistill.wire.tensors import encode
 BOUND = 10.0
 """Seconds far above what anything here takes, far below what it would take unbounded."""
 
+ROUNDS = 9
+"""All rounds of the tiny experiment, whose every step exchanges."""
+
 Connect = Callable[..., GrpcTransport]
 
 
@@ -39,9 +42,9 @@ def request(experiment: Experiment, participant: str = "cnn", first: int = 0, **
         "data": pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
         "outputs": {"logits": pb.Shape(dims=[10])},
         "first_round": first,
-        "total_rounds": 9 if experiment.distillation.exchanges else 0,
+        "total_rounds": ROUNDS if experiment.distillation.exchanges else 0,
         "steps_trained": first,
-        "total_steps": 9,
+        "total_steps": ROUNDS,
     }
     return pb.JoinRequest(**{**fields, **changes})
 

@@ -21,6 +21,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode, encode
 from protos.peer.support import (
     BOUND,
+    ROUNDS,
     Connect,
     both,
     contribution,
@@ -44,7 +45,7 @@ def test_rounds_are_exchanged(tiny: Tiny, serving: Any, connect: Connect) -> Non
     response = first.join(request(experiment, "cnn"))
     assert (response.run, response.frontier) == ("tiny", 0)
     assert second.join(request(experiment, "mlp")).session_id > response.session_id
-    for number in range(4):
+    for number in range(ROUNDS):
         ours, theirs = exchange_round(number, [first, second])
         assert ours == theirs
         assert ours.round == number
@@ -154,7 +155,8 @@ def test_reconnecting_asks_for_the_round_that_comes_next(tiny: Tiny, serving: An
     server.stop()
     server.start()
     transports[0].report(report(6, 6))  # nothing is open: only the report finds out, and reconnects
-    exchange_round(6, transports)
+    for number in range(6, ROUNDS):
+        exchange_round(number, transports)
     for transport in transports:
         transport.leave(pb.LEAVE_REASON_FINISHED, "")
     server.wait()
@@ -169,8 +171,9 @@ def test_a_student_that_finished_leaves_at_a_server_that_came_back(tiny: Tiny, s
     experiment = tiny()
     server = serving(experiment)
     transports = both(experiment, server.address, connect)
-    exchange_round(0, transports)
-    transports[0].report(report(1, 1))
+    for number in range(ROUNDS):
+        exchange_round(number, transports)
+    transports[0].report(report(ROUNDS, 1))
     server.stop()
     server.start()
     transports[0].leave(pb.LEAVE_REASON_FINISHED, "")

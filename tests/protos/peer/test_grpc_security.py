@@ -20,6 +20,7 @@ from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import Security
+from protos.peer.support import ROUNDS, exchange_round
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 Tiny = Callable[..., Experiment]
@@ -34,8 +35,8 @@ def request(experiment: Experiment, participant: str) -> pb.JoinRequest:
         experiment_sha256=identity_sha256(experiment),
         data=pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
         outputs={"logits": pb.Shape(dims=[10])},
-        total_rounds=9,
-        total_steps=9,
+        total_rounds=ROUNDS,
+        total_steps=ROUNDS,
     )
 
 
@@ -170,14 +171,21 @@ def test_a_worker_that_had_joined_waits_for_a_server_whose_certificate_is_renewe
 ) -> None:
     experiment = tiny()
     server = serving(experiment, certificates.of("server", None, TOKEN))
-    transport = GrpcTransport(
-        server.address,
-        connect_timeout=CONNECT_TIMEOUT,
-        give_up_after=30,
-        stop=threading.Event(),
-        security=certificates.of(None, "ca", TOKEN),
-    )
+    transport, other = transports = [
+        GrpcTransport(
+            server.address,
+            connect_timeout=CONNECT_TIMEOUT,
+            give_up_after=30,
+            stop=threading.Event(),
+            security=certificates.of(None, "ca", TOKEN),
+        )
+        for _ in range(2)
+    ]
     transport.join(request(experiment, "mlp"))
+    other.join(request(experiment, "cnn"))
+    for number in range(ROUNDS):
+        exchange_round(number, transports)
+    other.close()
     server.stop()
     server.security = certificates.of("expired", None, TOKEN)
     server.start()

@@ -34,7 +34,7 @@ from codistill_deploy.launch.in_process import InProcessTransport
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.storage.journal import Journal
-from protos.peer.support import contribution, report, request, wait_for
+from protos.peer.support import ROUNDS, contribution, report, request, wait_for
 from worker.support import build
 from worker.support_server import Server
 
@@ -140,6 +140,12 @@ def exchange_round(transports: list[Transport], round_number: int) -> list[bytes
     return [targets.SerializeToString(deterministic=True) for targets in received]
 
 
+def exchange_rounds(transports: list[Transport]) -> None:
+    """Exchange all rounds, so that each peer may leave as finished."""
+    for number in range(ROUNDS):
+        exchange_round(transports, number)
+
+
 def send_and_receive(transport: Transport, sent: pb.ExchangeRequest) -> pb.Targets:
     """Exchange a round; a transport may raise from either call what ends the peer."""
     transport.send(sent)
@@ -222,7 +228,8 @@ def test_a_report_arrives_and_is_not_repeated(endpoint: Endpoint) -> None:
 def test_leave_is_known_to_the_run_when_it_returns(
     endpoint: Endpoint, reason: pb.LeaveReason.ValueType, event: str
 ) -> None:
-    transport, _ = endpoint.join_all()
+    transport, _ = transports = endpoint.join_all()
+    exchange_rounds(transports)
     transport.leave(reason, "a reason")
     assert endpoint.events()[-1] == (event, "cnn")
     transport.close()
@@ -230,9 +237,20 @@ def test_leave_is_known_to_the_run_when_it_returns(
 
 
 def test_a_run_is_complete_when_all_have_finished(endpoint: Endpoint) -> None:
-    for transport in endpoint.join_all():
+    transports = endpoint.join_all()
+    exchange_rounds(transports)
+    for transport in transports:
         transport.leave(pb.LEAVE_REASON_FINISHED, "")
     assert endpoint.events()[-1] == ("complete", "")
+
+
+def test_a_peer_that_cannot_have_finished_is_told(endpoint: Endpoint) -> None:
+    transports = endpoint.join_all()
+    exchange_round(transports, 0)
+    with pytest.raises(PeerError, match="FINISHED is not allowed while 1 of 9 rounds are closed") as refused:
+        transports[0].leave(pb.LEAVE_REASON_FINISHED, "")
+    assert refused.value.code is ExitCode.REFUSED
+    assert ("finished", "cnn") not in endpoint.events()
 
 
 def test_close_breaks_an_open_session_and_may_be_repeated(endpoint: Endpoint) -> None:
