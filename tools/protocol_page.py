@@ -35,9 +35,7 @@ It is the file `protos/codistill/v1/distillation.proto`, and its calls are gRPC'
 and stubs for many languages. This page is made from the same file.
 """
 
-_VERSIONS = """\
-`protocol_version` in [JoinRequest](#joinrequest) is {version} now.
-
+_CHECKSUMS = """\
 ## Checksums with any protobuf library
 
 Protobuf promises no order of the fields on the wire. That `checksum` comes last is a rule of this contract alone. Every
@@ -117,8 +115,14 @@ class _Page:
         values = [value.name for _, enum in self._enums() for value in enum.value]
         statuses = [found[1] for found in map(_STATUS.match, comments[""]) if found]
         # FINISHED for LEAVE_REASON_FINISHED
-        code = {*values, *(value.rpartition("_")[2] for value in values), *statuses, "authorization"}
+        code = {*values, *self._short_values(), *statuses, "authorization"}
         self._code = re.compile(rf"\b(?:{'|'.join(sorted(code, key=len, reverse=True))})\b")
+
+    def _short_values(self) -> Iterator[str]:
+        """Yield the values of enums without the enum's name."""
+        for name, enum in self._enums():
+            prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", name.rpartition(".")[2]).upper() + "_"
+            yield from (value.name.removeprefix(prefix) for value in enum.value)
 
     def lines(self) -> Iterator[str]:
         """Yield the page."""
@@ -141,7 +145,7 @@ class _Page:
         yield "\n## Enums"
         for name, enum in self._enums():
             yield from self._enum(name, enum)
-        yield "\n" + self._versions()
+        yield "\n" + self._checksums()
 
     def _head(self) -> Iterator[str]:
         """Yield the file's own comment: its headings, paragraphs, and the table of status codes."""
@@ -161,6 +165,8 @@ class _Page:
                 yield ""
             elif len(paragraph) == 1 and _HEADING.fullmatch(paragraph[0]):
                 yield f"## {paragraph[0]}\n"
+                if paragraph[0] == "Versions":
+                    yield f"`protocol_version` in [JoinRequest](#joinrequest) is {PROTOCOL_VERSION} now.\n"
             else:
                 yield f"{self._linked(' '.join(paragraph))}\n"
 
@@ -227,9 +233,9 @@ class _Page:
         return _link(name) if name != type_name else f"`{type_name.removeprefix('.')}`"
 
     def _meaning(self, name: str) -> str:
-        """Return a declaration's comment for its row, without its name, and without "is" or "means that" after it."""
+        """Return a declaration's comment for its row, without its name, and without "is", "means that" or a colon after it."""
         own = name.rpartition(".")[2]
-        text = re.sub(rf"^{own} (?:is |means that )?", "", " ".join(self._comment(name)))
+        text = re.sub(rf"^{own}(?:: | (?:is |means that )?)", "", " ".join(self._comment(name)))
         return self._linked(text[:1].upper() + text[1:]).replace("|", "\\|")
 
     def _text(self, name: str) -> str:
@@ -263,15 +269,14 @@ class _Page:
         parts[::2] = [word.sub(lambda found: _link(found[0]), part) for part in parts[::2]]
         return "".join(parts)
 
-    def _versions(self) -> str:
+    def _checksums(self) -> str:
         leave = pb.LeaveRequest(session_id=7, reason=pb.LEAVE_REASON_FINISHED)
         contribution = pb.ExchangeRequest(round=3)
         examples = [
             f"| LeaveRequest: session 7, reason FINISHED | `{append_checksum(leave).hex(' ')}` |",
             f"| ExchangeRequest: round 3, sent in session 7 | `{append_checksum(contribution, '7').hex(' ')}` |",
         ]
-        return _VERSIONS.format(
-            version=PROTOCOL_VERSION,
+        return _CHECKSUMS.format(
             field=CHECKSUM_FIELD,
             tag=CHECKSUM_TAG.hex(" "),
             examples="\n".join(examples),

@@ -111,11 +111,11 @@ def processes_of(folder: Path) -> dict[str, int]:
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Return every student's last weights, and the round they were saved after."""
+    """Return every student's last weights, and the step they were saved after."""
     return {
         student.name: {
             **read(student / "checkpoint.safetensors").model,
-            "round": torch.tensor(read(student / "checkpoint.safetensors").round),
+            "step": torch.tensor(read(student / "checkpoint.safetensors").step),
         }
         for student in sorted((folder / "students").iterdir())
     }

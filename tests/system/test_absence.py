@@ -1,4 +1,4 @@
-"""Going on without the absent, with real processes."""
+"""Going on without those that are away, with real processes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_stopped_worker_is_left_behind_evicted_and_catches_up(tmp_path: Path) 
     assert "join again" in evicted["message"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(each["missed"].get("cnn", 0) for each in metrics if each["kind"] == "rounds") >= 100
-    assert min(int(tensors["round"]) for tensors in weights(folder).values()) > left
+    assert min(int(tensors["step"]) for tensors in weights(folder).values()) > left
 
 
 def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quorum_without_targets(
@@ -98,7 +98,7 @@ def test_a_student_that_diverges_is_left_out_and_the_others_finish_below_the_quo
     assert "the others go on without it" in output
     assert "error: student 'bad' ended with exit code 7" in output
     assert "report: " in output
-    trained = {name: read(folder / "students" / name / "checkpoint.safetensors").round for name in ("mlp", "cnn")}
+    trained = {name: read(folder / "students" / name / "checkpoint.safetensors").step for name in ("mlp", "cnn")}
     assert trained == {"mlp": 10, "cnn": 10}
     # It is there for rounds 0 to 2; two are fewer than the quorum.
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +119,7 @@ def test_a_student_added_later_learns_the_whole_run_from_the_journal(tmp_path: P
     code, output = run("run", path, "--run-dir", folder, "--resume", cwd=tmp_path)
     assert code == 0, output
     after = weights(folder)
-    assert int(after["late"]["round"]) == 10
+    assert int(after["late"]["step"]) == 10
     for student, tensors in before.items():
         assert all((value == after[student][name]).all() for name, value in tensors.items()), (
             "the others are as they were"

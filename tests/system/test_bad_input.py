@@ -213,7 +213,7 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
     path = experiment_file(tmp_path, students=[{"name": "bad", "model": "broken:Broken"}, STUDENTS[1]])
     code, output = run("run", path, "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert code == ExitCode.DIVERGED, output
-    refused(output, "student 'bad'", "round 3", "not finite", "lr")
+    refused(output, "student 'bad'", "step 3", "not finite", "lr")
 
 
 def test_an_unreadable_checkpoint(tmp_path: Path) -> None:

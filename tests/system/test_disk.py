@@ -102,7 +102,7 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         run.until(newest.exists, "a first checkpoint")
         fill(records)
         filler = fill(checkpoints)
-        kept = read(newest).round
+        kept = read(newest).step
         assert 0 < kept < ROUNDS
         cnn = run.workers.pop("cnn")
         output, _ = cnn.communicate(timeout=90)
@@ -111,7 +111,7 @@ def test_full_disks_under_checkpoints_and_records_leave_the_training_alone(
         assert "error: student 'cnn' is trained, but cannot be saved" in output
         assert "Traceback" not in output
         assert rounds_trained(folder) == ROUNDS, "the training itself went on to its end"
-        assert 0 < read(newest).round < ROUNDS, "the last good one is whole"
+        assert 0 < read(newest).step < ROUNDS, "the last good one is whole"
 
         filler.unlink()
         run.work("cnn")
@@ -153,8 +153,8 @@ def test_a_journal_that_lost_its_end_refuses_who_is_ahead_and_says_the_way_out(t
     with pytest.raises(PeerError) as refused:
         train(ROUNDS)
     assert refused.value.code is ExitCode.REFUSED
-    assert "student 'mlp' resumes at round 120, but this server's journal ends at round 50" in str(refused.value)
-    assert "remove the student's checkpoint.safetensors" in str(refused.value)
+    assert "participant 'mlp' resumes at round 120, but this server's journal ends at round 50" in str(refused.value)
+    assert "remove the participant's checkpoint.safetensors" in str(refused.value)
     for student in experiment.names:
         (folder.path / "students" / student / "checkpoint.safetensors").unlink()
     train(ROUNDS + 1)

@@ -38,7 +38,7 @@ def test_processes_and_one_process_end_with_the_same_bits(tmp_path: Path) -> Non
     assert run_in_process(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event()) == 0
 
     ours, theirs = weights(tmp_path / "grpc"), weights(tmp_path / "in-process")
-    assert {name: int(tensors["round"]) for name, tensors in ours.items()} == {"mlp": 10, "cnn": 10, "vit": 10}
+    assert {name: int(tensors["step"]) for name, tensors in ours.items()} == {"mlp": 10, "cnn": 10, "vit": 10}
     assert_bit_equal(ours, theirs)
 
 

@@ -76,7 +76,7 @@ def test_an_example_ends_with_the_same_bits_in_one_process(
         run_forked(load(path), many)
     for part in ("generation-1", "generation-2") if name == "born_again" else ("",):
         ours, theirs = weights(many / part), weights(examples_folder / "one" / name / part)
-        assert {student: int(tensors["round"]) for student, tensors in ours.items()} == {"mlp": 6, "cnn": 6}
+        assert {student: int(tensors["step"]) for student, tensors in ours.items()} == {"mlp": 6, "cnn": 6}
         assert_bit_equal(ours, theirs)
 
 

@@ -101,7 +101,7 @@ def test_a_silent_link_that_comes_back_before_and_after_the_connection_is_given_
 
 
 def test_a_reader_that_does_not_read_is_cut_off_and_nobody_else_notices(tmp_path: Path, reference: Any) -> None:
-    """It is a student of its own, and absent, so the others' targets are those of a run without it."""
+    """It is a student of its own, and skipped, so the others' targets are those of a run without it."""
     changes = {
         "exchange__on_absence": "proceed",
         "exchange__round_deadline": 4.0,
@@ -182,7 +182,7 @@ def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, 
             # counted from the break of the connection, a moment after the wait began
             assert re.search(r"went away and did not come back within (3|2\.\d) s", output), output
             assert "Traceback" not in output
-            assert int(weights(run.folder)[name]["round"]) >= 20, "it was saved"
+            assert int(weights(run.folder)[name]["step"]) >= 20, "it was saved"
 
         elsewhere = tmp_path / "elsewhere"
         shutil.copytree(run.folder / "students" / "cnn", elsewhere / "students" / "cnn")
@@ -197,7 +197,7 @@ def test_a_server_gone_for_good_then_two_workers_of_one_student(tmp_path: Path, 
         output, _ = older.communicate(timeout=60)
         run.links(delay=PACE)
         assert older.returncode == ExitCode.SUPERSEDED, output
-        assert "a newer worker of student 'cnn' has joined" in output
+        assert "a newer worker of participant 'cnn' has joined" in output
         assert run.ended() == ALL_WELL
         assert run.events("superseded") == ["cnn"]
         shutil.rmtree(run.folder / "students" / "cnn")

@@ -89,7 +89,7 @@ def test_status_names_who_is_waited_for_and_sigterm_saves_every_student(folder: 
     assert processes_of(folder) == {}
     saved = weights(folder)
     assert set(saved) == set(STUDENTS)
-    assert all(int(tensors["round"]) >= 5 for tensors in saved.values())
+    assert all(int(tensors["step"]) >= 5 for tensors in saved.values())
 
 
 def test_a_server_and_a_worker_started_by_hand_leave_folders_of_a_run(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_ray_of_its_own_is_stopped_and_its_run_gone_on_with_on_a_cluster(
 
     code, output = run(*command, "--address", cluster.address, cwd=folder.parent, env=cluster.environment)
     assert code == 0, output
-    assert "resumes from its checkpoint at round" in (folder / "students" / "cnn" / "log.txt").read_text()
+    assert "resumes from its checkpoint at step" in (folder / "students" / "cnn" / "log.txt").read_text()
     assert_bit_equal(weights(folder), reference)
     assert processes_of(folder) == {}
     assert wait_for(lambda: nothing_left(cluster), "all is free again")["groups"] == []

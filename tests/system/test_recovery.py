@@ -220,7 +220,7 @@ def test_restarts_that_are_used_up_end_the_run(folder: Path) -> None:
 
 
 def own_model(folder: Path, body: str) -> list[object]:
-    """Write a model that does something at round 3; return the students of an experiment with it."""
+    """Write a model that does something at step 3; return the students of an experiment with it."""
     module = f"""
         import pathlib
         import time
@@ -261,7 +261,7 @@ def test_a_worker_that_runs_out_of_memory_is_started_again(
     output = run.end()
     assert run.process.returncode == 0, output
     assert run.restarted() == ["own"]
-    assert "ended with exit code 10: student 'own' ran out of memory on cpu: " in output
+    assert "ended with exit code 10: participant 'own' ran out of memory on cpu: " in output
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -277,7 +277,7 @@ def test_a_model_that_hangs_is_ended_by_its_watchdog(tmp_path: Path, folder: Pat
     output = run.end()
     assert run.process.returncode == ExitCode.HUNG, output
     assert run.restarted() == ["own"]
-    assert "hung for 8 s: student 'own' at the forward pass, round 3" in output
+    assert "hung for 8 s: student 'own' at the forward pass, step 3" in output
     assert 'own.py", line' in (folder / "students" / "own" / "log.txt").read_text(), "the log shows where"
     assert processes_of(folder) == {}
 

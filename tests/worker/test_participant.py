@@ -136,6 +136,34 @@ def test_a_measurement_is_reported_once(taking: Taking) -> None:
     assert [report.HasField("wait_time") for report in reports] == [True, False]
 
 
+def test_without_an_exchange_it_reports_steps_and_no_rounds(
+    tiny: Tiny, load_data: Callable[[Data], data.Dataset]
+) -> None:
+    experiment = tiny(distillation={"method": "independent"})
+    assert not experiment.distillation.exchanges
+    taking = Taking(experiment)
+    taking.participant.join(load_data(experiment.data), {}, CPU, first_step=4, total_steps=9, parameters=5)
+    taking.participant.report(6, 5)
+    join, report = taking.transport.messages
+    assert isinstance(join, pb.JoinRequest)
+    assert isinstance(report, pb.ReportRequest)
+    assert (join.first_round, join.total_rounds, join.steps_trained, join.total_steps) == (0, 0, 4, 9)
+    assert (report.round, report.durable_round, report.steps_trained, report.epochs_trained) == (0, 0, 6, 2.0)
+
+
+def test_a_round_is_that_of_its_step(tiny: Tiny) -> None:
+    """Steps 3, 5 and 7 exchange; a restart at a step between needs the round after it."""
+    taking = Taking(tiny(distillation={"method": "cross_architecture", "every": 2, "start_epoch": 1}))
+    for step, number in ((3, 0), (5, 1), (7, 2)):
+        taking.participant.publish(Published(step, Outputs(torch.tensor([0]), torch.tensor([1]), {})))
+        assert taking.participant.receive("waiting", step).round == number
+    taking.participant.report(6, 4)
+    *sent, report = taking.transport.messages
+    assert [each.round for each in sent if isinstance(each, pb.ExchangeRequest)] == [0, 1, 2]
+    assert isinstance(report, pb.ReportRequest)
+    assert (report.round, report.durable_round, report.steps_trained) == (2, 1, 6)
+
+
 def test_a_report_is_due_after_a_second(taking: Taking) -> None:
     assert not taking.participant.report_due(100.9)
     assert taking.participant.report_due(101.0)

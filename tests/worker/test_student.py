@@ -33,6 +33,8 @@ class RecordingTransport:
     def __init__(self) -> None:
         self.joined: list[pb.JoinRequest] = []
         self.sent: list[pb.ExchangeRequest] = []
+        self.received: list[int] = []
+        self.target = "logits"
         self.reports: list[pb.ReportRequest] = []
         self.left: list[tuple[Any, str]] = []
         self.lost: list[pb.Measurement] = []
@@ -47,7 +49,10 @@ class RecordingTransport:
     def receive(self, number: int) -> pb.Targets:
         logits = decode(self.sent[-1].batch.outputs["logits"]).float()
         assert self.sent[-1].round == number
-        return pb.Targets(round=number, targets={"logits": encode(logits.roll(1, 0) / 2, "float32")})
+        self.received.append(number)
+        target = logits.roll(1, 0) / 2
+        target = target if self.target == "logits" else target.softmax(-1)
+        return pb.Targets(round=number, targets={self.target: encode(target, "float32")})
 
     def report(self, report: pb.ReportRequest) -> None:
         self.reports.append(report)
@@ -155,6 +160,60 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Tiny, learn: Any) -> None
     large = small.model_copy(update={"training": small.training.model_copy(update={"batch_size": 1500})})
     with pytest.raises(ConfigurationError, match=r"training\.batch_size"):
         learn(large)
+
+
+def test_where_nothing_is_exchanged_there_are_steps_and_no_rounds(tiny: Tiny, learn: Any) -> None:
+    loop, transport = learn(
+        tiny(distillation={"method": "independent"}, training__checkpoint_every=0), clock=Clock(0.4)
+    )
+    loop.join()
+    to_the_end(loop)
+    (joined,) = transport.joined
+    assert (joined.first_round, joined.total_rounds, joined.steps_trained, joined.total_steps) == (0, 0, 0, 9)
+    assert transport.sent == []
+    assert {(each.round, each.durable_round) for each in transport.reports} == {(0, 0)}
+    last = transport.reports[-1]
+    assert (last.steps_trained, last.epochs_trained) == (9, 3.0)
+
+
+def sometimes(tiny: Tiny) -> Experiment:
+    """Of the 9 steps of 3 epochs, steps 3, 5 and 7 exchange: rounds 0, 1 and 2."""
+    return tiny(
+        distillation={"method": "cross_architecture", "every": 2, "start_epoch": 1}, training__checkpoint_every=0
+    )
+
+
+def test_where_some_steps_exchange_rounds_are_dense(tiny: Tiny, learn: Any) -> None:
+    loop, transport = learn(sometimes(tiny), clock=Clock(0.4))
+    transport.target = "probabilities"
+    loop.join()
+    to_the_end(loop)
+    (joined,) = transport.joined
+    assert (joined.first_round, joined.total_rounds, joined.steps_trained, joined.total_steps) == (0, 3, 0, 9)
+    assert [each.round for each in transport.sent] == transport.received == [0, 1, 2]
+    ids = [decode(each.batch.ids).tolist() for each in transport.sent]
+    assert ids == [loop.trainer._order.samples(step).tolist() for step in (3, 5, 7)]
+    before = [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]  # rounds before each step
+    assert all(each.round == before[each.steps_trained] for each in transport.reports)
+    assert len({each.steps_trained for each in transport.reports}) >= 4
+    assert (transport.reports[-1].round, transport.reports[-1].durable_round) == (3, before[8])
+
+
+@pytest.mark.parametrize(("steps", "first_round"), [(1, 0), (3, 0), (4, 1), (5, 1), (6, 2), (8, 3)])
+def test_where_some_steps_exchange_it_resumes_at_the_first_round_not_learned_from(
+    steps: int, first_round: int, tiny: Tiny, learn: Any
+) -> None:
+    stopped, before = learn(sometimes(tiny))
+    before.target = "probabilities"
+    go(stopped, steps)
+    stopped.stop()
+    resumed, transport = learn(sometimes(tiny))
+    transport.target = "probabilities"
+    resumed.join()
+    (joined,) = transport.joined
+    assert (joined.steps_trained, joined.first_round) == (steps, first_round)
+    to_the_end(resumed)
+    assert [each.round for each in transport.sent] == list(range(first_round, 3))
 
 
 # --- measuring

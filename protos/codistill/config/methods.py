@@ -298,7 +298,7 @@ class CrossArchitecture(Intermittent):
         default="cross_architecture", description="Discontinuous distillation with a rising constraint."
     )
     every: int = Field(
-        default=5, ge=1, description="One round in this many exchanges. In the others, students learn from the labels."
+        default=5, ge=1, description="One step in this many exchanges. In the others, students learn from the labels."
     )
     weight: float = Field(default=1.0, ge=0, description="Weight of the distillation term once it has risen.")
     temperature: float = Field(default=2.0, gt=0, description="T of the softmax; the term is multiplied by T².")

@@ -75,8 +75,9 @@ class DistillationServiceServicer(object):
         """Opens a session for one participant.
 
         FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
-        same if the run has no participant of that name, or if the first round needed is neither in the journal nor the
-        frontier. INVALID_ARGUMENT if the rounds given are impossible.
+        same if the run has no participant of that name, if the journal does not hold the first round needed and that is
+        not the frontier, or if the server takes none of the lanes or encodings offered. INVALID_ARGUMENT if the numbers of
+        samples, steps and rounds do not follow from the experiment.
 
         A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is
         not let in again. The same worker may join as often as it needs to.
@@ -100,9 +101,9 @@ class DistillationServiceServicer(object):
         sent: with 64 unread messages its stream ends with ABORTED.
 
         ABORTED for a damaged contribution, and for one to a round past the frontier; the text names the round expected.
-        FAILED_PRECONDITION if the samples are not the round's, if the journal keeps the round no more, or if the run
-        exchanges nothing. INVALID_ARGUMENT if a tensor has the wrong dtype, shape or length, or a value that is not
-        finite or beyond ±1e30.
+        FAILED_PRECONDITION if the samples are not the round's, if the journal keeps the round no more, or if the run has
+        no such round. A second stream of a session ends the first with ABORTED. INVALID_ARGUMENT if a tensor has the wrong
+        dtype, shape or length, or a value that is not finite or beyond ±1e30.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +124,8 @@ class DistillationServiceServicer(object):
 
         The run does not wait for a participant that left as FINISHED. It waits for one that left as STOPPED or FAILED
         until that joins again, unless its experiment lets it proceed without. ABORTED if the session is over already.
+        FAILED_PRECONDITION for FINISHED before the last round is closed; where nothing is exchanged, before all steps are
+        reported.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

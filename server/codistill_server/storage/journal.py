@@ -121,7 +121,8 @@ class Journal:
         stored: dict[str, str] = dict(self._query("SELECT key, value FROM run"))  # pyright: ignore[reportArgumentType]
         if stored and stored.get("schema") != str(_SCHEMA_VERSION):
             raise JournalError(
-                f"journal {self._location} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}"
+                f"journal {self._location} has format {stored.get('schema')}; this version reads {_SCHEMA_VERSION}; "
+                "finish the run with the version that began it, or choose another run folder"
             )
         self._verify()
         if not stored:

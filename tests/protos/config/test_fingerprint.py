@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.config.experiment import parse
-from codistill.config.fingerprint import difference, extends, identity
+from codistill.config.fingerprint import difference, extends, identity, identity_sha256
 from protos.config.support import changed, document, experiment
 
 OPERATIONAL: dict[str, Any] = {
@@ -55,6 +56,14 @@ DECISIVE: dict[str, tuple[Any, str]] = {
 
 
 class TestIdentity:
+    def test_its_digest_is_that_of_its_text(self) -> None:
+        text = identity(experiment())
+        assert identity_sha256(experiment()) == hashlib.sha256(text.encode("utf-8")).digest()
+        assert text.isascii()
+        assert identity_sha256(parse(yaml.safe_dump(changed({"seed": 1})))) != identity_sha256(experiment())
+        resumed = parse(yaml.safe_dump(changed({"exchange.connect_timeout": 1})))
+        assert identity_sha256(resumed) == identity_sha256(experiment()), "operational fields are left out"
+
     @pytest.mark.parametrize("path", OPERATIONAL)
     def test_what_is_operational_may_differ(self, path: str) -> None:
         other = parse(yaml.safe_dump(changed({path: OPERATIONAL[path]})))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,30 @@ def test_an_epochs_order_never_changes() -> None:
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = {tuple(epoch_order(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
+
+
+def in_another_language(seed: int, size: int, batch_size: int, step: int) -> list[int]:
+    """Return a step's samples by the rule in docs/protocol.md, with integers and a hash alone."""
+
+    def mixed(word: int) -> int:
+        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+        return word ^ (word >> 31)
+
+    def part(letter: bytes, text: bytes) -> bytes:
+        return letter + len(text).to_bytes(8, "little") + text
+
+    epoch, position = divmod(step, size // batch_size)
+    hashed = hashlib.sha256(part(b"i", b"%d" % seed) + part(b"s", b"epoch") + part(b"i", b"%d" % epoch)).digest()
+    start = mixed(int.from_bytes(hashed[:8], "little") >> 1)
+    order = sorted(range(size), key=lambda sample: mixed((start + sample * 0x9E3779B97F4A7C15) % 2**64))
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def test_another_language_finds_the_same_samples() -> None:
+    order = Order(7, 103, 10)
+    for step in range(25):
+        assert order.samples(step).tolist() == in_another_language(7, 103, 10, step)
 
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))

@@ -19,7 +19,7 @@ DECLARATIONS = {
     "enum": re.compile(r"^\s*enum (\w+)"),
     "oneof": re.compile(r"^\s*oneof (\w+)"),
     "value": re.compile(r"^\s*([A-Z][A-Z0-9_]*) = \d+;"),
-    "field": re.compile(r"^\s*(?:repeated |optional )?(?:map<\w+, \w+>|\w+) ([a-z]\w*) = \d+;"),
+    "field": re.compile(r"^\s*(?:repeated |optional )?(?:map<\w+, \w+>|[\w.]+) ([a-z]\w*) = \d+;"),
 }
 
 
@@ -69,7 +69,9 @@ def test_every_declaration_has_a_sentence() -> None:
             assert comment.endswith("."), f"{kind} {name} has no sentence above it: {comment!r}"
             assert len(comment.split()) >= 3, f"{kind} {name}: {comment!r} says too little"
             if kind not in ("service", "rpc"):
-                assert comment.startswith(f"{name} "), f"{kind} {name}: its comment speaks of something else"
+                assert comment.startswith((f"{name} ", f"{name}: ")), (
+                    f"{kind} {name}: its comment speaks of something else"
+                )
 
 
 def test_every_rpc_names_its_errors_with_words_of_the_status_list() -> None:

@@ -25,7 +25,7 @@ from codistill_server.ensembles.kdcl import min_logit
 from protos.peer import support
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
-VERSION = int(re.findall(r"It is (\d+) now\.", PAGE)[0])
+VERSION = int(re.findall(r"`protocol_version` in \[JoinRequest\]\(#joinrequest\) is (\d+) now\.", PAGE)[0])
 SERVICE = pb.DESCRIPTOR.services_by_name["DistillationService"].full_name
 NAME, OTHER = "cnn", "mlp"
 BATCH, CLASSES, ROUNDS = 16, 10, 3
@@ -326,7 +326,7 @@ def test_the_generated_stub_is_enough_where_fields_are_written_in_order(run: Run
 
 
 def test_the_bytes_on_the_page_are_those_of_the_wire() -> None:
-    rows = [bytes.fromhex(row) for row in re.findall(r"`((?:[0-9a-f]{2} )+[0-9a-f]{2})`", PAGE)]
+    rows = [bytes.fromhex(row) for row in re.findall(r"\| `((?:[0-9a-f]{2} )+[0-9a-f]{2})` \|", PAGE)]
     assert rows == [
         with_checksum(pb.LeaveRequest(session_id=7, reason=pb.LEAVE_REASON_FINISHED)),
         with_checksum(pb.ExchangeRequest(round=3), "7"),

@@ -11,8 +11,8 @@ from codistill.v1 import distillation_pb2 as pb
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
-def section(title: str) -> str:
-    return PAGE.partition(f"\n### {title}\n")[2].partition("\n#")[0]
+def section(title: str, level: int = 3) -> str:
+    return PAGE.partition(f"\n{'#' * level} {title}\n")[2].partition("\n#")[0]
 
 
 def rows(title: str) -> list[list[str]]:
@@ -43,6 +43,12 @@ def test_every_field_and_value_has_a_row() -> None:
         ]
 
 
+def test_a_row_does_not_repeat_its_own_name() -> None:
+    for title in (*pb.DESCRIPTOR.message_types_by_name, *pb.DESCRIPTOR.enum_types_by_name):
+        for name, _, *_, meaning in rows(title):
+            assert not meaning.startswith((name, name.strip("`"))), f"{title}.{name}: {meaning}"
+
+
 def test_every_link_leads_to_a_heading() -> None:
     headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)}
     links = set(re.findall(r"\]\(#([^)]*)\)", PAGE))
@@ -60,4 +66,6 @@ def test_the_status_codes_are_grpcs_and_all_that_the_page_speaks_of() -> None:
 
 
 def test_the_version_is_the_one_that_is_spoken() -> None:
-    assert f"It is {codistill.PROTOCOL_VERSION} now." in PAGE
+    assert f"`protocol_version` in [JoinRequest](#joinrequest) is {codistill.PROTOCOL_VERSION} now." in section(
+        "Versions", 2
+    )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.checksum import (
     CHECKSUM_FIELD,
+    CHECKSUM_TAG,
     append_checksum,
     crc32c,
     format_session,
@@ -20,17 +21,24 @@ from codistill.wire.checksum import (
 )
 from codistill.wire.tensors import encode
 
-WITH_CHECKSUM = (pb.JoinRequest, pb.JoinResponse, pb.Contribution, pb.ExchangeReply, pb.ReportRequest, pb.LeaveRequest)
+WITH_CHECKSUM = (
+    pb.JoinRequest,
+    pb.JoinResponse,
+    pb.ExchangeRequest,
+    pb.ExchangeResponse,
+    pb.ReportRequest,
+    pb.LeaveRequest,
+)
 
 
-def contribution() -> pb.Contribution:
+def contribution() -> pb.ExchangeRequest:
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    samples = pb.Samples(
+    samples = pb.SampleOutputs(
         ids=encode(torch.arange(5), "int64"),
         labels=encode(torch.arange(5) % 3, "int64"),
         outputs={"logits": encode(logits, "float32")},
     )
-    return pb.Contribution(round=300, batch=samples)
+    return pb.ExchangeRequest(round=300, batch=samples)
 
 
 def test_the_vectors_of_rfc_3720() -> None:
@@ -58,7 +66,12 @@ def test_the_checksum_is_the_last_field_of_every_message_that_has_one(message: t
     assert fields["checksum"].number == CHECKSUM_FIELD == max(field.number for field in fields.values())
     assert fields["checksum"].type == fields["checksum"].TYPE_FIXED32
     raw = append_checksum(message())
-    assert (len(raw), verify_checksum(raw)) == (5, True)
+    assert (len(raw), verify_checksum(raw)) == (6, True)
+
+
+def test_its_tag_is_that_of_its_field_as_a_fixed32() -> None:
+    raw = pb.LeaveRequest(checksum=0x01020304).SerializeToString()
+    assert raw == CHECKSUM_TAG + b"\x04\x03\x02\x01" == b"\xa5\x06\x04\x03\x02\x01"
 
 
 def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
@@ -66,9 +79,9 @@ def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
     raw = append_checksum(message, "41")
     bare = message.SerializeToString()
     assert raw[: len(bare)] == bare
-    assert pb.Contribution.FromString(raw).checksum == google_crc32c.value(b"41" + bare)
+    assert pb.ExchangeRequest.FromString(raw).checksum == google_crc32c.value(b"41" + bare)
     assert verify_checksum(raw, "41")
-    assert not verify_checksum(raw, "42"), "another student's"
+    assert not verify_checksum(raw, "42"), "another participant's"
     assert not verify_checksum(raw)
 
 
@@ -76,14 +89,14 @@ def test_it_is_the_crc_of_the_context_and_the_bytes_before_it() -> None:
 def test_no_other_number_is_the_checksum(content: bytes, context: str, number: int) -> None:
     right = google_crc32c.value(context.encode() + content)
     for claimed in (right, number):
-        raw = content + b"\x7d" + claimed.to_bytes(4, "little")
+        raw = content + b"\xa5\x06" + claimed.to_bytes(4, "little")
         assert verify_checksum(raw, context) is (claimed == right)
 
 
 def test_a_parsed_message_serialises_to_the_same_bytes() -> None:
     """So other programs may set the field instead of appending to the bytes."""
     raw = append_checksum(contribution())
-    assert pb.Contribution.FromString(raw).SerializeToString() == raw
+    assert pb.ExchangeRequest.FromString(raw).SerializeToString() == raw
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed() -> None:
@@ -122,9 +135,9 @@ def test_what_is_no_session(value: str) -> None:
 @given(st.binary(max_size=40))
 def test_bytes_that_never_had_a_checksum(raw: bytes) -> None:
     assert verify_checksum(raw) is (
-        has_checksum(raw) and raw[-4:] == google_crc32c.value(raw[:-5]).to_bytes(4, "little")
+        has_checksum(raw) and raw[-4:] == google_crc32c.value(raw[:-6]).to_bytes(4, "little")
     )
-    assert len(raw) >= 5 or not has_checksum(raw)
+    assert len(raw) >= 6 or not has_checksum(raw)
 
 
 def test_what_is_protected_could_pass_otherwise() -> None:
@@ -135,7 +148,7 @@ def test_what_is_protected_could_pass_otherwise() -> None:
         damaged = bytearray(raw)
         damaged[position] ^= 1
         try:
-            pb.Contribution.FromString(bytes(damaged))
+            pb.ExchangeRequest.FromString(bytes(damaged))
         except DecodeError:
             continue
         parsed += 1

@@ -242,10 +242,15 @@ class TestRun:
         )
         journal.append(closed(0))  # the right one goes on
 
-    def test_another_format_is_refused(self, journal: Journal, path: Path) -> None:
-        journal._database.execute("UPDATE run SET value = '99' WHERE key = 'schema'")
-        with pytest.raises(JournalError, match=r"has format 99; this version reads 3"):
+    @pytest.mark.parametrize("number", ["2", "99"])
+    def test_another_format_is_refused(self, number: str, journal: Journal, path: Path) -> None:
+        journal._database.execute("UPDATE run SET value = ? WHERE key = 'schema'", (number,))
+        with pytest.raises(JournalError) as refused:
             Journal(path, IDENTITY)
+        assert str(refused.value) == (
+            f"journal {path} has format {number}; this version reads 3; finish the run with the version that began it, "
+            "or choose another run folder"
+        )
 
     def test_in_memory_nothing_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

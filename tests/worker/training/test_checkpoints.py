@@ -349,13 +349,32 @@ def test_safetensors_of_others_are_refused(header: dict[str, str] | None, tmp_pa
         load(tmp_path)
 
 
-def test_headers_that_are_no_json_and_later_formats(tmp_path: Path) -> None:
+def test_headers_that_are_no_json(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / NEWEST, {"codistill": "{"})
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load(tmp_path)
-    save_file({"a": torch.zeros(2)}, tmp_path / NEWEST, {"codistill": '{"format": 99}'})
-    with pytest.raises(ConfigurationError, match="has format 99; this version reads 3"):
+
+
+@pytest.mark.parametrize("number", [2, 99])
+def test_other_formats_are_refused_with_a_next_step(number: int, tmp_path: Path) -> None:
+    """Whatever else is in them: only their own version knows."""
+    for name in (NEWEST, PREVIOUS):
+        save_file({"a": torch.zeros(2)}, tmp_path / name, {"codistill": json.dumps({"format": number})})
+    fact = f"checkpoint {tmp_path / NEWEST} has format {number}; this version reads 3"
+    with pytest.raises(ConfigurationError) as refused:
         load(tmp_path)
+    assert str(refused.value) == f"{fact}; finish the run with the version that began it, or choose another run folder"
+    with pytest.raises(ConfigurationError) as refused:
+        read(tmp_path / NEWEST)
+    assert str(refused.value) == f"{fact}; use the version that wrote it"
+
+
+def test_a_newest_of_another_format_gives_way_to_a_readable_one_before_it(tmp_path: Path) -> None:
+    store_with(tmp_path, 1, 2)
+    save_file({"a": torch.zeros(2)}, tmp_path / NEWEST, {"codistill": '{"format": 99}'})
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 1
 
 
 def test_another_student_or_experiment_is_refused_with_both_values(tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ class Checkpoint:
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
+class _OtherFormatError(ConfigurationError):
+    """A checkpoint was written by a version with another format."""
+
+    def __init__(self, path: Path, found: object) -> None:
+        self.fact = f"checkpoint {path} has format {found}; this version reads {_FORMAT}"
+        super().__init__(f"{self.fact}; use the version that wrote it")
+
+
 class CheckpointStore:
     """The checkpoints of one student, in the student's folder."""
 
@@ -111,7 +119,7 @@ class CheckpointStore:
         """
         if self.folder.is_dir():
             remove_abandoned_parts(self.folder)
-        problems: dict[Path, str] = {}
+        problems: dict[Path, ConfigurationError] = {}
         readable: dict[Path, Checkpoint] = {}
         for path in (self._layout.checkpoint, self._layout.previous_checkpoint):
             if not path.exists():
@@ -119,10 +127,15 @@ class CheckpointStore:
             try:
                 readable[path] = read(path)
             except ConfigurationError as error:
-                problems[path] = str(error)
+                problems[path] = error
         if not readable:
+            for problem in problems.values():
+                if isinstance(problem, _OtherFormatError):
+                    raise ConfigurationError(
+                        f"{problem.fact}; finish the run with the version that began it, or choose another run folder"
+                    )
             if problems:
-                listed = "; ".join(problems.values())
+                listed = "; ".join(map(str, problems.values()))
                 raise ConfigurationError(f"{listed}; remove {self.folder} to start from the beginning")
             return None
         path, newest = next(iter(readable.items()))
@@ -184,9 +197,7 @@ def read(path: Path) -> Checkpoint:
                 raise ConfigurationError(f"checkpoint {path} was not written by codistill")
             about = json.loads(header["codistill"])
             if about["format"] != _FORMAT:
-                raise ConfigurationError(
-                    f"checkpoint {path} has format {about['format']}; this version reads {_FORMAT}"
-                )
+                raise _OtherFormatError(path, about["format"])
             # Copies, as these lie in the mapped file, which others may cut short.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if header.get("digest") != _digest(header["codistill"], tensors):
