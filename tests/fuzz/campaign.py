@@ -46,12 +46,12 @@ from codistill_server.admission.contributions import receive_limit
 from fuzz.calls import HEALTH, LOST, Answer, Call, SessionlessCaller, WrongError, check, locked_out, make
 from fuzz.endpoints import Endpoint
 from fuzz.floods import Flooder
-from fuzz.healthy_peers import TOTAL_ROUNDS, Student
+from fuzz.healthy_peers import TRAIN_SAMPLES, Student
 from fuzz.oracle import OK, Model
 from fuzz.scenarios import ScenarioRunner
 from fuzz.serving import Serving, Usage
 from fuzz.tcp import Port
-from server.support import TRAIN_SAMPLES, make_experiment
+from server.support import make_experiment
 
 HEALTHY, CHAOS, LIMITED = "healthy", "chaos", "limited"
 KINDS: Mapping[str, float] = {"tcp": 0.10, "call": 0.858, "scenario": 0.04, "flood": 0.002}
@@ -235,7 +235,7 @@ class Campaign:
         async with contextlib.AsyncExitStack() as stack:
             endpoints = self._serving.endpoints
             channels = [await stack.enter_async_context(endpoints[HEALTHY].channel()) for _ in range(3)]
-            healthy = Model(self._experiments[HEALTHY], (bytes(32), TRAIN_SAMPLES, TOTAL_ROUNDS))
+            healthy = Model(self._experiments[HEALTHY], (bytes(32), TRAIN_SAMPLES))
             healthy.frontier = 2**40  # where exactly it is, a call from outside cannot depend on
             sessionless = SessionlessCaller(healthy, receive_limit(self._experiments[HEALTHY]), traffic)
 
@@ -279,7 +279,7 @@ class Campaign:
         for student in students:
             await asyncio.to_thread(student.stop)
         traffic = [each for student in students for each in student.traffic]
-        model = Model(experiment, (bytes(32), TRAIN_SAMPLES, TOTAL_ROUNDS))
+        model = Model(experiment, (bytes(32), TRAIN_SAMPLES))
         self._scenarios = ScenarioRunner(
             endpoint, model, traffic, self.report.seen, lambda: self._serving.received(CHAOS)
         )

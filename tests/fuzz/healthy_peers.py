@@ -17,7 +17,7 @@ from codistill_server import methods
 from fuzz.endpoints import Endpoint
 from server.support import contribution, join_request, logits_of
 
-TOTAL_ROUNDS = 10**9  # as many as steps: every step exchanges
+TRAIN_SAMPLES = 10**9  # and as many rounds; a campaign comes nowhere near their end
 _REPORT_EVERY = 20
 
 
@@ -67,7 +67,7 @@ class Student(threading.Thread):
         self._transport.close()
 
     def _train(self) -> None:
-        request = join_request(self._experiment, self._student, total_steps=TOTAL_ROUNDS)
+        request = join_request(self._experiment, self._student, data__train_samples=TRAIN_SAMPLES)
         self._record("Join", request)
         session_id = self._transport.join(request).session_id
         while not self._halt.is_set():

@@ -44,6 +44,13 @@ class _Keeps(_Base):
         return super().join(request)
 
 
+class _Finishes(_Base):
+    """Whoever says that it has finished is believed."""
+
+    def _check_finished(self, participant: str) -> None:
+        pass
+
+
 def _turned(self: Any, inputs: RoundInputs) -> Targets:
     """One bit of one target is wrong, once in a while."""
     targets = _right(self, inputs)
@@ -71,6 +78,7 @@ MUTANTS: Mapping[str, Callable[[], None]] = {
     "raises": _with_coordinator(_Raises),
     "admits": lambda: setattr(coordinator, "JoinAdmission", _Admits),
     "keeps": _with_coordinator(_Keeps),
+    "finishes": _with_coordinator(_Finishes),
     "turned": lambda: setattr(kdcl.Ensemble, "targets", _turned),
     "matches": lambda: setattr(Token, "matches", _matches),
 }

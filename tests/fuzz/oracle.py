@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.wrappers_pb2 import UInt32Value
 
 from codistill import PROTOCOL_VERSION
 from codistill.config.experiment import Experiment
@@ -78,10 +77,10 @@ class Published:
 
 @dataclass
 class Model:
-    """One run, whose every step exchanges. `settled` is what the first worker said of its data: digest, samples, steps."""
+    """One run, whose every step exchanges. `settled` is what the first worker said of its data: digest and samples."""
 
     experiment: Experiment
-    settled: tuple[bytes, int, int] | None = None
+    settled: tuple[bytes, int] | None = None
     sessions: dict[int, str] = field(default_factory=dict[int, str])
     frontier: int = 0
     oldest: int = 0
@@ -90,16 +89,23 @@ class Model:
     waiting: dict[int, int] = field(default_factory=dict[int, int])
     closed: dict[int, tuple[Published, bytes]] = field(default_factory=dict[int, tuple[Published, bytes]])
 
+    @property
+    def length(self) -> int:
+        """The number of steps, which is that of rounds; 0 until it is settled."""
+        return 0 if self.settled is None else self._steps(self.settled[1])
+
+    def _steps(self, samples: int) -> int:
+        training = self.experiment.training
+        return training.epochs * (samples // training.batch_size)
+
     def join(self, raw: bytes) -> ExpectedAnswer:
         request = parsed(pb.JoinRequest, raw)
-        # Another version may mean anything by its other fields, so they are not looked at, nor need they be read.
-        versioned = parsed(UInt32Value, raw) if request is None else request
-        version = getattr(versioned, "value" if request is None else "protocol_version", PROTOCOL_VERSION)
-        if version != PROTOCOL_VERSION:
-            both = f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {version}; "
-            return refusal(Code.FAILED_PRECONDITION, both)
         if not isinstance(request, pb.JoinRequest):
             return NO_MESSAGE
+        # Another version may mean anything by its other fields, so they are not looked at.
+        if request.protocol_version != PROTOCOL_VERSION:
+            both = f"protocol_version: the server speaks {PROTOCOL_VERSION}, this worker {request.protocol_version}; "
+            return refusal(Code.FAILED_PRECONDITION, both)
         differs: list[str] = []
         wrong: list[str] = []
         if request.participant not in self.experiment.names:
@@ -116,22 +122,21 @@ class Model:
         if request.data.classes != classes:
             differs.append("data.classes: ")
         if self.settled is not None:
-            digest, samples, steps = self.settled
+            digest, samples = self.settled
             if request.data.data_sha256[:LONGEST_DIGEST] != digest:
                 differs.append("data.data_sha256: ")
             if request.data.train_samples != samples:
                 differs.append("data.train_samples: ")
-            if request.total_rounds != steps:
-                differs.append("total_rounds: ")
-            if request.total_steps != steps:
-                differs.append("total_steps: ")
-        if request.total_steps > LARGEST_STEPS:
+        training, steps = self.experiment.training, self._steps(request.data.train_samples)
+        if not training.batch_size <= request.data.train_samples <= LARGEST_STEPS // training.epochs:
+            wrong.append("data.train_samples: ")
+        if request.total_steps != steps:
             wrong.append("total_steps: ")
-        if request.total_rounds != request.total_steps:
+        if request.total_rounds != steps:
             wrong.append("total_rounds: ")
-        if request.steps_trained > request.total_steps:
+        if request.steps_trained > steps:
             wrong.append("steps_trained: ")
-        if request.first_round > request.total_rounds:
+        if request.first_round > steps:
             wrong.append("first_round: ")
         if request.first_round > self.frontier:
             differs.append("resumes at round ")
@@ -151,7 +156,6 @@ class Model:
         self.settled = self.settled or (
             request.data.data_sha256[:LONGEST_DIGEST],
             request.data.train_samples,
-            request.total_steps,
         )
         name = request.participant
         self.durable[name] = min(self.durable.get(name, 0), request.first_round)
@@ -166,9 +170,10 @@ class Model:
         if not isinstance(request, pb.ReportRequest):
             return NO_MESSAGE
         wrong: list[str] = []
-        if request.session_id in self.sessions and self.settled is not None:
-            last = self.settled[2]
-            wrong += [name for name in ("steps_trained", "round", "durable_round") if getattr(request, name) > last]
+        if request.session_id in self.sessions:
+            last = self.length
+            wrong += [name for name in ("steps_trained", "round") if getattr(request, name) > last]
+            wrong += ["durable_round"] if request.durable_round > request.round else []
             wrong += [
                 f"measurements.{at}.steps_trained"
                 for at, each in enumerate(request.measurements)
@@ -207,6 +212,8 @@ class Model:
             return refusal(Code.INVALID_ARGUMENT, "reason: ")
         if request.session_id not in self.sessions:
             return refusal(Code.ABORTED, f"session {request.session_id} ")
+        if request.reason == pb.LEAVE_REASON_FINISHED and self.frontier < self.length:
+            return refusal(Code.FAILED_PRECONDITION, "reason: FINISHED is not allowed while ")
         return OK
 
     def left(self, raw: bytes) -> int:
@@ -249,6 +256,8 @@ class Model:
         message = parsed(pb.ExchangeRequest, raw)
         if not isinstance(message, pb.ExchangeRequest):
             return NO_MESSAGE
+        if message.round >= self.length:
+            return refusal(Code.FAILED_PRECONDITION, f"round: {message.round} is not one of the run's")
         wrong = self._wrong(message.batch)
         if message.HasField("held_out"):
             wrong.append("held_out: ")

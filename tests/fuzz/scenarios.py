@@ -23,7 +23,7 @@ from codistill_server.rpc.quotas import Limits
 from fuzz import calls, generators, healthy_peers
 from fuzz.calls import PATIENCE, PREFIX, Answer, Call, WrongError, check, locked_out
 from fuzz.endpoints import Endpoint
-from fuzz.healthy_peers import TOTAL_ROUNDS
+from fuzz.healthy_peers import TRAIN_SAMPLES
 from fuzz.oracle import OK, Code, ExpectedAnswer, Model, Published, refusal
 from server.support import contribution, join_request, logits_of
 
@@ -147,7 +147,7 @@ class ScenarioRunner:
 
     async def _join(self, rng: random.Random, student: str) -> None:
         first_round = rng.randint(self._model.oldest, self._model.frontier)
-        request = join_request(self._model.experiment, student, first_round, total_steps=TOTAL_ROUNDS)
+        request = join_request(self._model.experiment, student, first_round, data__train_samples=TRAIN_SAMPLES)
         request.device = generators.text(rng)
         request.parameters = generators.number(rng)
         await self._raw_join(rng, request.SerializeToString(), "Join")
@@ -169,6 +169,7 @@ class ScenarioRunner:
         report.session_id = self._any_session(rng)
         if rng.random() < 0.5:
             report.durable_round = rng.randint(self._model.oldest, self._model.frontier + 1)
+            report.round = max(0, report.durable_round + rng.choice((0, 0, 1, -1)))
         raw = report.SerializeToString()
         if (await self._unary(rng, "Report", raw, self._model.unary("Report", raw))).code is Code.OK:
             self._model.reported(raw)

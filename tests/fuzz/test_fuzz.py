@@ -57,6 +57,7 @@ class TestCampaign:
             ("raises", "answered UNAVAILABLE|KeyError: "),
             ("admits", "answered OK|names none of"),
             ("keeps", "rss has grown"),
+            ("finishes", "answered OK"),
             ("turned", "not the pure function's"),
             ("matches", "allowed: UNAUTHENTICATED"),
         ],

@@ -25,8 +25,8 @@ from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal
 
 BATCH, CLASSES, HELD_OUT = 4, 3, 5
-TRAIN_SAMPLES, EPOCHS = 12, 4
-STEPS_PER_EPOCH = TRAIN_SAMPLES // BATCH
+STEPS_PER_EPOCH, EPOCHS = 3, 4
+TRAIN_SAMPLES = STEPS_PER_EPOCH * BATCH
 TOTAL_STEPS = EPOCHS * STEPS_PER_EPOCH
 # Where every step exchanges.
 ROUNDS_PER_EPOCH, TOTAL_ROUNDS = STEPS_PER_EPOCH, TOTAL_STEPS
@@ -93,21 +93,23 @@ def general_experiment(**sections: Any) -> Experiment:
 
 
 def join_request(experiment: Experiment, participant: str, first_round: int = 0, /, **changes: Any) -> pb.JoinRequest:
-    """Return a worker's join; `data__FIELD` changes its data set, `outputs` the shapes, and rounds follow from steps."""
-    exchanges = experiment.distillation.exchanges
-    schedule = experiment.distillation.exchange_schedule(STEPS_PER_EPOCH)
-    total_steps = changes.pop("total_steps", TOTAL_STEPS)
+    """Return a worker's join; `data__FIELD` changes its data set, `outputs` the shapes; the length follows from the samples."""
+    exchanges, training = experiment.distillation.exchanges, experiment.training
+    train_samples = changes.pop("data__train_samples", STEPS_PER_EPOCH * training.batch_size)
+    steps_per_epoch = train_samples // training.batch_size
+    schedule = experiment.distillation.exchange_schedule(max(steps_per_epoch, 1))
+    total_steps = changes.pop("total_steps", min(training.epochs * steps_per_epoch, 2**64 - 1))
     request = pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         participant=participant,
         experiment_sha256=identity_sha256(experiment),
         experiment_json=identity(experiment),
         data=pb.DataFingerprint(
-            data_sha256=bytes(32), train_samples=TRAIN_SAMPLES, classes=experiment.data.class_count
+            data_sha256=bytes(32), train_samples=train_samples, classes=experiment.data.class_count
         ),
         outputs={"logits": pb.Shape(dims=[experiment.data.class_count])} if exchanges else {},
         first_round=first_round,
-        total_rounds=schedule.rounds_before(total_steps) if exchanges else 0,
+        total_rounds=min(schedule.rounds_before(total_steps), 2**64 - 1) if exchanges else 0,
         steps_trained=min(schedule.step_of(first_round), total_steps) if first_round else 0,
         total_steps=total_steps,
         parameters=10,
@@ -224,6 +226,11 @@ class Run:
         for participant in self.experiment.names:
             self.contribute(participant, round_number, **options)
         return [self.inboxes[participant].raw[-1] for participant in self.experiment.names]
+
+    def close_rounds(self) -> None:
+        """Have every participant contribute to each round that is left, so that each may finish."""
+        for number in range(self.coordinator.frontier, self.run_state.total_rounds):
+            self.close_round(number)
 
     def report(self, participant: str, **fields: Any) -> None:
         self.coordinator.report(pb.ReportRequest(session_id=self.session_ids[participant], **fields))

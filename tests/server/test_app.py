@@ -35,7 +35,7 @@ from codistill_server.ratelimit import Rate
 from codistill_server.rounds.events import Samples
 from codistill_server.rpc.quotas import Limits
 from codistill_server.storage.journal import ClosedRound, Journal, JournalError
-from server.support import contribution, join_request, make_experiment, with_checksum
+from server.support import TOTAL_ROUNDS, contribution, join_request, make_experiment, with_checksum
 from server.support_app import PATIENCE, get, serving, until
 from support_certificates import TOKEN, Certificates
 
@@ -182,7 +182,7 @@ class TestServing:
         assert events == ["joined", "disconnected"]
 
     def test_until_the_run_is_complete(self, tmp_path: Path) -> None:
-        experiment = make_experiment()
+        experiment = _with_closed_rounds(tmp_path)
         with serving(tmp_path, experiment) as served:
             _finish(served.address, experiment)
             assert served.end() is ExitCode.OK
@@ -195,10 +195,10 @@ class TestServing:
     @pytest.mark.parametrize("silent", [True, False])
     def test_a_worker_that_heard_no_answer_to_its_goodbye_can_say_it_again(self, tmp_path: Path, silent: bool) -> None:
         """Its link was silent and its stream still stands, or its connection broke and it comes back at once."""
-        experiment = make_experiment()
+        experiment = _with_closed_rounds(tmp_path)
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
             stub, hold = DistillationServiceStub(channel), threading.Event()
-            session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            session_id = stub.Join(join_request(experiment, "ant", TOTAL_ROUNDS), timeout=PATIENCE).session_id
             metadata = ((SESSION_KEY, format_session(session_id)),)
             stream = stub.Exchange(_then_hold(iter(()), hold), metadata=metadata, timeout=PATIENCE)
             stream.initial_metadata()
@@ -207,14 +207,14 @@ class TestServing:
             if not silent:
                 hold.set()
                 assert list(stream) == []
-                session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+                session_id = stub.Join(join_request(experiment, "ant", TOTAL_ROUNDS), timeout=PATIENCE).session_id
             stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             if silent:
                 served.thread.join(1.5)
                 assert served.thread.is_alive(), "its stream stands"
                 hold.set()
                 assert list(stream) == []
-            session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
+            session_id = stub.Join(join_request(experiment, "ant", TOTAL_ROUNDS), timeout=PATIENCE).session_id
             assert not stub.GetRun(pb.GetRunRequest(), timeout=PATIENCE).run.complete
             stub.Leave(pb.LeaveRequest(session_id=session_id, reason=pb.LEAVE_REASON_FINISHED), timeout=PATIENCE)
             assert served.end() is ExitCode.OK
@@ -223,7 +223,7 @@ class TestServing:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(app, "_LEAVE_SECONDS", 0.2)
-        experiment = make_experiment(("ant", "bee"))
+        experiment = _with_closed_rounds(tmp_path)
         with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
             stub, hold = DistillationServiceStub(channel), threading.Event()
             session_id = stub.Join(join_request(experiment, "ant"), timeout=PATIENCE).session_id
@@ -238,7 +238,7 @@ class TestServing:
             stream.cancel()
 
     def test_a_run_that_is_complete_already_ends(self, tmp_path: Path) -> None:
-        experiment = make_experiment()
+        experiment = _with_closed_rounds(tmp_path)
         with serving(tmp_path, experiment) as served:
             _finish(served.address, experiment)
             served.end()
@@ -246,7 +246,7 @@ class TestServing:
         assert code is ExitCode.OK
 
     def test_what_is_asked_for_is_done_once_the_run_is_complete(self, tmp_path: Path) -> None:
-        experiment = make_experiment()
+        experiment = _with_closed_rounds(tmp_path)
         called: list[str] = []
         with serving(tmp_path, experiment, stay=True, on_complete=lambda: called.append("first")) as served:
             assert called == []
@@ -260,7 +260,7 @@ class TestServing:
         def fail() -> None:
             raise OSError("no report today")
 
-        experiment = make_experiment()
+        experiment = _with_closed_rounds(tmp_path)
         with serving(tmp_path, experiment, on_complete=fail) as served:
             _finish(served.address, experiment)
             assert served.end() is ExitCode.OK
@@ -323,10 +323,7 @@ class TestServing:
 
 def test_the_journals_durability_is_the_experiments(tmp_path: Path) -> None:
     experiment = make_experiment(exchange={"journal": {"durability": "power"}})
-    path = RunLayout(tmp_path / "run").journal_file
-    journal = Journal(path, identity(experiment))
-    journal.append(ClosedRound(0, Samples(bytes(8), bytes(8)), {"": b""}))
-    journal.close()
+    _close_rounds(tmp_path, experiment, 1)
     with serving(tmp_path, experiment) as served, grpc.insecure_channel(served.address) as channel:
         run = DistillationServiceStub(channel).GetRun(pb.GetRunRequest(), timeout=PATIENCE).run
         assert run.frontier == 1
@@ -360,6 +357,21 @@ def test_a_signal_ends_the_process_with_0(tmp_path: Path, number: signal.Signals
     assert server.returncode == 0, output
     assert "Traceback" not in output
     assert not address.exists()
+
+
+def _close_rounds(folder: Path, experiment: Experiment, rounds: int) -> None:
+    """Write the journal of a run whose first rounds are closed."""
+    journal = Journal(RunLayout(folder / "run").journal_file, identity(experiment))
+    for number in range(rounds):
+        journal.append(ClosedRound(number, Samples(bytes(8), bytes(8)), {"": b""}))
+    journal.close()
+
+
+def _with_closed_rounds(folder: Path) -> Experiment:
+    """Return the experiment of a run whose every round is closed, so that its participants may finish."""
+    experiment = make_experiment(("ant", "bee"))
+    _close_rounds(folder, experiment, TOTAL_ROUNDS)
+    return experiment
 
 
 def _finish(address: str, experiment: Experiment) -> None:

@@ -28,6 +28,7 @@ from server.support import (
     Inbox,
     Run,
     contribution,
+    independent_experiment,
     join_request,
     logits_of,
     make_experiment,
@@ -157,14 +158,14 @@ class TestRestart:
     def test_finished_participants_stay_finished(self, tmp_path: Path) -> None:
         run = Run(path=tmp_path / "journal.sqlite")
         run.join_all()
-        run.close_round(0)
+        run.close_rounds()
         run.leave("ant", pb.LEAVE_REASON_FINISHED)
         run.leave("bee", pb.LEAVE_REASON_STOPPED)
         run.coordinator.close()
         run = Run(path=tmp_path / "journal.sqlite")
         assert run.coordinator.states == {"ant": ParticipantState.FINISHED, "bee": ParticipantState.EXPECTED}
         assert not run.coordinator.complete
-        run.join("bee", 1)
+        run.join("bee", TOTAL_ROUNDS)
         run.leave("bee", pb.LEAVE_REASON_FINISHED)
         assert run.completed == 1
         run.coordinator.close()
@@ -222,6 +223,28 @@ def test_the_span_of_an_epoch_tells_of_all_its_rounds(run: Run) -> None:
         assert span.ensemble_accuracy == right / (ROUNDS_PER_EPOCH * BATCH)
 
 
+class TestRoundsPastTheLast:
+    """A worker that knows how long the run is never sends to one."""
+
+    @pytest.mark.parametrize("closed", [0, TOTAL_ROUNDS])
+    @pytest.mark.parametrize("number", [TOTAL_ROUNDS, TOTAL_ROUNDS + 1, 2**64 - 1])
+    def test_a_contribution_to_one_is_refused(self, closed: int, number: int, run: Run) -> None:
+        for each in range(closed):
+            run.close_round(each)
+        message = contribution(run.experiment, "ant", 0)
+        message.round = number
+        error = refused(lambda: run.send("ant", message))
+        assert (error.status, str(error)) == (
+            Status.FAILED_PRECONDITION,
+            f"round: {number} is not one of the run's; allowed: 0 to {TOTAL_ROUNDS - 1}",
+        )
+        assert [(event.participant, event.message) for event in run.events("rejected")] == [("ant", str(error))]
+        assert run.coordinator.states["ant"] is ParticipantState.DISCONNECTED
+        assert run.coordinator.frontier == closed
+        run.join("ant", closed)
+        run.close_rounds()
+
+
 class TestLeave:
     def test_each_reason_has_its_event_and_state(self) -> None:
         for reason, what, state in (
@@ -231,6 +254,7 @@ class TestLeave:
         ):
             run = Run()
             run.join_all()
+            run.close_rounds()
             run.leave("ant", reason, "x" * 600)
             assert [(event.participant, event.message) for event in run.events(what)] == [("ant", "x" * 500)]
             assert run.coordinator.states["ant"] is state
@@ -247,7 +271,61 @@ class TestLeave:
         run.leave("ant", pb.LEAVE_REASON_STOPPED)
         assert refused(lambda: run.leave("ant", pb.LEAVE_REASON_STOPPED)).status is Status.ABORTED
 
+    @pytest.mark.parametrize("closed", [0, 1, TOTAL_ROUNDS - 1])
+    def test_nobody_has_finished_before_the_last_round_is_closed(self, closed: int, tmp_path: Path) -> None:
+        run = Run(path=tmp_path / "journal.sqlite")
+        run.join_all()
+        for number in range(closed):
+            run.close_round(number)
+        run.report("ant", steps_trained=TOTAL_STEPS, round=TOTAL_ROUNDS)  # what it says of itself does not count
+        error = refused(lambda: run.leave("ant", pb.LEAVE_REASON_FINISHED))
+        assert (error.status, str(error)) == (
+            Status.FAILED_PRECONDITION,
+            f"reason: FINISHED is not allowed while {closed} of {TOTAL_ROUNDS} rounds are closed; leave as STOPPED or FAILED",
+        )
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED, "its session goes on"
+        assert run.events("finished") == []
+        assert not any(record.finished for record in run.journal.restore().participants)
+        run.close_rounds()
+        run.leave("ant", pb.LEAVE_REASON_FINISHED)
+        assert run.coordinator.states["ant"] is ParticipantState.FINISHED
+
+    @pytest.mark.parametrize("again", ["in a new session", "after a restart"])
+    @pytest.mark.parametrize("exchanging", [True, False])
+    def test_a_participant_that_finished_may_come_back_and_say_it_again(
+        self, exchanging: bool, again: str, tmp_path: Path
+    ) -> None:
+        """Its answer was lost, or it was resumed although it was done."""
+        experiment = make_experiment() if exchanging else independent_experiment(STUDENTS)
+        path, rounds = tmp_path / "journal.sqlite", TOTAL_ROUNDS if exchanging else 0
+        run = Run(experiment, path)
+        run.join_all()
+        run.close_rounds()
+        run.report("ant", steps_trained=TOTAL_STEPS, round=rounds, durable_round=rounds)
+        run.leave("ant", pb.LEAVE_REASON_FINISHED)
+        if again == "after a restart":
+            run.coordinator.close()
+            run = Run(experiment, path)
+        run.join("ant", rounds, steps_trained=TOTAL_STEPS)
+        assert run.coordinator.states["ant"] is ParticipantState.CONNECTED
+        run.leave("ant", pb.LEAVE_REASON_FINISHED)
+        assert run.coordinator.states["ant"] is ParticipantState.FINISHED
+
+    def test_where_nothing_is_exchanged_all_steps_must_be_reported(self) -> None:
+        run = Run(independent_experiment())
+        run.join("ant")
+        for steps in (0, 1, TOTAL_STEPS - 1):
+            run.report("ant", steps_trained=steps)
+            error = refused(lambda: run.leave("ant", pb.LEAVE_REASON_FINISHED))
+            assert error.status is Status.FAILED_PRECONDITION
+            assert f"while {steps} of {TOTAL_STEPS} steps are reported; leave as STOPPED or FAILED" in str(error)
+        assert run.completed == 0
+        run.report("ant", steps_trained=TOTAL_STEPS)
+        run.leave("ant", pb.LEAVE_REASON_FINISHED)
+        assert run.completed == 1
+
     def test_the_run_is_complete_when_the_last_has_finished(self, run: Run) -> None:
+        run.close_rounds()
         run.leave("ant", pb.LEAVE_REASON_FINISHED)
         assert run.completed == 0
         assert not run.coordinator.snapshot().complete

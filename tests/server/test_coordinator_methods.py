@@ -64,6 +64,12 @@ class Taught(Run):
     def learn(self, name: str, number: int) -> None:
         self.send(name, published(self.experiment, number))
 
+    def close_round(self, round_number: int, **options: Any) -> list[bytes]:
+        for name in self.experiment.names:
+            self.learn(name, round_number, **options)
+        self.teach(round_number)
+        return [self.inboxes[participant].raw[-1] for participant in self.experiment.participants]
+
 
 @pytest.fixture
 def run() -> Taught:
@@ -175,11 +181,21 @@ class TestTeacher:
         ]
 
     def test_the_run_is_complete_when_it_has_finished_too(self, run: Taught) -> None:
+        run.close_rounds()
         run.leave("ant", pb.LEAVE_REASON_FINISHED)
         run.leave("bee", pb.LEAVE_REASON_FINISHED)
         assert not run.coordinator.complete
         run.leave("old", pb.LEAVE_REASON_FINISHED)
         assert run.coordinator.complete
+
+    def test_it_has_taught_all_when_the_last_round_is_closed(self, run: Taught) -> None:
+        run.close_round(0)
+        error = refused(lambda: run.leave("old", pb.LEAVE_REASON_FINISHED))
+        assert "while 1 of 12 rounds are closed" in str(error)
+        run.close_rounds()
+        run.join_teacher()  # one that comes back has nothing left to teach
+        run.leave("old", pb.LEAVE_REASON_FINISHED)
+        assert run.coordinator.states["old"] is ParticipantState.FINISHED
 
 
 class TestShapes:
@@ -242,6 +258,14 @@ class TestExchangeSchedule:
         assert run.inboxes["ant"].rounds == [0, 1, 2, 3, 4]
         state = run.coordinator.snapshot()
         assert (state.frontier, state.steps_trained) == (len(self.STEPS), TOTAL_STEPS), "no further than the run"
+
+    @pytest.mark.parametrize("number", [5, 11])
+    def test_no_more_rounds_are_taken_than_steps_exchange(self, number: int) -> None:
+        run = Run(self.experiment())
+        run.join_all()
+        error = refused(lambda: run.contribute("ant", number))
+        assert error.status is Status.FAILED_PRECONDITION
+        assert str(error) == f"round: {number} is not one of the run's; allowed: 0 to 4"
 
     @pytest.mark.parametrize("number", [1, 3])
     def test_the_number_of_a_step_is_no_round(self, number: int) -> None:

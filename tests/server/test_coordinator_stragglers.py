@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ class TestSkipped:
         spans = [record for record in run.records if record.kind == "rounds"]
         assert sum(span.missed.get("cat", 0) for span in spans) == 3
         assert sum(span.without_targets for span in spans) == 0
+
+    def test_one_that_was_skipped_finishes_like_the_others(self) -> None:
+        """Rounds that closed without it count; those that are open are open for everybody."""
+        run = self.run()
+        for number in range(TOTAL_ROUNDS):
+            for participant in run.experiment.names:
+                error = refused(partial(run.leave, participant, pb.LEAVE_REASON_FINISHED))
+                assert f"while {number} of {TOTAL_ROUNDS} rounds are closed" in str(error)
+            run.contribute("ant", number)
+            run.contribute("bee", number)
+            self.late(run)
+            if number % 2:
+                run.contribute("cat", number)
+        for participant in ("ant", "bee"):
+            run.leave(participant, pb.LEAVE_REASON_FINISHED)
+        run.contribute("cat", TOTAL_ROUNDS - 1)
+        run.leave("cat", pb.LEAVE_REASON_FINISHED)
+        assert run.completed == 1
 
     def test_who_is_awaited_is_shown(self) -> None:
         run = self.run()

@@ -19,7 +19,7 @@ from codistill.v1 import distillation_pb2 as pb
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds.actions import Decide
 from simulation.kernel import Arm, Kernel
-from simulation.model import BATCH, CLASSES, HELD_OUT, GoingOn, Ledger, Reference, Violation
+from simulation.model import BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH, GoingOn, Ledger, Reference, Violation
 from simulation.network import CLIENT_KEEPALIVE, SERVER_KEEPALIVE, Link, Stream, Weather
 from simulation.server import DiskJournal, Server
 from simulation.worker import Disk, Store, Worker
@@ -74,7 +74,7 @@ def _experiment(
         document = {
             "name": "simulated",
             "data": {"dataset": "somewhere:make", "classes": CLASSES},
-            "training": {"epochs": 9, "batch_size": BATCH},
+            "training": {"epochs": rounds // ROUNDS_PER_EPOCH, "batch_size": BATCH},
             "distillation": dict(_METHODS[method]),
             "exchange": {"waiting_notice": 5, "journal": {"keep": "all" if keep_all else "needed"}},
             "students": [{"name": name, "model": "mlp"} for name in _NAMES[:count]],

@@ -34,7 +34,7 @@ __all__ = [
     "learn",
 ]
 
-BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH = 2, 3, 2, 3
+BATCH, CLASSES, HELD_OUT, ROUNDS_PER_EPOCH = 2, 3, 2, 2
 _INT64 = "<i8"
 
 

@@ -13,6 +13,7 @@ from codistill_server.errors import RequestRejected
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Decide, Status
 from codistill_server.rounds.events import ParticipantRecord
+from codistill_server.rounds.machine import ParticipantState
 from codistill_server.storage.journal import ClosedRound, Journal
 from simulation.model import Violation
 from simulation.network import CLIENT_KEEPALIVE, Stream
@@ -256,7 +257,10 @@ class Server:
                 case "report":
                     answer(coordinator.report(request) or pb.ReportResponse())
                 case _:
-                    answer(coordinator.leave(request) or pb.LeaveResponse())
+                    participant = coordinator.participant_of(request.session_id)
+                    coordinator.leave(request)
+                    self._check_end(participant)
+                    answer(pb.LeaveResponse())
         except RequestRejected as refused:
             answer(failure(refused))
         except Crash:
@@ -307,6 +311,14 @@ class Server:
 
     def _expect(self, session_id: int) -> None:
         self.take(lambda: self._with(lambda each: each.expect_stream(session_id)))
+
+    def _check_end(self, participant: str | None) -> None:
+        """Nobody has finished while rounds are open: the others would stop waiting for it."""
+        coordinator, rounds = self.coordinator, self.cluster.rounds
+        if coordinator is None or participant is None or coordinator.frontier == rounds:
+            return
+        if coordinator.states[participant] is ParticipantState.FINISHED:
+            raise Violation(f"{participant} has finished with {coordinator.frontier} of {rounds} rounds closed")
 
     def _check_memory(self) -> None:
         if self.coordinator is None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from codistill.peer.session import Session, _Leave, _Receive
+from codistill.v1 import distillation_pb2 as pb
 from codistill_server import coordinator as coordinator_module
 from codistill_server.coordinator import Coordinator
 from codistill_server.rounds.actions import Action, Decide, End
-from codistill_server.rounds.events import Join, Restored
+from codistill_server.rounds.events import Join, Leave, LeaveReason, Restored
 from codistill_server.rounds.machine import Rounds
 from codistill_server.storage.journal import ClosedRound
 from simulation.cluster import Outcome, Plant, simulate
@@ -153,6 +154,16 @@ class LeavesSomebodyOut(Coordinator):
         super()._decide(replace(decide, contributions={name: decide.contributions[name] for name in kept}))
 
 
+class TakesEveryEndForTheLast(Coordinator):
+    """Whoever stops has finished, wherever it was."""
+
+    def leave(self, request: pb.LeaveRequest) -> None:
+        if request.reason == pb.LEAVE_REASON_STOPPED:
+            self._process(Leave(request.session_id, LeaveReason.FINISHED)).raise_if_rejected()
+        else:
+            super().leave(request)
+
+
 class KeepsBothSessions(Rounds):
     def _join(self, event: Join, now: float) -> list[Action]:
         self._session_of.pop(event.participant, None)
@@ -256,6 +267,7 @@ PLANTS: Mapping[str, tuple[Plant, str]] = {
         "not those of the con",
     ),
     "leaves somebody out": (Plant(coordinator=LeavesSomebodyOut, proceed=True), "not those of the contributions"),
+    "takes every end for the last": (Plant(coordinator=TakesEveryEndForTheLast), "has finished with"),
     "two sessions of one participant": (Plant(coordinator=with_rounds(KeepsBothSessions)), "the server holds"),
     "an older stream is left open": (Plant(coordinator=with_rounds(SupersedesNobody)), "the server holds"),
     "takes the targets of any round": (Plant(session=TakesAnyRound), "other targets|not journalled"),

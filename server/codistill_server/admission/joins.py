@@ -133,11 +133,12 @@ class JoinAdmission:
     def _check_length(self, request: pb.JoinRequest) -> None:
         """Reject a worker whose numbers of samples, steps and rounds do not follow from the experiment."""
         training, samples = self._experiment.training, request.data.train_samples
-        if not training.batch_size <= samples <= _LARGEST_COUNT:
+        largest = _LARGEST_COUNT // training.epochs  # so that the steps are no more than that either
+        if not training.batch_size <= samples <= largest:
             raise RequestRejected(
                 Status.INVALID_ARGUMENT,
                 f"data.train_samples: {samples} is not allowed; allowed: {training.batch_size}, one batch, to "
-                f"{_LARGEST_COUNT}",
+                f"{largest}",
             )
         steps_per_epoch = samples // training.batch_size
         steps = training.epochs * steps_per_epoch

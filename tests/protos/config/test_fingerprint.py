@@ -114,6 +114,18 @@ class TestIdentity:
         assert difference(text, text + " ") == "experiment: written differently"
 
     @pytest.mark.parametrize(
+        ("ours", "theirs"), [("1", "1.0"), ("1.0", "1"), ("0.001", "1e-3"), ("0", "-0.0"), ("1e3", "1000")]
+    )
+    def test_a_number_is_the_same_however_it_is_written(self, ours: str, theirs: str) -> None:
+        """JSON has one kind of number, and other languages write it in their own way."""
+        for text in ('{{"a": {}}}', '{{"a": {{"b": [2, {}]}}}}'):
+            assert difference(text.format(ours), text.format(theirs)) == "experiment: written differently"
+            both = text.replace('"a"', '"b": {}, "a"')
+            assert difference(both.format(5, ours), both.format(6, theirs)) == (
+                "experiment field b: the run has 5, this worker has 6"
+            ), "what differs is found behind it"
+
+    @pytest.mark.parametrize(
         "garbage",
         ["", "null", "[]", "{}", "7", '"text"', "{", "[" * 100_000, "\x00", "9" * 5000, '{"a": ' * 3000, "NaN"],
         ids=repr,
@@ -129,6 +141,10 @@ class TestIdentity:
             ('{"a": {"b": 1}}', '{"a": 1}', "a: the run has nothing, this worker has 1"),
             ('{"a": {"b": 1}}', '{"c": 1}', "a.b: the run has 1, this worker has nothing"),
             ('{"a": 1}', '{"a": true}', "a: the run has 1, this worker has true"),
+            ('{"a": 0.0}', '{"a": false}', "a: the run has 0.0, this worker has false"),
+            ('{"a": 1}', '{"a": "1"}', 'a: the run has 1, this worker has "1"'),
+            ('{"a": 1}', '{"a": 1.5}', "a: the run has 1, this worker has 1.5"),
+            (f'{{"a": {2**53}}}', f'{{"a": {2**53 + 1}}}', f"a: the run has {2**53}, this worker has {2**53 + 1}"),
             ('{"a": []}', '{"a": [1]}', "a: the run has [], this worker has nothing"),
             ('{"a": [1, 2]}', '{"a": [1]}', "a.1: the run has 2, this worker has nothing"),
             (

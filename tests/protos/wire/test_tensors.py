@@ -146,7 +146,7 @@ HUGE = 2**32 - 1
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
-        (pb.Tensor(shape=[1], data=b"1234"), "x.dtype: 0 is not allowed; allowed: float32, float16, bfloat16, int64"),
+        (pb.Tensor(shape=[1], data=b"1234"), "x.dtype: none is given; allowed: float32, float16, bfloat16, int64"),
         (
             pb.Tensor(dtype=77, shape=[1], data=b"1234"),  # type: ignore[arg-type]
             "x.dtype: 77 is not allowed; allowed: float32, float16, bfloat16, int64",
@@ -201,6 +201,16 @@ def test_what_the_run_asks_for_is_named(dtype: str | None, shape: tuple[int | No
     with pytest.raises(TensorError) as caught:
         check(message, "batch.outputs.logits", dtype=dtype, shape=shape)
     assert str(caught.value) == problem
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(0, "none is given"), (77, "77 is not allowed")])
+def test_a_dtype_that_is_none_is_refused_by_what_the_run_asks_for(dtype: int, given: str) -> None:
+    message = encode(torch.zeros(2, 3), "float32")
+    message.dtype = dtype  # type: ignore[assignment]
+    for wanted in DTYPES:
+        with pytest.raises(TensorError) as caught:
+            check(message, "batch.ids", dtype=wanted)
+        assert str(caught.value) == f"batch.ids.dtype: {given}; allowed: {wanted}"
 
 
 def test_any_size_may_be_left_open() -> None:

@@ -13,6 +13,9 @@ from codistill.wire.words import word
 from codistill_server.rounds.actions import Status
 from codistill_server.rounds.machine import ParticipantState
 from server.support import (
+    BATCH,
+    EPOCHS,
+    STEPS_PER_EPOCH,
     TOTAL_ROUNDS,
     TOTAL_STEPS,
     Run,
@@ -22,6 +25,9 @@ from server.support import (
     make_experiment,
     refused,
 )
+
+SAMPLES = f"allowed: {BATCH}, one batch, to {2**53 // EPOCHS}"
+STEPS = f"allowed: {TOTAL_STEPS}, {EPOCHS} epochs of {STEPS_PER_EPOCH} steps"
 
 
 class TestJoin:
@@ -99,8 +105,9 @@ class TestJoin:
         ("changes", "field", "values"),
         [
             ({"data__data_sha256": b"\xff" * 32}, "data.data_sha256", ("00" * 32, "ff" * 32)),
+            ({"data__data_sha256": b""}, "data.data_sha256", ("00" * 32, "none")),
             ({"data__train_samples": 13}, "data.train_samples", ("12", "13")),
-            ({"total_steps": 99}, "total_rounds", (str(TOTAL_ROUNDS), "99")),
+            ({"data__train_samples": 15}, "data.train_samples", ("12", "15")),
         ],
     )
     def test_other_data_than_the_first_workers_are_refused(
@@ -120,22 +127,29 @@ class TestJoin:
     @pytest.mark.parametrize(
         ("changes", "text"),
         [
-            ({"total_steps": 2**53 + 1}, f"total_steps: {2**53 + 1} is not allowed; allowed: 0 to {2**53}"),
+            ({"data__train_samples": 0}, f"data.train_samples: 0 is not allowed; {SAMPLES}"),
+            ({"data__train_samples": BATCH - 1}, f"data.train_samples: {BATCH - 1} is not allowed; {SAMPLES}"),
+            ({"data__train_samples": 2**53}, f"data.train_samples: {2**53} is not allowed; {SAMPLES}"),
+            ({"data__train_samples": 2**64 - 1}, f"data.train_samples: {2**64 - 1} is not allowed; {SAMPLES}"),
+            ({"total_steps": 0}, f"total_steps: 0 is not allowed; {STEPS}"),
+            ({"total_steps": TOTAL_STEPS - 1}, f"total_steps: {TOTAL_STEPS - 1} is not allowed; {STEPS}"),
+            ({"total_steps": 99}, f"total_steps: 99 is not allowed; {STEPS}"),
+            ({"total_steps": 2**53 + 1}, f"total_steps: {2**53 + 1} is not allowed; {STEPS}"),
             (
                 {"steps_trained": TOTAL_STEPS + 1},
-                f"steps_trained: {TOTAL_STEPS + 1} is not allowed; allowed: 0 to {TOTAL_STEPS}, which is total_steps",
+                f"steps_trained: {TOTAL_STEPS + 1} is not allowed; allowed: 0 to {TOTAL_STEPS}",
             ),
             (
                 {"first_round": TOTAL_ROUNDS + 1},
-                f"first_round: {TOTAL_ROUNDS + 1} is not allowed; allowed: 0 to LENGTH, which is total_rounds",
+                f"first_round: {TOTAL_ROUNDS + 1} is not allowed; allowed: 0 to LENGTH",
             ),
             (
                 {"total_rounds": TOTAL_ROUNDS + 1},
-                f"total_rounds: {TOTAL_ROUNDS + 1} is not allowed; allowed: LENGTH, as that many of {TOTAL_STEPS} steps exchange",
+                f"total_rounds: {TOTAL_ROUNDS + 1} is not allowed; allowed: LENGTH, as many of the {TOTAL_STEPS} steps exchange",
             ),
             (
                 {"total_rounds": 2**53 + 1},
-                f"total_rounds: {2**53 + 1} is not allowed; allowed: LENGTH, as that many of {TOTAL_STEPS} steps exchange",
+                f"total_rounds: {2**53 + 1} is not allowed; allowed: LENGTH, as many of the {TOTAL_STEPS} steps exchange",
             ),
         ],
     )
@@ -145,6 +159,15 @@ class TestJoin:
         error = refused(lambda: run.join("ant", **changes))
         allowed = text.replace("LENGTH", str(TOTAL_ROUNDS if exchanging else 0))
         assert (error.status, str(error)) == (Status.INVALID_ARGUMENT, allowed)
+        assert run.coordinator.snapshot().total_steps == 0, "nothing is settled"
+
+    @pytest.mark.parametrize("samples", [BATCH, BATCH + 1, 2**53 // EPOCHS])
+    @pytest.mark.parametrize("exchanging", [True, False])
+    def test_the_length_is_that_of_whole_batches(self, samples: int, exchanging: bool) -> None:
+        run = Run(make_experiment() if exchanging else independent_experiment())
+        run.join("ant", data__train_samples=samples)
+        snapshot, steps = run.coordinator.snapshot(), EPOCHS * (samples // BATCH)
+        assert (snapshot.total_steps, snapshot.total_rounds) == (steps, steps if exchanging else 0)
 
     @pytest.mark.parametrize("rounds", [0, 4, 6, TOTAL_STEPS])
     def test_the_number_of_rounds_follows_from_the_steps_that_exchange(self, rounds: int) -> None:
@@ -152,7 +175,7 @@ class TestJoin:
         error = refused(lambda: run.join("ant", total_rounds=rounds))
         assert (error.status, str(error)) == (
             Status.INVALID_ARGUMENT,
-            f"total_rounds: {rounds} is not allowed; allowed: 5, as that many of {TOTAL_STEPS} steps exchange",
+            f"total_rounds: {rounds} is not allowed; allowed: 5, as many of the {TOTAL_STEPS} steps exchange",
         )
         run.join("ant", total_rounds=5)
 
@@ -168,8 +191,9 @@ class TestJoin:
         for offered in ([other], [other, 0], [77]):
             error = refused(partial(run.join, "ant", **{field: list(offered)}))
             assert error.status is Status.FAILED_PRECONDITION
-            names = ", ".join(word(enum, number) for number in offered)
-            assert str(error) == f"{field}: {names} is not allowed; this server takes {word(enum, taken)}"
+            names = ", ".join(f"{number} ({word(enum, number)})" for number in offered)
+            assert str(error) == f"{field}: {names}; allowed: {taken} ({word(enum, taken)}), or none given"
+            assert f"({word(enum, other)})" in str(error) or other not in offered
         offers: list[list[int]] = [[], [taken], [other, taken], [77, taken]]
         for offered in offers:
             response = run.join("ant", **{field: list(offered)})

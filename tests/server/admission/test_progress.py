@@ -6,7 +6,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from codistill.v1 import distillation_pb2 as pb
-from codistill.wire.times import duration, seconds
+from codistill.wire.times import LONGEST, duration, seconds
 from codistill_server.rounds.actions import Status
 from codistill_server.rounds.machine import ParticipantState
 from server.support import TOTAL_ROUNDS, TOTAL_STEPS, Run, independent_experiment, make_experiment, refused
@@ -26,14 +26,17 @@ class TestReports:
         ("fields", "part"),
         [
             ({"round": TOTAL_ROUNDS + 1}, f"round: {TOTAL_ROUNDS + 1} is not allowed; allowed: 0 to ROUNDS"),
-            ({"durable_round": 2**64 - 1}, "durable_round: 18446744073709551615 is not allowed; allowed: 0 to ROUNDS"),
+            ({"durable_round": 2**64 - 1}, "durable_round: 18446744073709551615 is not allowed; allowed: 0 to 0"),
             (
                 {"steps_trained": TOTAL_STEPS + 1},
                 f"steps_trained: {TOTAL_STEPS + 1} is not allowed; allowed: 0 to {TOTAL_STEPS}",
             ),
             ({"epochs_trained": float("nan")}, "epochs_trained: nan"),
             ({"epochs_trained": -0.5}, "epochs_trained: -0.5 is not allowed; allowed are 0 and above"),
-            ({"step_time": Duration(seconds=-1)}, "step_time: -1 s and 0 ns is not allowed; allowed are 0 and above"),
+            (
+                {"step_time": Duration(seconds=-1)},
+                "step_time: -1 s and 0 ns is not allowed; allowed: 0 to 315576000000 s, with 0 to 999999999 ns",
+            ),
             ({"step_time": Duration(nanos=-1)}, "step_time: 0 s and -1 ns"),
             ({"wait_time": Duration(nanos=10**9)}, "wait_time: 0 s and 1000000000 ns"),
             ({"wait_time": Duration(seconds=2**62)}, f"wait_time: {2**62} s and 0 ns"),
@@ -61,6 +64,18 @@ class TestReports:
         assert run.coordinator.snapshot().participants[0].steps_trained == 0
         assert run.coordinator.states["ant"] is ParticipantState.CONNECTED
         run.report("ant", steps_trained=1, round=int(exchanging), durable_round=int(exchanging))
+
+    def test_no_round_is_durable_that_is_not_reached(self, run: Run) -> None:
+        error = refused(lambda: run.report("ant", round=3, durable_round=4))
+        assert error.status is Status.INVALID_ARGUMENT
+        assert str(error) == "durable_round: 4 is not allowed; allowed: 0 to 3"
+        run.report("ant", round=3, durable_round=3)
+
+    def test_the_longest_durations_are_taken(self, run: Run) -> None:
+        longest = Duration(seconds=LONGEST, nanos=999_999_999)
+        run.report("ant", step_time=longest, wait_time=longest)
+        (participant, _) = run.coordinator.snapshot().participants
+        assert participant.step_time == participant.wait_time == longest
 
     def test_a_session_that_is_over_reports_nothing(self, run: Run) -> None:
         session_id = run.session_ids["ant"]

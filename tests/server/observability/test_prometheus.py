@@ -217,6 +217,7 @@ def test_a_participant_that_left_takes_its_series_along(scraped: Scraped, how: s
 
 
 def test_one_that_finished_keeps_them(scraped: Scraped) -> None:
+    scraped.run.close_rounds()
     before = scraped.series_of("bee")
     scraped.run.leave("bee", pb.LEAVE_REASON_FINISHED)
     assert scraped.series_of("bee") == before

@@ -130,8 +130,8 @@ class TestJoin:
         assert Rounds(RULES, Restored(0, 4)).apply(Join("ant", 5), 0.0) == [
             Refuse(
                 Status.FAILED_PRECONDITION,
-                "participant 'ant' resumes at round 5, but this server's journal ends at round 4: start the server with "
-                "the --run-dir of the run's whole journal; if its end is lost (a power cut: see "
+                "first_round: participant 'ant' resumes at round 5, but this server's journal ends at round 4: start the "
+                "server with the --run-dir of the run's whole journal; if its end is lost (a power cut: see "
                 "exchange.journal.durability), remove the participant's checkpoint.safetensors, so that it resumes from the "
                 "one before it",
             )
@@ -142,7 +142,7 @@ class TestJoin:
         assert rounds.apply(Join("ant", 2), 0.0) == [
             Refuse(
                 Status.FAILED_PRECONDITION,
-                "participant 'ant' needs round 2, but the journal keeps rounds from 3 on: start it with the "
+                "first_round: participant 'ant' needs round 2, but the journal keeps rounds from 3 on: start it with the "
                 "--run-dir that holds its newest checkpoint, or run with exchange.journal.keep: all",
             )
         ]

@@ -70,6 +70,14 @@ class Served:
         await asyncio.gather(*(participant.start() for participant in made))
         return made
 
+    async def close_rounds(self, participants: Sequence[Participant]) -> None:
+        """Have every participant contribute to each round that is left, so that each may finish."""
+        for number in range(self.coordinator.frontier, self.coordinator.run_state.total_rounds):
+            for participant in participants:
+                await participant.send(number)
+            for participant in participants:
+                await participant.answer()
+
 
 @dataclass
 class Participant:

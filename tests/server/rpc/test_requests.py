@@ -39,7 +39,8 @@ class TestRequests:
 
         async def test() -> None:
             async with serving() as served:
-                ant, _ = await served.participants()
+                ant, bee = await served.participants()
+                await served.close_rounds((ant, bee))
                 request: Any = {
                     "Join": join_request(served.experiment, "ant"),
                     "Report": pb.ReportRequest(session_id=ant.session_id, round=3, durable_round=2),

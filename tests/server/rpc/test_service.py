@@ -76,6 +76,7 @@ class TestRounds:
                     ("ant", 3),
                     ("bee", 0),
                 ]
+                await served.close_rounds((ant, bee))
                 for participant in (ant, bee):
                     assert not served.coordinator.complete
                     leave = pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
@@ -117,7 +118,9 @@ class TestWatchRun:
             async with serving() as served:
                 call = served.stub.WatchRun(pb.WatchRunRequest(interval=interval))
                 assert not (await call.read()).run.complete
-                for participant in await served.participants():
+                participants = await served.participants()
+                await served.close_rounds(participants)
+                for participant in participants:
                     await served.stub.Leave(
                         pb.LeaveRequest(session_id=participant.session_id, reason=pb.LEAVE_REASON_FINISHED)
                     )
