@@ -231,7 +231,8 @@ class _Server:
         except Exception as error:  # noqa: BLE001 - whichever it is, nothing listens any more
             why = f"{type(error).__name__}: {error}"
         if not self._done.is_set():
-            self._fail(ServerError(f"gRPC stopped listening ({why}); start the server again: the journal is whole"))
+            message = f"gRPC stopped listening ({why}); start the server again: the journal is whole"
+            self._fail(ServerError(message, ExitCode.ERROR))
 
     async def _fail_if_folder_changes(self, guard: FolderGuard) -> None:
         """End the process if the run's folder is deleted, moved or made read-only: what it writes would be lost."""

@@ -268,14 +268,14 @@ class Failing(nn.Module):
         (
             "memory",
             ExitCode.OUT_OF_MEMORY,
-            "participant 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
+            "student 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
         ),
         (
             "memory of the machine",
             ExitCode.OUT_OF_MEMORY,
-            "participant 'bad' ran out of memory on cpu: [enforce fail",
+            "student 'bad' ran out of memory on cpu: [enforce fail",
         ),
-        ("memory of Python", ExitCode.OUT_OF_MEMORY, "participant 'bad' ran out of memory on cpu: MemoryError; lower"),
+        ("memory of Python", ExitCode.OUT_OF_MEMORY, "student 'bad' ran out of memory on cpu: MemoryError; lower"),
         ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in step 1"),
         ("kernel", None, "a kernel failed"),
     ],

@@ -441,7 +441,7 @@ def test_a_last_checkpoint_that_was_deleted_is_written_again(tiny: Tiny, learn: 
     loop.keep()
     (tmp_path / "run" / NEWEST).unlink()
     loop.finish()
-    assert read(tmp_path / "run" / NEWEST).round == 9
+    assert read(tmp_path / "run" / NEWEST).step == 9
 
 
 # --- going on

@@ -18,9 +18,7 @@ from codistill_deploy.console.progress import ProgressView
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 
-MEASURED = (
-    '{"kind":"measured","time":1,"student":"mlp","split":"test","round":3,"epoch":1.0,"accuracy":0.5,"loss":1.0}\n'
-)
+MEASURED = '{"kind":"measured","time":1,"participant":"mlp","split":"test","steps_trained":3,"epochs_trained":1.0,"accuracy":0.5,"loss":1.0}\n'
 
 
 class TestReport:
@@ -67,9 +65,7 @@ class TestReport:
         self, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: ExitCode | None
     ) -> None:
         folder = RunFolder(tmp_path)
-        joined = (
-            '{"kind":"joined","time":1,"student":"mlp","model":"mlp","parameters":1,"device":"cpu","total_rounds":9}\n'
-        )
+        joined = '{"kind":"joined","time":1,"participant":"mlp","model":"mlp","parameters":1,"device":"cpu","total_rounds":9,"total_steps":9}\n'
         if code is None:
             with pytest.raises(CommandError, match="it died") as raised:
                 self.end(experiment, folder, CommandError("it died"), joined)

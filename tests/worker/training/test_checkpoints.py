@@ -534,7 +534,7 @@ def test_a_folder_that_is_gone_is_an_error_and_is_not_made_again(
         save(store, checkpoint(2))
     assert folder.exists() == replaced
     assert not replaced or list(folder.iterdir()) == []
-    assert read(tmp_path / "elsewhere" / NEWEST).round == 1
+    assert read(tmp_path / "elsewhere" / NEWEST).step == 1
 
 
 def test_students_added_to_the_experiment_later_are_nothing_to_a_checkpoint(tmp_path: Path) -> None:

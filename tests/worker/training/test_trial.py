@@ -267,7 +267,6 @@ def test_a_student_that_cannot_be_trained_or_resumed_is_refused(model: str, text
     ("model", "kind", "text"),
     [
         ("Raises", "cannot train a step on a batch of 16: KeyError", "'dropped'"),
-        ("Exits", "cannot train a step on a batch of 16: SystemExit", "0"),
         ("Unsavable", "cannot train a step on a batch of 16: RuntimeError", "no state"),
         ("Unrestorable", "cannot be restored from its checkpoint: RuntimeError", "no way back"),
     ],
@@ -280,6 +279,15 @@ def test_an_error_of_a_users_code_names_its_line(
     assert caught.value.code is ExitCode.CONFIGURATION
     place = line_of(trial_models, model)
     assert str(caught.value) == f"students.1.model: 'trial_models:{model}' of student 'a' {kind} at {place}: {text}"
+
+
+def test_a_users_code_that_ends_the_process_is_named_too(tried: Any, trial_models: Path) -> None:
+    with pytest.raises(PeerError) as caught:
+        tried("trial_models:Exits")
+    assert caught.value.code is ExitCode.CONFIGURATION
+    where = "students.1.model: 'trial_models:Exits' of student 'a' cannot train a step on a batch of 16"
+    place = line_of(trial_models, "Exits")
+    assert str(caught.value).startswith(f"{where}: it ended the process (SystemExit: 0 at {place}); let it return")
 
 
 def test_a_batch_of_one_with_batch_normalisation_is_refused(tried: Any) -> None:
