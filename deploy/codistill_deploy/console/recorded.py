@@ -29,13 +29,19 @@ def describe_recorded(folder: RunFolder) -> str | None:
         raise CommandError(f"run folder {folder.path} cannot be read: {error}") from error
     reached = _steps_reached(history)
     of_total = f"step {reached} of {history.total_steps or '?'}"
-    if history.complete:
+    if history.complete or _is_complete(history):
         stage = f"complete at step {reached}"
     elif folder.in_use:
         stage = f"under way without a server, at {of_total} when it last reported"
     else:
         stage = f"stopped at {of_total}; continue with: {_resume_command(history, folder)}"
     return f"{history.experiment.name} ({history.experiment.distillation.title}): {stage}"
+
+
+def _is_complete(history: History) -> bool:
+    """Return whether every participant left as finished, with or without a test after its last epoch."""
+    ends = [event.what for event in history.events if event.what in ("complete", "joined", "resumed")]
+    return ends[-1:] == ["complete"]
 
 
 def _steps_reached(history: History) -> int:

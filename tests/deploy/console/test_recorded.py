@@ -82,6 +82,13 @@ def test_a_complete_run(tmp_path: Path) -> None:
     assert line == "tiny (independent): complete at step 40"
 
 
+def test_a_run_of_peers_that_report_no_tests_is_complete_once_all_have_finished(tmp_path: Path) -> None:
+    events = [Happened(time=1, what="joined", participant="a"), Happened(time=2, what="complete")]
+    RunLayout(tmp_path).events_file.write_text("".join(f"{event.model_dump_json()}\n" for event in events))
+    line = left_by(RunFolder(tmp_path), [], steps=40, epochs=2)
+    assert line == "tiny (independent): complete at step 40"
+
+
 @pytest.mark.parametrize(
     ("command", "resume_command"),
     [
