@@ -32,6 +32,7 @@ from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import ClosedRound, Journal
 
 _STUDENTS = ("first", "second")
+_STEPS = 10**6
 
 
 class _Nothing(Journal):
@@ -56,6 +57,7 @@ class _Contender:
     """A coordinator whose two students contribute in turn."""
 
     def __init__(self, experiment: Experiment, journal: Journal) -> None:
+        samples = experiment.training.batch_size * _STEPS
         self._coordinator = Coordinator(experiment, journal, RunState(experiment, lambda _: None))
         self._session_ids: list[int] = []
         for name in experiment.names:
@@ -63,10 +65,10 @@ class _Contender:
                 protocol_version=PROTOCOL_VERSION,
                 participant=name,
                 experiment_sha256=identity_sha256(experiment),
-                data=pb.DataFingerprint(train_samples=10**6, classes=experiment.data.class_count),
+                data=pb.DataFingerprint(train_samples=samples, classes=experiment.data.class_count),
                 outputs={"logits": pb.Shape(dims=[experiment.data.class_count])},
-                total_rounds=10**6,
-                total_steps=10**6,
+                total_rounds=_STEPS,
+                total_steps=_STEPS,
             )
             session_id = self._coordinator.join(request).session_id
             self._coordinator.open_stream(session_id, _Drain())

@@ -233,9 +233,9 @@ class _Page:
         return _link(name) if name != type_name else f"`{type_name.removeprefix('.')}`"
 
     def _meaning(self, name: str) -> str:
-        """Return a declaration's comment for its row, without its name, and without "is", "means that" or a colon after it."""
+        """Return a declaration's comment for its row, without its name, and without "is" or "means that" after it."""
         own = name.rpartition(".")[2]
-        text = re.sub(rf"^{own}(?:: | (?:is |means that )?)", "", " ".join(self._comment(name)))
+        text = re.sub(rf"^{own} (?:is |means that )?", "", " ".join(self._comment(name)))
         return self._linked(text[:1].upper() + text[1:]).replace("|", "\\|")
 
     def _text(self, name: str) -> str:

@@ -156,7 +156,7 @@ def test_a_job_whose_processes_actors_and_nodes_die_ends_with_the_same_bits(
         job.kill()
         job.communicate()
     assert job.returncode == 0, output
-    assert "round 300/300" in output
+    assert "step 300/300" in output
     assert f"report: {folder / 'report.html'}" in output
     assert TOKEN not in output
     assert_bit_equal(weights(folder), reference)

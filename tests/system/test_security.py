@@ -162,7 +162,7 @@ def test_a_local_run_hands_what_it_was_given_to_its_processes_and_without_restar
     shown = ""
     try:
         assert process.stdout is not None
-        while not re.search(r": round [1-9]", shown):  # the view is fed over the same protected wire
+        while not re.search(r": step [1-9]", shown):  # the view is fed over the same protected wire
             line = process.stdout.readline()
             assert line, shown
             shown += line

@@ -20,9 +20,6 @@ from codistill.wire.tensors import encode
 BOUND = 10.0
 """Seconds far above what anything here takes, far below what it would take unbounded."""
 
-ROUNDS = 9
-"""All rounds of the tiny experiment, whose every step exchanges."""
-
 Connect = Callable[..., GrpcTransport]
 
 
@@ -34,6 +31,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) ->
 
 
 def request(experiment: Experiment, participant: str = "cnn", first: int = 0, **changes: Any) -> pb.JoinRequest:
+    steps = experiment.training.epochs * (48 // experiment.training.batch_size)
     fields: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
         "participant": participant,
@@ -42,9 +40,9 @@ def request(experiment: Experiment, participant: str = "cnn", first: int = 0, **
         "data": pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
         "outputs": {"logits": pb.Shape(dims=[10])},
         "first_round": first,
-        "total_rounds": ROUNDS if experiment.distillation.exchanges else 0,
+        "total_rounds": steps if experiment.distillation.exchanges else 0,
         "steps_trained": first,
-        "total_steps": ROUNDS,
+        "total_steps": steps,
     }
     return pb.JoinRequest(**{**fields, **changes})
 

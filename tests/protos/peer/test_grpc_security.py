@@ -20,7 +20,6 @@ from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.security import Security
-from protos.peer.support import ROUNDS, exchange_round
 from support_certificates import TOKEN, WRONG_TOKEN, Certificates
 
 Tiny = Callable[..., Experiment]
@@ -29,14 +28,15 @@ CONNECT_TIMEOUT = 10.0
 
 
 def request(experiment: Experiment, participant: str) -> pb.JoinRequest:
+    exchanges = experiment.distillation.exchanges
     return pb.JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         participant=participant,
         experiment_sha256=identity_sha256(experiment),
         data=pb.DataFingerprint(data_sha256=bytes(32), train_samples=48, classes=10),
-        outputs={"logits": pb.Shape(dims=[10])},
-        total_rounds=ROUNDS,
-        total_steps=ROUNDS,
+        outputs={"logits": pb.Shape(dims=[10])} if exchanges else {},
+        total_rounds=9 if exchanges else 0,
+        total_steps=9,
     )
 
 
@@ -169,23 +169,18 @@ def test_a_server_that_does_not_answer_is_waited_for(tiny: Tiny, certificates: C
 def test_a_worker_that_had_joined_waits_for_a_server_whose_certificate_is_renewed(
     tiny: Tiny, certificates: Certificates, serving: Any
 ) -> None:
-    experiment = tiny()
+    experiment = tiny(distillation={"method": "independent"})
     server = serving(experiment, certificates.of("server", None, TOKEN))
-    transport, other = transports = [
-        GrpcTransport(
-            server.address,
-            connect_timeout=CONNECT_TIMEOUT,
-            give_up_after=30,
-            stop=threading.Event(),
-            security=certificates.of(None, "ca", TOKEN),
-        )
-        for _ in range(2)
-    ]
-    transport.join(request(experiment, "mlp"))
-    other.join(request(experiment, "cnn"))
-    for number in range(ROUNDS):
-        exchange_round(number, transports)
-    other.close()
+    transport = GrpcTransport(
+        server.address,
+        connect_timeout=CONNECT_TIMEOUT,
+        give_up_after=30,
+        stop=threading.Event(),
+        security=certificates.of(None, "ca", TOKEN),
+    )
+    joined = request(experiment, "mlp")
+    joined.steps_trained = 9
+    transport.join(joined)
     server.stop()
     server.security = certificates.of("expired", None, TOKEN)
     server.start()

@@ -34,7 +34,7 @@ from codistill_deploy.launch.in_process import InProcessTransport
 from codistill_server.coordinator import Coordinator
 from codistill_server.observability.state import RunState
 from codistill_server.storage.journal import Journal
-from protos.peer.support import ROUNDS, contribution, report, request, wait_for
+from protos.peer.support import contribution, report, request, wait_for
 from worker.support import build
 from worker.support_server import Server
 
@@ -140,10 +140,10 @@ def exchange_round(transports: list[Transport], round_number: int) -> list[bytes
     return [targets.SerializeToString(deterministic=True) for targets in received]
 
 
-def exchange_rounds(transports: list[Transport]) -> None:
-    """Exchange all rounds, so that each peer may leave as finished."""
-    for number in range(ROUNDS):
-        exchange_round(transports, number)
+def exchange_all(transports: list[Transport]) -> None:
+    """Exchange all rounds of the run, as only then a participant has finished."""
+    for round_number in range(9):
+        exchange_round(transports, round_number)
 
 
 def send_and_receive(transport: Transport, sent: pb.ExchangeRequest) -> pb.Targets:
@@ -228,8 +228,9 @@ def test_a_report_arrives_and_is_not_repeated(endpoint: Endpoint) -> None:
 def test_leave_is_known_to_the_run_when_it_returns(
     endpoint: Endpoint, reason: pb.LeaveReason.ValueType, event: str
 ) -> None:
-    transport, _ = transports = endpoint.join_all()
-    exchange_rounds(transports)
+    transports = endpoint.join_all()
+    exchange_all(transports)
+    transport = transports[0]
     transport.leave(reason, "a reason")
     assert endpoint.events()[-1] == (event, "cnn")
     transport.close()
@@ -238,13 +239,14 @@ def test_leave_is_known_to_the_run_when_it_returns(
 
 def test_a_run_is_complete_when_all_have_finished(endpoint: Endpoint) -> None:
     transports = endpoint.join_all()
-    exchange_rounds(transports)
+    exchange_all(transports)
     for transport in transports:
         transport.leave(pb.LEAVE_REASON_FINISHED, "")
     assert endpoint.events()[-1] == ("complete", "")
 
 
-def test_a_peer_that_cannot_have_finished_is_told(endpoint: Endpoint) -> None:
+def test_one_that_cannot_have_finished_is_not_believed(endpoint: Endpoint) -> None:
+    """The others would no longer wait for it."""
     transports = endpoint.join_all()
     exchange_round(transports, 0)
     with pytest.raises(PeerError, match="FINISHED is not allowed while 1 of 9 rounds are closed") as refused:

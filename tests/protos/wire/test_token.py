@@ -66,7 +66,7 @@ def test_every_kind_of_call_carries_it() -> None:
 
     kinds = {
         (method.client_streaming, method.server_streaming)
-        for method in pb.DESCRIPTOR.services_by_name["Distillation"].methods
+        for method in pb.DESCRIPTOR.services_by_name["DistillationService"].methods
     }
     bases = {
         (False, False): grpc.UnaryUnaryClientInterceptor,
