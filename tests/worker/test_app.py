@@ -251,6 +251,10 @@ class Failing(nn.Module):
         if self.steps > 1:
             if self.how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
+            if self.how == "memory of a library":
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`\nmore lines")
+            if self.how == "assertion":
+                raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
             if self.how == "memory of the machine":
                 return torch.empty(1 << 60)
             if self.how == "memory of Python":
@@ -269,6 +273,16 @@ class Failing(nn.Module):
             "memory",
             ExitCode.OUT_OF_MEMORY,
             "student 'bad' ran out of memory on cpu: CUDA out of memory. Tried to allocate; lower",
+        ),
+        (
+            "memory of a library",
+            ExitCode.OUT_OF_MEMORY,
+            "student 'bad' ran out of memory on cpu: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+        ),
+        (
+            "assertion",
+            ExitCode.DEVICE_FAILED,
+            "student 'bad' can no longer use cpu in step 1: CUDA error: device-side assert triggered; an index",
         ),
         (
             "memory of the machine",
@@ -302,15 +316,7 @@ def test_a_student_that_fails_tells_the_run(
     assert getattr(error, "code", None) is code
     assert str(error).startswith(text)
     (failed,) = [each for each in server.records("events.jsonl") if getattr(each, "what", "") == "failed"]
-    assert failed.message.startswith(
-        {
-            "memory": "OutOfMemoryError: CUDA out of memory. Tried to allocate",
-            "memory of the machine": "RuntimeError: [enforce fail",
-            "memory of Python": "MemoryError: ",
-            "nan": str(error),
-            "kernel": "RuntimeError: a kernel failed",
-        }[how]
-    )
+    assert failed.message.startswith("RuntimeError: a kernel failed" if how == "kernel" else str(error))
     workers.stops["mlp"].set()
     assert workers.wait()["mlp"] is ExitCode.INTERRUPTED
     assert weights(tmp_path, "mlp").step == 1

@@ -13,7 +13,7 @@ import torch
 
 from codistill.config.experiment import Experiment
 from codistill.config.plans import TeacherPlan
-from codistill.peer.errors import Interrupted, PeerError
+from codistill.peer.errors import Interrupted
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
@@ -21,12 +21,13 @@ from codistill.process.watchdog import Watchdog
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.errors import ConfigurationError, is_out_of_memory, refuse_exit
+from codistill_worker.errors import ConfigurationError, participants_errors
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
+from codistill_worker.training.devices import set_kernels
 
-__all__ = ["WorkOptions", "check_participant", "choose_device", "use_deterministic_kernels", "work"]
+__all__ = ["WorkOptions", "check_participant", "choose_device", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -93,12 +94,6 @@ def choose_device(wanted: str, position: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def use_deterministic_kernels() -> None:
-    """Set cuDNN to algorithms that give the same bits each time."""
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
     """Train one student, or run one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
@@ -111,8 +106,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     check_participant(experiment, options.participant)
     teaches = options.participant in experiment.teacher_names
     plan = experiment.teacher_plan(options.participant) if teaches else experiment.plan(options.participant)
-    torch.set_num_threads(plan.training.threads)
-    use_deterministic_kernels()
+    set_kernels(plan.training)  # before anything starts CUDA, whose libraries read the environment once
     device = choose_device(plan.training.device, experiment.participants.index(options.participant))
     title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
@@ -131,7 +125,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 f"{title} at loading its data and its model",
                 _LOADING * plan.training.hang_after,
             )
-            with refuse_exit(title):
+            with participants_errors(title, device):
                 dataset = data.load(plan.data, device)
                 _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
                 if isinstance(plan, TeacherPlan):
@@ -140,15 +134,6 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise PeerError(
-            f"{title} ran out of memory on {device}: {line}; lower training.batch_size, or set "
-            "training.precision: bfloat16",
-            ExitCode.OUT_OF_MEMORY,
-        ) from error
     finally:
         transport.close()
 
@@ -159,7 +144,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     except Interrupted:
         return _stopped()
     try:
-        with refuse_exit(loop.title):
+        with loop.errors():
             while not loop.done:
                 if stop.is_set():
                     loop.stop()

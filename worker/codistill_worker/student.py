@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from codistill.rundir.storage import detail, explain, outlasts_restarts
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode
 from codistill_worker.data import Dataset, check_batch
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, is_devices_fault, participants_errors
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore, newest
 from codistill_worker.training.trainer import StepLoss, Trainer, divergence_error
@@ -133,6 +134,10 @@ class StudentLoop:
         """Whether all steps are trained."""
         return self.step >= self.trainer.total_steps
 
+    def errors(self) -> AbstractContextManager[None]:
+        """Return the context of the student's steps, in which errors of its device get their exit codes."""
+        return participants_errors(self.title, self.trainer.device, lambda: self.step)
+
     def join(self) -> None:
         """Open the session with the run.
 
@@ -232,6 +237,8 @@ class StudentLoop:
         try:
             self.trainer.restore(checkpoint.step, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
         except (RuntimeError, ValueError, KeyError) as error:
+            if is_devices_fault(error):
+                raise
             why = " ".join(str(error).split())
             raise ConfigurationError(
                 f"the checkpoint in {self._store.folder} does not fit model {self._plan.student.model!r}: {why}; was the "

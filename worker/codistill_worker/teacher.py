@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, augmentation, check_batch
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, participants_errors
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training import weights
-from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
+from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
 from codistill_worker.training.users_errors import explained
@@ -111,6 +112,10 @@ class TeacherLoop:
         """Whether nothing is left to publish."""
         return self.step >= self._total_steps
 
+    def errors(self) -> AbstractContextManager[None]:
+        """Return the context of the teacher's steps, in which errors of its device get their exit codes."""
+        return participants_errors(self.title, self._device, lambda: self.step)
+
     def join(self) -> None:
         """Open the session with the run, and begin at its frontier.
 
@@ -180,7 +185,7 @@ class TeacherLoop:
         if step in self._ready or step >= self._total_steps:
             return
         self._mark("the forward pass")
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         schedule, together = self._exchange_schedule, self._rounds_per_pass
         first = schedule.rounds_before(step) // together * together
         steps = [schedule.step_of(round_number) for round_number in range(first, first + together)]
@@ -190,7 +195,7 @@ class TeacherLoop:
         images = torch.cat([self._augmented(images, ids, exchanging) for exchanging, ids, images in streamed])
         normalised = self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
         self._seed("forward", steps[0])
-        with torch.inference_mode(), autocast(self._device, self._plan.training):
+        with torch.inference_mode(), forward_pass(self._device, self._plan.training):
             outputs = self._network(normalised)
         arrays = to_cpu({name: value.float() for name, value in outputs.items()}, self._device)
         for name, value in arrays.items():
@@ -234,7 +239,7 @@ class TeacherLoop:
         return augmentation.augment(images, ids, self._plan.data.augment, seed)
 
     def _evaluate(self) -> None:
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         self._seed("evaluation", 0)
         score = evaluate(
             self._model,

@@ -33,11 +33,12 @@ from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
-from codistill_worker.app import choose_device, use_deterministic_kernels
-from codistill_worker.errors import refuse_exit
+from codistill_worker.app import choose_device
+from codistill_worker.errors import participants_errors
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
+from codistill_worker.training.devices import set_kernels
 
 __all__ = ["InProcessTransport", "run_in_process"]
 
@@ -174,7 +175,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
     Raises:
         PeerError: a student cannot be trained.
     """
-    use_deterministic_kernels()
+    set_kernels(experiment.training)  # before anything starts CUDA, whose libraries read the environment once
     journal = _open_journal(experiment, folder)
     try:
         writer = RecordWriter(folder.events_file, folder.metrics_file)
@@ -188,7 +189,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
         with Watchdog() as watchdog:
             loops = _loops(experiment, folder, coordinator, watchdog)
             for loop in loops:
-                with refuse_exit(loop.title):
+                with loop.errors():
                     loop.join()
             return _train(loops, coordinator, view, stop, guard)
     except JournalError as error:
@@ -223,15 +224,15 @@ def _loops(
         device = choose_device(plan.training.device, position)
         # Students differ in how they augment a data set, never in which; one copy a device serves them all.
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
-        if key not in datasets:
-            datasets[key] = data.load(plan.data, device)
         transport = InProcessTransport(coordinator)
-        if isinstance(plan, TeacherPlan):
-            with refuse_exit(f"teacher {name!r}"):
+        title = f"{'teacher' if isinstance(plan, TeacherPlan) else 'student'} {name!r}"
+        with participants_errors(title, device):
+            if key not in datasets:
+                datasets[key] = data.load(plan.data, device)
+            if isinstance(plan, TeacherPlan):
                 loops.append(TeacherLoop(experiment, plan, datasets[key], device, transport, watchdog=watchdog))
-            continue
-        store = CheckpointStore(folder.student(name).path)
-        with refuse_exit(f"student {name!r}"):
+                continue
+            store = CheckpointStore(folder.student(name).path)
             loops.append(StudentLoop(experiment, plan, datasets[key], device, transport, store, watchdog=watchdog))
     return loops
 
@@ -246,22 +247,24 @@ def _train(
     while not all(loop.done for loop in loops):
         if stop.is_set():
             for loop in loops:
-                loop.stop()
+                with loop.errors():
+                    loop.stop()
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
         # Students resume at the steps of their checkpoints; those behind catch up from the journal.
         step = min(loop.step for loop in loops)
         behind = [loop for loop in loops if loop.step == step]
         for loop in behind:
-            with refuse_exit(loop.title):
+            with loop.errors():
                 loop.begin_step()
         for loop in behind:
-            with refuse_exit(loop.title):
+            with loop.errors():
                 loop.end_step()
         guard.check()
         view.offer(coordinator.snapshot)
     for loop in loops:
-        loop.finish()
+        with loop.errors():
+            loop.finish()
     guard.check()
     view.update(coordinator.snapshot())
     return ExitCode.OK

@@ -48,6 +48,7 @@ _PASSED_ON = (
     ExitCode.OUT_OF_MEMORY,
     ExitCode.HUNG,
     ExitCode.STORAGE,
+    ExitCode.DEVICE_FAILED,
 )
 
 

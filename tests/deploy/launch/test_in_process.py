@@ -301,3 +301,51 @@ def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(
         train(experiment(), tmp_path / "run")
     monkeypatch.undo()
     assert train(experiment(), tmp_path / "run", resume=True) is ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            ExitCode.OUT_OF_MEMORY,
+            "student 'mlp' ran out of memory on cpu: ",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            ExitCode.OUT_OF_MEMORY,
+            "student 'mlp' ran out of memory on cpu: ",
+        ),
+        (
+            RuntimeError("CUDA error: device-side assert triggered"),
+            ExitCode.DEVICE_FAILED,
+            "student 'mlp' can no longer use cpu in step 2: ",
+        ),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("where", ["begin", "finish"])
+def test_a_device_that_fails_ends_the_run_with_its_code_and_the_run_resumes(
+    error: Exception,
+    code: ExitCode,
+    text: str,
+    where: str,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    works = getattr(Trainer, where)
+
+    def fail(self: Trainer, *arguments: Any) -> Any:
+        if self.student == "mlp" and self.step == 2 and len(self._dataset.train) > 16:
+            raise error
+        return works(self, *arguments)
+
+    monkeypatch.setattr(Trainer, where, fail)
+    with pytest.raises(PeerError) as caught:
+        train(experiment(checkpoint_every=0), tmp_path / "run")
+    assert caught.value.code is code
+    assert str(caught.value).startswith(text)
+    monkeypatch.undo()
+    assert train(experiment(checkpoint_every=0), tmp_path / "run", resume=True) is ExitCode.OK
+    assert bits(tmp_path / "run") == bits(undisturbed)

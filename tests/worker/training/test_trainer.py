@@ -7,6 +7,7 @@ import random
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.data import augmentation
 from codistill_worker.training import trainer as trainer_module
+from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
+from codistill_worker.training.trainer import Trainer
 from worker.support import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train, load
 
 
@@ -408,8 +411,48 @@ def test_restored_it_goes_on_as_if_nothing_had_been(
 
     fresh = student(experiment, name)
     fresh.restore(4, saved["model"], saved["optimizer"])
+    assert strides(fresh) == strides(undisturbed) == strides(resumed)
     train(fresh, 5)
     assert same(state(fresh), state(undisturbed))
+    assert strides(fresh) == strides(undisturbed)
+
+
+def strides(trainer: Trainer) -> list[Any]:
+    """Return the layouts of the weights, and of the optimiser's tensors beside them.
+
+    The stride of a dimension of one element is left out, as it means nothing.
+    """
+
+    def layout(value: torch.Tensor) -> list[int]:
+        return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+
+    kept = trainer._optimizer.state
+    return [
+        (layout(parameter), {name: layout(value) for name, value in kept[parameter].items() if torch.is_tensor(value)})
+        for parameter in trainer._trained.parameters()
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimisers_state_from_a_file_lies_as_its_parameters(
+    optimizer: str, tiny: Tiny, student: MakeStudent, train: Train, tmp_path: Path
+) -> None:
+    experiment = tiny(training__channels_last=True, training__optimizer={"name": optimizer, "lr": 0.01})
+    undisturbed = student(experiment)
+    train(undisturbed, 2)
+    store = CheckpointStore(tmp_path)
+    store.save(Checkpoint("cnn", "", 2, undisturbed.model.state_dict(), undisturbed.optimizer_state(), {}))
+    loaded = store.load("cnn", "")
+    assert loaded is not None
+    restored = student(experiment)
+    restored.restore(2, loaded.model, loaded.optimizer)
+    assert strides(restored) == strides(undisturbed)
+    parameter = next(each for each in restored._trained.parameters() if each.ndim == 4 and each.shape[1] > 1)
+    of_parameter = {
+        value.stride() for value in restored._optimizer.state[parameter].values() if value.shape == parameter.shape
+    }
+    assert of_parameter == {parameter.stride()}
+    assert not parameter.is_contiguous()
 
 
 def test_a_model_whose_code_has_versions_is_restored_from_tensors_alone(tiny: Tiny, student: MakeStudent) -> None:

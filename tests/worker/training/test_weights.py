@@ -305,3 +305,15 @@ def test_the_digest_is_of_names_and_values() -> None:
     assert first == weights.digest(dict(reversed(WEIGHTS.items())))
     assert first != weights.digest({**WEIGHTS, "bias": WEIGHTS["bias"] + 1})
     assert first != weights.digest({f"a.{name}": value for name, value in WEIGHTS.items()})
+
+
+def test_memory_of_the_device_that_is_short_is_no_error_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, error = nn.Linear(2, 2), torch.OutOfMemoryError("CUDA out of memory.")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(weights, "load", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        weights.apply(model.state_dict(), model, "w.safetensors", "own", 2)
+    assert caught.value is error

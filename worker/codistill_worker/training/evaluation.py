@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from codistill.config.training import Training
 from codistill_worker.data import Dataset, Split
-from codistill_worker.training.devices import autocast
+from codistill_worker.training.devices import forward_pass
 
 __all__ = ["Score", "evaluate"]
 
@@ -42,7 +42,7 @@ def evaluate(
         for ids, images in zip(batches, split.stream(iter(batches)), strict=True):
             labels = split.labels[ids].to(device, non_blocking=True)
             normalised = dataset.normalise(images, channels_last=training.channels_last)
-            with autocast(device, training):
+            with forward_pass(device, training):
                 logits = model(normalised).float()
             correct += (logits.argmax(-1) == labels).sum()
             on_batch()

@@ -7,7 +7,6 @@ depends on the experiment, the student's name, the step and the weights alone: o
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ from codistill.process.randomness import seed_generators
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
 from codistill_worker.training import weights
-from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
+from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import Score, evaluate
-from codistill_worker.training.optim import build_optimizer, learning_rate
+from codistill_worker.training.optim import build_optimizer, learning_rate, load_state
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
 from codistill_worker.training.rollback import Moved, Rollback
 
@@ -164,7 +163,7 @@ class Trainer:
         """
         if self._begun is not None:
             raise RuntimeError(f"step {self.step} is begun already; finish or abandon it")
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         prepared = self._prepared
         if prepared is None or prepared.step != self.step:
             prepared = self._prepare(self.step)
@@ -191,7 +190,7 @@ class Trainer:
         begun = self._begun
         if begun is None:
             raise RuntimeError("no step is begun")
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
         epoch = self.step / self.steps_per_epoch
         step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
@@ -227,7 +226,7 @@ class Trainer:
         Raises:
             PeerError: the loss is not finite any more.
         """
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         self._seed("evaluation")
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
@@ -253,8 +252,7 @@ class Trainer:
         self.abandon()
         weights.load(self.model, model)
         self.extra.load_state_dict(dict(extra))
-        # A copy, as the optimiser would keep and change the tensors that it is given.
-        self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
+        load_state(self._optimizer, optimizer)
         self.step = step
 
     def _seed(self, purpose: str) -> None:
@@ -278,7 +276,7 @@ class Trainer:
         return self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
 
     def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        with autocast(self.device, self._plan.training):
+        with forward_pass(self.device, self._plan.training):
             return {name: value.float() for name, value in self.objective.network(images).items()}
 
     def _measures_held_out(self) -> bool:

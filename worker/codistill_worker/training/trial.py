@@ -30,7 +30,7 @@ from codistill_worker.data import Dataset, MemorySplit
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods.stand_ins import stand_in_targets
 from codistill_worker.training.checkpoints import Checkpoint, serialize
-from codistill_worker.training.devices import autocast, set_threads
+from codistill_worker.training.devices import forward_pass, set_kernels
 from codistill_worker.training.outputs import image_shape, teacher_shapes
 from codistill_worker.training.trainer import Trainer
 from codistill_worker.training.unsaved import digest, unsaved_state
@@ -100,9 +100,9 @@ def _check_outputs(trainer: Trainer, plan: StudentPlan, batch: Dataset, where: s
         )
     images = batch.train.images(torch.arange(len(batch.train)))
     normalised = batch.normalise(images, channels_last=plan.training.channels_last)
-    set_threads(plan.training)
+    set_kernels(plan.training)
     trainer.model.train()
-    with torch.no_grad(), autocast(trainer.device, plan.training):
+    with torch.no_grad(), forward_pass(trainer.device, plan.training):
         logits: Any = trainer.model(normalised)
     wanted = [len(batch.train), batch.classes]
     if isinstance(logits, torch.Tensor) and list(logits.shape) == wanted and logits.is_floating_point():

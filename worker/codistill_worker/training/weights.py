@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from codistill.rundir.layout import RunLayout
-from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.errors import ConfigurationError, is_devices_fault, is_out_of_memory
 from codistill_worker.training import checkpoints
 from codistill_worker.training.unsafe_files import OBJECTS, objects_in, way_out
 from codistill_worker.training.wrappers import COUNTER, difference, innermost, names_of_model, unwrapped
@@ -104,6 +104,8 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
     try:
         load(model, fitted)
     except (RuntimeError, ValueError) as error:
+        if is_devices_fault(error):
+            raise
         lines = str(error).splitlines()
         why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
         raise ConfigurationError(
