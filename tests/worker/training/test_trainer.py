@@ -240,7 +240,9 @@ def test_a_model_that_keeps_a_part_in_evaluation_mode_trains_so_from_the_first_s
 ) -> None:
     monkeypatch.setitem(sys.modules, "frozen_model", types.ModuleType("frozen_model"))
     sys.modules["frozen_model"].net = Frozen  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = student(tiny(students=[{"name": "a", "model": "frozen_model:net"}, {"name": "b", "model": "mlp"}]), name="a")
+    trainer = student(
+        tiny(students=[{"name": "a", "model": "frozen_model:net"}, {"name": "b", "model": "mlp"}]), name="a"
+    )
     assert isinstance(trainer.model, Frozen)
     trainer.model.modes.clear()
     train(trainer, 2)

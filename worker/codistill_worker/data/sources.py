@@ -130,6 +130,10 @@ class Arrays(Source):
         """Return the pixels."""
         return self.pixels.contiguous()
 
+    def split(self, device: torch.device, *, on_device: bool, threads: int | None) -> Split:
+        """Return the samples as a split; on the CPU they are where they should be, whatever their size."""
+        return super().split(device, on_device=on_device or device.type == "cpu", threads=threads)
+
 
 @dataclass(frozen=True, eq=False)
 class Files(Source):
