@@ -8,9 +8,12 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from codistill.config.experiment import parse
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
 
@@ -88,6 +91,42 @@ def test_what_does_not_fit_the_time_is_named() -> None:
     assert ended.returncode == 0
     for part in ("numbers", "equality and faults", "methods", "exit codes", "throughput"):
         assert f"left out, as the time is over: {part}" in ended.stdout
+
+
+def test_every_experiment_is_valid(
+    gpu_check: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that the long form runs, also what the small form leaves out."""
+    seen: list[str] = []
+
+    class Done:
+        log = tmp_path / "log"
+
+        def wait(self) -> int:
+            return 0
+
+        def problem(self) -> str:
+            return ""
+
+    def run(check: Any, name: str, *_: str, **__: Any) -> Done:
+        experiment = parse((tmp_path / f"{name}.yaml").read_text())
+        assert all(
+            experiment.plan(student).training.device in ("cpu", "cuda", "cuda:99", "auto")
+            for student in experiment.names
+        )
+        seen.append(name)
+        return Done()
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    check = gpu_check.Check(gpu_check.GPU, tmp_path, 60)
+    gpu_check.check_methods(check)
+    gpu_check.check_numbers(check)
+    with pytest.raises(AttributeError):  # there is no process to kill
+        gpu_check.check_equality(check)
+    gpu_check.check_exit_codes(check)
+    assert seen.count("memory") == 2
+    assert {"teacher", *gpu_check.GPU.methods, "short_gpu", "short_cpu", "long"} <= set(seen)
+    assert len(gpu_check.GPU.methods) == 10
 
 
 def checkpoint(run_folder: Path, **tensors: torch.Tensor) -> Path:
