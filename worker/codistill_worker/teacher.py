@@ -33,6 +33,7 @@ from codistill_worker.training.devices import forward_pass, place_model, set_ker
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
 from codistill_worker.training.users_errors import explained
+from codistill_worker.transfers import all_finite
 
 __all__ = ["TeacherLoop"]
 
@@ -199,7 +200,7 @@ class TeacherLoop:
             outputs = self._network(normalised)
         arrays = to_cpu({name: value.float() for name, value in outputs.items()}, self._device)
         for name, value in arrays.items():
-            if not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise PeerError(
                     f"teacher {self._plan.teacher.name!r}: its {name} are not finite in steps {steps[0]} to {steps[-1]}; "
                     "its weights are damaged, give others"

@@ -99,14 +99,14 @@ class Data(Section):
     memory_limit_gib: float = Field(
         default=4.0,
         gt=0,
-        description="Decoded images up to this size are kept on the device as uint8. A larger set streams from disk.",
+        description="Decoded images up to this size are kept on the device as uint8. Of a larger set, files stream from disk and arrays from the host's memory.",
         json_schema_extra=OPERATIONAL,
     )
-    loader_workers: int = Field(
-        default=2,
+    loader_workers: int | None = Field(
+        default=None,
         ge=0,
         le=256,
-        description="Threads that decode images if the set streams from disk.",
+        description="Threads of each participant that read images if they are not kept on the device; 0 for none of its own. By default one for each core, at most 16.",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -49,6 +49,25 @@ class Odd(nn.Module):
         return logits * float("nan") if spoiled else logits
 
 
+class Frozen(nn.Module):
+    """A model of a user's that keeps its batch statistics as they are while it trains."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.norm = nn.BatchNorm1d(classes)
+        self.modes: list[tuple[bool, bool]] = []
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.modes.append((self.training, self.norm.training))
+        return self.norm(self.layer(images.flatten(1)))
+
+
 class Masks(nn.Module):
     """Answers with what dropout lets through, whatever the images are."""
 
@@ -217,6 +236,43 @@ def test_a_method_without_an_exchange_publishes_nothing(tiny: Tiny, student: Mak
     step = trainer.finish({})
     assert step.distillation is None
     assert trainer.step == 1
+
+
+def test_a_model_that_keeps_a_part_in_evaluation_mode_trains_so_from_the_first_step_on(
+    tiny: Tiny, student: MakeStudent, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "frozen_model", types.ModuleType("frozen_model"))
+    sys.modules["frozen_model"].net = Frozen  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = student(
+        tiny(students=[{"name": "a", "model": "frozen_model:net"}, {"name": "b", "model": "mlp"}]), name="a"
+    )
+    assert isinstance(trainer.model, Frozen)
+    trainer.model.modes.clear()
+    train(trainer, 2)
+    assert trainer.model.modes == [(True, False)] * 2
+
+
+def test_the_mode_is_set_only_after_something_changed_it(
+    tiny: Tiny, student: MakeStudent, train: Train, load_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny()
+    trainer = student(experiment)
+    train(trainer, 1)
+    calls: list[bool] = []
+    own = type(trainer.model).train
+
+    def counted(model: nn.Module, mode: bool = True) -> nn.Module:
+        calls.append(mode)
+        return own(model, mode)
+
+    monkeypatch.setattr(type(trainer.model), "train", counted)
+    train(trainer, 2)
+    assert not calls
+    trainer.evaluate(load_data(experiment.data).test)
+    calls.clear()
+    train(trainer, 1)
+    assert True in calls
+    assert all(module.training for module in trainer.model.modules())
 
 
 # --- abandoning

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from codistill.config.training import Training
+from codistill_worker.transfers import host_buffer
 
 __all__ = ["forward_pass", "place_model", "set_kernels", "to_cpu"]
 
@@ -74,7 +75,7 @@ def to_cpu(arrays: Mapping[str, torch.Tensor], device: torch.device) -> dict[str
     copies: dict[str, torch.Tensor] = {}
     for name, value in arrays.items():
         # To page-locked memory the copy runs beside the device's other work; only its end is waited for.
-        copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        copies[name] = host_buffer(value.shape, value.dtype, device)
         copies[name].copy_(value.detach(), non_blocking=True)
     torch.cuda.current_stream(device).synchronize()
     return copies

@@ -32,7 +32,8 @@ from codistill_worker.training.devices import forward_pass, place_model, set_ker
 from codistill_worker.training.evaluation import Score, evaluate
 from codistill_worker.training.optim import build_optimizer, learning_rate, load_state
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
-from codistill_worker.training.rollback import Moved, Rollback
+from codistill_worker.training.rollback import Rollback
+from codistill_worker.transfers import all_finite, upload
 
 __all__ = ["StepLoss", "Trainer", "divergence_error"]
 
@@ -56,10 +57,19 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A step's batch, ready on the device."""
+    """A step's batch.
+
+    Attributes:
+        step: whose batch it is.
+        ids: of the samples, int64 of shape [B], on the CPU.
+        host_labels: the samples' labels, int64 of shape [B], on the CPU.
+        labels: the same on the device.
+        images: ready for the model, on the device.
+    """
 
     step: int
     ids: torch.Tensor
+    host_labels: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor
 
@@ -70,7 +80,6 @@ class _Begun:
 
     labels: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
-    before: Moved
 
 
 class Trainer:
@@ -124,6 +133,7 @@ class Trainer:
         self._trained = nn.ModuleList([self.model, self.extra])
         self._optimizer = build_optimizer(self._trained, training.optimizer)
         self._rollback = Rollback(self._trained)
+        self._moded = list(dict.fromkeys([*self.model.modules(), *self.objective.network.modules()]))
         self._batches: Iterator[torch.Tensor] = iter(())
         self._streaming_from = -1
         self._prepared: _Prepared | None = None
@@ -168,17 +178,17 @@ class Trainer:
         if prepared is None or prepared.step != self.step:
             prepared = self._prepare(self.step)
         self._prepared = None
-        before = self._rollback.keep()
+        self._rollback.keep()
         held_out = self._held_out() if self._measures_held_out() else None
-        self.model.train()
-        self.objective.network.train()
+        if not all(module.training for module in self._moded):  # setting the mode costs more than to look at it
+            self.model.train()
+            self.objective.network.train()
         self._seed("forward")
         outputs = self._outputs(prepared.images)
-        self._begun = _Begun(prepared.labels, outputs, before)
+        self._begun = _Begun(prepared.labels, outputs)
         if not self.exchanges:
             return None
-        labels = self._dataset.train.labels[prepared.ids]
-        return Published(self.step, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
+        return Published(self.step, Outputs(prepared.ids, prepared.host_labels, self._published(outputs)), held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
         """Run the backward pass of the step that was begun and update the weights.
@@ -191,7 +201,7 @@ class Trainer:
         if begun is None:
             raise RuntimeError("no step is begun")
         set_kernels(self._plan.training)
-        on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
+        on_device = {name: upload(value, self.device) for name, value in targets.items()}
         epoch = self.step / self.steps_per_epoch
         step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
         self._seed("loss")
@@ -213,7 +223,7 @@ class Trainer:
         """Undo :meth:`begin`, so that this process or another can begin the step again."""
         if self._begun is None:
             return
-        self._rollback.restore(self._begun.before)
+        self._rollback.restore()
         self._begun = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
@@ -269,8 +279,8 @@ class Trainer:
         ids = self._order.samples(step)
         seed = augmentation.view_seed(self._experiment, self.student, step)
         images = augmentation.augment(images, ids, self._plan.data.augment, seed)
-        labels = self._dataset.train.labels[ids].to(self.device, non_blocking=True)
-        return _Prepared(step, ids, labels, self._normalise(images))
+        host_labels = self._dataset.train.labels[ids]
+        return _Prepared(step, ids, host_labels, upload(host_labels, self.device), self._normalise(images))
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         return self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
@@ -300,7 +310,7 @@ class Trainer:
         """Return the outputs to publish, on the CPU; raise PeerError if they are not finite."""
         arrays = to_cpu({name: outputs[name] for name in self.objective.publishes}, self.device)
         for name, value in arrays.items():
-            if not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise divergence_error(self.student, self.step, f"its {name} are not finite")
         return arrays
 

@@ -88,7 +88,7 @@ def _first_batch(experiment: Experiment, plan: StudentPlan, dataset: Dataset) ->
     """Return a data set of the student's first batch alone, in place of the training and the test samples."""
     ids = Order(experiment.seed, len(dataset.train), plan.training.batch_size).samples(0)
     images = dataset.train.images(ids)
-    split = MemorySplit(images, dataset.train.labels[ids], images.device)
+    split = MemorySplit(images, dataset.train.labels[ids])
     return replace(dataset, train=split, test=split)
 
 
