@@ -17,7 +17,9 @@ OWN_GPU_VARIABLE = "CODISTILL_GPU"
 
 _CONTAINER_VARIABLE = "NVIDIA_VISIBLE_DEVICES"  # what NVIDIA's container toolkit and Kubernetes' device plugin put in
 _POD_VARIABLE = "KUBERNETES_SERVICE_HOST"  # in every pod
-_NO_DEVICE = re.compile(r"-.*|none|void|nodevfiles|", re.IGNORECASE)
+_DEVICE = re.compile(
+    r"\+?\d.*|(?:GPU|MIG)-.+|nvidia\.com/.+"
+)  # a number, an id, or a name of the Container Device Interface
 _MIG = "MIG-"
 _LISTED = re.compile(r"\(UUID: ((?:GPU|MIG)-[^)]+)\)")
 _LIST_SECONDS = 30.0  # without its persistence daemon, the driver starts each GPU first
@@ -33,7 +35,7 @@ def granted(environment: Mapping[str, str]) -> str | None:
         value = environment[VISIBLE_VARIABLE]
         return f"{VISIBLE_VARIABLE}={value}" if _entries(value) else None
     value = environment.get(_CONTAINER_VARIABLE, "")
-    if _entries(value) and value != "all":
+    if _entries(value):
         return f"{_CONTAINER_VARIABLE}={value}"
     if value == "all" or _POD_VARIABLE in environment:
         return next(iter(device_files()), None)
@@ -97,7 +99,7 @@ def _entries(value: str) -> list[str]:
     entries: list[str] = []
     for part in value.split(","):
         entry = part.strip()
-        if _NO_DEVICE.fullmatch(entry):
+        if not _DEVICE.fullmatch(entry):
             break
         entries.append(entry)
     return entries

@@ -32,9 +32,14 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({}, None),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
         ({"CUDA_VISIBLE_DEVICES": "MIG-a"}, "CUDA_VISIBLE_DEVICES=MIG-a"),
-        *(({"CUDA_VISIBLE_DEVICES": nothing}, None) for nothing in ("", "-1", " ", "none", "NoDevFiles", "-1,0")),
+        *(
+            ({"CUDA_VISIBLE_DEVICES": nothing}, None)
+            for nothing in ("", "-1", " ", "none", "NoDevFiles", "-1,0", "nonsense")
+        ),
         ({"NVIDIA_VISIBLE_DEVICES": "GPU-a"}, "NVIDIA_VISIBLE_DEVICES=GPU-a"),
         ({"NVIDIA_VISIBLE_DEVICES": "0"}, "NVIDIA_VISIBLE_DEVICES=0"),
+        ({"NVIDIA_VISIBLE_DEVICES": "0:1"}, "NVIDIA_VISIBLE_DEVICES=0:1"),  # a MIG device
+        ({"NVIDIA_VISIBLE_DEVICES": "nvidia.com/gpu=0"}, "NVIDIA_VISIBLE_DEVICES=nvidia.com/gpu=0"),
         *(({"NVIDIA_VISIBLE_DEVICES": nothing}, None) for nothing in ("", "void", "none", "all")),
         ({"CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "GPU-a"}, None),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
@@ -66,6 +71,7 @@ def test_a_container_that_has_a_gpus_file_was_granted_it(
         ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, 2, ["GPU-a", "GPU-b"]),
         ({"CUDA_VISIBLE_DEVICES": "0,1,7"}, 2, ["0", "1"]),  # CUDA ends at the first that is not there
         ({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, 1, ["0"]),
+        ({"CUDA_VISIBLE_DEVICES": "0,nonsense,1"}, 1, ["0"]),
         ({"CUDA_VISIBLE_DEVICES": ""}, 0, []),
         ({"CUDA_VISIBLE_DEVICES": ",".join(MIG)}, 1, MIG),
         ({"NVIDIA_VISIBLE_DEVICES": ",".join(MIG)}, 1, MIG),
