@@ -247,7 +247,8 @@ def test_a_driver_that_cannot_be_started(tiny: Tiny, driver: Driver, monkeypatch
     driver.listed = 1
     monkeypatch.setattr(torch.cuda, "init", refuse)
     with pytest.raises(
-        ConfigurationError, match=r"^training\.device: CUDA cannot be started .*: CUDA unknown error; see"
+        ConfigurationError,
+        match=r"^training\.device: CUDA cannot be started \(CUDA_VISIBLE_DEVICES=0\): CUDA unknown error; see",
     ):
         take_device(on(tiny, "auto", "cpu"), "s0")
 

@@ -132,7 +132,7 @@ def check_gpus(devices: Iterable[torch.device]) -> None:
             else:
                 code = ExitCode.ERROR if is_devices_fault(error) else ExitCode.CONFIGURATION
             raise PeerError(
-                f"training.device: {device} {_described()}cannot be used: {_first_line(error)}; see nvidia-smi, give another "
+                f"training.device: {device}{_described()} cannot be used: {_first_line(error)}; see nvidia-smi, give another "
                 f"by {VISIBLE_VARIABLE}, or set training.device: cpu",
                 code,
             ) from error
@@ -144,7 +144,7 @@ def _started_count() -> int:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(
-            f"training.device: CUDA cannot be started {_described()}: {_first_line(error)}; see nvidia-smi, or set "
+            f"training.device: CUDA cannot be started{_described()}: {_first_line(error)}; see nvidia-smi, or set "
             "training.device: cpu"
         ) from error
     return torch.cuda.device_count()
@@ -152,7 +152,7 @@ def _started_count() -> int:
 
 def _described() -> str:
     visible = os.environ.get(VISIBLE_VARIABLE)
-    return "" if visible is None else f"({VISIBLE_VARIABLE}={visible}) "
+    return "" if visible is None else f" ({VISIBLE_VARIABLE}={visible})"
 
 
 def _why_none() -> str:
@@ -167,7 +167,7 @@ def _why_none() -> str:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return _first_line(error)
-    return f"no device is visible {_described()}".rstrip()
+    return f"no device is visible{_described()}"
 
 
 def _first_line(error: BaseException) -> str:
