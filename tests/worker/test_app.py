@@ -21,7 +21,7 @@ from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.layout import RunLayout
 from codistill_worker import student
-from codistill_worker.app import WorkOptions, _stop_on_signals, choose_device, work
+from codistill_worker.app import WorkOptions, _stop_on_signals, work
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.training.checkpoints import read
 from codistill_worker.training.trainer import Trainer
@@ -39,42 +39,6 @@ def as_before() -> Iterator[None]:
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     cudnn.benchmark, cudnn.deterministic = settings
-
-
-# --- devices
-
-
-@pytest.mark.parametrize(
-    ("count", "wanted", "position", "device"),
-    [
-        (0, "auto", 3, "cpu"),
-        (0, "cpu", 0, "cpu"),
-        (4, "cpu", 1, "cpu"),
-        (2, "auto", 0, "cuda:0"),
-        (2, "auto", 3, "cuda:1"),
-        (2, "cuda", 2, "cuda:0"),
-        (2, "cuda:1", 0, "cuda:1"),
-    ],
-)
-def test_devices(count: int, wanted: str, position: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert choose_device(wanted, position) == torch.device(device)
-
-
-@pytest.mark.parametrize(
-    ("count", "wanted", "text"),
-    [
-        (0, "cuda", "training.device: 'cuda', but PyTorch finds no GPU here; allowed: auto, cpu"),
-        (0, "cuda:0", "training.device: 'cuda:0', but PyTorch finds no GPU here; allowed: auto, cpu"),
-        (2, "cuda:2", "training.device: 'cuda:2', but there are 2 GPUs; allowed: auto, cpu, cuda:0, cuda:1"),
-    ],
-)
-def test_devices_that_are_not_there(count: int, wanted: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(ConfigurationError) as refused:
-        choose_device(wanted, 0)
-    assert str(refused.value) == text
-    assert refused.value.code is ExitCode.CONFIGURATION
 
 
 def test_an_unknown_student(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from codistill.config.experiment import Experiment
 from codistill.config.plans import TeacherPlan
 from codistill.peer.errors import Interrupted
@@ -26,8 +24,9 @@ from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 from codistill_worker.training.devices import set_kernels
+from codistill_worker.training.gpus import take_device
 
-__all__ = ["WorkOptions", "check_participant", "choose_device", "work"]
+__all__ = ["WorkOptions", "check_participant", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -67,33 +66,6 @@ def check_participant(experiment: Experiment, name: str) -> None:
         )
 
 
-def choose_device(wanted: str, position: int) -> torch.device:
-    """Return the device to train on.
-
-    Args:
-        wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
-        position: of the participant among the experiment's participants, from 0.
-
-    Raises:
-        ConfigurationError: the device is not there.
-    """
-    count = torch.cuda.device_count()
-    if wanted == "auto":
-        return torch.device("cuda", position % count) if count else torch.device("cpu")
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if not count:
-        raise ConfigurationError(f"training.device: {wanted!r}, but PyTorch finds no GPU here; allowed: auto, cpu")
-    _, _, suffix = wanted.partition(":")
-    index = int(suffix) if suffix else position % count
-    if index >= count:
-        allowed = ", ".join(f"cuda:{present}" for present in range(count))
-        raise ConfigurationError(
-            f"training.device: {wanted!r}, but there are {count} GPUs; allowed: auto, cpu, {allowed}"
-        )
-    return torch.device("cuda", index)
-
-
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
     """Train one student, or run one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
@@ -107,7 +79,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     teaches = options.participant in experiment.teacher_names
     plan = experiment.teacher_plan(options.participant) if teaches else experiment.plan(options.participant)
     set_kernels(plan.training)  # before anything starts CUDA, whose libraries read the environment once
-    device = choose_device(plan.training.device, experiment.participants.index(options.participant))
+    device = take_device(experiment, options.participant)
     title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
         options.server,

@@ -164,10 +164,16 @@ class StudentLoop:
             trainer.total_steps,
         )
 
-    def begin_step(self) -> None:
-        """Run the forward pass of the next step and publish the outputs that the method needs."""
+    def launch_step(self) -> None:
+        """Start the forward pass of the next step; a GPU computes it while the caller goes on."""
         self._step_started = self._clock()
         self._mark("the forward pass")
+        self.trainer.launch()
+
+    def begin_step(self) -> None:
+        """Run the forward pass of the next step, unless it is launched, and publish the outputs that the method needs."""
+        if not self.trainer.launched:
+            self.launch_step()
         published = self.trainer.begin()
         if published is not None:
             self._participant.publish(published)

@@ -149,6 +149,10 @@ class TeacherLoop:
         )
         self._evaluate()
 
+    def launch_step(self) -> None:
+        """Compute the outputs of the next round, unless they are there."""
+        self._prepare(self.step)
+
     def begin_step(self) -> None:
         """Publish the outputs of the next round."""
         self._prepare(self.step)

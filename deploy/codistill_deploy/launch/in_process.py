@@ -1,6 +1,6 @@
 """All participants of a run in one process, with the coordinator that the server runs.
 
-For one GPU, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
+For few GPUs, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
-from codistill_worker.app import choose_device
 from codistill_worker.errors import participants_errors
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
 from codistill_worker.training.devices import set_kernels
+from codistill_worker.training.gpus import check_gpus, choose_devices
 
 __all__ = ["InProcessTransport", "run_in_process"]
 
@@ -219,9 +219,10 @@ def _loops(
 ) -> list[StudentLoop | TeacherLoop]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
     loops: list[StudentLoop | TeacherLoop] = []
-    for position, name in enumerate(experiment.participants):
+    devices = choose_devices(experiment)
+    check_gpus(devices)
+    for name, device in zip(experiment.participants, devices, strict=True):
         plan = experiment.teacher_plan(name) if name in experiment.teacher_names else experiment.plan(name)
-        device = choose_device(plan.training.device, position)
         # Students differ in how they augment a data set, never in which; one copy a device serves them all.
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
         transport = InProcessTransport(coordinator)
@@ -254,6 +255,9 @@ def _train(
         # Students resume at the steps of their checkpoints; those behind catch up from the journal.
         step = min(loop.step for loop in loops)
         behind = [loop for loop in loops if loop.step == step]
+        for loop in behind:
+            with loop.errors():
+                loop.launch_step()  # each on its own GPU, before the first one's outputs are waited for
         for loop in behind:
             with loop.errors():
                 loop.begin_step()

@@ -123,6 +123,11 @@ class Experiment(Section):
         return (*self.names, *self.teacher_names)
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """`training.device` of each participant, in order."""
+        return tuple(each.training.device or self.training.device for each in (*self.students, *self.teachers))
+
+    @property
     def shared_view(self) -> bool:
         """Whether all students and teachers see the same crop and flip of a sample."""
         view = self.data.augment.view

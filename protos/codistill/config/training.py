@@ -70,7 +70,7 @@ class Training(Section):
     device: str = Field(
         default="auto",
         pattern=DEVICE_PATTERN,
-        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one; students are spread over the GPUs.",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one, and must be if one was granted; students are spread over the GPUs.",
         json_schema_extra=OPERATIONAL,
     )
     precision: Literal["float32", "bfloat16"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,33 @@ def test_every_ensemble_runs_and_two_runs_give_the_same_bits(method: str, tmp_pa
     else:
         assert all(value is not None and value >= 0 for value in distilled)
         assert any(value is not None and value > 1e-3 for value in distilled)
+
+
+def test_every_forward_pass_is_launched_before_an_output_is_waited_for(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several GPUs, a student whose outputs were copied at once would keep the next from starting."""
+    acts: list[str] = []
+    launch, published = Trainer.launch, Trainer._published
+
+    def note_launch(self: Trainer) -> None:
+        acts.append("launch")
+        launch(self)
+
+    def note_copy(self: Trainer, outputs: Any) -> Any:
+        acts.append("copy")
+        return published(self, outputs)
+
+    monkeypatch.setattr(student, "try_training", lambda *_: None)
+    monkeypatch.setattr(Trainer, "launch", note_launch)
+    monkeypatch.setattr(Trainer, "_published", note_copy)
+    assert train(experiment(), tmp_path / "run") is ExitCode.OK
+    assert acts == 9 * (3 * ["launch"] + 3 * ["copy"])
+    assert bits(tmp_path / "run") == bits(undisturbed)
+    acts.clear()
+    assert train(experiment("general"), tmp_path / "held-out") is ExitCode.OK
+    order = "".join(act[0] for act in acts)
+    assert re.fullmatch(r"(lllccc){3}lllcccccc(lllccc){2}lllcccccc(lllccc){2}", order), "with those of held-out samples"
 
 
 def test_the_trial_step_changes_no_bit(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -611,6 +611,38 @@ def test_held_out_samples_are_published_at_the_first_step_of_each_epoch_but_the_
     assert at == [3, 6]
 
 
+def test_a_step_may_be_launched_long_before_it_is_begun(
+    tiny: Tiny, student: MakeStudent, targets_for: Answer, train: Train, state: State, same: Same
+) -> None:
+    """Two students whose forward passes are launched together train as they do one after the other."""
+    launched = {name: student(general(tiny), name) for name in STUDENTS}
+    for _ in range(9):
+        for trainer in launched.values():
+            trainer.launch()
+            assert trainer.launched
+        with pytest.raises(RuntimeError, match="is begun already"):
+            trainer.launch()
+        for trainer in launched.values():
+            published = trainer.begin()
+            assert not trainer.launched
+            trainer.finish(targets_for(published))
+    for name, trainer in launched.items():
+        alone = student(general(tiny), name)
+        train(alone, 9)
+        assert same(state(trainer), state(alone))
+        trainer.abandon()
+
+
+def test_a_step_that_is_launched_only_is_undone_too(tiny: Tiny, student: MakeStudent, state: State, same: Same) -> None:
+    trainer = student(tiny())
+    before = state(trainer)
+    trainer.launch()
+    trainer.abandon()
+    assert not trainer.launched
+    assert same(state(trainer), before)
+    assert trainer.begin() is not None
+
+
 def test_measuring_held_out_samples_disturbs_neither_statistics_nor_dropout(
     tiny: Tiny, student: MakeStudent, train: Train, state: State, same: Same
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -82,6 +82,15 @@ class _Begun:
     outputs: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class _Unpublished:
+    """What a step that was launched has yet to publish; the outputs of the held-out samples are on the device."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    held_out: Outputs | None
+
+
 class Trainer:
     """One student: its model, its optimiser and its current step.
 
@@ -138,6 +147,7 @@ class Trainer:
         self._streaming_from = -1
         self._prepared: _Prepared | None = None
         self._begun: _Begun | None = None
+        self._unpublished: _Unpublished | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -155,6 +165,11 @@ class Trainer:
         return self._plan.distillation.exchanges and self._exchange_schedule.exchanges(self.step)
 
     @property
+    def launched(self) -> bool:
+        """Whether the next step is launched, and not begun yet."""
+        return self._unpublished is not None
+
+    @property
     def parameters(self) -> int:
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -165,12 +180,8 @@ class Trainer:
         if upcoming < self.total_steps and (self._prepared is None or self._prepared.step != upcoming):
             self._prepared = self._prepare(upcoming)
 
-    def begin(self) -> Published | None:
-        """Run the forward pass of the next step; return what to publish, or None if the step exchanges nothing.
-
-        Raises:
-            PeerError: the outputs are not finite any more.
-        """
+    def launch(self) -> None:
+        """Start the forward pass of the next step, without waiting for a GPU to compute it; :meth:`begin` follows."""
         if self._begun is not None:
             raise RuntimeError(f"step {self.step} is begun already; finish or abandon it")
         set_kernels(self._plan.training)
@@ -186,9 +197,30 @@ class Trainer:
         self._seed("forward")
         outputs = self._outputs(prepared.images)
         self._begun = _Begun(prepared.labels, outputs)
+        self._unpublished = _Unpublished(prepared.ids, prepared.host_labels, held_out)
+
+    def begin(self) -> Published | None:
+        """Run the forward pass of the next step, unless it is launched.
+
+        Returns:
+            What to publish, or None if the step exchanges nothing.
+
+        Raises:
+            PeerError: the outputs are not finite any more.
+        """
+        if not self.launched:
+            self.launch()
+        begun, unpublished = self._begun, self._unpublished
+        assert begun is not None  # noqa: S101 - launch set both
+        assert unpublished is not None  # noqa: S101
+        self._unpublished = None
         if not self.exchanges:
             return None
-        return Published(self.step, Outputs(prepared.ids, prepared.host_labels, self._published(outputs)), held_out)
+        held_out = unpublished.held_out
+        if held_out is not None:
+            held_out = replace(held_out, arrays=self._published(held_out.arrays))
+        batch = Outputs(unpublished.ids, unpublished.labels, self._published(begun.outputs))
+        return Published(self.step, batch, held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
         """Run the backward pass of the step that was begun and update the weights.
@@ -224,7 +256,7 @@ class Trainer:
         if self._begun is None:
             return
         self._rollback.restore()
-        self._begun = None
+        self._begun = self._unpublished = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
         """Return the student's score on a split, without augmentation.
@@ -293,6 +325,7 @@ class Trainer:
         return self.objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0
 
     def _held_out(self) -> Outputs:
+        """Return the outputs of the held-out samples, on the device."""
         split = self._dataset.held_out
         if split is None:
             raise RuntimeError("the experiment holds no samples out")
@@ -304,7 +337,7 @@ class Trainer:
         with torch.inference_mode():
             by_batch = [self._outputs(self._normalise(images)) for images in split.stream(iter(batches))]
         outputs = {name: torch.cat([batch[name] for batch in by_batch]) for name in self.objective.publishes}
-        return Outputs(ids, split.labels, self._published(outputs))
+        return Outputs(ids, split.labels, outputs)
 
     def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the outputs to publish, on the CPU; raise PeerError if they are not finite."""
