@@ -41,7 +41,11 @@ class Rollback:
         """Put the values back."""
         with torch.no_grad():
             for (module, name), value in zip(self._buffers, before.buffers, strict=True):
-                getattr(module, name).copy_(value)
+                current: torch.Tensor = getattr(module, name)
+                if current.shape == value.shape and current.dtype == value.dtype:
+                    current.copy_(value)
+                else:  # a buffer that each forward pass makes anew, for its batch
+                    setattr(module, name, value)
         for module, state in zip(self._stateful, before.states, strict=True):
             module.set_extra_state(state)
 
