@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from codistill_worker.training import weights
 from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
-from codistill_worker.training.users_errors import explained, model_title
+from codistill_worker.training.users_errors import explained, model_title, users_place
 
 __all__ = ["TeacherLoop"]
 
@@ -212,7 +213,7 @@ class TeacherLoop:
         teacher = self._plan.teacher
         where = model_title(self._experiment, teacher)
         computed: list[dict[int, Published]] = []
-        with explained(f"{where} cannot compute its outputs"):
+        with explained(f"{where} cannot compute its outputs", partial(users_place, teacher.model)):
             for _ in range(2):
                 self._ready = {}
                 self._prepare(0)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from codistill.config.experiment import Experiment
+from codistill.config.methods import Custom
 from codistill.config.plans import StudentPlan
 from codistill.peer.errors import PeerError
 from codistill.peer.order import Order
@@ -76,14 +77,18 @@ def try_training(experiment: Experiment, plan: StudentPlan, dataset: Dataset, de
     """
     where = model_title(experiment, plan.student)
     batch = _first_batch(experiment, plan, dataset)
-    place = partial(users_place, plan.student.model)
+    place = partial(_users_places, plan)
     try:
         with seeded(0), explained(f"{where} cannot train a step on a batch of {plan.training.batch_size}", place):
             tried = _try_copy(experiment, plan, batch, device, where)
             gc.collect()
             trainer = Trainer(experiment, plan, batch, device)
             _check_built(tried.built, _built(trainer), where)
-            _check_resumed(trainer, tried, batch, where)
+            _restore(trainer, tried.checkpoint, plan, where)
+            _train(trainer, tried.targets)
+            resumed = _state(trainer, batch)
+            _compare(tried.undisturbed, resumed, device, where)
+            _warn_of_counters(tried.undisturbed, resumed, where)
     except PeerError as error:
         if error.code is not ExitCode.DIVERGED:
             raise
@@ -117,19 +122,12 @@ def _try_copy(experiment: Experiment, plan: StudentPlan, batch: Dataset, device:
     undisturbed = _state(trainer, batch)
     _check_layout(layout, _layout(trainer), where)
     _check_generators(undisturbed.unsaved, where)
-    _restore(trainer, checkpoint, where)
+    _restore(trainer, checkpoint, plan, where)
     trainer.begin()
     trainer.abandon()
     _train(trainer, targets)
     _compare(undisturbed, _state(trainer, batch), device, where)
     return _Tried(built, checkpoint, undisturbed, targets)
-
-
-def _check_resumed(trainer: Trainer, tried: _Tried, batch: Dataset, where: str) -> None:
-    """Repeat the second step in a new copy that was given the checkpoint, as a process does that resumes."""
-    _restore(trainer, tried.checkpoint, where)
-    _train(trainer, tried.targets)
-    _compare(tried.undisturbed, _state(trainer, batch), trainer.device, where)
 
 
 def _train(trainer: Trainer, targets: Mapping[str, torch.Tensor]) -> None:
@@ -138,8 +136,8 @@ def _train(trainer: Trainer, targets: Mapping[str, torch.Tensor]) -> None:
     trainer.finish(targets)
 
 
-def _restore(trainer: Trainer, checkpoint: Checkpoint, where: str) -> None:
-    with explained(f"{where} cannot be restored from its checkpoint"):
+def _restore(trainer: Trainer, checkpoint: Checkpoint, plan: StudentPlan, where: str) -> None:
+    with explained(f"{where} cannot be restored from its checkpoint", partial(users_place, plan.student.model)):
         trainer.restore(0, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
 
 
@@ -286,7 +284,6 @@ def _compare(undisturbed: _State, repeated: _State, device: torch.device, where:
     all that was saved is the same. Numbers and texts may count or measure; they are a fault if the weights differ too.
     """
     lost = _differing(undisturbed.unsaved.held, repeated.unsaved.held)
-    plain = [name for name in _differing(undisturbed.unsaved.plain, repeated.unsaved.plain) if name not in lost]
     same = undisturbed.saved == repeated.saved
     if not same and device.type != "cpu":
         lost = [name for name in lost if name.startswith("buffer")]
@@ -294,7 +291,8 @@ def _compare(undisturbed: _State, repeated: _State, device: torch.device, where:
             _log.warning("%s: the same step on %s gave other bits; a resumed run may end with others", where, device)
             return
     elif not same:
-        lost += plain
+        counted = _differing(undisturbed.unsaved.plain, repeated.unsaved.plain)
+        lost += [name for name in counted if name not in lost]
     if lost:
         raise ConfigurationError(
             f"{where} cannot resume with the same numbers: {plugins.shorten(lost)} changes while it trains, and no checkpoint "
@@ -307,6 +305,11 @@ def _compare(undisturbed: _State, repeated: _State, device: torch.device, where:
             "its numbers depend on its images, its parameters and its persistent buffers alone, and draw random ones from "
             "torch, random or numpy.random themselves, which are seeded at each step"
         )
+
+
+def _warn_of_counters(undisturbed: _State, repeated: _State, where: str) -> None:
+    """Name the numbers and texts that differ although the weights are the same."""
+    plain = _differing(undisturbed.unsaved.plain, repeated.unsaved.plain)
     if plain:
         _log.warning(
             "%s: %s changes while it trains, and no checkpoint holds it: a resumed run begins it anew; if the weights ever "
@@ -320,6 +323,13 @@ def _place(model: nn.Module) -> str:
     """Return where a model's forward pass is written, for a message."""
     place = code_place(type(model).forward)
     return f" ({place})" if place else ""
+
+
+def _users_places(plan: StudentPlan) -> str:
+    """Return where the user's model and method are written, for an error that no line of theirs raised."""
+    settings = plan.distillation
+    references = [plan.student.model, *([settings.worker] if isinstance(settings, Custom) else [])]
+    return " or ".join(dict.fromkeys(place for place in map(users_place, references) if place))
 
 
 def _targets(experiment: Experiment, plan: StudentPlan, batch: Dataset, trainer: Trainer) -> Mapping[str, torch.Tensor]:
