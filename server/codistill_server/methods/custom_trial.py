@@ -14,6 +14,7 @@ from codistill.methods.aggregator import Aggregator, Arrays, Output, RoundInputs
 from codistill.peer.draws import derive
 from codistill.process.plugins import LoadError
 from codistill.process.randomness import seed_generators, seeded
+from codistill.process.unsaved import unsaved_state
 from codistill_server.methods.custom import aggregator
 
 __all__ = ["try_aggregator"]
@@ -31,7 +32,8 @@ def try_aggregator(experiment: Experiment) -> None:
     such outputs is left to the run. So is one of a built-in method.
 
     Raises:
-        LoadError: the targets differ, so they depend on more than the inputs; or the aggregator cannot be made.
+        LoadError: the aggregator cannot be made, its targets depend on more than the inputs, or it holds a generator of
+            random numbers. That one may be used later.
     """
     settings = experiment.distillation
     if not isinstance(settings, Custom):
@@ -57,6 +59,13 @@ def try_aggregator(experiment: Experiment) -> None:
                     "which are seeded for each round"
                 )
             state = first.state
+        held = unsaved_state({}, {}, {"aggregator": getattr(kept, "checked", kept)}).generators
+        if held:
+            names = ", ".join(f"{name} ({kind})" for name, kind in held.items())
+            raise LoadError(
+                f"{field} holds a generator of random numbers, whose state a restart loses: {names}; draw random numbers from "
+                "torch, random or numpy.random themselves, which are seeded for each round"
+            )
 
 
 def _made(experiment: Experiment, settings: Custom) -> Aggregator:

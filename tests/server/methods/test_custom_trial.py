@@ -61,6 +61,11 @@ class Own(Mean):
         return mean * self.draws.random()
 
 
+class Later(Own):
+    def of(self, mean, inputs):
+        return super().of(mean, inputs) if self.count > 9 else mean
+
+
 class Seeded(Mean):
     def of(self, mean, inputs):
         return mean * random.random() * np.random.rand() * torch.rand(1)
@@ -109,6 +114,13 @@ def test_targets_of_more_than_the_inputs_are_refused(name: str, round_number: in
         match=rf"^distillation\.server: 'aggregators_to_try:{name}' made other targets 'mine' .* in round {round_number} ",
     ):
         try_aggregator(experiment(name))
+
+
+def test_a_generator_for_later_rounds_is_refused(experiment: Any) -> None:
+    with pytest.raises(
+        LoadError, match=r"holds a generator .*: attribute 'aggregator\.draws' \(random\.Random\); draw"
+    ):
+        try_aggregator(experiment("Later"))
 
 
 @pytest.mark.parametrize("name", ["Mean", "Seeded", "Kept", "Fails"])

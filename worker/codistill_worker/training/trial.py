@@ -26,6 +26,7 @@ from codistill.peer.order import Order
 from codistill.process import plugins
 from codistill.process.exit_codes import ExitCode
 from codistill.process.randomness import seeded
+from codistill.process.unsaved import Unsaved, digest, unsaved_state
 from codistill.wire.tensors import decode, encode
 from codistill_worker.data import Dataset, MemorySplit
 from codistill_worker.errors import ConfigurationError
@@ -34,7 +35,6 @@ from codistill_worker.training.checkpoints import Checkpoint, serialize
 from codistill_worker.training.devices import autocast, set_threads
 from codistill_worker.training.outputs import image_shape, teacher_shapes
 from codistill_worker.training.trainer import Trainer
-from codistill_worker.training.unsaved import Unsaved, digest, unsaved_state
 from codistill_worker.training.users_errors import code_place, explained, model_title, users_place
 
 __all__ = ["try_training"]

@@ -1,4 +1,4 @@
-"""The state of modules that no checkpoint holds: buffers that are not persistent, attributes, and what their code names.
+"""The state of modules and methods that nothing saves: buffers that are not persistent, attributes, what their code names.
 
 Objects of any class are searched: their attributes, what functions enclose, and the globals that a user's classes and
 functions name. The search is bounded in depth and size. Objects of compiled code show nothing, and are passed over.
@@ -88,7 +88,7 @@ def unsaved_state(
                 search.add("attribute", dot + name, value)
         search.code.append(type(module))
     for prefix, value in others.items():
-        for name, attribute in vars(value).items():
+        for name, attribute in getattr(value, "__dict__", {}).items():
             search.add("attribute", f"{prefix}.{name}", attribute)
         search.code.append(type(value))
     search.add_code()
