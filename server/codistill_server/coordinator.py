@@ -29,6 +29,7 @@ from codistill_server.admission.contributions import Contributions
 from codistill_server.admission.joins import JoinAdmission
 from codistill_server.admission.progress import check_counts, check_values
 from codistill_server.errors import RequestRejected
+from codistill_server.methods.custom_trial import try_aggregator
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import (
     Action,
@@ -153,6 +154,7 @@ class Coordinator:
         self._journal = journal
         self._submit = submit
         self._clock = clock
+        try_aggregator(experiment)
         with seeded(derive(experiment.seed, "aggregator")):
             self._aggregator = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._method_state: Mapping[str, torch.Tensor] = decode_state(journal.last_state())

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from codistill_worker.training import weights
 from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
-from codistill_worker.training.users_errors import explained
+from codistill_worker.training.users_errors import explained, model_title, users_place
 from codistill_worker.transfers import all_finite
 
 __all__ = ["TeacherLoop"]
@@ -91,7 +92,8 @@ class TeacherLoop:
         self._exchange_schedule = plan.distillation.exchange_schedule(self._order.steps_per_epoch)
         self._total_steps = training.epochs * self._order.steps_per_epoch
         self._rounds_per_pass = max(1, training.evaluation_batch_size // training.batch_size)
-        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
+        title = model_title(experiment, teacher)
+        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0, title=title)
         trained = weights.read(Path(teacher.weights), teacher.name)
         weights.apply(trained, model, teacher.weights, teacher.model, dataset.classes)
         self._digest = bytes.fromhex(weights.digest(trained))
@@ -219,9 +221,9 @@ class TeacherLoop:
     def _try_outputs(self) -> None:
         """Compute the outputs of the first rounds twice; keep them."""
         teacher = self._plan.teacher
-        where = f"teachers.{self._experiment.teacher_names.index(teacher.name)}.model: {teacher.model!r}"
+        where = model_title(self._experiment, teacher)
         computed: list[dict[int, Published]] = []
-        with explained(f"{where} of teacher {teacher.name!r} cannot compute its outputs"):
+        with explained(f"{where} cannot compute its outputs", partial(users_place, teacher.model)):
             for _ in range(2):
                 self._ready = {}
                 self._prepare(0)
@@ -230,7 +232,7 @@ class TeacherLoop:
             for name, value in first.batch.arrays.items():
                 if self._device.type == "cpu" and not torch.equal(value, computed[1][number].batch.arrays[name]):
                     raise ConfigurationError(
-                        f"{where} of teacher {teacher.name!r} gives other {name} for the same images each time; let its "
+                        f"{where} gives other {name} for the same images each time; let its "
                         "outputs depend on its images and weights alone, and draw random numbers from torch, random or "
                         "numpy.random themselves, which are seeded for each forward pass"
                     )

@@ -26,6 +26,7 @@ __all__ = [
     "call",
     "explain_error",
     "is_reference",
+    "is_users",
     "load",
     "shorten",
     "users_code",
@@ -178,15 +179,20 @@ def _in_working_folder(module_name: str) -> str:
     return f"; {found} is not looked at, as nothing is loaded from the working folder" if found else ""
 
 
-def explain_error(error: BaseException) -> str:
-    """Return an error of a user's code as one line: its type, the user's line that raised it, and its text."""
+def explain_error(error: BaseException, place: str = "") -> str:
+    """Return an error of a user's code as one line: its type, the user's line that raised it, and its text.
+
+    Args:
+        error: what was raised.
+        place: FILE:LINE of the user's code, for an error that was raised where no line of the user's was running.
+    """
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind}: {text}"  # which names the file and the line already
     frames = list(traceback.walk_tb(error.__traceback__))
-    users = [frame for frame in frames if _is_users(frame[0])] or frames
-    place = f" at {users[-1][0].f_code.co_filename}:{users[-1][1]}" if users else ""
+    users = [frame for frame in frames if _is_users(frame[0])] or ([] if place else frames)
+    place = f" at {f'{users[-1][0].f_code.co_filename}:{users[-1][1]}' if users else place}" if users or place else ""
     if isinstance(error, SystemExit):
         kind = f"{kind}: {text}" if text else kind
         if any(frame.f_code.co_name == "<module>" for frame, _ in users):
@@ -199,8 +205,12 @@ def explain_error(error: BaseException) -> str:
 
 
 def _is_users(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return package not in _OURS and not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
+    return is_users(str(frame.f_globals.get("__name__")), frame.f_code.co_filename)
+
+
+def is_users(module: str, file: str) -> bool:
+    """Return whether code is a user's own: neither codistill's nor that of an installed package."""
+    return module.partition(".")[0] not in _OURS and not file.startswith(_NOT_THE_USERS)
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.methods import ImageShape, StudentContext
+from codistill.process.randomness import seeded
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset
 
@@ -46,10 +47,13 @@ def image_shape(dataset: Dataset) -> ImageShape:
 
 
 def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a network's named outputs, without the samples, by running it on two empty images."""
+    """Return the shapes of a network's named outputs, without the samples, by running it on two empty images.
+
+    The global generators are seeded meanwhile, and then as they were: a model may keep what it draws.
+    """
     images = torch.zeros(2, shape["channels"], shape["size"], shape["size"], device=device)
     network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), seeded(0):
         shapes = {name: tuple(value.shape[1:]) for name, value in network(images).items()}
     network.train()
     return shapes

@@ -51,7 +51,11 @@ class Rollback:
         """Put the values back that were kept last."""
         with torch.no_grad():
             for (module, name), value in zip(self._buffers, self._copies, strict=True):
-                getattr(module, name).copy_(value)
+                current: torch.Tensor = getattr(module, name)
+                if _alike(value, current):
+                    current.copy_(value)
+                else:  # a buffer that each forward pass makes anew, for its batch
+                    setattr(module, name, value.clone())
         for module, state in zip(self._stateful, self._states, strict=True):
             module.set_extra_state(copy.deepcopy(state))
 

@@ -33,6 +33,7 @@ from codistill_worker.training.evaluation import Score, evaluate
 from codistill_worker.training.optim import build_optimizer, learning_rate, load_state
 from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
 from codistill_worker.training.rollback import Rollback
+from codistill_worker.training.users_errors import model_title
 from codistill_worker.transfers import all_finite, upload
 
 __all__ = ["StepLoss", "Trainer", "divergence_error"]
@@ -127,6 +128,7 @@ class Trainer:
             **shape,
             args=plan.student.model_args,
             seed=derive(experiment.seed, "init", self.student),
+            title=model_title(experiment, plan.student),
         )
         self.model: nn.Module = place_model(model, device, training)
         teachers = partial(teacher_shapes, experiment, shape)
