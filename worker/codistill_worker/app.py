@@ -18,6 +18,7 @@ from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.info import record_code
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
@@ -114,6 +115,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     torch.set_num_threads(plan.training.threads)
     use_deterministic_kernels()
     device = choose_device(plan.training.device, experiment.participants.index(options.participant))
+    layout = RunLayout(options.run_dir)
     title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
         options.server,
@@ -135,9 +137,14 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 dataset = data.load(plan.data, device)
                 _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
                 if isinstance(plan, TeacherPlan):
-                    return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-                store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
-                return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+                    loop = TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog)
+                else:
+                    store = CheckpointStore(layout.student(options.participant).path)
+                    loop = StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog)
+                record_code(layout)
+                code = _drive(loop, stop)
+                record_code(layout)  # what was imported by a computed name meanwhile
+                return code
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
     except (RuntimeError, MemoryError) as error:

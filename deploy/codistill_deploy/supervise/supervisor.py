@@ -133,7 +133,7 @@ class Supervisor:
         folder, experiment = self._folder, self._experiment
         students = [folder.student(name).path for name in experiment.names]
         teachers = [folder.teacher(name).path for name in experiment.teacher_names]
-        inside = [folder.supervisor_file, *students, *teachers]
+        inside = [folder.experiment_file, folder.supervisor_file, *students, *teachers]
         return FolderGuard("run folder", folder.path, "its journal, records and checkpoints", inside)
 
     def _supervise(
