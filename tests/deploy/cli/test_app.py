@@ -171,9 +171,3 @@ def test_a_command_is_recorded_as_given_and_keeps_its_paths_where_code_changes_t
     assert about["command"] == given
     assert [start["command"] for start in about["resumed"]] == [[*given, "--resume"]]
     assert yaml.safe_load((tmp_path / "r" / "experiment.yaml").read_text())["data"]["root"] == f"{tmp_path}/data"
-
-
-@pytest.mark.system
-def test_processes_keep_their_paths_where_code_changes_the_working_folder(tmp_path: Path) -> None:
-    run_own_model(tmp_path, NET)
-    assert (tmp_path / "r" / "students" / "a" / "checkpoint.safetensors").exists()
