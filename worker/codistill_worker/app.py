@@ -16,6 +16,7 @@ from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.info import record_code
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
@@ -80,6 +81,7 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     plan = experiment.teacher_plan(options.participant) if teaches else experiment.plan(options.participant)
     set_kernels(plan.training)  # before anything starts CUDA, whose libraries read the environment once
     device = take_device(experiment, options.participant)
+    layout = RunLayout(options.run_dir)
     title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
         options.server,
@@ -101,9 +103,14 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 dataset = data.load(plan.data, device)
                 _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
                 if isinstance(plan, TeacherPlan):
-                    return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-                store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
-                return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+                    loop = TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog)
+                else:
+                    store = CheckpointStore(layout.student(options.participant).path)
+                    loop = StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog)
+                record_code(layout)
+                code = _drive(loop, stop)
+                record_code(layout)  # what was imported by a computed name meanwhile
+                return code
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
     finally:

@@ -22,6 +22,7 @@ from codistill.peer.grpc_reports import Reports
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.info import record_code
 from codistill.rundir.storage import FolderGuard, unwritable
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
@@ -182,7 +183,7 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
     except OSError as error:
         journal.close()
         raise PeerError(*unwritable(folder.path, error)) from error
-    files = (folder.journal_file, folder.metrics_file, folder.events_file)
+    files = (folder.experiment_file, folder.journal_file, folder.metrics_file, folder.events_file)
     guard = FolderGuard("run folder", folder.path, "its journal, records and checkpoints", files)
     coordinator = Coordinator(experiment, journal, RunState(experiment, writer.write), _submit)
     try:
@@ -191,7 +192,10 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
             for loop in loops:
                 with loop.errors():
                     loop.join()
-            return _train(loops, coordinator, view, stop, guard)
+            record_code(folder)
+            code = _train(loops, coordinator, view, stop, guard)
+            record_code(folder)
+            return code
     except JournalError as error:
         raise PeerError(str(error), error.code or ExitCode.ERROR) from error
     finally:

@@ -43,6 +43,7 @@ class LocalOptions:
         metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, behind the usual ones.
+        working_folder: in which the processes start; None for this one's.
         restarts: how often each process is restarted; see :mod:`codistill_deploy.supervise.restart_policy`.
         inherited: descriptors that every process inherits: the lock on the run's folder.
         security: TLS and token; where neither keeps others out, a token is made for this run.
@@ -53,6 +54,7 @@ class LocalOptions:
     metrics: str = "127.0.0.1:0"
     announce: bool = False
     search_path: Path | None = None
+    working_folder: Path | None = None
     restarts: int = DEFAULT_RESTARTS
     inherited: tuple[int, ...] = ()
     security: Security = field(default_factory=Security)
@@ -115,7 +117,7 @@ def _run(
     listen, metrics = Port(options.listen, "listen"), Port(options.metrics, "metrics")
     reading, writing = os.pipe()
     try:
-        launch = Launch(_environment(options), reading, options.inherited)
+        launch = Launch(_environment(options), reading, options.inherited, options.working_folder)
         resume_command = f"codistill run … --run-dir {folder.path} --resume"
         supervisor = Supervisor(experiment, folder, view, options.security, resume_command=resume_command)
         server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)

@@ -24,6 +24,7 @@ __all__ = [
     "LoadError",
     "accepted_arguments",
     "call",
+    "command_arguments",
     "explain_error",
     "is_reference",
     "is_users",
@@ -41,6 +42,9 @@ _NOT_THE_USERS = (
 
 _IMPORTED = "--imported-by-codistill"
 """All that a user's code finds in `sys.argv`: no parser knows it, so none takes codistill's arguments or its own defaults."""
+
+_hidden: list[list[str]] = []
+"""The arguments that each :func:`users_code` at work hides; the command's own come first."""
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -149,9 +153,9 @@ def users_code(
         error_type: makes the error from its text.
         spare: returns whether an error is raised as it is.
     """
-    arguments = sys.argv
     swaps = threading.current_thread() is threading.main_thread()
     if swaps:
+        _hidden.append(sys.argv)
         sys.argv = [_program(where), _IMPORTED]
     try:
         yield
@@ -164,7 +168,12 @@ def users_code(
         raise made(f"{where}: {explain_error(error)}") from error
     finally:
         if swaps:
-            sys.argv = arguments
+            sys.argv = _hidden.pop()
+
+
+def command_arguments() -> list[str]:
+    """Return the arguments of this process's command, also where a user's code may run and does not find them."""
+    return (_hidden[0] if _hidden else sys.argv)[1:]
 
 
 def _program(where: str) -> str:

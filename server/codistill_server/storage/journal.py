@@ -320,6 +320,18 @@ def holds_rounds(path: Path) -> bool:
         return True
 
 
+def read_identity(path: Path) -> str | None:
+    """Return the identity of the experiment that a journal belongs to; None without one, or if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            row = database.execute("SELECT value FROM run WHERE key = 'identity'").fetchone()
+    except sqlite3.Error:
+        return None
+    return row[0] if row is not None and isinstance(row[0], str) else None
+
+
 def _is_of_storage(error: Exception) -> bool:
     """Return whether an error comes from a full disk, a read-only one, or one that fails."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (

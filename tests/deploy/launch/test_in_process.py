@@ -291,10 +291,20 @@ def test_a_finished_run_that_is_resumed_changes_nothing(undisturbed: Path, tmp_p
 def test_a_journal_of_another_experiment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(experiment("naive", epochs=1), path)
-    (path / "experiment.yaml").unlink()
+    other = experiment("linear", epochs=1)
+    (path / "experiment.yaml").write_text(other.to_yaml())
     with pytest.raises(PeerError, match=r"belongs to another run: experiment field distillation\.ensemble") as refused:
-        train(experiment("linear", epochs=1), path)
+        train(other, path, resume=True)
     assert refused.value.code is ExitCode.CONFIGURATION
+
+
+def test_an_experiment_file_that_is_deleted_meanwhile_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    view = RecordingView((path / "experiment.yaml").unlink)
+    with pytest.raises(
+        StorageError, match=r"experiment\.yaml was deleted, moved or replaced while the run was going on"
+    ):
+        train(experiment(), path, view)
 
 
 def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:

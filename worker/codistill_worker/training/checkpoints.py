@@ -246,10 +246,21 @@ def read(path: Path) -> Checkpoint:
 
 def _step_of(path: Path) -> int | None:
     """Return a checkpoint's step from its header alone; None if it cannot be read."""
+    step = _from_header(path, "step")
+    return step if isinstance(step, int) else None
+
+
+def read_identity(path: Path) -> str | None:
+    """Return the identity of a checkpoint's experiment from its header alone; None if it cannot be read."""
+    identity = _from_header(path, "identity")
+    return identity if isinstance(identity, str) else None
+
+
+def _from_header(path: Path, key: str) -> object:
     try:
         with safe_open(path, framework="pt") as file:
             header = cast("dict[str, str] | None", file.metadata()) or {}
-        return int(json.loads(header["codistill"])["step"])
+        return json.loads(header["codistill"])[key]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
