@@ -43,11 +43,11 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
     if checkpoints.is_checkpoint(file):
         return checkpoints.read(file).model
     content = innermost(_content_of(file), file)
-    if not isinstance(content, Mapping) or not content:
+    if not isinstance(content, Mapping):
         raise ConfigurationError(f"weights: {file} holds a {type(content).__name__}; {_ALLOWED}")
     weights = cast("dict[Any, Any]", content)
     others = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
-    if len(others) == len(weights):
+    if others and len(others) == len(weights):
         raise ConfigurationError(
             f"weights: {file}: {others[0]!r} is a {type(weights[others[0]]).__name__}, no tensor; {_ALLOWED}"
         )
