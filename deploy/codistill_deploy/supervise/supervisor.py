@@ -270,7 +270,8 @@ class Supervisor:
             )
         code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED
         # On a full disk its log may have had no room for its last line.
-        disk = f"; {describe_disk(child.log)}" if code is ExitCode.STORAGE and "mounted at" not in ending.line else ""
+        told = "mounted at" in ending.line or "ulimit" in ending.line
+        disk = f"; {describe_disk(child.log)}" if code is ExitCode.STORAGE and not told else ""
         return CommandError(f"{child.title} {ending}{reason} (log: {child.log}){disk}", code)
 
 

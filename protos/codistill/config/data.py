@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from codistill.config.base import OPERATIONAL, REFERENCE, Section, require_whole_path
 from codistill.config.datasets import DATASETS, DatasetInfo
+from codistill.config.errors import NOT_EMPTY
 
 __all__ = ["Augment", "Data", "Normalize"]
 
@@ -55,6 +56,7 @@ class Data(Section):
     )
     root: str = Field(
         default="data",
+        pattern=NOT_EMPTY,
         description="Folder that holds the data set's files; not used by `digits`.",
         json_schema_extra=OPERATIONAL,
     )
