@@ -35,7 +35,7 @@ def test_every_variable() -> None:
     source = "".join(
         path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     )
-    read = set(re.findall(r'"((?:CODISTILL|RAY|CUDA|NVIDIA|KUBERNETES)_[A-Za-z_]+)"', source)) | set(
+    read = set(re.findall(r'"((?:CODISTILL|RAY|CUDA|CUBLAS|NVIDIA|KUBERNETES)_[A-Za-z_]+)"', source)) | set(
         re.findall(r'environ\.\w+\("([A-Z_]+)"', source)
     )
     offered = set(re.findall(r"\$\{([A-Z_]+):-", WITH_GPUS))

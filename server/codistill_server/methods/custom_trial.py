@@ -15,7 +15,7 @@ from codistill.peer.draws import derive
 from codistill.process.plugins import LoadError
 from codistill.process.randomness import seed_generators, seeded
 from codistill.process.unsaved import unsaved_state
-from codistill_server.methods.custom import aggregator
+from codistill_server.methods import custom
 
 __all__ = ["try_aggregator"]
 
@@ -70,7 +70,7 @@ def try_aggregator(experiment: Experiment) -> None:
 
 def _made(experiment: Experiment, settings: Custom) -> Aggregator:
     seed_generators(derive(experiment.seed, "aggregator"))
-    return aggregator(settings, experiment.names, experiment.teacher_names)
+    return custom.aggregator(settings, experiment.names, experiment.teacher_names)
 
 
 def _targets(experiment: Experiment, tried: Aggregator, inputs: RoundInputs, number: int) -> Targets:
