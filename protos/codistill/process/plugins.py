@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from codistill.process import modules_beside
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import is_interrupt
 from codistill.process.torchvision_operators import declare_missing_operators
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "call",
     "explain_error",
     "is_reference",
+    "is_users",
     "load",
     "shorten",
     "users_code",
@@ -34,9 +36,13 @@ __all__ = [
 _SHOWN = 8
 _OURS = frozenset({"codistill", "codistill_deploy", "codistill_server", "codistill_worker"})
 _NOT_THE_USERS = (
-    "<frozen",
+    "<",  # made while it runs, without a file
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 )
+
+_NO_PLUGINS = frozenset({"torch"})  # every error of a model would be of its own code
+_packages: set[str] = set()
+"""Of the references that were loaded: a user's code, wherever it is installed."""
 
 _IMPORTED = "--imported-by-codistill"
 """All that a user's code finds in `sys.argv`: no parser knows it, so none takes codistill's arguments or its own defaults."""
@@ -91,6 +97,7 @@ def load(reference: str, field: str) -> Callable[..., Any]:
             f"{field}: {reference!r}: there is no module {missing!r}; install it, put it beside the experiment file, or "
             f"add its folder to PYTHONPATH{_in_working_folder(module_name)}"
         ) from error
+    _packages.add(module_name.partition(".")[0])
     named = getattr(module, name, None)
     if callable(named):
         return cast("Callable[..., Any]", named)
@@ -140,8 +147,8 @@ def users_code(
 ) -> Generator[None]:
     """Raise what a user's code raises as an error of one line.
 
-    An attempt to end the process is such an error too: a LoadError whatever `error_type` is, as its cause stays.
-    KeyboardInterrupt stays as it is. On the main thread, `sys.argv` holds no argument of codistill's meanwhile.
+    What is no Exception is such an error too, as an attempt to end the process: a LoadError whatever `error_type` is, as its
+    cause stays. A signal's KeyboardInterrupt stays as it is. On the main thread, `sys.argv` holds no argument of codistill's meanwhile.
 
     Args:
         where: begins the error's text: the experiment's field and reference, or the participant.
@@ -154,12 +161,10 @@ def users_code(
         sys.argv = [_program(where), _IMPORTED]
     try:
         yield
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
     except BaseException as error:
-        if spare(error):
+        if is_interrupt(error) or spare(error):
             raise
-        made = LoadError if isinstance(error, SystemExit) else error_type
+        made = error_type if isinstance(error, Exception) else LoadError
         raise made(f"{where}: {explain_error(error)}") from error
     finally:
         if swaps:
@@ -185,7 +190,7 @@ def explain_error(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{kind}: {text}"  # which names the file and the line already
     frames = list(traceback.walk_tb(error.__traceback__))
-    users = [frame for frame in frames if _is_users(frame[0])] or frames
+    users = _users_frames(error) or frames
     place = f" at {users[-1][0].f_code.co_filename}:{users[-1][1]}" if users else ""
     if isinstance(error, SystemExit):
         kind = f"{kind}: {text}" if text else kind
@@ -198,9 +203,24 @@ def explain_error(error: BaseException) -> str:
     return f"{kind}{place}{': ' if text else ''}{text}"
 
 
-def _is_users(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return package not in _OURS and not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
+def is_users(error: BaseException) -> bool:
+    """Return whether a user's code raised an error, or called what raised it."""
+    return bool(_users_frames(error))
+
+
+def _users_frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    """Return the frames and lines of a user's own files, else those of an installed package that an experiment names."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [frame for frame in frames if _is_own(frame[0])]
+    return own or [frame for frame in frames if _package(frame[0]) in _packages - _NO_PLUGINS - _OURS]
+
+
+def _is_own(frame: FrameType) -> bool:
+    return _package(frame) not in _OURS and not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -248,7 +248,8 @@ def test_a_student_that_ends_the_process_has_not_finished(tmp_path: Path, monkey
 
     monkeypatch.setattr(Trainer, "begin", leave)
     with pytest.raises(
-        LoadError, match=r"^student 'adam': it ended the process \(SystemExit: 0 at .*test_in_process\.py:"
+        LoadError,
+        match=r"^students\.\d\.model: .* of student 'adam' .* step 3: it ended .*\(SystemExit: 0 at .*test_in_process\.py:",
     ):
         train(experiment(), tmp_path / "run")
 

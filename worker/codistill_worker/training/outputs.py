@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,20 @@ from codistill.methods import ImageShape, StudentContext
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset
 
-__all__ = ["Outputs", "Published", "image_shape", "output_shapes", "teacher_shapes"]
+__all__ = [
+    "OutputError",
+    "Outputs",
+    "Published",
+    "check_output",
+    "check_outputs",
+    "image_shape",
+    "output_shapes",
+    "teacher_shapes",
+]
+
+
+class OutputError(TypeError):
+    """A network's outputs have another type or shape than the method needs; the text is half a sentence."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,44 @@ def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -
         shapes = {name: tuple(value.shape[1:]) for name, value in network(images).items()}
     network.train()
     return shapes
+
+
+def check_output(name: str, value: Any, wanted: tuple[int, ...], model: nn.Module) -> None:
+    """Check an output's type and shape.
+
+    Args:
+        name: of the output.
+        value: what the network gave.
+        wanted: the shape [B, ...].
+        model: the participant's, for the place in the message.
+
+    Raises:
+        OutputError: it is another.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.shape == wanted and value.is_floating_point():
+            return
+        given = f"{value.dtype} {list(value.shape)}"
+    else:
+        given = f"a {type(value).__name__}"
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    raise OutputError(
+        f"it gives {given} as {name} for {wanted[0]} images{place}; expected a floating-point tensor {list(wanted)}"
+        f"{': let it return its logits only' if name == 'logits' else ''}"
+    )
+
+
+def check_outputs(outputs: Any, shapes: Mapping[str, tuple[int, ...]], samples: int, model: nn.Module) -> None:
+    """Check the outputs of a network that have shapes, [...] without the samples.
+
+    Raises:
+        OutputError: one is missing, or has another type or shape.
+    """
+    if not isinstance(outputs, Mapping):
+        raise OutputError(f"its network gives a {type(outputs).__name__}; expected outputs by name")
+    for name, shape in shapes.items():
+        check_output(name, outputs.get(name), (samples, *shape), model)
 
 
 def teacher_shapes(experiment: Experiment, shape: ImageShape) -> Mapping[str, tuple[int, ...]]:

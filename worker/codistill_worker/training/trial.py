@@ -9,7 +9,6 @@ The step is then repeated from a checkpoint. A checkpoint that does not hold eve
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.config.plans import StudentPlan
@@ -31,10 +29,10 @@ from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods.stand_ins import stand_in_targets
 from codistill_worker.training.checkpoints import Checkpoint, serialize
 from codistill_worker.training.devices import autocast, set_threads
-from codistill_worker.training.outputs import image_shape, teacher_shapes
+from codistill_worker.training.outputs import check_output, image_shape, teacher_shapes
 from codistill_worker.training.trainer import Trainer
 from codistill_worker.training.unsaved import digest, unsaved_state
-from codistill_worker.training.users_errors import explained
+from codistill_worker.training.users_errors import explained, model_field
 
 __all__ = ["try_training"]
 
@@ -65,8 +63,7 @@ def try_training(experiment: Experiment, plan: StudentPlan, dataset: Dataset, de
             names the student and, where there is one, the user's line.
     """
     student = plan.student
-    position = experiment.names.index(student.name)
-    where = f"students.{position}.model: {student.model!r} of student {student.name!r}"
+    where = model_field(experiment, student.name)
     batch = _first_batch(experiment, plan, dataset)
     try:
         with seeded(0), explained(f"{where} cannot train a step on a batch of {plan.training.batch_size}"):
@@ -103,16 +100,8 @@ def _check_outputs(trainer: Trainer, plan: StudentPlan, batch: Dataset, where: s
     set_threads(plan.training)
     trainer.model.train()
     with torch.no_grad(), autocast(trainer.device, plan.training):
-        logits: Any = trainer.model(normalised)
-    wanted = [len(batch.train), batch.classes]
-    if isinstance(logits, torch.Tensor) and list(logits.shape) == wanted and logits.is_floating_point():
-        return
-    is_tensor = isinstance(logits, torch.Tensor)
-    given = f"{logits.dtype} {list(logits.shape)}" if is_tensor else f"a {type(logits).__name__}"
-    raise ConfigurationError(
-        f"{where} gives {given} for {wanted[0]} images while it trains{_place(trainer.model)}; expected a floating-point "
-        f"tensor {wanted}: let it return its logits only"
-    )
+        logits = trainer.model(normalised)
+    check_output("logits", logits, (len(batch.train), batch.classes), trainer.model)
 
 
 def _check_steps(trainer: Trainer, targets: Mapping[str, torch.Tensor], batch: Dataset, where: str) -> None:
@@ -205,12 +194,6 @@ def _compare(undisturbed: _State, repeated: _State, device: torch.device, where:
             "its numbers depend on its images, its parameters and its persistent buffers alone, and draw random ones from "
             "torch, random or numpy.random themselves, which are seeded at each step"
         )
-
-
-def _place(model: nn.Module) -> str:
-    """Return where a model's forward pass is written, for a message."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
 
 
 def _targets(experiment: Experiment, plan: StudentPlan, batch: Dataset, trainer: Trainer) -> Mapping[str, torch.Tensor]:
