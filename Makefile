@@ -9,7 +9,7 @@ SEED ?= 1
 SOURCES := protos server worker deploy tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast simulate fuzz soak lint format types imports sentences protos protos-check docs docs-check bench check clean
+.PHONY: help install demo test test-fast simulate fuzz soak lint format types imports sentences protos protos-check docs docs-check bench gpu-check check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ docs-check: $(STAMP) ## compare the generated documentation with regenerated pag
 bench: $(STAMP) ## round trips against gloo and Ray, and what a step costs
 	@$(BIN)/python benchmarks/exchange.py
 	@$(BIN)/python benchmarks/step.py
+
+gpu-check: $(STAMP) ## eight minutes on one GPU: its numbers, faults, methods, errors and images/s; nothing without a GPU
+	@$(BIN)/python benchmarks/gpu_check.py
 
 check: lint types imports sentences protos-check docs-check ## all checks that are not tests
 

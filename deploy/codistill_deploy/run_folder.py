@@ -15,7 +15,7 @@ from codistill.config.experiment import Experiment, load
 from codistill.config.fingerprint import difference, extends, identity
 from codistill.process.exit_codes import ExitCode
 from codistill.rundir.files import is_locked, locked, make_private_folder, sync_folder, write_atomically
-from codistill.rundir.info import Mode, Start, add_start, differences, write_info
+from codistill.rundir.info import Mode, Start, add_start, differences, warn_of, write_info
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.storage import unwritable
 from codistill_deploy.errors import CommandError
@@ -27,7 +27,13 @@ _log = logging.getLogger("codistill")
 
 @dataclass(frozen=True)
 class RunFolder(RunLayout):
-    """The folder of one run, and the checks and locks under which commands use it."""
+    """The folder of one run, and the checks and locks under which commands use it.
+
+    Its path is made absolute, as a user's code may change the working folder.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.absolute())
 
     @classmethod
     def default(cls, name: str) -> RunFolder:
@@ -82,8 +88,7 @@ class RunFolder(RunLayout):
         """Whether there is something to resume: a checkpoint, a closed round, or a server at work."""
         from codistill_server.storage.journal import holds_rounds
 
-        saved = (path for folder in self.students.glob("*") for path in self.student(folder.name).weights_files)
-        return any(path.exists() for path in saved) or holds_rounds(self.journal_file) or self.has_server
+        return bool(self._weights()) or holds_rounds(self.journal_file) or self.has_server
 
     @property
     def has_server(self) -> bool:
@@ -95,6 +100,11 @@ class RunFolder(RunLayout):
         """Whether a run, or a process of one, is at work in the folder."""
         return is_locked(self.run_lock)
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether there is a run in the folder, if only one that lost its experiment's file."""
+        return self.experiment_file.exists() or self.has_progress
+
     def check(self, experiment: Experiment, *, resume: bool) -> None:
         """Check that an experiment may be run in the folder.
 
@@ -102,20 +112,20 @@ class RunFolder(RunLayout):
 
         Raises:
             CommandError: the folder holds another run, or holds this one and `resume` is not given, or `resume` is given
-                and it holds none.
+                and it holds none. Or it lost its experiment, and nothing else says which run it holds.
         """
-        if not self.experiment_file.exists():
-            if resume:
-                raise CommandError(
-                    f"run folder {self.path} holds no run to continue; give the --run-dir of one, or leave out --resume "
-                    "to start one there"
-                )
-        elif self.has_progress:
+        if self.has_progress:
             if not resume:
+                lost = "" if self.experiment_file.exists() else f", which has lost its {self.experiment_file.name}"
                 raise CommandError(
-                    f"run folder {self.path} already holds a run; give --resume to continue it, or another --run-dir"
+                    f"run folder {self.path} already holds a run{lost}; give --resume to continue it, or another --run-dir"
                 )
             self._check_same(experiment)
+        elif resume and not self.experiment_file.exists():
+            raise CommandError(
+                f"run folder {self.path} holds no run to continue: {self._what_is_missing()}; give the --run-dir of one, "
+                "or leave out --resume to start one there"
+            )
 
     def start(self, experiment: Experiment, *, mode: Mode, resume: bool) -> None:
         """Make the folder ready for a run, or for resuming the run that it holds.
@@ -132,6 +142,10 @@ class RunFolder(RunLayout):
         self.check(experiment, resume=resume)
         with self._write_errors():
             if not self.has_progress:
+                if resume:
+                    _log.warning(
+                        "run folder %s: %s; the run begins at its first step", self.path, self._what_is_missing()
+                    )
                 self._discard()
             self._write_run_files(experiment, mode, experiment.names)
 
@@ -166,13 +180,12 @@ class RunFolder(RunLayout):
             if not supervised:  # else it is there; one that was deleted meanwhile is not made again
                 make_private_folder(self.path)
             with self._hold_start(seconds):
-                if self.experiment_file.exists():
-                    if identity(self.experiment()) == identity(experiment):
-                        return
-                    if self.has_progress:
-                        self._check_same(experiment)
-                    else:
-                        self._discard()
+                if self.experiment_file.exists() and identity(self.experiment()) == identity(experiment):
+                    return
+                if self.has_progress:
+                    self._check_same(experiment)
+                else:
+                    self._discard()
                 self._write_run_files(experiment, "grpc", students)
 
     @contextlib.contextmanager
@@ -196,7 +209,7 @@ class RunFolder(RunLayout):
 
     def _check_same(self, experiment: Experiment) -> None:
         """Check that an experiment is the folder's own, apart from students that were added."""
-        recorded, given = identity(self.experiment()), identity(experiment)
+        recorded, given = self._recorded_identity(), identity(experiment)
         differs = difference(recorded, given)
         if differs is not None and extends(recorded, given):
             if experiment.exchange.journal.keep != "all":
@@ -209,6 +222,45 @@ class RunFolder(RunLayout):
                 f"run folder {self.path} belongs to another experiment: "
                 f"{differs.replace('this worker', 'this experiment')}; give another --run-dir"
             )
+
+    def _recorded_identity(self) -> str:
+        """Return the identity of the folder's run: its experiment's, or where that file is gone the journal's or a checkpoint's.
+
+        Raises:
+            CommandError: none of them can be read.
+        """
+        if self.experiment_file.exists():
+            return identity(self.experiment())
+        from codistill_server.storage.journal import read_identity
+
+        found = read_identity(self.journal_file)
+        if found is None and (checkpoints := self._weights()):
+            from codistill_worker.training.checkpoints import read_identity as read_identity_of_checkpoint
+
+            found = next(filter(None, map(read_identity_of_checkpoint, checkpoints)), None)
+        if found is None:
+            raise CommandError(
+                f"run folder {self.path} has lost its {self.experiment_file.name}, and neither its journal nor a checkpoint "
+                "can be read to tell which run it holds; put the file back from a copy, or give another --run-dir"
+            )
+        return found
+
+    def _weights(self) -> list[Path]:
+        """Return the files of students' weights that are there."""
+        files = (path for folder in self.students.glob("*") for path in self.student(folder.name).weights_files)
+        return [path for path in files if path.exists()]
+
+    def _what_is_missing(self) -> str:
+        """Return what a folder without progress lacks, and what it still holds of a run."""
+        if not self.path.is_dir():
+            return "there is no such folder"
+        missing = "it has no checkpoint in students/*, and no closed round in its journal"
+        if not self.experiment_file.exists():
+            missing = (
+                f"it has no {self.experiment_file.name}, no checkpoint in students/*, and no closed round in a journal"
+            )
+        left = [path.name for path in (self.info_file, self.journal_file, *self.record_files) if path.exists()]
+        return f"{missing}; of a run it holds {', '.join(left)}" if left else missing
 
     def _discard(self) -> None:
         """Delete the files of a run that never closed a round."""
@@ -223,6 +275,11 @@ class RunFolder(RunLayout):
             self.teacher(name).path.mkdir(parents=True, exist_ok=True)
         sync_folder(self.students)
         self._record_start(Start.now(mode))
+        if self.has_progress and not self.experiment_file.exists():
+            _log.warning(
+                "%s was missing; it is written again from the experiment given, which is the run's",
+                self.experiment_file,
+            )
         # Last, as it makes the folder a run's.
         write_atomically(self.experiment_file, experiment.to_yaml())
         sync_folder(self.path.parent)
@@ -238,8 +295,7 @@ class RunFolder(RunLayout):
             _log.warning("%s; the facts of this start replace it", error)
             write_info(self.info_file, start)
             return
-        for line in differences(before, start):
-            _log.warning("%s; its numbers may differ from those of a run that was not interrupted", line)
+        warn_of(differences(before, start))
 
     @contextlib.contextmanager
     def _write_errors(self) -> Generator[None, None, None]:

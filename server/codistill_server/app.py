@@ -21,6 +21,7 @@ from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.address import Addresses, write_addresses
 from codistill.rundir.files import locked
+from codistill.rundir.info import record_code
 from codistill.rundir.layout import RunLayout
 from codistill.rundir.storage import FolderGuard, StorageError, unwritable
 from codistill.rundir.writer import RecordWriter
@@ -155,6 +156,7 @@ class _Server:
             journal.close()
             writer.close()
             raise _unusable(error) from error
+        record_code(layout)
         service = DistillationService(coordinator, self._fail, options.limits)
         limit = receive_limit(self._experiment)
         server = GrpcServer(

@@ -7,6 +7,7 @@ in-process loop both drive it, which is why they give the same bits.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from codistill_server.admission.contributions import Contributions
 from codistill_server.admission.joins import JoinAdmission
 from codistill_server.admission.progress import check_counts, check_values
 from codistill_server.errors import RequestRejected
+from codistill_server.methods.custom_trial import try_aggregator
 from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import (
     Action,
@@ -64,6 +66,8 @@ from codistill_server.storage.codec import decode_state, encode_replies, encode_
 from codistill_server.storage.journal import ClosedRound, Journal
 
 __all__ = ["Coordinator", "Outbox", "Submit", "run_inline"]
+
+_log = logging.getLogger(__name__)
 
 _RECENT_ROUNDS = 4
 _LONGEST_DEVICE = 200  # it is in the run's events, which GetRun sends all together
@@ -153,6 +157,7 @@ class Coordinator:
         self._journal = journal
         self._submit = submit
         self._clock = clock
+        try_aggregator(experiment)
         with seeded(derive(experiment.seed, "aggregator")):
             self._aggregator = methods.create(experiment.distillation, experiment.names, experiment.teacher_names)
         self._method_state: Mapping[str, torch.Tensor] = decode_state(journal.last_state())
@@ -212,7 +217,9 @@ class Coordinator:
             outcome.raise_if_rejected()
         except RequestRejected as rejected:
             participant = request.participant if request.participant in self._rounds.states else ""
-            self.run_state.record_rejection(pb.EVENT_KIND_REFUSED, participant, str(rejected))
+            recorded = self.run_state.record_rejection(pb.EVENT_KIND_REFUSED, participant, str(rejected))
+            if recorded is not None:
+                _log.warning("refused to let %s join: %s", repr(participant) if participant else "a worker", recorded)
             raise
         admitted = outcome.admitted
         assert admitted is not None  # noqa: S101 - a join is either rejected or admitted

@@ -62,7 +62,7 @@ def test_the_step(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     rows = table(
         "step.py",
-        *("--models", "mlp,cnn", "--batch-size", "2", "--classes", "3", "--rounds", "4", "--repeats", "1"),
+        *("--models", "mlp,cnn", "--batch-size", "2", "--classes", "3", "--steps", "4", "--repeats", "1"),
         *("--limit", "100", "--json", file),
     )
     assert [row["student"] for row in rows] == ["1-mlp", "2-cnn"]

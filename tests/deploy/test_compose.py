@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 
@@ -161,6 +162,53 @@ def test_each_worker_has_a_gpu_of_its_own() -> None:
     for (device,) in devices:
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
         assert len(device["device_ids"]) == 1
+
+
+def test_workers_on_gpus_are_built_with_cuda_whatever_the_others_are_built_with() -> None:
+    """A `.env` that takes the server's PyTorch from an index of CPU builds must not give the workers one."""
+    text = (ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8")
+    assert re.findall(r"\$\{(\w+)", text) == ["CUDA_TORCH_INDEX"]
+    (build,) = [service["build"] for service in GPU.values() if "build" in service]
+    assert build == {"target": "worker-cuda", "args": {"TORCH_INDEX": ""}}, "empty is pip's own index"
+    assert {service["image"] for service in GPU.values()} == {f"codistill-worker:{__version__}-cuda"}
+
+
+def test_the_image_with_cuda_is_refused_a_build_for_the_cpu_and_can_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = DOCKERFILE.partition("FROM runtime AS worker-cuda\n")[2].partition("\nFROM ")[0]
+    assert "apt-get install -y --no-install-recommends g++" in target
+    assert "COPY --from=worker-packages /opt/codistill /opt/codistill" in target, "with PyTorch's headers"
+    assert target.rstrip().endswith("USER 10001:10001")
+    (check,) = re.findall(r"^RUN python -c '(.*)'$", target, flags=re.MULTILINE)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match=r"^TORCH_INDEX: .* a build without CUDA; leave TORCH_INDEX empty"):
+        exec(check)  # noqa: S102 - the project's own line
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    exec(check)  # noqa: S102
+
+
+def test_what_a_model_compiles_can_be_written_and_loaded() -> None:
+    for name in ("server", *EXPERIMENT.names):
+        assert SERVICES[name]["tmpfs"] == ["/tmp:exec"], "Docker's own default is noexec"
+        assert SERVICES[name]["environment"]["HOME"] == "/tmp"
+
+
+@pytest.mark.parametrize("page", ["gpus.md", "kubernetes.md", "ray.md", "docker-compose.md"])
+def test_a_page_that_speaks_of_gpus_says_which_images_they_need(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert "--target worker-cuda" in text or "(gpus.md" in text
+
+
+def test_the_pages_commands_build_the_images_with_cuda() -> None:
+    text = (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8")
+    worker, ray = re.findall(r"^    docker build (.*)$", text, flags=re.MULTILINE)
+    assert worker in DOCKERFILE
+    assert ray in (ROOT / "deploy" / "ray" / "Dockerfile").read_text(encoding="utf-8")
+    for command, name in ((worker, "worker"), (ray, "ray")):
+        words = shlex.split(command)
+        assert words[words.index("-t") + 1] == f"codistill-{name}:{__version__}-cuda"
+    assert "TORCH_INDEX=" in shlex.split(worker), "empty"
 
 
 def test_processes_run_without_root_and_get_the_signal_themselves() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,57 @@ def test_the_job_on_ray_asks_for_a_cluster_that_holds_its_experiment() -> None:
     cpus = sum(each["replicas"] * int(each["rayStartParams"]["num-cpus"]) for each in cluster["workerGroupSpecs"])
     assert cpus >= 1 + len(STUDENTS)
     assert job["spec"]["entrypoint"].split()[:2] == ["codistill", "ray"]
+
+
+# --- with GPUs, by the command of docs/kubernetes.md
+
+
+def with_gpus(name: str) -> list[dict[str, Any]]:
+    """Return a manifest's documents as the page's command changes them."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    (sed -e .*) deploy/kubernetes/plain\.yaml \|$", page, flags=re.MULTILINE)
+    changed = subprocess.run([*shlex.split(command), FOLDER / name], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(changed.stdout))
+
+
+def containers(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [container for document in found for spec in pods(document) for container in spec["containers"]]
+
+
+def asks_for_gpus(container: dict[str, Any]) -> int:
+    return container["resources"]["limits"].get("nvidia.com/gpu", 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["plain.yaml", "rayjob.yaml"])
+def test_only_students_are_given_gpus_and_their_images_have_cuda(name: str) -> None:
+    assert not any(map(asks_for_gpus, containers(documents(name)))), "the images for the CPU hold no GPU"
+    changed = with_gpus(name)
+    for document in changed:
+        if not document["apiVersion"].startswith("ray.io/"):
+            validate(document)
+        for spec in pods(document):
+            validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec})
+    asking = [each for each in containers(changed) if asks_for_gpus(each)]
+    assert asking
+    for container in asking:
+        assert re.fullmatch(rf"codistill-(worker|ray):{re.escape(__version__)}-cuda", container["image"])
+    if name == "plain.yaml":
+        jobs = [each for each in changed if each["kind"] == "Job"]
+        assert asking == containers(jobs)
+        assert [each["image"] for each in containers(changed) if each not in asking] == [
+            f"codistill-server:{__version__}"
+        ]
+    else:
+        cluster = next(each for each in changed if each["kind"] == "RayJob")["spec"]["rayClusterSpec"]
+        assert asking == containers(cluster["workerGroupSpecs"])
+        assert not any(map(asks_for_gpus, containers([cluster["headGroupSpec"]])))
+
+
+@pytest.mark.parametrize("name", ["plain.yaml", "rayjob.yaml"])
+def test_a_student_may_take_more_memory_than_it_asks_for(name: str) -> None:
+    """One on a GPU needs more than the digits do; a limit that they just fit kills its pod."""
+    students = [each for each in containers(documents(name)) if "nvidia.com/gpu" not in each["resources"]["limits"]]
+    for container in students[1:]:  # the first is the server, or the head
+        request, limit = (container["resources"][key]["memory"] for key in ("requests", "limits"))
+        assert int(limit.removesuffix("Gi")) >= 4 * int(request.removesuffix("Gi"))

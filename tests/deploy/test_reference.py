@@ -16,6 +16,7 @@ from codistill_deploy.supervise.restart_policy import Ending, GiveUp, decide
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+WITH_GPUS = COMPOSE + (ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8")
 PACKAGES = ("protos/codistill", "server/codistill_server", "worker/codistill_worker", "deploy/codistill_deploy")
 
 
@@ -34,17 +35,18 @@ def test_every_variable() -> None:
     source = "".join(
         path.read_text(encoding="utf-8") for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     )
-    read = set(re.findall(r'"((?:CODISTILL|RAY)_[A-Za-z_]+)"', source)) | set(
+    read = set(re.findall(r'"((?:CODISTILL|RAY|CUDA|NVIDIA|KUBERNETES)_[A-Za-z_]+)"', source)) | set(
         re.findall(r'environ\.\w+\("([A-Z_]+)"', source)
     )
-    offered = set(re.findall(r"\$\{([A-Z_]+):-", COMPOSE))
+    offered = set(re.findall(r"\$\{([A-Z_]+):-", WITH_GPUS))
     assert set().union(*(code(row[0]) for row in table("Environment variables"))) == read | offered
 
 
 def test_the_variables_of_docker_compose_are_in_its_page_with_their_defaults() -> None:
     page = (ROOT / "docs" / "docker-compose.md").read_text(encoding="utf-8")
-    for name, default in set(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", COMPOSE)):
-        shown = "PyTorch's index" if name == "TORCH_INDEX" else default
+    for name, default in set(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", WITH_GPUS)):
+        indexes = {"TORCH_INDEX": "PyTorch's index", "CUDA_TORCH_INDEX": "pip's own index"}
+        shown = indexes.get(name, default)
         assert re.search(rf"\| `{name}` \| `?{re.escape(shown)}", page), name
 
 

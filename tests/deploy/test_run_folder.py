@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_server.rounds.events import Samples
 from codistill_server.storage.journal import ClosedRound, Journal
+from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
 
 
 @pytest.fixture
@@ -168,10 +170,73 @@ def test_students_may_be_added_later_where_every_round_is_kept(experiment: Exper
 
 def test_resuming_where_no_run_is_says_so(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(
-        CommandError, match="holds no run to continue; give the --run-dir of one, or leave out --resume"
+        CommandError,
+        match="holds no run to continue: there is no such folder; give the --run-dir of one, or leave out --resume",
     ):
         RunFolder(tmp_path / "typo").start(experiment, mode="grpc", resume=True)
     assert not (tmp_path / "typo").exists()
+
+
+def test_what_is_missing_of_a_run_to_continue_is_named(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(experiment, mode="grpc", resume=False)
+    folder.metrics_file.touch()
+    folder.experiment_file.unlink()
+    named = r"it has no experiment\.yaml, no checkpoint in .*, and no closed round .*; of a run it holds run\.json, metrics\.jsonl;"
+    with pytest.raises(CommandError, match=named):
+        folder.start(experiment, mode="grpc", resume=True)
+    folder.start(experiment, mode="grpc", resume=False)
+    folder.start(experiment, mode="grpc", resume=True)
+    assert "it has no checkpoint in students/*, and no closed round in its journal" in caplog.text
+    assert "begins at its first step" in caplog.text
+
+
+def add_round(folder: RunFolder, experiment: Experiment) -> None:
+    journal = Journal(folder.journal_file, identity(experiment))
+    journal.append(ClosedRound(0, Samples(b"", b""), {}))
+    journal.close()
+
+
+def add_real_checkpoint(folder: RunFolder, experiment: Experiment) -> None:
+    layout = folder.student("a")
+    CheckpointStore(layout.path).save(Checkpoint("a", identity(experiment), 1, {}, {}, {}))
+
+
+@pytest.mark.parametrize("how", ["start", "join"])
+@pytest.mark.parametrize("add", [add_round, add_real_checkpoint])
+def test_an_experiment_file_that_is_lost_is_put_back_by_the_right_one_alone(
+    add: Callable[[RunFolder, Experiment], None],
+    how: str,
+    experiment: Experiment,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = RunFolder(tmp_path)
+
+    def begin(given: Experiment) -> None:
+        folder.start(given, mode="grpc", resume=True) if how == "start" else folder.join(given, ["a"])
+
+    folder.start(experiment, mode="grpc", resume=False)
+    add(folder, experiment)
+    folder.experiment_file.unlink()
+    assert folder.holds_run
+    with pytest.raises(CommandError, match=r"already holds a run, which has lost its experiment\.yaml; give --resume"):
+        folder.start(experiment, mode="grpc", resume=False)
+    with pytest.raises(CommandError, match="experiment field seed: the run has 0, this experiment has 9"):
+        begin(experiment.replace(seed=9))
+    assert not folder.experiment_file.exists()
+    begin(experiment)
+    assert folder.experiment() == experiment
+    assert "was missing; it is written again" in caplog.text
+
+
+def test_a_run_that_nothing_identifies_is_not_taken_for_another(experiment: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    add_checkpoint(folder)
+    with pytest.raises(CommandError, match="neither its journal nor a checkpoint can be read"):
+        folder.start(experiment, mode="grpc", resume=True)
 
 
 def test_a_run_that_trained_nothing_does_not_stop_the_corrected_one(experiment: Experiment, tmp_path: Path) -> None:

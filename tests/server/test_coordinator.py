@@ -195,6 +195,13 @@ class TestRestart:
         (ant, _) = run.coordinator.snapshot().participants
         assert (ant.steps_trained, ant.epochs_trained) == (7, 7 / ROUNDS_PER_EPOCH)
 
+    def test_a_refused_join_is_logged_as_often_as_it_is_an_event(self, caplog: pytest.LogCaptureFixture) -> None:
+        run = Run()
+        for _ in range(200):
+            refused(lambda: run.join("ant", 3))
+        assert 1 <= len(caplog.messages) < 100
+        assert caplog.messages[0].startswith("refused to let 'ant' join: first_round: participant 'ant' resumes at")
+
     def test_a_worker_ahead_of_the_journal_is_refused(self) -> None:
         run = Run()
         error = refused(lambda: run.join("ant", 3))

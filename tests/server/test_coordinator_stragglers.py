@@ -75,7 +75,7 @@ class TestSkipped:
         (skipped,) = run.events("skipped")
         assert (skipped.participant, skipped.message) == (
             "cat",
-            "skipped from round 0 on: without cat after 3.0 s; 2 contributions, quorum 2",
+            "skipped from round 0 on: cat had not contributed after 3.0 s; 2 contributions, quorum 2",
         )
         for number in range(3):
             run.contribute("cat", number)

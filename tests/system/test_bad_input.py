@@ -164,6 +164,7 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
     try:
         wait_for(lambda: (tmp_path / "run" / "server.json").exists() or server.poll() is not None, "the server is up")
         (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "ordered.py").write_text(textwrap.dedent(module))
         other = experiment_file(tmp_path / "other", data=data, training__optimizer__lr=0.25)
         work = ["--student", "mlp", "--run-dir", tmp_path / "run"]
         code, output = run("work", other, *work, cwd=tmp_path)
@@ -187,7 +188,7 @@ def test_a_server_of_another_experiment_and_another_data_order(tmp_path: Path) -
         cnn = ["--student", "cnn", "--run-dir", tmp_path / "run"]
         code, output = run("work", path, *cnn, cwd=tmp_path, env=environment(ORDER="-1"))
         assert code == ExitCode.REFUSED, output
-        refused(output, "data.digest", "the run has", "this worker", "'ordered:make' must return the same")
+        refused(output, "data.data_sha256", "the run has", "this worker", "'ordered:make' must return the same")
         digests = re.findall(r"[0-9a-f]{64}", output.splitlines()[-1])
         assert len(set(digests)) == 2, "both values are named"
     finally:

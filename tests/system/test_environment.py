@@ -39,7 +39,7 @@ def test_a_comparison_in_an_environment_that_is_meant_for_others(tmp_path: Path)
     assert code == ExitCode.OK, output
     assert output.isascii()
     assert "[2/2" in output
-    assert "round 10/10; test accuracy: a " in output
+    assert "step 10/10; test accuracy: a " in output
     assert "points" in output, "the table is shown"
     assert "Traceback" not in output
     assert (tmp_path / "c" / "report.html").exists()

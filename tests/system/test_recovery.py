@@ -261,7 +261,7 @@ def test_a_worker_that_runs_out_of_memory_is_started_again(
     output = run.end()
     assert run.process.returncode == 0, output
     assert run.restarted() == ["own"]
-    assert "ended with exit code 10: participant 'own' ran out of memory on cpu: " in output
+    assert "ended with exit code 10: student 'own' ran out of memory on cpu: " in output
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from codistill.process.exit_codes import ExitCode
 from system.support import EXPERIMENT, environment, experiment_file
@@ -28,11 +31,14 @@ class Model(torch.nn.Module):
 """
 
 
-def run(folder: Path, body: str, *options: str) -> tuple[int, str]:
+def run(
+    folder: Path, body: str, *options: str, data: Mapping[str, Any] | None = None, late: str = "", after: str = ""
+) -> tuple[int, str]:
     """Run an experiment with a model of its own from its folder, as the installed command does."""
-    (folder / "own.py").write_text(MODEL.format(body=body))
+    (folder / "own.py").write_text(MODEL.format(body=body) + after)
+    (folder / "late.py").write_text(late)
     students = [{"name": "own", "model": "own:Model"}, EXPERIMENT["students"][1]]
-    path = experiment_file(folder, students=students, training__epochs=1)
+    path = experiment_file(folder, students=students, training__epochs=1, **({"data": data} if data else {}))
     command = [sys.executable, "-P", "-m", "codistill_deploy", "run", str(path), "--run-dir", "run", *options]
     ended = subprocess.run(
         command,
@@ -73,3 +79,27 @@ def test_a_model_that_leaves_is_an_error_with_its_line(tmp_path: Path, options: 
     assert "student 'own' " in error, output
     assert ": it ended the process (SystemExit: 0 at " in error, output
     assert f"{tmp_path / 'own.py'}:11); let it return" in error, output
+
+
+def test_code_that_changes_the_working_folder_moves_no_path_of_the_run(tmp_path: Path) -> None:
+    code, output = run(tmp_path, "os.chdir('/')", after="os.chdir('/usr')")
+    assert code == 0, output
+    assert f"report: {tmp_path}/run/report.html" in output
+    assert (tmp_path / "run" / "students" / "own" / "checkpoint.safetensors").is_file()
+
+
+def test_what_workers_log_of_the_data_and_of_changed_code_is_shown_once(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "img" / split / name).mkdir(parents=True)
+            for number in range(20):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "img" / split / name / f"{number}.png")
+    (tmp_path / "img" / "train" / "cat" / "a.heic").touch()
+    data = {"dataset": "image_folder", "root": "img", "classes": 2, "image_size": 8}
+    code, output = run(tmp_path, "import late", data=data, late="")
+    assert code == 0, output
+    train = f"data.root: {tmp_path}/img/train: 40 images in 2 classes; left out: 1 ending in .heic (cat/a.heic)"
+    assert output.count(train) == 1, output
+    code, output = run(tmp_path, "import late", "--resume", data=data, late="changed = 1")
+    assert code == 0, output
+    assert output.count("module 'late' has changed since the run was last started") == 1, output

@@ -603,3 +603,28 @@ def test_the_watchdog_is_told_of_everything_that_may_take_time(tiny: Tiny, learn
     ]
     evaluation = (f"student 'cnn' at an evaluation, step {last}", computing)
     assert marks.marks.count(evaluation) > 2, "each batch is a step of its own"
+
+
+@pytest.mark.parametrize("where", ["Trainer.restore", "checkpoints.safe_open"])
+def test_memory_that_is_short_while_it_resumes_does_not_blame_the_checkpoint(
+    where: str, tiny: Tiny, learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that the checkpoint is damaged would have the user delete it."""
+    loop, _ = learn(tiny())
+    loop.join()
+    go(loop, 2)
+    loop.stop()
+    saved = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    place = "trainer.Trainer.restore" if where == "Trainer.restore" else where
+    monkeypatch.setattr(f"codistill_worker.training.{place}", fail)
+    with pytest.raises(RuntimeError) as caught:
+        learn(tiny())
+    assert caught.value is error
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == saved
+    assert learn(tiny())[0].step == 2

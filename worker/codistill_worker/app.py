@@ -9,24 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from codistill.config.experiment import Experiment
 from codistill.config.plans import TeacherPlan
-from codistill.peer.errors import Interrupted, PeerError
+from codistill.peer.errors import Interrupted
 from codistill.peer.grpc import GrpcTransport
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.info import record_code
 from codistill.rundir.layout import RunLayout
 from codistill.wire.security import Security
 from codistill_worker import data
-from codistill_worker.errors import ConfigurationError, is_out_of_memory, refuse_exit
+from codistill_worker.errors import ConfigurationError, participants_errors
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
+from codistill_worker.training.devices import set_kernels
+from codistill_worker.training.gpus import take_device
 
-__all__ = ["WorkOptions", "check_participant", "choose_device", "use_deterministic_kernels", "work"]
+__all__ = ["WorkOptions", "check_participant", "work"]
 
 _log = logging.getLogger(__name__)
 _SESSION_OVER = (ExitCode.UNREACHABLE, ExitCode.SUPERSEDED, ExitCode.REFUSED)
@@ -66,39 +67,6 @@ def check_participant(experiment: Experiment, name: str) -> None:
         )
 
 
-def choose_device(wanted: str, position: int) -> torch.device:
-    """Return the device to train on.
-
-    Args:
-        wanted: `training.device`; "auto" takes the GPUs in turn, or the CPU where there is none.
-        position: of the participant among the experiment's participants, from 0.
-
-    Raises:
-        ConfigurationError: the device is not there.
-    """
-    count = torch.cuda.device_count()
-    if wanted == "auto":
-        return torch.device("cuda", position % count) if count else torch.device("cpu")
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if not count:
-        raise ConfigurationError(f"training.device: {wanted!r}, but PyTorch finds no GPU here; allowed: auto, cpu")
-    _, _, suffix = wanted.partition(":")
-    index = int(suffix) if suffix else position % count
-    if index >= count:
-        allowed = ", ".join(f"cuda:{present}" for present in range(count))
-        raise ConfigurationError(
-            f"training.device: {wanted!r}, but there are {count} GPUs; allowed: auto, cpu, {allowed}"
-        )
-    return torch.device("cuda", index)
-
-
-def use_deterministic_kernels() -> None:
-    """Set cuDNN to algorithms that give the same bits each time."""
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | None = None) -> ExitCode:
     """Train one student, or run one teacher, until the run's end, or until SIGTERM, SIGINT or `stop`.
 
@@ -111,9 +79,9 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
     check_participant(experiment, options.participant)
     teaches = options.participant in experiment.teacher_names
     plan = experiment.teacher_plan(options.participant) if teaches else experiment.plan(options.participant)
-    torch.set_num_threads(plan.training.threads)
-    use_deterministic_kernels()
-    device = choose_device(plan.training.device, experiment.participants.index(options.participant))
+    set_kernels(plan.training)  # before anything starts CUDA, whose libraries read the environment once
+    device = take_device(experiment, options.participant)
+    layout = RunLayout(options.run_dir)
     title = f"{'teacher' if teaches else 'student'} {options.participant!r}"
     transport = GrpcTransport(
         options.server,
@@ -131,24 +99,20 @@ def work(experiment: Experiment, options: WorkOptions, stop: threading.Event | N
                 f"{title} at loading its data and its model",
                 _LOADING * plan.training.hang_after,
             )
-            with refuse_exit(title):
+            with participants_errors(title, device):
                 dataset = data.load(plan.data, device)
                 _log.info("data digests: %s", ", ".join(f"{name} {digest}" for name, digest in dataset.digests.items()))
                 if isinstance(plan, TeacherPlan):
-                    return _drive(TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog), stop)
-                store = CheckpointStore(RunLayout(options.run_dir).student(options.participant).path)
-                return _drive(StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog), stop)
+                    loop = TeacherLoop(experiment, plan, dataset, device, transport, watchdog=watchdog)
+                else:
+                    store = CheckpointStore(layout.student(options.participant).path)
+                    loop = StudentLoop(experiment, plan, dataset, device, transport, store, watchdog=watchdog)
+                record_code(layout)
+                code = _drive(loop, stop)
+                record_code(layout)  # what was imported by a computed name meanwhile
+                return code
     except LoadError as error:
         raise ConfigurationError(str(error)) from error.__cause__
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise PeerError(
-            f"{title} ran out of memory on {device}: {line}; lower training.batch_size, or set "
-            "training.precision: bfloat16",
-            ExitCode.OUT_OF_MEMORY,
-        ) from error
     finally:
         transport.close()
 
@@ -159,7 +123,7 @@ def _drive(loop: StudentLoop | TeacherLoop, stop: threading.Event) -> ExitCode:
     except Interrupted:
         return _stopped()
     try:
-        with refuse_exit(loop.title):
+        with loop.errors():
             while not loop.done:
                 if stop.is_set():
                     loop.stop()

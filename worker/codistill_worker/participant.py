@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,7 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity, identity_sha256
 from codistill.config.training import Training
 from codistill.peer.base import Transport
+from codistill.process.gpus import OWN_GPU_VARIABLE
 from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import encode
@@ -199,9 +201,9 @@ class Participant:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return a device's name for reports: "cpu", "cuda:0 (NVIDIA H100)"."""
+    """Return a device's name for reports: "cpu", "cuda:0 (NVIDIA H100)"; a GPU's number is that among the run's."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"cuda:{os.environ.get(OWN_GPU_VARIABLE, device.index)} ({torch.cuda.get_device_name(device)})"
     return str(device)
 
 

@@ -26,12 +26,12 @@ from codistill.rundir.storage import detail, explain, outlasts_restarts
 from codistill.v1 import distillation_pb2 as pb
 from codistill.wire.tensors import decode
 from codistill_worker.data import Dataset, check_batch
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, is_devices_fault, participants_errors
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore, newest
 from codistill_worker.training.trainer import StepLoss, Trainer, divergence_error
 from codistill_worker.training.trial import try_training
-from codistill_worker.training.users_errors import model_field, running
+from codistill_worker.training.users_errors import model_title, running
 
 __all__ = ["StudentLoop"]
 
@@ -96,8 +96,8 @@ class StudentLoop:
         check_batch(dataset, plan.training.batch_size)
         if newest(store.folder) is None:
             try_training(experiment, plan, dataset, device)
-        self._field = model_field(experiment, plan.student.name)
-        with running(f"{self._field} cannot be built again"):
+        self._model_title = model_title(experiment, plan.student)
+        with running(f"{self._model_title} cannot be built again"):
             self.trainer = Trainer(experiment, plan, dataset, device)
         self._participant = Participant(
             plan.student.name,
@@ -120,7 +120,7 @@ class StudentLoop:
         self._saved_step = -1
         self._unsaved: OSError | None = None
         self._step_started: float | None = None
-        with running(f"{self._field} cannot be restored from its checkpoint"):
+        with running(f"{self._model_title} cannot be restored from its checkpoint"):
             self._resume()
 
     @property
@@ -137,6 +137,10 @@ class StudentLoop:
     def done(self) -> bool:
         """Whether all steps are trained."""
         return self.step >= self.trainer.total_steps
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Return the context of the student's steps, in which errors of its device get their exit codes."""
+        return participants_errors(self.title, self.trainer.device, lambda: self.step)
 
     def join(self) -> None:
         """Open the session with the run.
@@ -164,10 +168,17 @@ class StudentLoop:
             trainer.total_steps,
         )
 
-    def begin_step(self) -> None:
-        """Run the forward pass of the next step and publish the outputs that the method needs."""
+    def launch_step(self) -> None:
+        """Start the forward pass of the next step; a GPU computes it while the caller goes on."""
         self._step_started = self._clock()
         self._mark("the forward pass")
+        with self._running("the forward pass"):
+            self.trainer.launch()
+
+    def begin_step(self) -> None:
+        """Run the forward pass of the next step, unless it is launched, and publish the outputs that the method needs."""
+        if not self.trainer.launched:
+            self.launch_step()
         with self._running("the forward pass"):
             published = self.trainer.begin()
         if published is not None:
@@ -230,7 +241,7 @@ class StudentLoop:
 
     def _running(self, activity: str) -> AbstractContextManager[None]:
         """Return a context of the model's code, whose errors name the model's field, the activity and the step."""
-        return running(f"{self._field} failed in {activity}, step {self.trainer.step}")
+        return running(f"{self._model_title} failed in {activity}, step {self.trainer.step}")
 
     def _leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         self._participant.leave(reason, message, self.trainer.step)
@@ -243,6 +254,8 @@ class StudentLoop:
         try:
             self.trainer.restore(checkpoint.step, checkpoint.model, checkpoint.optimizer, checkpoint.extra)
         except (RuntimeError, ValueError, KeyError) as error:
+            if is_devices_fault(error):
+                raise
             why = " ".join(str(error).split())
             raise ConfigurationError(
                 f"the checkpoint in {self._store.folder} does not fit model {self._plan.student.model!r}: {why}; was the "

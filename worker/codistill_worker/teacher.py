@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +27,14 @@ from codistill.process.watchdog import Watchdog
 from codistill.v1 import distillation_pb2 as pb
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, augmentation, check_batch
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, participants_errors
 from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training import weights
-from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
+from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import evaluate
 from codistill_worker.training.outputs import Outputs, Published, check_outputs, image_shape, output_shapes
-from codistill_worker.training.users_errors import explained, model_field, running
+from codistill_worker.training.users_errors import explained, model_title, running, users_place
+from codistill_worker.transfers import all_finite
 
 __all__ = ["TeacherLoop"]
 
@@ -71,7 +74,7 @@ class TeacherLoop:
         check_batch(dataset, training.batch_size)
         self.step = 0
         self._experiment = experiment
-        self._field = model_field(experiment, teacher.name)
+        self._model_title = model_title(experiment, teacher)
         self._plan = plan
         self._dataset = dataset
         self._device = device
@@ -90,7 +93,7 @@ class TeacherLoop:
         self._exchange_schedule = plan.distillation.exchange_schedule(self._order.steps_per_epoch)
         self._total_steps = training.epochs * self._order.steps_per_epoch
         self._rounds_per_pass = max(1, training.evaluation_batch_size // training.batch_size)
-        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0)
+        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0, title=self._model_title)
         trained = weights.read(Path(teacher.weights), teacher.name)
         weights.apply(trained, model, teacher.weights, teacher.model, dataset.classes)
         self._digest = bytes.fromhex(weights.digest(trained))
@@ -111,6 +114,10 @@ class TeacherLoop:
     def done(self) -> bool:
         """Whether nothing is left to publish."""
         return self.step >= self._total_steps
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Return the context of the teacher's steps, in which errors of its device get their exit codes."""
+        return participants_errors(self.title, self._device, lambda: self.step)
 
     def join(self) -> None:
         """Open the session with the run, and begin at its frontier.
@@ -143,6 +150,10 @@ class TeacherLoop:
             self._total_steps,
         )
         self._evaluate()
+
+    def launch_step(self) -> None:
+        """Compute the outputs of the next round, unless they are there."""
+        self._prepare_running(self.step)
 
     def begin_step(self) -> None:
         """Publish the outputs of the next round."""
@@ -178,7 +189,7 @@ class TeacherLoop:
 
     def _prepare_running(self, step: int) -> None:
         """Compute as :meth:`_prepare`; name the teacher in an error."""
-        with running(f"{self._field} failed in the forward pass, step {step}"):
+        with running(f"{self._model_title} failed in the forward pass, step {step}"):
             self._prepare(step)
 
     def _prepare(self, step: int) -> None:
@@ -186,7 +197,7 @@ class TeacherLoop:
         if step in self._ready or step >= self._total_steps:
             return
         self._mark("the forward pass")
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         schedule, together = self._exchange_schedule, self._rounds_per_pass
         first = schedule.rounds_before(step) // together * together
         steps = [schedule.step_of(round_number) for round_number in range(first, first + together)]
@@ -196,12 +207,12 @@ class TeacherLoop:
         images = torch.cat([self._augmented(images, ids, exchanging) for exchanging, ids, images in streamed])
         normalised = self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
         self._seed("forward", steps[0])
-        with torch.inference_mode(), autocast(self._device, self._plan.training):
+        with torch.inference_mode(), forward_pass(self._device, self._plan.training):
             outputs = self._network(normalised)
         check_outputs(outputs, self._shapes, len(normalised), self._model)
         arrays = to_cpu({name: value.float() for name, value in outputs.items()}, self._device)
         for name, value in arrays.items():
-            if not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise PeerError(
                     f"teacher {self._plan.teacher.name!r}: its {name} are not finite in steps {steps[0]} to {steps[-1]}; "
                     "its weights are damaged, give others"
@@ -215,8 +226,9 @@ class TeacherLoop:
 
     def _try_outputs(self) -> None:
         """Compute the outputs of the first rounds twice; keep them."""
+        place = partial(users_place, self._plan.teacher.model)
         computed: list[dict[int, Published]] = []
-        with explained(f"{self._field} cannot compute its outputs"):
+        with explained(f"{self._model_title} cannot compute its outputs", place):
             for _ in range(2):
                 self._ready = {}
                 self._prepare(0)
@@ -225,7 +237,7 @@ class TeacherLoop:
             for name, value in first.batch.arrays.items():
                 if self._device.type == "cpu" and not torch.equal(value, computed[1][number].batch.arrays[name]):
                     raise ConfigurationError(
-                        f"{self._field} gives other {name} for the same images each time; let its "
+                        f"{self._model_title} gives other {name} for the same images each time; let its "
                         "outputs depend on its images and weights alone, and draw random numbers from torch, random or "
                         "numpy.random themselves, which are seeded for each forward pass"
                     )
@@ -239,9 +251,9 @@ class TeacherLoop:
         return augmentation.augment(images, ids, self._plan.data.augment, seed)
 
     def _evaluate(self) -> None:
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         self._seed("evaluation", 0)
-        with running(f"{self._field} failed in the evaluation"):
+        with running(f"{self._model_title} failed in the evaluation"):
             score = evaluate(
                 self._model,
                 self._dataset,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from codistill.config.experiment import Experiment, load
+from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.cli.console_run import Wire, read_security_for_both, run_here, write_report
 from codistill_deploy.cli.options import (
@@ -17,7 +17,7 @@ from codistill_deploy.cli.options import (
     RunDirOption,
     SecurityFiles,
 )
-from codistill_deploy.cli.process_setup import find_modules_beside, stop_on_signals
+from codistill_deploy.cli.process_setup import find_modules_beside, load_with_absolute_paths, stop_on_signals
 from codistill_deploy.cli.stdio import console, tolerate_lost_stdout
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
@@ -43,8 +43,8 @@ def compare(
     from codistill_deploy.compare.runner import compare as run_comparison
     from codistill_deploy.launch.preflight import check
 
-    loaded = load(experiment)
-    folder = run_dir or RunFolder.default(f"{loaded.name}-compare").path
+    loaded, source = load_with_absolute_paths(experiment), experiment.absolute()
+    folder = (RunFolder(run_dir) if run_dir else RunFolder.default(f"{loaded.name}-compare")).path
     tolerate_lost_stdout()
     stop = stop_on_signals()
     wire = Wire(None if in_process else read_security_for_both(SecurityFiles()))
@@ -54,8 +54,8 @@ def compare(
         check(variant, str(experiment))
 
     def run_variant(variant: Experiment, run_folder: RunFolder, title: str) -> ExitCode:
-        resumed = resume and run_folder.experiment_file.exists()
-        return run_here(variant, run_folder, title, experiment, stop, resumed, in_process, wire)
+        resumed = resume and run_folder.holds_run
+        return run_here(variant, run_folder, title, source, stop, resumed, in_process, wire)
 
     chosen = list(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
     if not chosen:

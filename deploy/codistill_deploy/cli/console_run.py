@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Wire:
         metrics: the "HOST:PORT" of the live page and the metrics.
         announce: print the addresses once the server is up.
         insecure: listen beyond this machine although nothing protects the port.
+        working_folder: in which they start; by default this process's, before a user's code can change it.
     """
 
     security: Security | None = None
@@ -49,6 +50,7 @@ class Wire:
     metrics: str = "127.0.0.1:0"
     announce: bool = False
     insecure: bool = False
+    working_folder: Path = field(default_factory=Path.cwd)
 
 
 def read_security_for_both(files: SecurityFiles) -> Security:
@@ -82,7 +84,7 @@ def run_here(
         experiment: what to run.
         folder: the run's folder.
         title: what the view calls it.
-        source: the experiment's file, for errors and for modules beside it.
+        source: the absolute path of the experiment's file, for errors and for modules beside it.
         stop: set to stop: the students are saved first.
         resume: resume the run in the folder.
         in_process: all participants in this process, without a server.
@@ -118,7 +120,8 @@ def run_here(
             wire.listen,
             wire.metrics,
             announce=wire.announce,
-            search_path=source.parent,
+            search_path=source.resolve().parent,
+            working_folder=wire.working_folder,
             restarts=restarts,
             inherited=(lock,),
             security=security,

@@ -36,7 +36,7 @@ def export(
 
     folder = RunFolder(run_dir)
     modules_beside.add_folder(Path.cwd())  # the run's folder does not say where the experiment's was
-    written = write(folder, student, out, which.value)
+    written = write(folder, student, out.absolute(), which.value)
     console.print(f"weights: {written.weights}", soft_wrap=True)
     console.print(f"program: {written.program}", soft_wrap=True)
     console.print(f"about:   {written.about}", soft_wrap=True)

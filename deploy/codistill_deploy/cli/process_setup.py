@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from codistill.config.experiment import Experiment, load
 from codistill.process import modules_beside
 from codistill.process.interrupts import raise_interrupt
 from codistill_deploy.supervise.isolation import FOLDERS_VARIABLE
 
-__all__ = ["find_modules_beside", "refusing_exit", "stop_on_signals"]
+__all__ = ["find_modules_beside", "load_with_absolute_paths", "refusing_exit", "stop_on_signals"]
 
 
 def find_modules_beside(experiment: Path) -> None:
@@ -25,6 +26,20 @@ def find_modules_beside(experiment: Path) -> None:
     folders = os.environ.get(FOLDERS_VARIABLE)
     for folder in [Path(each) for each in folders.split(os.pathsep)] if folders else [experiment.resolve().parent]:
         modules_beside.add_folder(folder)
+
+
+def load_with_absolute_paths(path: Path) -> Experiment:
+    """Read the file of an experiment that is run by this process or by others on this machine.
+
+    Its paths become absolute, as a user's code may change the working folder.
+
+    Raises:
+        ExperimentError: the file cannot be read, or does not fit the schema.
+    """
+    experiment, here = load(path), Path.cwd()
+    data = experiment.data.model_copy(update={"root": str(here / experiment.data.root)})
+    teachers = [each.model_copy(update={"weights": str(here / each.weights)}) for each in experiment.teachers]
+    return experiment.replace(data=data, teachers=tuple(teachers))
 
 
 def refusing_exit(command: Callable[..., None]) -> Callable[..., None]:

@@ -79,7 +79,7 @@ def ray(
 
     if run_dir is None and (address or os.environ.get("RAY_ADDRESS")):
         raise CommandError("--run-dir: on a cluster the run's folder must be on storage that all nodes share; name it")
-    folder = RunFolder(run_dir.absolute()) if run_dir is not None else RunFolder.default(loaded.name)
+    folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     tolerate_lost_stdout()
     stop = stop_on_signals()
     options = RayOptions(
@@ -95,7 +95,7 @@ def ray(
     find_modules_beside(experiment)
     check(loaded, str(experiment), here=False)
     check_devices(loaded, str(experiment))
-    resume = folder.experiment_file.exists()
+    resume = folder.holds_run
     folder.check(loaded, resume=resume)
 
     def run(view: ProgressView, lock: int) -> ExitCode:

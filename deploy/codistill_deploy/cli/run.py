@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
 from codistill_deploy.cli.console_run import Wire, read_security_for_both, run_here
 from codistill_deploy.cli.options import (
@@ -19,7 +18,7 @@ from codistill_deploy.cli.options import (
     SecurityFiles,
     with_security_options,
 )
-from codistill_deploy.cli.process_setup import stop_on_signals
+from codistill_deploy.cli.process_setup import load_with_absolute_paths, stop_on_signals
 from codistill_deploy.cli.stdio import console, tolerate_lost_stdout
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
@@ -48,7 +47,7 @@ def run(
 
     Starts a server and one worker process per student, shows a live table, and writes a report at the end.
     """
-    loaded = load(experiment)
+    loaded, source = load_with_absolute_paths(experiment), experiment.absolute()
     folder = RunFolder(run_dir) if run_dir is not None else RunFolder.default(loaded.name)
     tolerate_lost_stdout()
     stop = stop_on_signals()
@@ -62,10 +61,8 @@ def run(
         if len(runs) > 1 and resume and generations.is_trained(planned_folder):
             console.print(f"{title}: trained already")
             continue
-        resumed = resume and (len(runs) == 1 or planned_folder.experiment_file.exists())
-        code = run_here(
-            planned, planned_folder, title, experiment, stop, resumed, in_process, wire, restarts, report=True
-        )
+        resumed = resume and (len(runs) == 1 or planned_folder.holds_run)
+        code = run_here(planned, planned_folder, title, source, stop, resumed, in_process, wire, restarts, report=True)
         if code is not ExitCode.OK:
             break
     if code is ExitCode.INTERRUPTED:

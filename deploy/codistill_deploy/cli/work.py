@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from codistill.config.experiment import load
 from codistill_deploy.cli.options import ExperimentArgument, LastingDirOption, SecurityFiles, with_security_options
-from codistill_deploy.cli.process_setup import find_modules_beside
+from codistill_deploy.cli.process_setup import find_modules_beside, load_with_absolute_paths
 from codistill_deploy.errors import CommandError
 from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.heartbeat import start_heartbeat
@@ -35,7 +34,7 @@ def work(
     """
     stop = threading.Event()
     supervised = exit_with_parent(stop)
-    loaded = load(experiment)
+    loaded = load_with_absolute_paths(experiment)
     from codistill_deploy.compare.generations import require_single_run
     from codistill_worker.app import WorkOptions, check_participant
     from codistill_worker.app import work as run_worker

@@ -1,6 +1,6 @@
 """All participants of a run in one process, with the coordinator that the server runs.
 
-For one GPU, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
+For few GPUs, for tests, and as the reference of equality: a run over gRPC ends with the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from codistill.peer.grpc_reports import Reports
 from codistill.peer.steps import Failure
 from codistill.process.exit_codes import ExitCode
 from codistill.process.watchdog import Watchdog
+from codistill.rundir.info import record_code
 from codistill.rundir.storage import FolderGuard, unwritable
 from codistill.rundir.writer import RecordWriter
 from codistill.v1 import distillation_pb2 as pb
@@ -33,11 +34,12 @@ from codistill_server.observability.state import RunState
 from codistill_server.rounds.actions import Status
 from codistill_server.storage.journal import Journal, JournalError
 from codistill_worker import data
-from codistill_worker.app import choose_device, use_deterministic_kernels
-from codistill_worker.errors import refuse_exit
+from codistill_worker.errors import participants_errors
 from codistill_worker.student import StudentLoop
 from codistill_worker.teacher import TeacherLoop
 from codistill_worker.training.checkpoints import CheckpointStore
+from codistill_worker.training.devices import set_kernels
+from codistill_worker.training.gpus import check_gpus, choose_devices
 
 __all__ = ["InProcessTransport", "run_in_process"]
 
@@ -174,23 +176,26 @@ def run_in_process(experiment: Experiment, folder: RunFolder, view: ProgressView
     Raises:
         PeerError: a student cannot be trained.
     """
-    use_deterministic_kernels()
+    set_kernels(experiment.training)  # before anything starts CUDA, whose libraries read the environment once
     journal = _open_journal(experiment, folder)
     try:
         writer = RecordWriter(folder.events_file, folder.metrics_file)
     except OSError as error:
         journal.close()
         raise PeerError(*unwritable(folder.path, error)) from error
-    files = (folder.journal_file, folder.metrics_file, folder.events_file)
+    files = (folder.experiment_file, folder.journal_file, folder.metrics_file, folder.events_file)
     guard = FolderGuard("run folder", folder.path, "its journal, records and checkpoints", files)
     coordinator = Coordinator(experiment, journal, RunState(experiment, writer.write), _submit)
     try:
         with Watchdog() as watchdog:
             loops = _loops(experiment, folder, coordinator, watchdog)
             for loop in loops:
-                with refuse_exit(loop.title):
+                with loop.errors():
                     loop.join()
-            return _train(loops, coordinator, view, stop, guard)
+            record_code(folder)
+            code = _train(loops, coordinator, view, stop, guard)
+            record_code(folder)
+            return code
     except JournalError as error:
         raise PeerError(str(error), error.code or ExitCode.ERROR) from error
     finally:
@@ -218,20 +223,21 @@ def _loops(
 ) -> list[StudentLoop | TeacherLoop]:
     datasets: dict[tuple[str, torch.device], data.Dataset] = {}
     loops: list[StudentLoop | TeacherLoop] = []
-    for position, name in enumerate(experiment.participants):
+    devices = choose_devices(experiment)
+    check_gpus(devices)
+    for name, device in zip(experiment.participants, devices, strict=True):
         plan = experiment.teacher_plan(name) if name in experiment.teacher_names else experiment.plan(name)
-        device = choose_device(plan.training.device, position)
         # Students differ in how they augment a data set, never in which; one copy a device serves them all.
         key = (plan.data.model_copy(update={"augment": Augment()}).model_dump_json(), device)
-        if key not in datasets:
-            datasets[key] = data.load(plan.data, device)
         transport = InProcessTransport(coordinator)
-        if isinstance(plan, TeacherPlan):
-            with refuse_exit(f"teacher {name!r}"):
+        title = f"{'teacher' if isinstance(plan, TeacherPlan) else 'student'} {name!r}"
+        with participants_errors(title, device):
+            if key not in datasets:
+                datasets[key] = data.load(plan.data, device)
+            if isinstance(plan, TeacherPlan):
                 loops.append(TeacherLoop(experiment, plan, datasets[key], device, transport, watchdog=watchdog))
-            continue
-        store = CheckpointStore(folder.student(name).path)
-        with refuse_exit(f"student {name!r}"):
+                continue
+            store = CheckpointStore(folder.student(name).path)
             loops.append(StudentLoop(experiment, plan, datasets[key], device, transport, store, watchdog=watchdog))
     return loops
 
@@ -246,22 +252,27 @@ def _train(
     while not all(loop.done for loop in loops):
         if stop.is_set():
             for loop in loops:
-                loop.stop()
+                with loop.errors():
+                    loop.stop()
             view.update(coordinator.snapshot())
             return ExitCode.INTERRUPTED
         # Students resume at the steps of their checkpoints; those behind catch up from the journal.
         step = min(loop.step for loop in loops)
         behind = [loop for loop in loops if loop.step == step]
         for loop in behind:
-            with refuse_exit(loop.title):
+            with loop.errors():
+                loop.launch_step()  # each on its own GPU, before the first one's outputs are waited for
+        for loop in behind:
+            with loop.errors():
                 loop.begin_step()
         for loop in behind:
-            with refuse_exit(loop.title):
+            with loop.errors():
                 loop.end_step()
         guard.check()
         view.offer(coordinator.snapshot)
     for loop in loops:
-        loop.finish()
+        with loop.errors():
+            loop.finish()
     guard.check()
     view.update(coordinator.snapshot())
     return ExitCode.OK

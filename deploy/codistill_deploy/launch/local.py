@@ -7,13 +7,14 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from codistill.config.experiment import Experiment
 from codistill.process.exit_codes import ExitCode
+from codistill.process.gpus import gpu_environment, spread
 from codistill.rundir.files import write_atomically
 from codistill.rundir.storage import unwritable
 from codistill.wire.security import Security
@@ -28,6 +29,7 @@ from codistill_deploy.supervise.process import Launch, Process
 from codistill_deploy.supervise.restart_policy import DEFAULT_RESTARTS
 from codistill_deploy.supervise.spec import ProcessSpec, serve_arguments, work_arguments, worker_specs
 from codistill_deploy.supervise.supervisor import Supervisor
+from codistill_worker.training.gpus import visible_gpus
 
 __all__ = ["LocalOptions", "run_local"]
 
@@ -41,6 +43,7 @@ class LocalOptions:
         metrics: the "HOST:PORT" of the live page and the metrics.
         announce: note the addresses once the server is up.
         search_path: a folder in which `package.module:callable` is looked for, behind the usual ones.
+        working_folder: in which the processes start; None for this one's.
         restarts: how often each process is restarted; see :mod:`codistill_deploy.supervise.restart_policy`.
         inherited: descriptors that every process inherits: the lock on the run's folder.
         security: TLS and token; where neither keeps others out, a token is made for this run.
@@ -51,6 +54,7 @@ class LocalOptions:
     metrics: str = "127.0.0.1:0"
     announce: bool = False
     search_path: Path | None = None
+    working_folder: Path | None = None
     restarts: int = DEFAULT_RESTARTS
     inherited: tuple[int, ...] = ()
     security: Security = field(default_factory=Security)
@@ -113,11 +117,17 @@ def _run(
     listen, metrics = Port(options.listen, "listen"), Port(options.metrics, "metrics")
     reading, writing = os.pipe()
     try:
-        launch = Launch(_environment(options), reading, options.inherited)
+        launch = Launch(_environment(options), reading, options.inherited, options.working_folder)
         resume_command = f"codistill run … --run-dir {folder.path} --resume"
         supervisor = Supervisor(experiment, folder, view, options.security, resume_command=resume_command)
         server = _server(folder, options, launch, listen.address, metrics.address, experiment.training.hang_after)
-        workers = [_worker(spec, folder, options, launch) for spec in worker_specs(experiment, folder)]
+        gpus = visible_gpus()
+        workers = [
+            _worker(spec, folder, options, _with_gpu(launch, gpus, number))
+            for spec, number in zip(
+                worker_specs(experiment, folder), spread(experiment.devices, len(gpus)), strict=True
+            )
+        ]
         return supervisor.run(server, workers, stop, announce=options.announce)
     finally:
         os.close(writing)
@@ -129,6 +139,11 @@ def _run(
 def _environment(options: LocalOptions) -> dict[str, str]:
     folders = [] if options.search_path is None else [options.search_path.resolve()]
     return isolated({**os.environ, **options.security.environment}, folders)
+
+
+def _with_gpu(launch: Launch, gpus: Sequence[str], number: int | None) -> Launch:
+    """Show a worker its own GPU alone, so that it cannot take another's, nor keep a context there."""
+    return replace(launch, environment={**launch.environment, **gpu_environment(gpus, number)})
 
 
 def _server(

@@ -10,15 +10,16 @@ import torch
 
 from codistill.config.experiment import Experiment, ExperimentError
 from codistill.methods import Aggregator, ImageShape, Output, StudentContext
+from codistill.process.gpus import spread
 from codistill.process.plugins import LoadError
 from codistill.rundir import history
 from codistill.rundir.layout import ParticipantLayout, RunLayout
 from codistill_server import methods as server_methods
 from codistill_worker import data, models
 from codistill_worker import methods as worker_methods
-from codistill_worker.app import choose_device
 from codistill_worker.errors import ConfigurationError, refuse_exit
 from codistill_worker.training import weights
+from codistill_worker.training.gpus import choose_device, visible_gpus
 from codistill_worker.training.outputs import output_shapes, teacher_shapes
 
 __all__ = ["check"]
@@ -52,15 +53,17 @@ def _problems(experiment: Experiment, here: bool) -> Iterator[str]:
         yield from _problems_of(partial(data.check, experiment.data))
     participants = [(f"students.{position}", student) for position, student in enumerate(experiment.students)]
     participants += [(f"teachers.{position}", teacher) for position, teacher in enumerate(experiment.teachers)]
+    count = len(visible_gpus()) if here else 0
+    numbers = spread(experiment.devices, count)
     for position, (path, participant) in enumerate(participants):
         for problem in _problems_of(partial(models.check, participant.model, participant.model_args)):
             named = problem if problem.startswith("model") else f"model: {participant.model!r}: {problem}"
             yield f"{path}.{named}"
         if not here:
             continue
-        device = participant.training.device or experiment.training.device
         prefix = f"{path}." if participant.training.device is not None else ""
-        yield from (f"{prefix}{problem}" for problem in _problems_of(partial(choose_device, device, position)))
+        chosen = partial(choose_device, experiment.devices[position], numbers[position] or 0, count)
+        yield from (f"{prefix}{problem}" for problem in _problems_of(chosen))
     for position, teacher in enumerate(experiment.teachers if here else ()):
         unreadable = list(_problems_of(partial(weights.read, Path(teacher.weights), teacher.name)))
         for problem in unreadable or _problems_of(partial(_check_trained, Path(teacher.weights), teacher.name)):

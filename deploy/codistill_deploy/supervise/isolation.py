@@ -18,6 +18,8 @@ def isolated(environment: Mapping[str, str], folders: Sequence[Path], *, last: S
     Python would put the working folder first, and so does an empty part of PYTHONPATH. What is in there, a `queue.py` for
     example, would then stand for Python's own, in these processes and in those that they start.
 
+    Texts hash alike in all of them, so that the order of a set is the same; a PYTHONHASHSEED of the user's stays.
+
     Args:
         environment: what the processes get besides.
         folders: with the user's own modules; searched last, and only where the experiment names a module.
@@ -31,5 +33,6 @@ def isolated(environment: Mapping[str, str], folders: Sequence[Path], *, last: S
         **{name: value for name, value in environment.items() if name != "PYTHONPATH"},
         **({"PYTHONPATH": os.pathsep.join(kept)} if kept else {}),
         "PYTHONSAFEPATH": "1",
+        "PYTHONHASHSEED": environment.get("PYTHONHASHSEED") or "0",
         FOLDERS_VARIABLE: os.pathsep.join(searched),
     }

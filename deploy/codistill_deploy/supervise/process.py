@@ -36,11 +36,13 @@ class Launch:
         parent_pipe: the reading end of the pipe by which they see this process die; see
             :mod:`codistill_deploy.supervise.parent_death`.
         inherited: further descriptors that they inherit.
+        working_folder: in which they start; None for this process's.
     """
 
     environment: Mapping[str, str]
     parent_pipe: int
     inherited: tuple[int, ...] = ()
+    working_folder: Path | None = None
 
 
 class Process:
@@ -71,6 +73,7 @@ class Process:
             # Its own session keeps the terminal's Ctrl-C from it: only the supervisor sends it signals.
             self._process = subprocess.Popen(
                 [*arguments],
+                cwd=launch.working_folder,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log_file,
                 stderr=subprocess.STDOUT,

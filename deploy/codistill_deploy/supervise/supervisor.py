@@ -30,10 +30,12 @@ from codistill_deploy.run_folder import RunFolder
 from codistill_deploy.supervise.child import Child
 from codistill_deploy.supervise.restart_policy import RESTARTS_OFF, GiveUp, Restart
 from codistill_deploy.supervise.status_client import watch_status
+from codistill_deploy.supervise.worker_lines import WorkerLines
 
 __all__ = ["Supervisor"]
 
 _POLL_SECONDS = 0.1
+_LINES_SECONDS = 1.0
 _END_SECONDS = 30.0
 _KILL_SECONDS = 5.0
 _SETTLE_SECONDS = 1.0
@@ -48,6 +50,7 @@ _PASSED_ON = (
     ExitCode.OUT_OF_MEMORY,
     ExitCode.HUNG,
     ExitCode.STORAGE,
+    ExitCode.DEVICE_FAILED,
 )
 
 
@@ -105,12 +108,16 @@ class Supervisor:
         try:
             self._writer = _open_writer(self._folder)
             guard = self._guard()
+            lines = WorkerLines(worker.log for worker in workers)
             with contextlib.suppress(OSError):  # the address of one that was killed must not be taken for this one's
                 self._folder.address_file.unlink(missing_ok=True)
             for child in self._children:
                 _start(child)
             self._start_watcher(over, announce)
-            code = self._supervise(server, workers, stop, guard)
+            try:
+                code = self._supervise(server, workers, stop, guard, lines)
+            finally:
+                self._show(lines)
             guard.check()
         except StorageError as error:
             for child in self._children:
@@ -133,12 +140,13 @@ class Supervisor:
         folder, experiment = self._folder, self._experiment
         students = [folder.student(name).path for name in experiment.names]
         teachers = [folder.teacher(name).path for name in experiment.teacher_names]
-        inside = [folder.supervisor_file, *students, *teachers]
+        inside = [folder.experiment_file, folder.supervisor_file, *students, *teachers]
         return FolderGuard("run folder", folder.path, "its journal, records and checkpoints", inside)
 
     def _supervise(
-        self, server: Child, workers: Sequence[Child], stop: threading.Event, guard: FolderGuard
+        self, server: Child, workers: Sequence[Child], stop: threading.Event, guard: FolderGuard, lines: WorkerLines
     ) -> ExitCode:
+        show_at = 0.0
         while not stop.wait(_POLL_SECONDS):
             guard.check()  # before anything is started again, and so writes to a folder that is not the run's
             if all(worker.done for worker in workers):
@@ -151,6 +159,9 @@ class Supervisor:
             at_work = any(not worker.done and worker.given_up is None for worker in workers)
             if lost and not (self._proceeds and at_work and server not in lost):
                 raise self._failure(server)
+            if time.monotonic() >= show_at:
+                self._show(lines)
+                show_at = time.monotonic() + _LINES_SECONDS
             self._on_poll()
         self._stop(server, workers)
         return ExitCode.INTERRUPTED
@@ -219,6 +230,10 @@ class Supervisor:
                 "back from a copy, or start the run anew in another folder"
             )
 
+    def _show(self, lines: WorkerLines) -> None:
+        for line in lines.new():
+            self._view.note(line)
+
     def _record(self, child: Child, decision: Restart | GiveUp) -> None:
         """Record what was decided about a child that ended, and show it."""
         ending = str(child.ending)
@@ -255,7 +270,8 @@ class Supervisor:
             )
         code = ExitCode(ending.code) if ending.code in _PASSED_ON else ExitCode.WORKER_FAILED
         # On a full disk its log may have had no room for its last line.
-        disk = f"; {describe_disk(child.log)}" if code is ExitCode.STORAGE and "mounted at" not in ending.line else ""
+        told = "mounted at" in ending.line or "ulimit" in ending.line
+        disk = f"; {describe_disk(child.log)}" if code is ExitCode.STORAGE and not told else ""
         return CommandError(f"{child.title} {ending}{reason} (log: {child.log}){disk}", code)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from codistill.config.base import OPERATIONAL, REFERENCE, Section, require_whole_path
 from codistill.config.datasets import DATASETS, DatasetInfo
+from codistill.config.errors import NOT_EMPTY
 
 __all__ = ["Augment", "Data", "Normalize"]
 
@@ -55,6 +56,7 @@ class Data(Section):
     )
     root: str = Field(
         default="data",
+        pattern=NOT_EMPTY,
         description="Folder that holds the data set's files; not used by `digits`.",
         json_schema_extra=OPERATIONAL,
     )
@@ -99,14 +101,14 @@ class Data(Section):
     memory_limit_gib: float = Field(
         default=4.0,
         gt=0,
-        description="Decoded images up to this size are kept on the device as uint8. A larger set streams from disk.",
+        description="Decoded images up to this size are kept on the device as uint8. Of a larger set, files stream from disk and arrays from the host's memory.",
         json_schema_extra=OPERATIONAL,
     )
-    loader_workers: int = Field(
-        default=2,
+    loader_workers: int | None = Field(
+        default=None,
         ge=0,
         le=256,
-        description="Threads that decode images if the set streams from disk.",
+        description="Threads of each participant that read images if they are not kept on the device; 0 for none of its own. By default one for each core, at most 16.",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -16,17 +16,20 @@ from codistill.config.strict_yaml import Document, Word
 __all__ = [
     "DEVICE_PATTERN",
     "NAME_PATTERN",
+    "NOT_EMPTY",
     "PRETRAINED",
     "PRETRAINED_KEYS",
     "SectionError",
-    "ambiguous_lines",
     "format_value",
     "problem_lines",
     "shorten",
+    "word_lines",
 ]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 DEVICE_PATTERN = r"^(auto|cpu|cuda|cuda:\d+)$"
+NOT_EMPTY = r"\S"
+"""The pattern of text that may be anything but nothing."""
 PRETRAINED_KEYS = frozenset(
     {"checkpoint", "checkpoint_path", "init_from", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights"}
 )
@@ -39,6 +42,7 @@ PRETRAINED = (
 _PATTERN_REASONS: Mapping[str, str] = {
     NAME_PATTERN: "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit",
     DEVICE_PATTERN: "input should be auto, cpu, cuda or cuda:N",
+    NOT_EMPTY: "input should not be empty",
 }
 _TYPE_NAMES: Mapping[str, str] = {
     "int_type": "an integer",
@@ -49,8 +53,15 @@ _TYPE_NAMES: Mapping[str, str] = {
     "tuple_type": "a list",
     "dict_type": "a section of keys and values",
     "model_type": "a section of keys and values",
+    "model_attributes_type": "a section of keys and values",
 }
 _WORDS = ("no", "on", "off", "yes", "null", "~", "0x1F", "1_000", "12:30", "1e3")
+_OWN_WORDS = frozenset({"literal_error", "string_type", "union_tag_invalid"})
+"""Errors of fields of text, whose line says how a word that is no text was read."""
+
+_UNTYPED = frozenset({"model_args", "parameters"})
+"""Keys below which anything may stand, so that no type shows whether `no` is meant as text."""
+
 _UNION_MEMBER = re.compile(r"literal\[.*\]|constrained-\w+")
 
 
@@ -75,6 +86,7 @@ def problem_lines(error: ValidationError, root: type[BaseModel], read: Document 
         read: the document, if a file was read.
     """
     read = read or Document(None)
+    doubtful = {path for path, word in read.words.items() if word.advice is not None}
     errors = cast("list[dict[str, Any]]", error.errors())
     lines: list[str] = []
     fields: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -90,12 +102,19 @@ def problem_lines(error: ValidationError, root: type[BaseModel], read: Document 
             if len(problem["alternatives"]) > 1:
                 lines[-1] = _problem_line(problem, root, read)
                 continue
+        if read.keys and (problem["type"] == "invalid_key" or problem["loc"][-1:] == ("[key]",)):
+            continue  # a key that is no text has its own line, as have those that no field checks
         if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in errors):
             continue  # the list is too short only because pydantic dropped the items that are wrong
         cause = (problem.get("ctx") or {}).get("error")
+        place = tuple(map(str, _path_in_file(problem["loc"])))
+        if place in doubtful and problem["type"] not in _OWN_WORDS:
+            continue  # it has its own line, as a range says nothing of a number that may not be meant
+        if doubtful and problem["type"] == "value_error" and isinstance(problem["input"], dict | BaseModel):
+            continue  # fields are compared once it is known what each of them means
         if isinstance(cause, SectionError):
-            prefix = "".join(f"{part}." for part in _path_in_file(problem["loc"]))
-            lines += [f"{prefix}{line}" for line in cause.problems]
+            prefix = "".join(f"{part}." for part in place)
+            lines += [_as_written(f"{prefix}{line}", read) for line in cause.problems]
         else:
             lines.append(_problem_line(problem, root, read))
     return lines
@@ -118,7 +137,6 @@ def _problem_line(error: dict[str, Any], root: type[BaseModel], read: Document) 
     path = ".".join(str(part) for part in location)
     value = error.get("input")
     kind = error["type"]
-    context: dict[str, Any] = error.get("ctx") or {}
     if kind == "extra_forbidden":
         allowed = sorted(_keys_at(root, location[:-1], error["loc"]))
         close = difflib.get_close_matches(str(location[-1]), allowed, 1)
@@ -129,7 +147,7 @@ def _problem_line(error: dict[str, Any], root: type[BaseModel], read: Document) 
     if kind == "missing":
         return f"{path}: is needed and not given"
     if kind == "union_tag_invalid":
-        return f"{path}.method: {context.get('tag')!r} is not a method; allowed: {_method_names(root)}"
+        return _method_line(cast("dict[Any, Any]", value)["method"], path, read, _method_names(root))
     if kind == "union_tag_not_found":
         return f"{path}.method: is needed and not given; allowed: {_method_names(root)}"
     if kind == "value_error":
@@ -145,49 +163,75 @@ def _problem_line(error: dict[str, Any], root: type[BaseModel], read: Document) 
     return f"{path}: {_format_in_file(location, value, read)} is not allowed: {_reason(error)}"
 
 
+def _method_line(value: Any, path: str, read: Document, names: str) -> str:
+    """Return the line for a value that names no method."""
+    word = read.words.get((*path.split("."), "method"))
+    if word is None or not word.text:
+        shown = "no value" if value is None else format_value(value)
+        return f"{path}.method: {shown} is not a method; allowed: {names}"
+    text = shorten(word.text)
+    return f'{path}.method: YAML reads `{text}` as {word.meaning}; write "{text}" in quotes if it is text; allowed: {names}'
+
+
 def _word_line(location: list[Any], kind: str, read: Document) -> str | None:
     """Return the line for a word that YAML does not read as text where text is needed; None for all else."""
-    *parents, last = map(str, location or [""])
-    if kind == "invalid_key" or last == "[key]":
-        found = tuple(parents) if last == "[key]" else (*parents, last)
-        word = read.keys.get(found)
-        what, path = "the key ", ".".join([*found[:-1], shorten(word.text)]) if word else ""
-    else:
-        word = read.words.get((*parents, last)) if kind == "string_type" else None
-        what, path = "", ".".join([*parents, last])
-    if word is None or not word.text:
-        return None
+    parts = tuple(map(str, location))
+    word = read.words.get(parts) if kind == "string_type" else None
+    return _quoting(".".join(parts), "", word) if word is not None and word.text else None
+
+
+def _quoting(path: str, what: str, word: Word) -> str:
+    """Return the line that says to put a word in quotes; `what` is "the key " where it is one."""
     text = shorten(word.text)
     others = ", ".join(other for other in _WORDS if other != text)
     return f'{path}: YAML reads {what}`{text}` as {word.meaning}; write "{text}" in quotes (as well: {others})'
 
 
+def _as_written(line: str, read: Document) -> str:
+    """Return a line on fields that do not fit each other, with its value as the file has it where that differs."""
+    path, _, rest = line.partition(": ")
+    word = read.words.get(tuple(path.split(".")))
+    if word is None or word.is_plain or not (shown := re.match(r"[-+\w.]*\w", rest)):
+        return line
+    try:
+        same = float(shown[0]) == word.value
+    except ValueError:
+        return line
+    return (
+        f"{path}: `{shorten(word.text)}`, which YAML reads as {word.meaning}, {rest[shown.end() :].lstrip(', ')}"
+        if same
+        else line
+    )
+
+
 def _format_in_file(location: list[Any], value: Any, read: Document) -> str:
     """Return a value's short form, and what stands in the file where YAML made another thing of it."""
     word = read.words.get(tuple(map(str, location)))
-    if word is None or word.text.lower() == word.meaning or (isinstance(value, int | float) and _is_plain(word)):
+    if word is None or word.is_plain:
         return format_value(value)
     return f"`{shorten(word.text)}`, which YAML reads as {word.meaning}," if word.text else "no value"
 
 
-def _is_plain(word: Word) -> bool:
-    return not isinstance(word.value, bool) and word.advice is None
+def word_lines(read: Document, lines: Sequence[str]) -> list[str]:
+    """Return a line for each word that means another than it seems to: keys that are no text, 031 and 12:30.
 
-
-def ambiguous_lines(read: Document, lines: Sequence[str]) -> list[str]:
-    """Return a line for each number that means another than it seems to, as 031 is 25 and 12:30 is 750.
+    Where no type shows what is meant, as in `model_args`, `no` and its like are among them.
 
     Args:
         read: the document.
         lines: what else is wrong; a field that is named there gets no second line.
     """
-    found: list[str] = []
+    found = [
+        _quoting(".".join([*parts[:-1], shorten(word.text)]), "the key ", word) for parts, word in read.keys.items()
+    ]
     for parts, word in read.words.items():
         path = ".".join(parts)
-        if word.advice is not None and not any(line.startswith(f"{path}: ") for line in lines):
+        untyped = isinstance(word.value, bool) and not word.is_plain and not _UNTYPED.isdisjoint(parts[:-1])
+        advice = word.meaning if untyped else word.advice
+        if advice is not None and not any(line.startswith(f"{path}: ") for line in lines):
             text = shorten(word.text)
             found.append(
-                f'{path}: YAML reads `{text}` as {word.meaning}; write {word.advice}, or "{text}" in quotes if it is text'
+                f'{path}: YAML reads `{text}` as {word.meaning}; write {advice}, or "{text}" in quotes if it is text'
             )
     return found
 

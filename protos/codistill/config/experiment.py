@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from codistill.config.base import Section
 from codistill.config.data import Data
-from codistill.config.errors import NAME_PATTERN, SectionError, ambiguous_lines, problem_lines
+from codistill.config.errors import NAME_PATTERN, SectionError, problem_lines, word_lines
 from codistill.config.exchange import Exchange
 from codistill.config.methods import Distillation, Kdcl
 from codistill.config.participants import Student, Teacher
@@ -63,13 +63,13 @@ class Experiment(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Experiment:
-        problems = list(self._problems())
+    def _consistent(self, info: ValidationInfo) -> Experiment:
+        problems = list(self._problems(info.context or Document(None)))
         if problems:
             raise SectionError(problems)
         return self
 
-    def _problems(self) -> Iterator[str]:
+    def _problems(self, read: Document) -> Iterator[str]:
         yield from self._name_problems()
         yield from self.distillation.problems(self)
         yield from self._quorum_problems()
@@ -88,7 +88,8 @@ class Experiment(Section):
             try:
                 self._plan(student)
             except ValidationError as error:
-                yield from (f"students.{position}.{line}" for line in problem_lines(error, StudentPlan))
+                own = read.within("students", str(position))
+                yield from (f"students.{position}.{line}" for line in problem_lines(error, StudentPlan, own))
 
     def _name_problems(self) -> Iterator[str]:
         """Yield a line for each name that is given twice."""
@@ -121,6 +122,11 @@ class Experiment(Section):
     def participants(self) -> tuple[str, ...]:
         """The names of the students, then of the teachers."""
         return (*self.names, *self.teacher_names)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """`training.device` of each participant, in order."""
+        return tuple(each.training.device or self.training.device for each in (*self.students, *self.teachers))
 
     @property
     def shared_view(self) -> bool:
@@ -237,7 +243,7 @@ def parse(text: str, source: str = "experiment") -> Experiment:
         kind = "empty" if document is None else f"a {type(document).__name__}"
         raise ExperimentError(source, [f"is {kind}; expected the keys {', '.join(Experiment.model_fields)}"])
     experiment = _validated(cast("dict[Any, Any]", document), source, read)
-    problems = ambiguous_lines(read, ())
+    problems = word_lines(read, ())
     if problems:
         raise ExperimentError(source, problems)
     return experiment
@@ -258,7 +264,7 @@ def _merge(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _validated(document: dict[Any, Any], source: str, read: Document | None = None) -> Experiment:
     try:
-        return Experiment.model_validate(document)
+        return Experiment.model_validate(document, context=read)
     except ValidationError as error:
         lines = problem_lines(error, Experiment, read)
-        raise ExperimentError(source, [*lines, *(ambiguous_lines(read, lines) if read else [])]) from error
+        raise ExperimentError(source, [*lines, *(word_lines(read, lines) if read else [])]) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol, cast
+from typing import Annotated, Any, ClassVar, Protocol, cast
 
 from pydantic import Field
 
 from codistill.config.base import Section
 from codistill.config.data import Data
+from codistill.config.errors import NOT_EMPTY
 from codistill.config.participants import DistillationOverrides, Student, Teacher
 from codistill.config.schedule import EVERY_STEP, ExchangeSchedule
 from codistill.config.training import Training
@@ -158,7 +159,7 @@ class LayerReader(Method):
     depends_on_models: ClassVar[bool] = True
 
     stages: int = Field(default=2, ge=1, le=8, description="How many hidden layers of each model are read.")
-    layers: dict[str, list[str]] = Field(
+    layers: dict[str, list[Annotated[str, Field(pattern=NOT_EMPTY)]]] = Field(
         default_factory=dict,
         description="For each student or teacher by name, the names of its layers, shallow ones first. By default, layers that divide a model's depth evenly.",
     )

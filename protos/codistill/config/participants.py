@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from codistill.config.base import OPERATIONAL, Section, require_json_values, require_whole_path
-from codistill.config.errors import DEVICE_PATTERN, NAME_PATTERN
+from codistill.config.errors import DEVICE_PATTERN, NAME_PATTERN, NOT_EMPTY
 
 __all__ = ["DistillationOverrides", "Student", "Teacher"]
 
@@ -60,7 +60,9 @@ class Student(Section):
         pattern=NAME_PATTERN,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics.",
     )
-    model: str = Field(description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`.")
+    model: str = Field(
+        pattern=NOT_EMPTY, description="A built-in name, `torchvision:NAME`, `timm:NAME` or `package.module:callable`."
+    )
     model_args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the model: text, finite numbers, lists, maps."
     )
@@ -96,9 +98,10 @@ class Teacher(Section):
         pattern=NAME_PATTERN,
         description="Letters, digits, `_`, `.` and `-`; names its folder and its metrics, so no student may have the same name.",
     )
-    model: str = Field(description="As a student's.")
+    model: str = Field(pattern=NOT_EMPTY, description="As a student's.")
     model_args: dict[str, Any] = Field(default_factory=dict, description="As a student's.")
     weights: str = Field(
+        pattern=NOT_EMPTY,
         description="A run's folder or one of its checkpoints, or a file of plain weights: `.safetensors`, or a state dict as `torch.save` writes it.",
         json_schema_extra=OPERATIONAL,
     )

@@ -6,6 +6,7 @@ name what stands in the file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,13 @@ class Word:
         return f"the number {self.value}"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it reads as what is written: 7, 0.5, .inf, true and null do, and 1e3, 1_000, no and ~ do not."""
+        if isinstance(self.value, float) and not math.isfinite(self.value):
+            return True
+        return self.text.lower() == self.meaning or self.text == str(self.value)
+
+    @property
     def advice(self) -> str | None:
         """The word to write for a number that means another than it seems to; None for all other words."""
         if isinstance(self.value, bool | None):
@@ -69,6 +77,14 @@ class Document:
     value: Any
     words: Mapping[tuple[str, ...], Word] = field(default_factory=dict[tuple[str, ...], Word])
     keys: Mapping[tuple[str, ...], Word] = field(default_factory=dict[tuple[str, ...], Word])
+
+    def within(self, *path: str) -> Document:
+        """Return the words below a path, by their paths from there; the value is left out."""
+        below = [
+            {parts[len(path) :]: word for parts, word in found.items() if parts[: len(path)] == path}
+            for found in (self.words, self.keys)
+        ]
+        return Document(None, *below)
 
 
 class DocumentTooLargeError(ValueError):
@@ -153,6 +169,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if not key.value.strip():
+                    raise yaml.MarkedYAMLError(None, None, "a key is empty, and needs a name", key.start_mark)
                 if (key.tag, key.value) in seen:
                     raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} is given twice", key.start_mark)
                 seen.add((key.tag, key.value))
@@ -168,8 +186,6 @@ class _Loader(yaml.SafeLoader):
                 part = name if word is None else str(word.value)
                 if word is not None:
                     keys[(*path, part)] = word
-                    if isinstance(word.value, bool):  # pydantic's path has 0 or 1 for it
-                        keys[(*path, str(int(word.value)))] = word
                 self.find_words(value, (*path, part), words, keys)
         elif isinstance(node, yaml.SequenceNode):
             for position, item in enumerate(cast("list[Any]", node.value)):
@@ -222,10 +238,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}timestamp", f"{_TAG}value")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _resolving in (_Loader, _Dumper):
     _resolving.add_implicit_resolver(  # YAML 1.1 requires a dot in a number with an exponent, which nobody expects
         f"{_TAG}float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+_Loader.add_constructor(f"{_TAG}merge", yaml.SafeLoader.construct_yaml_str)  # << where no merge can stand

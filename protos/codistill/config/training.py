@@ -70,7 +70,7 @@ class Training(Section):
     device: str = Field(
         default="auto",
         pattern=DEVICE_PATTERN,
-        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one; students are spread over the GPUs.",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one, and must be if one was granted; students are spread over the GPUs.",
         json_schema_extra=OPERATIONAL,
     )
     precision: Literal["float32", "bfloat16"] = Field(
@@ -78,6 +78,10 @@ class Training(Section):
     )
     channels_last: bool = Field(
         default=False, description="Keep images and weights in channels-last memory order: faster on recent GPUs."
+    )
+    tf32: bool = Field(
+        default=False,
+        description="Let a GPU round the factors of float32 products and convolutions to TF32, 10 bits of mantissa instead of 23. That is faster, and moves results by about 1e-3 from a CPU's. Off, CPU and GPU agree as closely as float32 can.",
     )
     threads: int = Field(
         default=1,

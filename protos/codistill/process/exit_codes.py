@@ -41,6 +41,9 @@ class ExitCode(IntEnum):
     STORAGE = 13
     """The run's folder cannot be written, or was deleted or moved. Or a disk is full, a quota used up, a file system
     read-only, or too many files are open. The line names the file, its disk and the space left."""
+    DEVICE_FAILED = 14
+    """A GPU failed, and the process could no longer use it: an assertion in a kernel, an illegal access, a failed launch, an
+    ECC error. The line names the participant, the step and the driver's error."""
     INTERRUPTED = 130
     """Ctrl-C or SIGTERM. Every student was saved first, except one that could not do so within 30 s. That one is named and
     killed, and resumes from its last checkpoint. ``codistill serve`` ends with 0 instead."""

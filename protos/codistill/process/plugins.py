@@ -25,10 +25,13 @@ __all__ = [
     "LoadError",
     "accepted_arguments",
     "call",
+    "code_place",
+    "command_arguments",
     "explain_error",
     "is_reference",
     "is_users",
     "load",
+    "raised_by_user",
     "shorten",
     "users_code",
 ]
@@ -46,6 +49,9 @@ _packages: set[str] = set()
 
 _IMPORTED = "--imported-by-codistill"
 """All that a user's code finds in `sys.argv`: no parser knows it, so none takes codistill's arguments or its own defaults."""
+
+_hidden: list[list[str]] = []
+"""The arguments that each :func:`users_code` at work hides; the command's own come first."""
 
 _FORM = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -144,6 +150,7 @@ def users_code(
     error_type: Callable[[str], Exception] = LoadError,
     *,
     spare: Callable[[BaseException], bool] = lambda _: False,
+    place: Callable[[], str] = str,
 ) -> Generator[None]:
     """Raise what a user's code raises as an error of one line.
 
@@ -154,10 +161,11 @@ def users_code(
         where: begins the error's text: the experiment's field and reference, or the participant.
         error_type: makes the error from its text.
         spare: returns whether an error is raised as it is.
+        place: returns FILE:LINE of the user's code, for an error that no line of it raised; or an empty text.
     """
-    arguments = sys.argv
     swaps = threading.current_thread() is threading.main_thread()
     if swaps:
+        _hidden.append(sys.argv)
         sys.argv = [_program(where), _IMPORTED]
     try:
         yield
@@ -165,10 +173,15 @@ def users_code(
         if is_interrupt(error) or spare(error):
             raise
         made = error_type if isinstance(error, Exception) else LoadError
-        raise made(f"{where}: {explain_error(error)}") from error
+        raise made(f"{where}: {explain_error(error, place())}") from error
     finally:
         if swaps:
-            sys.argv = arguments
+            sys.argv = _hidden.pop()
+
+
+def command_arguments() -> list[str]:
+    """Return the arguments of this process's command, also where a user's code may run and does not find them."""
+    return (_hidden[0] if _hidden else sys.argv)[1:]
 
 
 def _program(where: str) -> str:
@@ -183,15 +196,20 @@ def _in_working_folder(module_name: str) -> str:
     return f"; {found} is not looked at, as nothing is loaded from the working folder" if found else ""
 
 
-def explain_error(error: BaseException) -> str:
-    """Return an error of a user's code as one line: its type, the user's line that raised it, and its text."""
+def explain_error(error: BaseException, place: str = "") -> str:
+    """Return an error of a user's code as one line: its type, the user's line that raised it, and its text.
+
+    Args:
+        error: what was raised.
+        place: FILE:LINE of the user's code, for an error that was raised where no line of the user's was running.
+    """
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind}: {text}"  # which names the file and the line already
     frames = list(traceback.walk_tb(error.__traceback__))
-    users = _users_frames(error) or frames
-    place = f" at {users[-1][0].f_code.co_filename}:{users[-1][1]}" if users else ""
+    users = _users_frames(error) or ([] if place else frames)
+    place = f" at {f'{users[-1][0].f_code.co_filename}:{users[-1][1]}' if users else place}" if users or place else ""
     if isinstance(error, SystemExit):
         kind = f"{kind}: {text}" if text else kind
         if any(frame.f_code.co_name == "<module>" for frame, _ in users):
@@ -203,7 +221,19 @@ def explain_error(error: BaseException) -> str:
     return f"{kind}{place}{': ' if text else ''}{text}"
 
 
-def is_users(error: BaseException) -> bool:
+def code_place(function: Callable[..., object]) -> str:
+    """Return FILE:LINE of a function or a class's constructor, or an empty text where it is not known."""
+    unwrapped = inspect.unwrap(function)
+    code = getattr(unwrapped, "__code__", None) or getattr(getattr(unwrapped, "__init__", None), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+
+
+def is_users(module: str, file: str) -> bool:
+    """Return whether code is a user's own: neither codistill's nor that of an installed package."""
+    return module.partition(".")[0] not in _OURS and not file.startswith(_NOT_THE_USERS)
+
+
+def raised_by_user(error: BaseException) -> bool:
     """Return whether a user's code raised an error, or called what raised it."""
     return bool(_users_frames(error))
 
@@ -211,16 +241,12 @@ def is_users(error: BaseException) -> bool:
 def _users_frames(error: BaseException) -> list[tuple[FrameType, int]]:
     """Return the frames and lines of a user's own files, else those of an installed package that an experiment names."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    own = [frame for frame in frames if _is_own(frame[0])]
-    return own or [frame for frame in frames if _package(frame[0]) in _packages - _NO_PLUGINS - _OURS]
+    own = [frame for frame in frames if is_users(_module(frame[0]), frame[0].f_code.co_filename)]
+    return own or [frame for frame in frames if _module(frame[0]).partition(".")[0] in _packages - _NO_PLUGINS - _OURS]
 
 
-def _is_own(frame: FrameType) -> bool:
-    return _package(frame) not in _OURS and not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from codistill import __version__
 from codistill.process import user_code
-from codistill.rundir.files import write_atomically
+from codistill.process.plugins import command_arguments
+from codistill.rundir.files import locked, write_atomically
+from codistill.rundir.layout import RunLayout
 
-__all__ = ["Mode", "RunInfo", "Start", "add_start", "differences", "write_info"]
+__all__ = ["Mode", "RunInfo", "Start", "add_start", "differences", "record_code", "warn_of", "write_info"]
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "grpcio", "protobuf", "numpy", "torchvision", "timm", "pillow", "scikit-learn")
 _OF_THE_NUMBERS = ("codistill", "python", "torch", "numpy", "torchvision", "timm", "pillow", "scikit-learn")
 _MOST_RESUMES = 1000
 _SHOWN_OF_A_DIGEST = 12
+_LOCK_SECONDS = 15.0
 
 Mode: TypeAlias = Literal["grpc", "in-process"]
 """How a run's students reach the coordinator."""
@@ -38,7 +43,7 @@ class Start(BaseModel):
         command: the command line.
         mode: how the students reach the coordinator.
         machine: the operating system, the processor and the number of its cores.
-        code: SHA-256 of the user's own modules, by name.
+        code: SHA-256 of the user's own modules, by name; see :mod:`codistill.process.user_code`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,7 +67,7 @@ class Start(BaseModel):
         return cls(
             created=datetime.now(UTC).replace(microsecond=0),
             mode=mode,
-            command=("codistill", *(_valid(argument) for argument in sys.argv[1:])),
+            command=("codistill", *(_valid(argument) for argument in command_arguments())),
             versions=versions,
             machine={"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count() or 0},
             code=user_code.digests(),
@@ -96,8 +101,10 @@ class RunInfo(Start):
 
     @property
     def last(self) -> Start:
-        """The facts of the last start."""
-        return self.resumed[-1] if self.resumed else self
+        """The facts of the last start; of its code also what only an earlier one has used."""
+        last = self.resumed[-1] if self.resumed else self
+        code = {name: digest for start in (self, *self.resumed) for name, digest in start.code.items()}
+        return last.model_copy(update={"code": code})
 
 
 def write_info(path: Path, start: Start) -> None:
@@ -126,11 +133,53 @@ def add_start(path: Path, start: Start) -> Start:
     return info.last
 
 
+def record_code(layout: RunLayout) -> None:
+    """Record the user's own code that this process uses, and warn of each module that has changed since it was recorded.
+
+    Call it once that code is loaded. What is new joins the facts of the last start. Where a module has changed, the facts of
+    a later start are added, so that both digests stay. Without ``run.json`` nothing is recorded.
+    """
+    path = layout.info_file
+    if not path.exists():
+        return
+    code = user_code.digests()
+    try:
+        with locked(layout.start_lock, _LOCK_SECONDS, keep_content=True):
+            info = RunInfo.read(path)
+            known = info.last
+            if all(known.code.get(name) == digest for name, digest in code.items()):
+                return
+            now = Start.now(known.mode or "grpc")
+            changed = [*_changed_modules(known, now)]
+            if changed:
+                add_start(path, now)
+            elif info.resumed:
+                last = info.resumed[-1]
+                last = last.model_copy(update={"code": {**last.code, **code}})
+                _write(path, info.model_copy(update={"resumed": (*info.resumed[:-1], last)}))
+            else:
+                _write(path, info.model_copy(update={"code": {**info.code, **code}}))
+    except (OSError, ValueError) as error:
+        _log.warning("%s: the code of your own that is used cannot be recorded: %s", path, error)
+        return
+    warn_of(changed)
+
+
+def warn_of(changes: Iterable[str]) -> None:
+    """Log a warning for each line of :func:`differences`."""
+    for line in changes:
+        _log.warning("%s; its numbers may differ from those of a run that was not interrupted", line)
+
+
 def differences(before: Start, now: Start) -> Iterator[str]:
     """Yield a line for each fact of two starts that differs and decides numbers; it names both values."""
     for package in _OF_THE_NUMBERS:
         yield from _difference(package, before.versions, now.versions)
     yield from _difference("processor", before.machine, now.machine)
+    yield from _changed_modules(before, now)
+
+
+def _changed_modules(before: Start, now: Start) -> Iterator[str]:
     for module in sorted(before.code.keys() & now.code.keys()):
         old, new = before.code[module], now.code[module]
         if old != new:

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from codistill.process.exit_codes import ExitCode
 
-__all__ = ["FolderGuard", "StorageError", "describe_disk", "detail", "explain", "outlasts_restarts", "unwritable"]
+__all__ = [
+    "FolderGuard",
+    "StorageError",
+    "cause_behind",
+    "describe_disk",
+    "detail",
+    "explain",
+    "outlasts_restarts",
+    "unwritable",
+]
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _LIMITS = {
@@ -24,6 +33,8 @@ _LIMITS = {
 }
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 _DELETION_SECONDS = 0.2
+_NEAR_LIMIT = 64 * 1024
+_MUCH_SPACE = 256 * 1024**2
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -48,6 +59,36 @@ def explain(error: OSError, path: Path) -> str:
     return f"{error.strerror or error}{detail(error, path)}"
 
 
+def cause_behind(files: Iterable[Path]) -> OSError | None:
+    """Return the system's error that a library left out when it could not write, as far as that can be seen.
+
+    SQLite says "disk I/O error" for a file that has come to this process's limit, and "full" for a quota.
+
+    Args:
+        files: those that it writes; they need not exist, and lie on one disk.
+
+    Returns:
+        EFBIG with a file at the limit, or EDQUOT if the disk has much space left; None if the disk may be the cause.
+    """
+    listed = list(files)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        for file in listed:
+            if file.exists() and file.stat().st_size + _NEAR_LIMIT > limit:
+                return OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(file))
+    try:
+        disk = os.statvfs(listed[0].parent)
+    except OSError:
+        return None
+    if (
+        disk.f_flag & os.ST_RDONLY
+        or disk.f_bavail * disk.f_frsize < _MUCH_SPACE
+        or (disk.f_files and not disk.f_favail)
+    ):
+        return None
+    return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(listed[0]))
+
+
 def detail(error: OSError, path: Path) -> str:
     """Return what the system's error leaves out: " (the disk and its space)", " (the limit)", or "" where it says all."""
     if error.errno in _DISK:
@@ -65,7 +106,8 @@ def unwritable(run_dir: Path, error: OSError) -> tuple[str, ExitCode]:
     file = Path(error.filename) if isinstance(error.filename, str) else run_dir
     where = f"{file}: " if run_dir in file.parents and run_dir.is_dir() else ""
     if outlasts_restarts(error):
-        step, code = "make room, or give another --run-dir", ExitCode.STORAGE
+        step = "raise the limit" if error.errno in _LIMITS else "make room, or give another --run-dir"
+        code = ExitCode.STORAGE
     else:
         step, code = "make it writable, or give another --run-dir", ExitCode.CONFIGURATION
     return f"run folder {run_dir} cannot be written: {where}{explain(error, file)}; {step}", code

@@ -772,8 +772,8 @@ class ExchangeRequest(google.protobuf.message.Message):
 
     @property
     def held_out(self) -> global___SampleOutputs:
-        """held_out holds the held-out samples, in rounds where the method needs them: the first of each epoch but the
-        first.
+        """held_out holds the held-out samples, in rounds where the method needs them: those that begin an epoch, from
+        the second epoch on.
         """
 
     def __init__(

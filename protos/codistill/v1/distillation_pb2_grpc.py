@@ -75,8 +75,8 @@ class DistillationServiceServicer(object):
         """Opens a session for one participant.
 
         FAILED_PRECONDITION if the protocol version, the experiment, the data or the shapes differ from the run's. The
-        same if the run has no participant of that name, if the journal does not hold the first round needed and that is
-        not the frontier, or if the server takes none of the lanes or encodings offered. INVALID_ARGUMENT if the numbers of
+        same if the run has no participant of that name, if first_round is after the frontier or no longer in the
+        journal, or if the server takes none of the lanes or encodings offered. INVALID_ARGUMENT if the numbers of
         samples, steps and rounds do not follow from the experiment.
 
         A second Join for a participant ends its earlier session with ABORTED: the newer worker wins, and the older one is

@@ -39,19 +39,19 @@ def aggregator(settings: Custom, students: Sequence[str], teachers: Sequence[str
 
 
 class _CheckedAggregator:
-    """A user's aggregator whose targets are checked, and whose errors name the experiment's field."""
+    """A user's aggregator, `checked`, whose targets are checked, and whose errors name the experiment's field."""
 
     def __init__(self, checked: Aggregator, field: str) -> None:
         self.heavy = checked.heavy
         self.student: Mapping[str, Output] = checked.student
         self.teacher: Mapping[str, Output] = checked.teacher
-        self._checked = checked
+        self.checked = checked
         self._field = field
 
     def targets(self, inputs: RoundInputs) -> Targets:
         """Return the user's targets of one round."""
         with plugins.users_code(self._field):
-            targets = self._checked.targets(inputs)
+            targets = self.checked.targets(inputs)
             problem = next(_problems(targets, inputs), None)
         if problem is not None:
             raise LoadError(f"{self._field}: {problem}")

@@ -42,8 +42,9 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _METHODS = "GET, HEAD"
 _LOCAL_NAME = "localhost"
+_LARGEST_PORT = 65535
 # A host and its port and nothing else: a URL's other parts, as in `evil.example@localhost`, make no host.
-_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(:[0-9]{0,5})?", re.ASCII)
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(:(?P<port>[0-9]{0,5}))?", re.ASCII)
 _CLOSED_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
@@ -139,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> _Response:
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) > 1 or not all(_HOST.fullmatch(host) for host in hosts):
+        missing = not hosts and self.request_version != "HTTP/1.0"
+        if missing or len(hosts) > 1 or not all(_is_host(host) for host in hosts):
             line = "Host: one host is allowed, as a name or an address, and its port\n"
             return _Response(line.encode(), status=HTTPStatus.BAD_REQUEST)
         if self.names is not None and not all(_names_this_host(host, self.names) for host in hosts):
@@ -207,8 +209,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Write nothing: clients must not be able to fill the disk."""
 
 
+def _is_host(host: str) -> bool:
+    """Return whether a request's Host is a name or an address with a port, if any, that there can be."""
+    found = _HOST.fullmatch(host)
+    return found is not None and int(found["port"] or 0) <= _LARGEST_PORT
+
+
 def _names_this_host(host: str, names: frozenset[str]) -> bool:
-    """Return whether a request's Host is one of `names`, or an address, which no web site can have as its name."""
+    """Return whether a request's Host is one of `names`, or an address of loopback."""
     found = _HOST.fullmatch(host)
     if found is None:
         return False
@@ -216,7 +224,7 @@ def _names_this_host(host: str, names: frozenset[str]) -> bool:
     if name in names or name.endswith(f".{_LOCAL_NAME}"):
         return True
     try:
-        return bool(ipaddress.IPv6Address(name[1:-1]) if name.startswith("[") else ipaddress.IPv4Address(name))
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:
         return False
 

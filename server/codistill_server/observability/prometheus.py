@@ -157,7 +157,7 @@ METRICS = (
     ),
     RunMetric(
         "run_steps_trained",
-        "Steps that the run has behind it: those before the frontier; while no round is closed, those of the slowest student.",
+        "Steps before the frontier. While no round is closed, the steps that the slowest student has trained.",
         _one(lambda scrape: scrape.run.steps_trained),
     ),
     RunMetric(
@@ -228,7 +228,7 @@ METRICS = (
     ),
     RunMetric(
         "participant_behind_rounds",
-        "Rounds before the frontier that a participant has not learned from; none where nothing is exchanged.",
+        "Closed rounds that a participant has not learned from yet. There is no series where nothing is exchanged.",
         _behind,
         _PARTICIPANT,
     ),

@@ -114,13 +114,19 @@ class RunState:
         self._events.append(pb.Event(time=_timestamp(now), kind=kind, participant=participant, message=message))
         self._record(Happened(time=now, what=word(pb.EventKind, kind), participant=participant, message=message))
 
-    def record_rejection(self, kind: pb.EventKind.ValueType, participant: str, message: str) -> None:
-        """Record a rejected call as an event; of many, record one a minute that counts the others."""
+    def record_rejection(self, kind: pb.EventKind.ValueType, participant: str, message: str) -> str | None:
+        """Record a rejected call as an event; of many, record one a minute that counts the others.
+
+        Returns:
+            The event's message; None where none was recorded.
+        """
         if self._rejections.take(f"{kind} {participant}", self._clock()):
             self._suppressed[kind, participant] += 1
-            return
+            return None
         others = self._suppressed.pop((kind, participant), 0)
-        self.record_event(kind, participant, f"{message} (and {others} more before it)" if others else message)
+        recorded = f"{message} (and {others} more before it)" if others else message
+        self.record_event(kind, participant, recorded)
+        return recorded
 
     def record_join(self, request: pb.JoinRequest) -> None:
         """Record that a participant joined."""

@@ -121,6 +121,6 @@ def close_decision(
     count = f"{len(contributed)} contributions, quorum {policy.quorum}"
     if still_awaited:
         return CloseDecision(False, False, late, f"waits for {', '.join(still_awaited)} since {waited:.1f} s; {count}")
-    why = f"without {', '.join(late)} after {waited:.1f} s" if late else "every awaited participant is in"
+    why = f"{', '.join(late)} had not contributed after {waited:.1f} s" if late else "every awaited participant is in"
     enough = len(contributed) >= policy.quorum
     return CloseDecision(True, enough, late, f"{why}; {count}" + ("" if enough else ": no targets"))

@@ -11,6 +11,7 @@ journal is verified when it is opened. It is used as it was written, or not at a
 from __future__ import annotations
 
 import contextlib
+import errno
 import sqlite3
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from codistill.config.fingerprint import difference, extends
 from codistill.process.exit_codes import ExitCode
-from codistill.rundir.storage import describe_disk
+from codistill.rundir.storage import cause_behind, describe_disk, explain
 from codistill.wire.checksum import crc32c
 from codistill_server.rounds.events import ParticipantRecord, Restored, Samples
 
@@ -29,6 +30,11 @@ __all__ = ["ClosedRound", "Journal", "JournalError", "holds_rounds"]
 _SCHEMA_VERSION = 3
 _CHECK_FILE = "check that it is a run's journal, whole and not locked, or choose another run folder"
 _MAKE_ROOM = "free disk space or check the folder's permissions, then resume the run"
+_RAISE = "raise the limit (`ulimit -f`), then resume the run"
+_QUOTA = (
+    "the disk is not full, so look at this user's quota (`quota`) and in the system's log for a disk that fails, then "
+    "resume the run"
+)
 _REPLACE = "put a whole copy in its place and resume the run, or start it anew in another run folder"
 # SQLite quotes damaged bytes in its messages, which sqlite3 then fails to decode.
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
@@ -284,7 +290,14 @@ class Journal:
         """Return the error of a journal that cannot be `done`; where its disk is the cause, with the space left there."""
         line = f"journal {self._location} cannot be {done}: {error}"
         if _is_of_storage(error):
-            return JournalError(f"{line}; {_MAKE_ROOM} ({describe_disk(Path(self._location))})", ExitCode.STORAGE)
+            path = Path(self._location)
+            cause = cause_behind(Path(f"{path}{end}") for end in ("", "-wal", "-shm"))
+            if cause is not None and cause.errno == errno.EFBIG:
+                line, step = f"{line}: {cause.filename}: {explain(cause, path)}", _RAISE
+            else:
+                read_only = _primary_code(error) == sqlite3.SQLITE_READONLY
+                step = f"{_MAKE_ROOM if cause is None or read_only else _QUOTA} ({describe_disk(path)})"
+            return JournalError(f"{line}; {step}", ExitCode.STORAGE)
         return JournalError(f"{line}; {_REPLACE if _is_damage(error) else otherwise}")
 
     def _damaged(self, how: str) -> JournalError:
@@ -320,19 +333,30 @@ def holds_rounds(path: Path) -> bool:
         return True
 
 
+def read_identity(path: Path) -> str | None:
+    """Return the identity of the experiment that a journal belongs to; None without one, or if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            row = database.execute("SELECT value FROM run WHERE key = 'identity'").fetchone()
+    except sqlite3.Error:
+        return None
+    return row[0] if row is not None and isinstance(row[0], str) else None
+
+
 def _is_of_storage(error: Exception) -> bool:
     """Return whether an error comes from a full disk, a read-only one, or one that fails."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_READONLY,
-    )
+    return _primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
 
 
 def _is_damage(error: Exception) -> bool:
-    return (
-        isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-    )
+    return isinstance(error, UnicodeDecodeError) or _primary_code(error) == sqlite3.SQLITE_CORRUPT
+
+
+def _primary_code(error: Exception) -> int:
+    """Return SQLite's code of an error without its extension; 0 if it has none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _checksum(*values: object) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -132,3 +133,49 @@ def test_what_is_no_exception_is_an_error_of_the_users_code_in_any_command() -> 
 
     with pytest.raises(LoadError, match=r"^the experiment's own code: GeneratorExit at .*test_app\.py:\d+: mine$"):
         refusing_exit(leave)()
+
+
+def run_own_model(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a student whose model is `source`'s `net`, from the folder and with relative paths."""
+    (folder / "own.py").write_text(source)
+    (folder / "e.yaml").write_text(
+        "name: e\ndata: {dataset: digits, train_size: 20, test_size: 10}\ntraining: {epochs: 1, batch_size: 20}\n"
+        "distillation: {method: independent}\nstudents: [{name: a, model: 'own:net'}]\n"
+    )
+    command = [sys.executable, "-m", "codistill_deploy", "run", "e.yaml", "--run-dir", "r", *options]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+
+
+NET = """
+import os
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, channels, size):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))
+
+    def forward(self, images):
+        os.chdir("/")
+        return self.body(images)
+
+def net(classes, channels, size):
+    os.chdir("/tmp")
+    return Net(classes, channels, size)
+
+os.chdir("/usr")
+"""
+
+
+def test_a_command_is_recorded_as_given_and_keeps_its_paths_where_code_changes_the_working_folder(
+    tmp_path: Path,
+) -> None:
+    ended = run_own_model(tmp_path, NET, "--in-process")
+    assert f"report: {tmp_path}/r/report.html" in ended.stdout
+    assert (tmp_path / "r" / "students" / "a" / "checkpoint.safetensors").exists()
+    run_own_model(tmp_path, NET, "--in-process", "--resume")
+    about = json.loads((tmp_path / "r" / "run.json").read_text())
+    given = ["codistill", "run", "e.yaml", "--run-dir", "r", "--in-process"]
+    assert about["command"] == given
+    assert [start["command"] for start in about["resumed"]] == [[*given, "--resume"]]
+    assert yaml.safe_load((tmp_path / "r" / "experiment.yaml").read_text())["data"]["root"] == f"{tmp_path}/data"

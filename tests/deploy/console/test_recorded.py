@@ -83,9 +83,11 @@ def test_a_complete_run(tmp_path: Path) -> None:
 
 
 def test_a_run_of_peers_that_report_no_tests_is_complete_once_all_have_finished(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert left_by(folder, [], steps=40, epochs=2).startswith("tiny (independent): stopped at step 40 of 40")
     events = [Happened(time=1, what="joined", participant="a"), Happened(time=2, what="complete")]
-    RunLayout(tmp_path).events_file.write_text("".join(f"{event.model_dump_json()}\n" for event in events))
-    line = left_by(RunFolder(tmp_path), [], steps=40, epochs=2)
+    folder.events_file.write_text("".join(f"{event.model_dump_json()}\n" for event in events))
+    line = describe_recorded(folder)
     assert line == "tiny (independent): complete at step 40"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.config.methods import KDCL_ENSEMBLES
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import SignalInterrupt
 from codistill.process.plugins import LoadError
 from codistill.rundir import records
 from codistill.rundir.storage import StorageError
@@ -170,6 +172,33 @@ def test_every_ensemble_runs_and_two_runs_give_the_same_bits(method: str, tmp_pa
         assert any(value is not None and value > 1e-3 for value in distilled)
 
 
+def test_every_forward_pass_is_launched_before_an_output_is_waited_for(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several GPUs, a student whose outputs were copied at once would keep the next from starting."""
+    acts: list[str] = []
+    launch, published = Trainer.launch, Trainer._published
+
+    def note_launch(self: Trainer) -> None:
+        acts.append("launch")
+        launch(self)
+
+    def note_copy(self: Trainer, outputs: Any) -> Any:
+        acts.append("copy")
+        return published(self, outputs)
+
+    monkeypatch.setattr(student, "try_training", lambda *_: None)
+    monkeypatch.setattr(Trainer, "launch", note_launch)
+    monkeypatch.setattr(Trainer, "_published", note_copy)
+    assert train(experiment(), tmp_path / "run") is ExitCode.OK
+    assert acts == 9 * (3 * ["launch"] + 3 * ["copy"])
+    assert bits(tmp_path / "run") == bits(undisturbed)
+    acts.clear()
+    assert train(experiment("general"), tmp_path / "held-out") is ExitCode.OK
+    order = "".join(act[0] for act in acts)
+    assert re.fullmatch(r"(lllccc){3}lllcccccc(lllccc){2}lllcccccc(lllccc){2}", order), "with those of held-out samples"
+
+
 def test_the_trial_step_changes_no_bit(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The students have dropout and batch statistics."""
     monkeypatch.setattr(student, "try_training", lambda *_: None)
@@ -204,8 +233,8 @@ def test_stopped_and_resumed(steps: int, undisturbed: Path, tmp_path: Path) -> N
     assert measured(path) == measured(undisturbed)
 
 
-class Killed(BaseException):
-    """Stands for a process that ends at once."""
+class Killed(SignalInterrupt):
+    """Stands for a process that ends at once: what a user's code raises is that code's error."""
 
 
 @pytest.mark.parametrize("method", ["min_logit", "general", "dml", "independent"])
@@ -264,10 +293,20 @@ def test_a_finished_run_that_is_resumed_changes_nothing(undisturbed: Path, tmp_p
 def test_a_journal_of_another_experiment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(experiment("naive", epochs=1), path)
-    (path / "experiment.yaml").unlink()
+    other = experiment("linear", epochs=1)
+    (path / "experiment.yaml").write_text(other.to_yaml())
     with pytest.raises(PeerError, match=r"belongs to another run: experiment field distillation\.ensemble") as refused:
-        train(experiment("linear", epochs=1), path)
+        train(other, path, resume=True)
     assert refused.value.code is ExitCode.CONFIGURATION
+
+
+def test_an_experiment_file_that_is_deleted_meanwhile_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    view = RecordingView((path / "experiment.yaml").unlink)
+    with pytest.raises(
+        StorageError, match=r"experiment\.yaml was deleted, moved or replaced while the run was going on"
+    ):
+        train(experiment(), path, view)
 
 
 def test_checkpoints_without_their_journal_are_refused(tmp_path: Path) -> None:
@@ -302,3 +341,51 @@ def test_a_journal_that_cannot_be_written_ends_the_run_with_a_line(
         train(experiment(), tmp_path / "run")
     monkeypatch.undo()
     assert train(experiment(), tmp_path / "run", resume=True) is ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            ExitCode.OUT_OF_MEMORY,
+            "student 'mlp' ran out of memory on cpu: ",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            ExitCode.OUT_OF_MEMORY,
+            "student 'mlp' ran out of memory on cpu: ",
+        ),
+        (
+            RuntimeError("CUDA error: device-side assert triggered"),
+            ExitCode.DEVICE_FAILED,
+            "student 'mlp' can no longer use cpu in step 2: ",
+        ),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("where", ["begin", "finish"])
+def test_a_device_that_fails_ends_the_run_with_its_code_and_the_run_resumes(
+    error: Exception,
+    code: ExitCode,
+    text: str,
+    where: str,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    works = getattr(Trainer, where)
+
+    def fail(self: Trainer, *arguments: Any) -> Any:
+        if self.student == "mlp" and self.step == 2 and len(self._dataset.train) > 16:
+            raise error
+        return works(self, *arguments)
+
+    monkeypatch.setattr(Trainer, where, fail)
+    with pytest.raises(PeerError) as caught:
+        train(experiment(checkpoint_every=0), tmp_path / "run")
+    assert caught.value.code is code
+    assert str(caught.value).startswith(text)
+    monkeypatch.undo()
+    assert train(experiment(checkpoint_every=0), tmp_path / "run", resume=True) is ExitCode.OK
+    assert bits(tmp_path / "run") == bits(undisturbed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from codistill.config.experiment import load
@@ -25,6 +26,11 @@ from system.support import experiment_file
 
 class RefusedError(Exception):
     """Ends a run at its first process."""
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.mark.parametrize("protected", ["", "token", "insecure", "mutual TLS", "TLS"])
@@ -62,6 +68,55 @@ def test_a_run_that_nothing_else_protects_makes_a_token_that_its_user_alone_can_
             run_local(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event(), options)
         assert not folder.token_file.exists(), "it ends with the run"
     assert len(set(seen)) == (2 if made else 0), "each run has another"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [
+        (None, 2, ["0", "1"]),
+        ("2,3", 2, ["2", "3"]),
+        ("MIG-a,MIG-b", 1, ["MIG-a", "MIG-b"]),  # CUDA shows one process a single MIG device
+        (None, 0, []),
+    ],
+)
+def test_each_worker_sees_a_gpu_of_its_own_and_no_other(
+    visible: str | None, count: int, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = {"first": "cpu", "second": "auto", "third": "cuda:0" if names else "auto", "fourth": "auto"}
+    students = [{"name": name, "model": "mlp", "training": {"device": each}} for name, each in devices.items()]
+    experiment = load(experiment_file(tmp_path, distillation={"method": "dml"}, students=students))
+    folder = RunFolder(tmp_path / "run")
+    folder.start(experiment, mode="grpc", resume=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    seen: dict[str, tuple[str | None, str | None]] = {}
+    popen = subprocess.Popen
+
+    def look(arguments: list[str], **named: Any) -> Any:
+        if "codistill_deploy" not in arguments:  # nvidia-smi
+            return popen(arguments, **named)
+        environment = named["env"]
+        student = arguments[arguments.index("--student") + 1] if "--student" in arguments else "the server"
+        seen[student] = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("CODISTILL_GPU")
+        if len(seen) == 1 + len(devices):
+            raise RefusedError
+        return popen([arguments[0], "-c", "import time; time.sleep(60)"], **named)
+
+    monkeypatch.setattr(subprocess, "Popen", look)
+    with pytest.raises(RefusedError):
+        run_local(experiment, folder, PlainProgress(Console(quiet=True)), threading.Event())
+    inherited = visible, None
+    own = [(name, str(number)) for number, name in enumerate(names)]
+    assert seen == {
+        "the server": inherited,
+        "first": inherited,
+        "second": own[1] if names else inherited,
+        "third": own[0] if names else inherited,
+        "fourth": own[0] if names else inherited,
+    }
 
 
 def test_a_machine_that_can_start_nothing_ends_the_run_with_a_line(

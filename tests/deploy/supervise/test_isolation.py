@@ -13,7 +13,14 @@ from codistill_deploy.supervise.isolation import FOLDERS_VARIABLE, isolated
 
 
 def test_the_users_folders_are_no_part_of_pythons_path(tmp_path: Path) -> None:
-    assert isolated({"A": "b"}, [tmp_path]) == {"A": "b", "PYTHONSAFEPATH": "1", FOLDERS_VARIABLE: str(tmp_path)}
+    made = isolated({"A": "b"}, [tmp_path])
+    assert made.pop("PYTHONHASHSEED") == "0"
+    assert made == {"A": "b", "PYTHONSAFEPATH": "1", FOLDERS_VARIABLE: str(tmp_path)}
+
+
+@pytest.mark.parametrize(("given", "seed"), [({}, "0"), ({"PYTHONHASHSEED": ""}, "0"), ({"PYTHONHASHSEED": "7"}, "7")])
+def test_texts_hash_alike_in_every_process(given: dict[str, str], seed: str) -> None:
+    assert isolated(given, [])["PYTHONHASHSEED"] == seed
 
 
 def test_the_users_own_path_stays_without_its_empty_parts(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ RESTARTED = [
     ExitCode.OUT_OF_MEMORY,
     ExitCode.HUNG,
     ExitCode.NO_RESOURCES,  # a process does not end with it; the command does
+    ExitCode.DEVICE_FAILED,
     ExitCode.INTERRUPTED,
 ]
 NOT_RESTARTED = [
@@ -140,6 +141,16 @@ def test_memory_may_be_there_the_next_time() -> None:
     error = Ending(ExitCode.OUT_OF_MEMORY, "student 'cnn' ran out of memory on cuda:0")
     assert isinstance(decide(error, [error] * 3, 10), Restart)
     assert isinstance(decide(error, [error] * 10, 10), GiveUp)
+
+
+def test_a_device_that_failed_gets_a_new_process_until_the_same_step_fails_again() -> None:
+    def failed(step: int) -> Ending:
+        line = f"student 'cnn' can no longer use cuda:0 in step {step}: CUDA error: unspecified launch failure"
+        return Ending(ExitCode.DEVICE_FAILED, line)
+
+    assert isinstance(decide(failed(3), [], 10), Restart)
+    assert isinstance(decide(failed(9), [failed(3)], 10), Restart)
+    assert isinstance(decide(failed(3), [failed(3)], 10), GiveUp)
 
 
 def test_the_same_signal_twice_is_no_error_of_its_own() -> None:

@@ -186,6 +186,15 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"students.0.name": "../up"},
         [f"students.0.name: '../up' is not allowed: {A_NAME}"],
     ),
+    ({"students.0.model": ""}, ["students.0.model: '' is not allowed: input should not be empty"]),
+    ({"data.root": " "}, ["data.root: ' ' is not allowed: input should not be empty"]),
+    (
+        {"distillation": {"method": "kd"}, "teachers": [{"name": "t", "model": "", "weights": ""}]},
+        [
+            "teachers.0.model: '' is not allowed: input should not be empty",
+            "teachers.0.weights: '' is not allowed: input should not be empty",
+        ],
+    ),
     ({"students": []}, ["students: [] is not allowed: input should have at least 1 item"]),
     (
         {"distillation": {**KDCL, "ensemble": "mean"}},
@@ -527,6 +536,71 @@ class TestWordsThatYamlReadsOtherwise:
             "exchange.on_absence: `off`, which YAML reads as false, is not allowed: input should be 'wait'"
         )
         assert problems(text.replace("HERE", ""))[0].startswith("exchange.on_absence: no value is not allowed")
+
+    @pytest.mark.parametrize(
+        ("word", "meaning"),
+        [
+            ("no", "false"),
+            ("~", "null"),
+            ("031", "the number 25"),
+            ("12:30", "the number 750"),
+            ("1e3", "the number 1000.0"),
+        ],
+    )
+    def test_as_a_method(self, word: str, meaning: str) -> None:
+        (line,) = problems(yaml.safe_dump(changed({"distillation": {"method": "HERE"}})).replace("HERE", word))
+        assert line.startswith(
+            f'distillation.method: YAML reads `{word}` as {meaning}; write "{word}" in quotes if it is text; allowed: independent, '
+        )
+
+    def test_as_an_override_that_is_checked_with_the_other_sections(self) -> None:
+        text = yaml.safe_dump(changed({"students.0.training": {"optimizer": {"name": "HERE"}}}))
+        assert problems(text.replace("HERE", "off")) == [
+            "students.0.training.optimizer.name: `off`, which YAML reads as false, is not allowed: input should be 'sgd' or 'adamw'"
+        ]
+
+    @pytest.mark.parametrize("word", ["12:30", "00777777777"])
+    def test_a_number_that_may_not_be_meant_is_asked_about_before_its_range(self, word: str) -> None:
+        text = yaml.safe_dump(changed({"training.batch_size": "HERE", "data.train_size": 100})).replace("HERE", word)
+        (line,) = problems(text)
+        assert line.startswith(f"training.batch_size: YAML reads `{word}` as the number ")
+
+    @pytest.mark.parametrize(
+        ("field", "word", "line"),
+        [
+            ("training.batch_size", "1e3", "1000.0, is not allowed: input should be an integer"),
+            ("training.batch_size", "0x3E8", "1000, is larger than the 100 training samples (data.train_size less data.held_out)"),
+            ("training.epochs", "-1_0", "-10, is not allowed: input should be greater than or equal to 1"),
+        ],
+    )  # fmt: skip
+    def test_a_number_is_quoted_as_the_file_has_it(self, field: str, word: str, line: str) -> None:
+        text = yaml.safe_dump(changed({field: "HERE", "data.train_size": 100})).replace("HERE", word)
+        assert problems(text) == [f"{field}: `{word}`, which YAML reads as the number {line}"]
+
+    def test_where_no_type_shows_what_is_meant(self) -> None:
+        text = yaml.safe_dump(changed({"students.0.model_args": {"a": ["HERE"]}}))
+        assert problems(text.replace("HERE", "no")) == [
+            'students.0.model_args.a.0: YAML reads `no` as false; write false, or "no" in quotes if it is text'
+        ]
+        for word in ("false", "null", "1e3", '"no"'):
+            parse(text.replace("HERE", word))
+        assert parse(
+            yaml.safe_dump(changed({"data.augment": {"flip": "HERE"}})).replace("HERE", "yes")
+        ).data.augment.flip
+
+    def test_as_a_key_below_any_key(self) -> None:
+        text = yaml.safe_dump(changed({"students.0.model_args": {"a": [{"HERE": 1}]}}))
+        assert problems(text.replace("HERE", "1e3"))[0].startswith(
+            "students.0.model_args.a.0.1e3: YAML reads the key `1e3` as the number 1000.0; write "
+        )
+
+    @pytest.mark.parametrize("word", ["=", "<<"])
+    def test_signs_that_yaml_gives_a_meaning_are_text(self, word: str) -> None:
+        text = yaml.safe_dump(document())
+        assert problems(text.replace("tiny", word)) == [f"name: '{word}' is not allowed: {A_NAME}"]
+        read = parse(text.replace("mlp", word))
+        assert read.students[0].model == word
+        assert parse(read.to_yaml()) == read
 
     @pytest.mark.parametrize("path", ["~/data", "~"])
     def test_a_path_that_a_shell_would_expand(self, path: str) -> None:

@@ -17,6 +17,8 @@ from protos.config.support import document
         ("a: \x00\n", "unacceptable character #x0000: special characters are not allowed"),
         ("a: 0x_\n", "invalid literal for int() with base 16: ''"),
         ("? [1]\n: 2\n", "found unhashable key at line 1, column 3"),
+        ("a: {'': 1}\n", "a key is empty, and needs a name at line 1, column 5"),
+        ("? \n: 1\n", "a key is empty, and needs a name at line 1, column 2"),
         ("name: a\nseed: 1\nname: b\n", "key 'name' is given twice at line 3, column 1"),
         ("name: a\n'name': b\n", "key 'name' is given twice at line 2, column 1"),
         ("data: {root: a, root: a}\n", "key 'root' is given twice at line 1, column 17"),

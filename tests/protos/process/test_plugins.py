@@ -21,8 +21,8 @@ from codistill.process.plugins import (
     call,
     explain_error,
     is_reference,
-    is_users,
     load,
+    raised_by_user,
     shorten,
     users_code,
 )
@@ -216,9 +216,9 @@ def test_errors_of_a_library_are_the_users_where_an_experiment_names_it(monkeypa
     with pytest.raises(ValueError, match="Expecting") as raised:
         json.loads("")
     error = raised.value.with_traceback(raised.tb.tb_next)  # without this test's frame
-    assert not is_users(error)
+    assert not raised_by_user(error)
     load("json:loads", "model")
-    assert is_users(error)
+    assert raised_by_user(error)
 
 
 def test_an_end_of_the_process_is_never_the_callers_kind_of_error_and_others_are() -> None:

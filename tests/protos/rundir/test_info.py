@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from codistill.rundir import info
-from codistill.rundir.info import RunInfo, Start, add_start, differences, write_info
+from codistill.rundir.info import RunInfo, Start, add_start, differences, record_code, write_info
+from codistill.rundir.layout import RunLayout
 
 BEFORE: dict[str, Any] = {
     "versions": {"torch": "2.1", "python": "3.11.7", "grpcio": "1.6"},
@@ -90,3 +91,36 @@ def test_what_decides_numbers_and_differs_is_a_line_with_both_values(changes: di
 
 def test_a_file_of_before_the_processor_and_the_code_were_recorded_raises_no_difference() -> None:
     assert list(differences(start(machine={}, code={}, versions={}), start())) == []
+
+
+def test_code_is_recorded_once_it_is_loaded_and_each_change_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used: dict[str, str] = {}
+    monkeypatch.setattr(info.user_code, "digests", lambda: dict(used))
+    layout = RunLayout(tmp_path)
+    record_code(layout)
+    assert not layout.info_file.exists()
+    write_info(layout.info_file, Start.now("grpc"))
+    used |= {"mine": "a" * 64}
+    record_code(layout)
+    used |= {"late": "b" * 64}
+    record_code(layout)
+    read = RunInfo.read(layout.info_file)
+    assert (read.code, read.resumed, caplog.messages) == (used, (), [])
+
+    used |= {"late": "c" * 64}
+    record_code(layout)
+    record_code(layout)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"module 'late' has changed since the run was last started: its SHA-256 was {'b' * 12}")
+    read = RunInfo.read(layout.info_file)
+    assert (read.code["late"], [start.code["late"] for start in read.resumed]) == ("b" * 64, ["c" * 64])
+
+
+def test_code_that_only_an_earlier_start_used_is_compared_with(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_info(path, start())
+    add_start(path, start(code={"mine": "a" * 64}))
+    (line,) = differences(add_start(path, start()), start(code={"gone": "d" * 64}))
+    assert line.startswith("module 'gone' has changed")

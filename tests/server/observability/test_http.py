@@ -104,6 +104,10 @@ def test_another_path_is_not_found(served: HttpServer, path: str) -> None:
         "evillocalhost",
         "localhost.",
         "127.1",
+        "8.8.8.8",
+        "0.0.0.0",  # noqa: S104
+        "192.0.2.7:80",
+        "[2001:db8::1]:9464",
     ],
 )
 def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: HttpServer, host: str, path: str) -> None:
@@ -130,6 +134,7 @@ def test_a_name_that_leads_here_from_elsewhere_is_not_answered(served: HttpServe
         "[::1",
         "::1",
         "localhost:http",
+        "localhost:65536",
         "local\x1fhost",
         "",
     ],
@@ -146,8 +151,14 @@ def test_two_hosts_are_refused(served: HttpServer) -> None:
     assert b" 400 " in answer.splitlines()[0]
 
 
+@pytest.mark.parametrize("header", [b"", b"Host : localhost\r\n"])
+def test_a_request_without_a_host_is_refused(served: HttpServer, header: bytes) -> None:
+    answer = raw(served, b"GET /metrics HTTP/1.1\r\n" + header + b"\r\n")
+    assert b" 400 " in answer.splitlines()[0]
+
+
 @pytest.mark.parametrize(
-    "host", ["localhost:1", "LOCALHOST", "run.localhost:9464", "127.0.0.1", "[::1]:9464", "192.0.2.7:80"]
+    "host", ["localhost:1", "LOCALHOST", "run.localhost:9464", "127.0.0.1", "127.0.0.2:65535", "[::1]:9464"]
 )
 def test_this_machine_s_names_and_addresses_are_answered(served: HttpServer, host: str) -> None:
     assert asked(served, "/now.json", Host=host)[0] == 200

@@ -91,7 +91,7 @@ def test_a_round_closes_at_its_deadline_without_the_skipped() -> None:
     assert run.send("bee", 0) == []
     assert [type(action) for action in run.tick(1.9)] == []
     skipped, decide = run.tick(0.1)
-    assert skipped == Skipped("cat", 0, "without cat after 3.0 s; 2 contributions, quorum 2")
+    assert skipped == Skipped("cat", 0, "cat had not contributed after 3.0 s; 2 contributions, quorum 2")
     assert isinstance(decide, Decide)
     assert (tuple(decide.contributions), decide.targets) == (("ant", "bee"), True)
     assert {action.participant for action in run.decided() if isinstance(action, Answer)} == {"ant", "bee"}

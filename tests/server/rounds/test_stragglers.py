@@ -43,7 +43,7 @@ class TestCloseDecision:
     def test_at_the_deadline_it_goes_on_with_a_quorum(self) -> None:
         made = decision(3.0, ("ant", "bee"))
         assert (made.close, made.targets, made.skipped) == (True, True, ("cat",))
-        assert made.reason == "without cat after 3.0 s; 2 contributions, quorum 2"
+        assert made.reason == "cat had not contributed after 3.0 s; 2 contributions, quorum 2"
 
     def test_below_the_quorum_it_has_no_targets(self) -> None:
         made = decision(3.0, ("bee",))

@@ -389,7 +389,18 @@ class TestFaults:
             shutil.rmtree(copy.parent)
         assert {0, 15} < frontiers, "none and many survived"
 
-    def test_a_disk_that_is_full(self, journal: Journal, path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("left", "step"),
+        [
+            (10, "free disk space or check the folder's permissions"),
+            (2**30, r"the disk is not full, so look at .*quota"),
+        ],
+    )
+    def test_a_disk_that_is_full(
+        self, journal: Journal, path: Path, left: int, step: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = os.statvfs_result((4096, 4096, 2**31, left, left, 10, 10, 10, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda _: found)
         database = journal._database
         pages = database.execute("PRAGMA page_count").fetchone()[0]
         database.execute(f"PRAGMA max_page_count = {pages + 8}")
@@ -398,7 +409,7 @@ class TestFaults:
             for number in range(1000):
                 journal.append(closed(number, replies={"": os.urandom(2000)}))
 
-        with pytest.raises(JournalError, match=r"is full; free disk space or check the folder's permissions") as error:
+        with pytest.raises(JournalError, match=f"is full; {step}") as error:
             fill()
         assert str(path) in str(error.value)
         (written,) = {
@@ -432,7 +443,8 @@ class TestFaults:
         number, frontier, text = _python(script, str(path), IDENTITY).split(" ", 2)
         assert 0 < int(number) < 10_000
         assert frontier == number
-        assert "free disk space" in text
+        assert "File too large (this process may have 1048576 bytes in a file: ulimit -f); raise the limit" in text
+        assert "free disk space" not in text
         again = reopened(path)
         assert again.restore() == Restored(oldest=0, frontier=int(number))
         again.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -190,3 +191,14 @@ def test_imagenet_without_files_says_what_it_needs(tmp_path: Path) -> None:
         ConfigurationError, match=r"data.download: imagenet could not be brought to .*ILSVRC2012_devkit_t12"
     ):
         load(Data(dataset="imagenet", root=str(tmp_path), image_size=4, download=True), CPU)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA")])
+@pytest.mark.parametrize("download", [False, True])
+def test_memory_that_is_short_is_no_missing_data_set(error: Exception, download: bool, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        builtin._read(Data(dataset="cifar10", root=str(tmp_path), download=download), fail)
+    assert caught.value is error

@@ -13,7 +13,7 @@ from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill_worker.data import Dataset, load
-from codistill_worker.data.dataset import MemorySplit
+from codistill_worker.data.dataset import StreamedSplit
 from codistill_worker.errors import ConfigurationError
 from worker.data.support import CPU, TINY, everything
 
@@ -96,8 +96,7 @@ def test_arrays_beyond_the_limit_stay_in_the_hosts_memory(monkeypatch: pytest.Mo
     meta = torch.device("meta")  # a device that nothing can be read back from shows where images are
     own_data = Data(dataset="own_data:make", classes=3, normalize={"mean": [0], "std": [1]}, memory_limit_gib=TINY)  # pyright: ignore[reportArgumentType]
     train = load(own_data, meta).train
-    assert isinstance(train, MemorySplit)
-    assert train._images.device == CPU
+    assert isinstance(train, StreamedSplit)
     assert train.images(torch.tensor([1])).device == meta
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,34 @@ def test_a_line_for_each_split_says_what_is_taken_and_what_is_not(
         "1 ending in .txt (cat/notes.txt), 1 hidden (cat/.DS_Store), 1 without a suffix (cat/README)"
     )
     assert test == f"data.root: {two_classes}/test: 5 images in 2 classes"
+
+
+@pytest.mark.parametrize("shared", ["split", "class", "image", "image of training", "elsewhere", "nothing"])
+def test_test_images_that_are_training_images_are_said(
+    shared: str, two_classes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, test = two_classes / "train", two_classes / "test"
+    if shared == "split":
+        shutil.rmtree(test)
+        test.symlink_to(train)
+    elif shared == "class":
+        shutil.rmtree(test / "cat")
+        (test / "cat").symlink_to(train / "cat")
+    elif shared == "image":
+        (test / "cat" / "link.png").symlink_to(train / "cat" / "0.png")
+    elif shared == "image of training":
+        (train / "cat" / "link.png").symlink_to(test / "cat" / "0.png")
+    elif shared == "elsewhere":
+        (test / "dog" / "0.png").rename(two_classes / "0.png")
+        for split in (train, test):
+            (split / "dog" / "link.png").symlink_to(two_classes / "0.png")
+    folder(two_classes)
+    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    if shared == "nothing":
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert warning.startswith(f"data.root: {test} holds images that {train} holds too (")
 
 
 def test_a_class_without_images_is_explained_by_what_is_left_out(tmp_path: Path) -> None:

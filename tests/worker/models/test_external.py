@@ -12,6 +12,7 @@ from codistill.peer.errors import PeerError
 from codistill.process.plugins import LoadError
 from codistill_worker.errors import ConfigurationError
 from codistill_worker.lazy_imports import timm, torchvision
+from codistill_worker.models import external
 from worker.models.support import built, parameters
 
 
@@ -212,3 +213,15 @@ def test_a_callable_may_begin_from_weights(tmp_path: Path) -> None:
     torch.save(first.state_dict(), tmp_path / "w.pth")
     again = built("own_models:loaded", seed=2, weights=str(tmp_path / "w.pth"))
     assert all(torch.equal(again.state_dict()[name], value) for name, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize("args", [{}, {"dropout": 0.1}])
+def test_memory_that_is_short_is_no_error_of_the_models_arguments(args: dict[str, Any]) -> None:
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+
+    def construct(**_: Any) -> None:
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        external._constructed(construct, {"num_classes": 3}, args)  # type: ignore[arg-type]
+    assert caught.value is error

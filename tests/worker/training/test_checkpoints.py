@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
@@ -93,6 +96,56 @@ def test_models_and_optimisers_come_back_to_the_bit(
     train(trainer, 3)
     train(resumed, 3)
     assert same(state(resumed), state(trainer))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of tensors, and lists the devices on which memory was taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.devices: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.count += name in ("clone", "copy_", "_to_copy", "contiguous")
+        if name not in ("detach", "alias", "view", "t") and isinstance(made, torch.Tensor):
+            self.devices.append(made.device.type)
+        return made
+
+
+LAYOUTS = {
+    "contiguous": lambda value: value,
+    "channels last": lambda value: value.to(memory_format=torch.channels_last),
+    "transposed": lambda value: value.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_one_copy_of_each_tensor(layout: str) -> None:
+    with torch.device("cpu"):
+        model = {name: LAYOUTS[layout](torch.randn(4, 3, 5, 5)) for name in ("first", "second")}
+        state = {0: {"momentum_buffer": LAYOUTS[layout](torch.randn(4, 3, 5, 5))}}
+    with Copies() as copies:
+        content = checkpoints.serialize(checkpoint(model=model, optimizer={"state": state}))
+    assert copies.count == 3
+    tensors = load_tensors(content)
+    assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in model.items())
+    assert torch.equal(tensors["optimizer.state.0.momentum_buffer"], state[0]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_a_copy_takes_no_memory_of_the_device(layout: str) -> None:
+    """No GPU is there; PyTorch follows the operations on tensors without content."""
+    with FakeTensorMode():
+        value = LAYOUTS[layout](torch.empty(4, 3, 5, 5, device="cuda"))
+        with Copies() as copies:
+            copied = checkpoints._on_host(value)
+    assert copied.device.type == "cpu"
+    assert copied.is_contiguous()
+    assert copies.devices
+    assert "cuda" not in copies.devices
 
 
 def test_every_shape_dtype_and_value_comes_back(tmp_path: Path, same: Any) -> None:

@@ -7,6 +7,7 @@ import random
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
 from codistill_worker.data import augmentation
 from codistill_worker.training import trainer as trainer_module
+from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore
+from codistill_worker.training.trainer import Trainer
 from worker.support import STUDENTS, Answer, MakeStudent, Same, State, Tiny, Train, load
 
 
@@ -44,6 +47,25 @@ class Odd(nn.Module):
             self.spoil == "evaluation" and not self.training and self.calls > 0
         )
         return logits * float("nan") if spoiled else logits
+
+
+class Frozen(nn.Module):
+    """A model of a user's that keeps its batch statistics as they are while it trains."""
+
+    def __init__(self, classes: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(channels * size * size, classes)
+        self.norm = nn.BatchNorm1d(classes)
+        self.modes: list[tuple[bool, bool]] = []
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.modes.append((self.training, self.norm.training))
+        return self.norm(self.layer(images.flatten(1)))
 
 
 class Masks(nn.Module):
@@ -214,6 +236,43 @@ def test_a_method_without_an_exchange_publishes_nothing(tiny: Tiny, student: Mak
     step = trainer.finish({})
     assert step.distillation is None
     assert trainer.step == 1
+
+
+def test_a_model_that_keeps_a_part_in_evaluation_mode_trains_so_from_the_first_step_on(
+    tiny: Tiny, student: MakeStudent, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "frozen_model", types.ModuleType("frozen_model"))
+    sys.modules["frozen_model"].net = Frozen  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = student(
+        tiny(students=[{"name": "a", "model": "frozen_model:net"}, {"name": "b", "model": "mlp"}]), name="a"
+    )
+    assert isinstance(trainer.model, Frozen)
+    trainer.model.modes.clear()
+    train(trainer, 2)
+    assert trainer.model.modes == [(True, False)] * 2
+
+
+def test_the_mode_is_set_only_after_something_changed_it(
+    tiny: Tiny, student: MakeStudent, train: Train, load_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny()
+    trainer = student(experiment)
+    train(trainer, 1)
+    calls: list[bool] = []
+    own = type(trainer.model).train
+
+    def counted(model: nn.Module, mode: bool = True) -> nn.Module:
+        calls.append(mode)
+        return own(model, mode)
+
+    monkeypatch.setattr(type(trainer.model), "train", counted)
+    train(trainer, 2)
+    assert not calls
+    trainer.evaluate(load_data(experiment.data).test)
+    calls.clear()
+    train(trainer, 1)
+    assert True in calls
+    assert all(module.training for module in trainer.model.modules())
 
 
 # --- abandoning
@@ -408,8 +467,48 @@ def test_restored_it_goes_on_as_if_nothing_had_been(
 
     fresh = student(experiment, name)
     fresh.restore(4, saved["model"], saved["optimizer"])
+    assert strides(fresh) == strides(undisturbed) == strides(resumed)
     train(fresh, 5)
     assert same(state(fresh), state(undisturbed))
+    assert strides(fresh) == strides(undisturbed)
+
+
+def strides(trainer: Trainer) -> list[Any]:
+    """Return the layouts of the weights, and of the optimiser's tensors beside them.
+
+    The stride of a dimension of one element is left out, as it means nothing.
+    """
+
+    def layout(value: torch.Tensor) -> list[int]:
+        return [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+
+    kept = trainer._optimizer.state
+    return [
+        (layout(parameter), {name: layout(value) for name, value in kept[parameter].items() if torch.is_tensor(value)})
+        for parameter in trainer._trained.parameters()
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimisers_state_from_a_file_lies_as_its_parameters(
+    optimizer: str, tiny: Tiny, student: MakeStudent, train: Train, tmp_path: Path
+) -> None:
+    experiment = tiny(training__channels_last=True, training__optimizer={"name": optimizer, "lr": 0.01})
+    undisturbed = student(experiment)
+    train(undisturbed, 2)
+    store = CheckpointStore(tmp_path)
+    store.save(Checkpoint("cnn", "", 2, undisturbed.model.state_dict(), undisturbed.optimizer_state(), {}))
+    loaded = store.load("cnn", "")
+    assert loaded is not None
+    restored = student(experiment)
+    restored.restore(2, loaded.model, loaded.optimizer)
+    assert strides(restored) == strides(undisturbed)
+    parameter = next(each for each in restored._trained.parameters() if each.ndim == 4 and each.shape[1] > 1)
+    of_parameter = {
+        value.stride() for value in restored._optimizer.state[parameter].values() if value.shape == parameter.shape
+    }
+    assert of_parameter == {parameter.stride()}
+    assert not parameter.is_contiguous()
 
 
 def test_a_model_whose_code_has_versions_is_restored_from_tensors_alone(tiny: Tiny, student: MakeStudent) -> None:
@@ -510,6 +609,38 @@ def test_held_out_samples_are_published_at_the_first_step_of_each_epoch_but_the_
             )
         trainer.finish(targets_for(published))
     assert at == [3, 6]
+
+
+def test_a_step_may_be_launched_long_before_it_is_begun(
+    tiny: Tiny, student: MakeStudent, targets_for: Answer, train: Train, state: State, same: Same
+) -> None:
+    """Two students whose forward passes are launched together train as they do one after the other."""
+    launched = {name: student(general(tiny), name) for name in STUDENTS}
+    for _ in range(9):
+        for trainer in launched.values():
+            trainer.launch()
+            assert trainer.launched
+        with pytest.raises(RuntimeError, match="is begun already"):
+            trainer.launch()
+        for trainer in launched.values():
+            published = trainer.begin()
+            assert not trainer.launched
+            trainer.finish(targets_for(published))
+    for name, trainer in launched.items():
+        alone = student(general(tiny), name)
+        train(alone, 9)
+        assert same(state(trainer), state(alone))
+        trainer.abandon()
+
+
+def test_a_step_that_is_launched_only_is_undone_too(tiny: Tiny, student: MakeStudent, state: State, same: Same) -> None:
+    trainer = student(tiny())
+    before = state(trainer)
+    trainer.launch()
+    trainer.abandon()
+    assert not trainer.launched
+    assert same(state(trainer), before)
+    assert trainer.begin() is not None
 
 
 def test_measuring_held_out_samples_disturbs_neither_statistics_nor_dropout(

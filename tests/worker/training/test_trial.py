@@ -19,7 +19,8 @@ from codistill_worker.training.trial import try_training
 from worker.support import CPU, Tiny, load
 
 MODELS = """
-import os, random, sys
+import functools, itertools, os, random, sys, time, types
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -205,6 +206,158 @@ class Drawing(Base):
         return nn.functional.dropout(logits, 0.5) + random.gauss(0, 1) + np.random.randn()
 
 
+@dataclass
+class Holder:
+    draws: object = field(default_factory=lambda: random.Random(3))
+
+
+class Slots:
+    __slots__ = ("draws",)
+
+    def __init__(self):
+        self.draws = np.random.RandomState(3)
+
+
+SHARED = np.random.default_rng(3)
+
+
+class HeldDeep(Base):
+    # It draws too late for a trial to see.
+    def setup(self):
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.held = self.made()
+
+    def made(self):
+        return Holder()
+
+    def trained(self, logits):
+        self.steps += 1
+        return logits * self.held.draws.random() if self.steps > 5 else logits
+
+
+class HeldInSlots(HeldDeep):
+    def made(self):
+        return [{"it": Slots()}]
+
+
+class HeldInNamespace(HeldDeep):
+    def made(self):
+        return types.SimpleNamespace(draws=torch.Generator())
+
+
+class HeldByMethod(HeldDeep):
+    def made(self):
+        return functools.partial(random.Random(3).gauss, 0)
+
+
+class HeldByClosure(HeldDeep):
+    def made(self):
+        draws = random.Random(3)
+        return lambda: draws.random()
+
+
+class HeldByHook(HeldDeep):
+    def made(self):
+        draws = random.Random(3)
+        self.layer.register_forward_hook(lambda *_: draws.random() and None)
+
+
+class HeldByModule(HeldDeep):
+    def trained(self, logits):
+        return logits * SHARED.random() if self.steps > 5 else logits
+
+
+class Counts(Base):
+    def setup(self):
+        self.counts = itertools.count()
+
+    def trained(self, logits):
+        return logits * 1.5 if next(self.counts) > 6 else logits
+
+
+class Yields(Counts):
+    def setup(self):
+        self.counts = (number for number in range(10**6))
+
+
+class HiddenModule(Base):
+    def setup(self):
+        self.hidden = [nn.BatchNorm1d(10)]
+
+    def trained(self, logits):
+        return logits + 0 * self.hidden[0](logits)
+
+
+class BuiltOfEntropy(Base):
+    def setup(self):
+        self.register_buffer("offset", torch.tensor(np.random.default_rng().random(10)).float())
+
+
+class BuiltOfEntropyUnsaved(Base):
+    def setup(self):
+        self.offset = torch.tensor(np.random.default_rng().random(10)).float()
+
+
+class MadeInForward(Base):
+    def trained(self, logits):
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(10))
+        return logits * self.scale
+
+
+class RemadeInForward(Base):
+    def setup(self):
+        self.scale = nn.Parameter(torch.ones(10))
+
+    def trained(self, logits):
+        self.scale = nn.Parameter(torch.ones(10))
+        return logits * self.scale
+
+
+class ReshapedInForward(Base):
+    def forward(self, images):
+        self.register_buffer("mask", torch.ones(len(images), 1), persistent=self.persistent)
+        return self.layer(images.flatten(1)) * self.mask
+
+    persistent = True
+
+
+class ReshapedUnsaved(ReshapedInForward):
+    persistent = False
+
+
+class Masked(Base):
+    def forward(self, images):
+        self.register_buffer("mask", (torch.rand(images.shape[1:]) > 0.2).float(), persistent=False)
+        return self.layer((images * self.mask).flatten(1))
+
+
+class Timed(Base):
+    def setup(self):
+        self.times, self.log = [], types.SimpleNamespace(calls=0)
+
+    def trained(self, logits):
+        self.last = time.time()
+        self.times.append(time.perf_counter())
+        self.log.calls += 1
+        return logits
+
+
+class Dummy(Base):
+    def setup(self):
+        self.scale = None
+        self(torch.zeros(2, 64))
+
+    def forward(self, images):
+        if self.scale is None:
+            self.scale = nn.Parameter(torch.ones(10))
+        return super().forward(images) * self.scale
+
+
+def sequential(classes, channels, size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes), nn.BatchNorm1d(classes))
+
+
 class Spectral(Base):
     def setup(self):
         self.layer = nn.utils.parametrizations.spectral_norm(self.layer)
@@ -243,17 +396,32 @@ def line_of(path: Path, model: str) -> str:
     [
         ("Tuple", "cannot train a step on a batch of 16: it gives a tuple as logits for 16 images"),
         ("Narrow", "cannot train a step on a batch of 16: it gives torch.float32 [16, 9] as logits for 16 images"),
-        ("Detached", "cannot train a step on a batch of 16: RuntimeError"),
+        ("Detached", "cannot train a step on a batch of 16: it gives logits without a gradient while it trains"),
         ("Frozen", "has nothing to train"),
         ("Counted", "cannot be saved: '_extra_state' in its state_dict is a dict"),
         ("Unsaved", "buffer 'running' changes while it trains"),
         ("UnsavedAttribute", "attribute 'running' changes while it trains"),
         ("UnsavedCounter", "attribute 'steps' changes while it trains"),
-        ("OwnGenerator", "attribute 'draws' changes while it trains"),
-        ("OwnGeneratorOfNumpy", "attribute 'draws' changes while it trains"),
-        ("OwnGeneratorOfPython", "attribute 'draws' changes while it trains"),
+        ("OwnGenerator", "attribute 'draws' (torch._C.Generator)"),
+        ("OwnGeneratorOfNumpy", "attribute 'draws' (numpy.random._generator.Generator)"),
+        ("OwnGeneratorOfPython", "attribute 'draws' (random.Random)"),
+        ("HeldDeep", "attribute 'held.draws' (random.Random)"),
+        ("HeldInSlots", "held[0]['it'].draws\" (numpy.random.mtrand.RandomState)"),
+        ("HeldInNamespace", "attribute 'held.draws' (torch._C.Generator)"),
+        ("HeldByMethod", "attribute 'held' (random.Random)"),
+        ("HeldByClosure", "attribute 'held.draws' (random.Random)"),
+        ("HeldByHook", "hook of 'layer"),
+        ("HeldByModule", "global 'trial_models.SHARED' (numpy.random._generator.Generator)"),
+        ("Counts", "attribute 'counts' changes while it trains"),
+        ("Yields", "attribute 'counts' changes while it trains"),
+        ("HiddenModule", "attribute 'hidden' changes while it trains"),
+        ("BuiltOfEntropy", "begins with other numbers each time it is built: 'offset'; draw"),
+        ("BuiltOfEntropyUnsaved", "begins with other numbers each time it is built: attribute 'offset'; draw"),
+        ("MadeInForward", "makes, replaces or reshapes 'scale' in its forward pass"),
+        ("RemadeInForward", "makes, replaces or reshapes 'scale' in its forward pass"),
+        ("ReshapedInForward", "makes, replaces or reshapes 'mask' in its forward pass"),
         ("Entropy", "the same step from the same checkpoint gave other weights"),
-        ("Global", "the same step from the same checkpoint gave other weights"),
+        ("Global", "class attribute 'Global.steps' changes while it trains"),
     ],
 )
 def test_a_student_that_cannot_be_trained_or_resumed_is_refused(model: str, text: str, tried: Any) -> None:
@@ -299,10 +467,36 @@ def test_a_batch_of_one_with_batch_normalisation_is_refused(tried: Any) -> None:
     assert caught.value.code is ExitCode.CONFIGURATION
 
 
+def test_a_batch_of_one_names_the_field_and_the_users_file(tried: Any, trial_models: Path) -> None:
+    with pytest.raises(PeerError, match=r"raise training\.batch_size$") as caught:
+        tried("trial_models:sequential", training__batch_size=1)
+    assert f"ValueError at {trial_models}:" in str(caught.value)
+
+
+def test_counters_and_times_that_no_weight_depends_on_are_a_warning(tried: Any, caplog: Any) -> None:
+    tried("trial_models:Timed")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(" changes while")[0] for line in warnings] == [
+        "students.1.model: 'trial_models:Timed' of student 'a': attribute 'times', attribute 'log', attribute 'last'"
+    ]
+
+
+def test_outputs_in_evaluation_name_the_field_and_the_student(tried: Any, trial_models: Path) -> None:
+    with trial_models.open("a") as file:
+        file.write("\n\nclass Pairs(Base):\n    def forward(self, images):\n        return images, images\n")
+    with pytest.raises(
+        PeerError, match=r"^students\.1\.model: 'trial_models:Pairs' of student 'a' gives a tuple for 2"
+    ):
+        tried("trial_models:Pairs")
+
+
+PASSING = ("Constant", "Remembers", "CountedAsTensor", "Drawing", "Spectral", "ReshapedUnsaved", "Masked", "Dummy")
+
+
 @pytest.mark.parametrize(
     "model",
     [
-        *(f"trial_models:{name}" for name in ("Constant", "Remembers", "CountedAsTensor", "Drawing", "Spectral")),
+        *(f"trial_models:{name}" for name in PASSING),
         *("cnn", "mlp", "vit", "resnet8", "torchvision:resnet18"),
     ],
 )

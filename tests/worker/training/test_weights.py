@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,80 @@ def test_plain_files(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("plain.safetensors", "plain.pt", "old.pth"):
         assert same(dict(weights.read(tmp_path / name, "old")))
+
+
+def test_a_file_is_what_its_bytes_say(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "a.pth")
+    torch.save(WEIGHTS, tmp_path / "b.safetensors")
+    torch.save(WEIGHTS, tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.safetensors", "c.safetensors"):
+        assert same(dict(weights.read(tmp_path / name, "old")))
+
+
+@pytest.mark.parametrize(
+    "extra", [{"epoch": 3}, {"_metadata": {}}, {"n_averaged": torch.tensor(2)}, {"optimizer": OPTIMIZER}]
+)
+def test_what_training_loops_put_beside_weights_is_left_out(extra: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    torch.save({**WEIGHTS, **extra}, tmp_path / "a.pth")
+    weights.apply(weights.read(tmp_path / "a.pth", "old"), model, "a.pth", "mine:net", 2)
+    assert same(model.state_dict())
+
+
+def test_of_an_average_and_its_model_both_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(3, 2)
+    file = {"initted": torch.tensor(True), "step": torch.tensor(3), **under("ema_model.", 1), **under("online_model.")}
+    weights.apply(file, model, "a.pt", "mine:net", 2)
+    assert same(model.state_dict())
+    assert (
+        "those under 'online_model.' are taken; left out are those under 'ema_model.', which fit too, and 2 (initted, step) "
+        "others of 6 names"
+    ) in caplog.text
+
+
+NORM = nn.BatchNorm1d(2).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", torch.ones(2, dtype=torch.int32), "'weight' is of torch.int32, and of torch.float32 in the model"),
+        ("bias", torch.ones(2, dtype=torch.complex64), "'bias' is of torch.complex64, and of torch.float32"),
+        ("running_var", torch.ones(2, dtype=torch.bool), "'running_var' is of torch.bool, and of torch.float32"),
+        ("num_batches_tracked", torch.tensor(2.5), "'num_batches_tracked' is of torch.float32, and of torch.int64"),
+        (
+            "weight",
+            torch.tensor([1.0, float("nan")]),
+            "'weight' holds values that are not finite (NaN or infinity); the",
+        ),
+        ("running_mean", torch.tensor([1.0, float("inf")]), "'running_mean' holds values that are not finite"),
+    ],
+)
+def test_values_that_the_model_cannot_have_are_refused_by_name(name: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        weights.apply({**NORM, name: value}, nn.BatchNorm1d(2), "a.pt", "mine:net", 2)
+    assert str(caught.value).startswith(f"weights: a.pt: {message}")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        NORM,
+        {name: value.half() for name, value in NORM.items()},
+        {name: value.double() for name, value in NORM.items()},
+    ],
+)
+def test_other_types_of_floats_and_of_whole_counts_are_taken(file: dict[str, torch.Tensor]) -> None:
+    model = nn.BatchNorm1d(2)
+    weights.apply({**file, "num_batches_tracked": torch.tensor(7, dtype=torch.int32)}, model, "a.pt", "mine:net", 2)
+    assert model.state_dict()["num_batches_tracked"] == 7
+    weights.apply(file, model, "a.pt", "mine:net", 2)
+
+
+def test_a_mask_that_is_infinite_in_the_model_may_be_so(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    weights.apply(model.state_dict(), model, "a.pt", "mine:net", 2)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net", "params", "a_key_of_ones_own"])
@@ -141,12 +216,12 @@ def test_other_names_are_shown_of_both_sides() -> None:
     ) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["t.pth", "a teacher's $HOME.pth"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_the_line_that_keeps_the_weights_alone_does(name: str, legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a teacher's $HOME.pth"])
+@pytest.mark.parametrize(("legacy", "arrays"), [(False, False), (True, False), (False, True)])
+def test_the_line_that_keeps_the_weights_alone_does(name: str, legacy: bool, arrays: bool, tmp_path: Path) -> None:
     file = tmp_path / name
     held = {
-        "model": under("module."),
+        "model": {name: value.numpy() if arrays else value for name, value in under("module.").items()},
         "args": argparse.Namespace(lr=0.1),
         "best": np.float64(0.5),
         "optimizer": OPTIMIZER,
@@ -192,20 +267,76 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def _exported(path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),)), path.with_suffix(".pt2"))
+    path.with_suffix(".pt2").replace(path)
+    save_file(WEIGHTS, path.with_suffix(".safetensors"))
+
+
+def _script(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save does, which torch is about to drop
+        for name in ("data/0", "data.pkl", "code/__torch__/torch/nn/modules/linear.py", "constants.pkl", "version"):
+            archive.writestr(f"a/{name}", b"x")
+
+
+def _cut_header(path: Path) -> None:
+    save_file(WEIGHTS, path)
+    path.write_bytes(path.read_bytes()[:20])
+
+
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
         ("none", _nothing, "is not there; give the folder of a run that trains the teacher"),
         ("a.safetensors", lambda path: path.write_bytes(b"no"), "cannot be read"),
         ("a.pt", lambda path: path.write_bytes(b"no"), "cannot be read"),
-        ("a.pt", lambda path: path.write_bytes(b""), "cannot be read: it is damaged"),
+        ("a.pt", lambda path: path.write_bytes(b""), "cannot be read: it is an empty file; allowed are"),
         ("a.pt", _cut, "cannot be read: "),
-        ("a.pt", lambda path: path.write_bytes(b"\x80\x02X\x05"), "cannot be read: it is damaged"),
-        ("a.pt", lambda path: path.write_bytes(b"\x80\x02."), "cannot be read: it is damaged"),
+        (
+            "a.pt",
+            lambda path: path.write_bytes(b"\x80\x02X\x05"),
+            "it is a pickle that torch.save did not write, or is damaged",
+        ),
+        (
+            "a.pt",
+            lambda path: path.write_bytes(b"\x80\x02."),
+            "it is a pickle that torch.save did not write, or is damaged",
+        ),
         (
             "a.pt",
             _pickled,
-            "cannot be read: it is damaged, or holds objects besides tensors, which are never unpickled; ",
+            "cannot be read: it is a pickle that torch.save did not write, or is damaged; it is never unpickled; allowed are",
+        ),
+        ("a.pt2", _exported, "a.pt2 cannot be read: it is an exported program; give "),
+        ("a.pt", _exported, "a.safetensors beside it; allowed are"),
+        (
+            "a.pt2",
+            _script,
+            "it is a TorchScript program; save the state_dict() of the model that it was made from; allowed",
+        ),
+        ("a.npz", lambda path: np.savez(path, weight=np.ones(2)), "it is an archive of NumPy arrays; allowed are"),
+        ("a.pth", lambda path: path.write_text("no weights: \u20ac"), "it is a text file; allowed are"),
+        (
+            "a.pth",
+            lambda path: path.write_text("<!DOCTYPE html>"),
+            "it is a web page; get the file itself; allowed are",
+        ),
+        (
+            "a.pth",
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+            "it is a pointer of Git LFS",
+        ),
+        ("a.pt", _cut, "it is damaged: a zip archive that is cut off or changed; get it again"),
+        ("a.safetensors", _cut_header, "it is cut off within the header of safetensors; get it again"),
+        (
+            "a.pt",
+            lambda path: torch.save({"w": torch.ones(3).to_sparse()}, path),
+            "'w' is sparse, and not dense; save plain",
+        ),
+        (
+            "a.pt",
+            lambda path: torch.save({"w": torch.ones(3, device="meta")}, path),
+            "'w' is on the meta device and has no",
         ),
         ("a.pt", _saved_with_code, "or holds objects besides tensors, which are never unpickled; allowed are a run's"),
         (
@@ -305,3 +436,15 @@ def test_the_digest_is_of_names_and_values() -> None:
     assert first == weights.digest(dict(reversed(WEIGHTS.items())))
     assert first != weights.digest({**WEIGHTS, "bias": WEIGHTS["bias"] + 1})
     assert first != weights.digest({f"a.{name}": value for name, value in WEIGHTS.items()})
+
+
+def test_memory_of_the_device_that_is_short_is_no_error_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, error = nn.Linear(2, 2), torch.OutOfMemoryError("CUDA out of memory.")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(weights, "load", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        weights.apply(model.state_dict(), model, "w.safetensors", "own", 2)
+    assert caught.value is error

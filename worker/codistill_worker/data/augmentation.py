@@ -11,6 +11,7 @@ from torch.nn import functional
 from codistill.config.data import Augment
 from codistill.config.experiment import Experiment
 from codistill.peer.draws import derive, uniforms
+from codistill_worker.transfers import upload
 
 __all__ = ["augment", "normalise", "view_seed"]
 
@@ -43,7 +44,7 @@ def augment(images: torch.Tensor, ids: torch.Tensor, settings: Augment, seed: in
     draws = uniforms(seed, ids, 3)
     places = (draws[:, :2] * (2 * padding + 1)).long()
     flips = (draws[:, 2:] < 0.5).long() * int(settings.flip)
-    top, left, flip = torch.cat([places, flips], 1).to(images.device).unbind(1)  # one transfer for all three
+    top, left, flip = upload(torch.cat([places, flips], 1), images.device).unbind(1)  # one transfer for all three
     columns = torch.arange(width, device=images.device)
     columns = torch.where(flip[:, None] > 0, width - 1 - columns, columns) + left[:, None]
     rows = torch.arange(height, device=images.device) + top[:, None]

@@ -17,7 +17,7 @@ from codistill.config.data import Data
 from codistill.rundir.files import locked
 from codistill_worker.data.folders import image_folder
 from codistill_worker.data.sources import Arrays, Files
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.lazy_imports import torchvision
 
 __all__ = ["TORCHVISION", "digits", "imagenet", "torchvision_set"]
@@ -116,6 +116,8 @@ def _read(data: Data, read: Callable[[], _T]) -> _T:
         with _download_lock(Path(data.root)):
             return read()
     except (RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error).strip().split("\n")[0]
         if data.download:
             raise ConfigurationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,15 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
 import torch
 
 from codistill_worker.data.augmentation import normalise
 from codistill_worker.errors import ConfigurationError
+from codistill_worker.transfers import host_buffer, upload
 
 __all__ = ["Dataset", "MemorySplit", "Split", "StreamedSplit", "check_batch"]
 
 _BATCHES_AHEAD = 2
+_JOB_BYTES = 2**15  # of images; smaller jobs cost more to hand over than small images to read
 
 
 class Split(ABC):
@@ -38,7 +40,7 @@ class Split(ABC):
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the images of each batch of ids, in order.
 
-        Batches may be taken from `id_batches` before they are needed, to decode ahead. The stream begins and ends where the
+        Batches may be taken from `id_batches` before they are needed, to read ahead. The stream begins and ends where the
         ids do. Close the iterator to stop early.
 
         Args:
@@ -57,86 +59,82 @@ class Split(ABC):
 
 
 class MemorySplit(Split):
-    """Images in memory: the device's, or the host's where they are too large for the device.
+    """Images in the memory of the device where batches are wanted.
 
     Args:
-        images: uint8 of shape [N, C, H, W], on `device` or on the CPU.
+        images: uint8 of shape [N, C, H, W], on the device.
         labels: int64 of shape [N], on the CPU.
-        device: where batches are wanted.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         super().__init__(labels)
         self._images = images
-        self._device = device
 
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the images of each batch of ids, in order; nothing is read ahead."""
         for ids in id_batches:
-            yield self._images.index_select(0, ids.to(self._images.device)).to(self._device)
+            yield self._images.index_select(0, upload(ids, self._images.device))
 
 
 class StreamedSplit(Split):
-    """Images decoded as they are needed, by threads, a few batches ahead and never more.
+    """Images that stay off the device, read as they are needed by threads, a few batches ahead and never more.
 
-    Decoding leaves Python's lock for most of its time, so threads keep several cores busy. Unlike processes they need no
-    shared memory and no fork of a process with gRPC in it, and none can be lost.
+    Decoding and copying leave Python's lock for most of their time, so threads keep several cores busy. Unlike processes
+    they need no shared memory and no fork of a process with gRPC in it, and none can be lost. They end with the stream.
 
     Args:
-        decode: writes one sample's image, by id, into an array uint8 of shape [C, H, W].
+        read: writes images, by ids, into a tensor on the CPU, uint8 of shape [B, C, H, W]; called by several threads at once.
         shape: (C, H, W).
         labels: int64 of shape [N], on the CPU.
         device: where batches are wanted.
-        threads: the number of decoding threads; 0 to decode in the caller's thread.
+        threads: the number of reading threads; 0 to read in the caller's thread.
     """
 
     def __init__(
         self,
-        decode: Callable[[int, np.ndarray], None],
+        read: Callable[[torch.Tensor, torch.Tensor], None],
         shape: tuple[int, int, int],
         labels: torch.Tensor,
         device: torch.device,
         threads: int,
     ) -> None:
         super().__init__(labels)
-        self._decode = decode
+        self._read = read
         self._shape = shape
         self._device = device
         self._threads = threads
+        self._images_per_job = max(1, _JOB_BYTES // math.prod(shape))
 
     def stream(self, id_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yield the images of each batch of ids, in order, decoding two batches ahead of the one asked for."""
+        """Yield the images of each batch of ids, in order, reading two batches ahead of the one asked for."""
         if not self._threads:
             for ids in id_batches:
                 batch = self._buffer(ids)
-                for image, index in zip(batch.numpy(), ids.tolist(), strict=True):
-                    self._decode(index, image)
-                yield self._on_device(batch)
+                self._read(ids, batch)
+                yield upload(batch, self._device)
             return
         pending: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="read-images")
         try:
             for ids in id_batches:
                 batch = self._buffer(ids)
-                places = zip(batch.numpy(), ids.tolist(), strict=True)
-                pending.append((batch, [pool.submit(self._decode, index, image) for image, index in places]))
+                parts = zip(ids.split(self._images_per_job), batch.split(self._images_per_job), strict=True)
+                pending.append((batch, [pool.submit(self._read, some, images) for some, images in parts]))
                 if len(pending) > _BATCHES_AHEAD:
                     yield self._finished(*pending.popleft())
+            pool.shutdown(wait=False)  # nothing follows, so the threads need not wait for the stream's reader
             while pending:
                 yield self._finished(*pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _buffer(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.empty((ids.shape[0], *self._shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return host_buffer((ids.shape[0], *self._shape), torch.uint8, self._device)
 
     def _finished(self, batch: torch.Tensor, jobs: list[Future[None]]) -> torch.Tensor:
         for job in jobs:
             job.result()
-        return self._on_device(batch)
-
-    def _on_device(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch.to(self._device, non_blocking=True)
+        return upload(batch, self._device)
 
 
 @dataclass(frozen=True, eq=False)

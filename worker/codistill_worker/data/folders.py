@@ -44,6 +44,14 @@ def image_folder(data: Data) -> tuple[Files, Files]:
         raise ConfigurationError(
             f"data.classes: {expected}, but {train} holds {len(names)} class folders; make them agree"
         )
+    if shared := train_listing.shared_with(test_listing):
+        _log.warning(
+            "data.root: %s holds images that %s holds too (%s): its test accuracy is that of images trained on; put other "
+            "images there",
+            test,
+            train,
+            shared,
+        )
     assert data.image_size is not None  # noqa: S101 - the schema asks for it
     return _files(train, train_listing, data.image_size), _files(test, test_listing, data.image_size)
 

@@ -93,6 +93,8 @@ class Listing:
     Attributes:
         files: the paths by class, both in the order of code points.
         left_out: what is not taken.
+        places: the paths of the folders that images were taken from, by their real paths.
+        linked: the paths of the images that were taken by a link, by their real paths.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,6 +105,8 @@ class Listing:
         """
         self.left_out = LeftOut(str(folder))
         self._real_path = os.path.realpath(folder)
+        self.places: dict[str, str] = {}
+        self.linked: dict[str, str] = {}
         self._class_of: dict[str, str] = {}  # by the real path of each folder that was walked
         self._folder_links: list[tuple[str, str]] = []  # path and class
         self._file_links: list[tuple[str, str]] = []
@@ -120,6 +124,18 @@ class Listing:
         self._take_linked_files()
         for paths in self.files.values():
             paths.sort()
+
+    def shared_with(self, other: Listing) -> str:
+        """Return an example of what two splits share, through a link or as one folder: `img/test/cat is img/train/cat`; or ""."""
+        for path, names in other.places.items():
+            if (ours := self.places.get(path)) is not None:
+                return f"{names} is {ours}"
+        for mine, theirs in ((self, other), (other, self)):
+            for target, path in theirs.linked.items():
+                if os.path.dirname(target) in mine.places:  # noqa: PTH120 - as text, as all paths here
+                    return f"{path} leads to {target}"
+        both = sorted(self.linked.keys() & other.linked.keys())
+        return f"{other.linked[both[0]]} and {self.linked[both[0]]} lead to {both[0]}" if both else ""
 
     def _class_names(self, folder: str) -> Iterator[str]:
         for entry in _entries(folder):
@@ -149,6 +165,7 @@ class Listing:
                 self.left_out.add("linked to what is taken already", path)
                 continue
             self._class_of[real_path] = name
+            self.places[real_path] = path
             for entry in _entries(path):
                 if _is_hidden(entry.name):
                     self.left_out.add("hidden", entry.path)
@@ -195,6 +212,7 @@ class Listing:
                 known = self._class_of.get(folder)
             if known is None:
                 taken[target] = name
+                self.linked[target] = path
                 self.files[name].append(path)
             elif known == name:
                 self.left_out.add("linked to what is taken already", path)

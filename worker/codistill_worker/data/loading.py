@@ -40,7 +40,7 @@ def load(data: Data, device: torch.device) -> Dataset:
     Args:
         data: the experiment's section.
         device: of the batches. All splits are kept there as bytes if together they take at most `data.memory_limit_gib`.
-            Otherwise files are decoded as they are needed, and arrays stay in the host's memory.
+            Otherwise files are decoded as they are needed, and arrays stay in the host's memory; threads read both ahead.
 
     Raises:
         ConfigurationError: the data set cannot be found or read, or is not as the section says.

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from codistill_worker.data.dataset import MemorySplit, Split, StreamedSplit
@@ -24,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
 _FILES_PER_JOB = 64
+_MOST_THREADS = 16
 
 
 class Source(ABC):
@@ -61,14 +61,36 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
+    def read(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Write images into a tensor; several threads may call this at once.
+
+        Args:
+            ids: of the samples, int64 of shape [B], on the CPU.
+            out: receives the images, uint8 of shape [B, C, H, W], on the CPU.
+
+        Raises:
+            ConfigurationError: a file cannot be decoded.
+        """
+
+    @abstractmethod
+    def read_all(self) -> torch.Tensor:
+        """Return all images, uint8 of shape [N, C, H, W], on the CPU.
+
+        Raises:
+            ConfigurationError: a file cannot be decoded.
+        """
+
+    def split(self, device: torch.device, *, on_device: bool, threads: int | None) -> Split:
         """Return the samples as a split.
 
         Args:
             device: of the batches.
             on_device: whether to keep all images there.
-            threads: the number of decoding threads, where images are streamed.
+            threads: the number of reading threads, where images stay off the device; None for one of each core, at most 16.
         """
+        if on_device:
+            return MemorySplit(self.read_all().to(device), self.labels)
+        return StreamedSplit(self.read, self.shape, self.labels, device, _threads() if threads is None else threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +119,20 @@ class Arrays(Source):
         """Return a SHA-256 in hexadecimal of the pixels, or of a sample of them."""
         return digest_of_pixels(self.pixels)
 
-    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:  # noqa: ARG002
-        """Return the samples as a split in the device's memory, or in the host's."""
-        pixels = self.pixels.contiguous()
-        return MemorySplit(pixels.to(device) if on_device else pixels, self.labels, device)
+    def read(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy images into a tensor."""
+        with (
+            torch.inference_mode()
+        ):  # `out` may be a tensor of the caller's inference mode, which each thread has for itself
+            torch.index_select(self.pixels, 0, ids, out=out)
+
+    def read_all(self) -> torch.Tensor:
+        """Return the pixels."""
+        return self.pixels.contiguous()
+
+    def split(self, device: torch.device, *, on_device: bool, threads: int | None) -> Split:
+        """Return the samples as a split; on the CPU they are where they should be, whatever their size."""
+        return super().split(device, on_device=on_device or device.type == "cpu", threads=threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,31 +163,26 @@ class Files(Source):
         """Return a SHA-256 in hexadecimal of the files, or of a sample of them."""
         return digest_of_files(self.paths)
 
-    def split(self, device: torch.device, *, on_device: bool, threads: int) -> Split:
-        """Return the samples as a split: all decoded now, or each when it is needed."""
-        if on_device:
-            return MemorySplit(self._decode_all().to(device), self.labels, device)
-        return StreamedSplit(self._decode, self.shape, self.labels, device, threads)
+    def read(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Decode files into a tensor."""
+        chosen: list[int] = ids.tolist()
+        for index, image in zip(chosen, out.numpy(), strict=True):
+            decode_image(self.paths[index], image)
 
-    def _decode(self, index: int, out: np.ndarray) -> None:
-        decode_image(self.paths[index], out)
+    def _read_some(self, ids: torch.Tensor, out: torch.Tensor) -> int:
+        self.read(ids, out)
+        return len(ids)
 
-    def _decode_some(self, out: np.ndarray, start: int) -> int:
-        stop = min(start + _FILES_PER_JOB, len(self))
-        for index in range(start, stop):
-            self._decode(index, out[index])
-        return stop - start
-
-    def _decode_all(self) -> torch.Tensor:
-        """Return all images, uint8 of shape [N, C, H, W] on the CPU; log progress every few seconds."""
+    def read_all(self) -> torch.Tensor:
+        """Decode all files; log progress every few seconds."""
         total = len(self)
         out = torch.empty((total, *self.shape), dtype=torch.uint8)
-        pixels = out.numpy()
+        parts = zip(torch.arange(total).split(_FILES_PER_JOB), out.split(_FILES_PER_JOB), strict=True)
         began = logged = time.monotonic()
         done = 0
-        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(_threads(), thread_name_prefix="read-images")
         try:
-            jobs = [pool.submit(self._decode_some, pixels, start) for start in range(0, total, _FILES_PER_JOB)]
+            jobs = [pool.submit(self._read_some, ids, images) for ids, images in parts]
             for job in as_completed(jobs):
                 done += job.result()
                 now = time.monotonic()
@@ -167,3 +194,9 @@ class Files(Source):
             pool.shutdown(cancel_futures=True)
         _log.debug("decoded %d images in %.1f s", total, time.monotonic() - began)
         return out
+
+
+def _threads() -> int:
+    """Return one thread for each core that this process may run on, at most 16."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(_MOST_THREADS, len(allowed))

@@ -89,7 +89,9 @@ def check(reference: str, args: Mapping[str, Any] | None = None) -> None:
         )
 
 
-def build(reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any], seed: int) -> nn.Module:
+def build(
+    reference: str, *, classes: int, channels: int, size: int, args: Mapping[str, Any], seed: int, title: str = ""
+) -> nn.Module:
     """Return a participant's model; run it on two empty images to check that it outputs logits.
 
     Args:
@@ -99,6 +101,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
         size: height and width of an image.
         args: the experiment's `model_args`.
         seed: of the initial weights, 63 bits; the global generators stay as they were.
+        title: begins an error's text: the field, the model and its participant.
 
     Returns:
         The model on the CPU, in training mode: [B, channels, size, size] to [B, classes].
@@ -110,6 +113,7 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
         PeerError: a user's callable raised an error.
     """
     check(reference)
+    title = title or f"model {reference!r}"
     source, _, name = reference.partition(":")
     shape = {"classes": classes, "channels": channels, "size": size}
     with seeded(seed):
@@ -123,8 +127,8 @@ def build(reference: str, *, classes: int, channels: int, size: int, args: Mappi
             else:
                 model = from_callable(reference, **shape, args=args)
         except ConfigurationError as error:
-            raise ConfigurationError(f"model {reference!r}: {error}") from error.__cause__
-        _check_output(model, reference, **shape)
+            raise ConfigurationError(f"{title}: {error}") from error.__cause__
+        _check_output(model, reference, title, **shape)
     return model
 
 
@@ -145,7 +149,7 @@ def _builtin(factory: partial[nn.Module], shape: Mapping[str, int], args: Mappin
         raise ConfigurationError(f"model_args.{field}: {args[field]!r} is not allowed: {first['msg']}") from error
 
 
-def _check_output(model: nn.Module, reference: str, *, classes: int, channels: int, size: int) -> None:
+def _check_output(model: nn.Module, reference: str, title: str, *, classes: int, channels: int, size: int) -> None:
     images = torch.zeros(2, channels, size, size)
     try:
         with _evaluating(model), torch.no_grad():
@@ -156,23 +160,22 @@ def _check_output(model: nn.Module, reference: str, *, classes: int, channels: i
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
         why = plugins.explain_error(error) if own else str(error) or type(error).__name__
         raise ConfigurationError(
-            f"model {reference!r} cannot take images of [2, {channels}, {size}, {size}]: {why}; "
+            f"{title} cannot take images of [2, {channels}, {size}, {size}]: {why}; "
             "choose another model, or other model_args or data.image_size"
         ) from error
     wanted = f"[2, {classes}]"
     if not isinstance(output, torch.Tensor):
         raise ConfigurationError(
-            f"model {reference!r} gives a {type(output).__name__} for 2 images; expected a tensor {wanted}: "
+            f"{title} gives a {type(output).__name__} for 2 images; expected a tensor {wanted}: "
             "let it return its logits only"
         )
     if tuple(output.shape) != (2, classes):
         raise ConfigurationError(
-            f"model {reference!r} gives {list(output.shape)} for 2 images; expected {wanted}: "
-            "one logit for each class of the data"
+            f"{title} gives {list(output.shape)} for 2 images; expected {wanted}: one logit for each class of the data"
         )
     if not output.is_floating_point():
         raise ConfigurationError(
-            f"model {reference!r} gives {output.dtype} for 2 images; expected a floating-point tensor {wanted}"
+            f"{title} gives {output.dtype} for 2 images; expected a floating-point tensor {wanted}"
         )
 
 

@@ -181,6 +181,8 @@ def _constructed(construct: Callable[..., nn.Module], fixed: Mapping[str, Any], 
     try:
         return construct(**fixed, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error) or type(error).__name__
         if not args:
             raise ConfigurationError(f"cannot be built: {reason}") from error

@@ -29,7 +29,7 @@ from codistill.config.fingerprint import difference, extends
 from codistill.rundir.files import remove_abandoned_parts, write_atomically
 from codistill.rundir.layout import ParticipantLayout
 from codistill.rundir.storage import FolderGuard
-from codistill_worker.errors import ConfigurationError
+from codistill_worker.errors import ConfigurationError, is_out_of_memory
 
 __all__ = ["Checkpoint", "CheckpointStore", "is_checkpoint", "newest", "read", "serialize"]
 
@@ -237,6 +237,8 @@ def read(path: Path) -> Checkpoint:
     except ConfigurationError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigurationError(f"checkpoint {path} cannot be read: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"checkpoint {path} was not written by codistill") from error
@@ -244,18 +246,29 @@ def read(path: Path) -> Checkpoint:
 
 def _step_of(path: Path) -> int | None:
     """Return a checkpoint's step from its header alone; None if it cannot be read."""
+    step = _from_header(path, "step")
+    return step if isinstance(step, int) else None
+
+
+def read_identity(path: Path) -> str | None:
+    """Return the identity of a checkpoint's experiment from its header alone; None if it cannot be read."""
+    identity = _from_header(path, "identity")
+    return identity if isinstance(identity, str) else None
+
+
+def _from_header(path: Path, key: str) -> object:
     try:
         with safe_open(path, framework="pt") as file:
             header = cast("dict[str, str] | None", file.metadata()) or {}
-        return int(json.loads(header["codistill"])["step"])
+        return json.loads(header["codistill"])[key]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def serialize(checkpoint: Checkpoint) -> bytes:
     """Return a checkpoint as the content of its file."""
-    tensors = {f"model.{name}": value.detach().contiguous() for name, value in checkpoint.model.items()}
-    tensors |= {f"extra.{name}": value.detach().contiguous() for name, value in checkpoint.extra.items()}
+    tensors = {f"model.{name}": _on_host(value) for name, value in checkpoint.model.items()}
+    tensors |= {f"extra.{name}": _on_host(value) for name, value in checkpoint.extra.items()}
     optimizer = _flatten(checkpoint.optimizer, "optimizer", tensors)
     about = {
         "format": _FORMAT,
@@ -265,10 +278,19 @@ def serialize(checkpoint: Checkpoint) -> bytes:
         "optimizer": optimizer,
         "progress": checkpoint.progress,
     }
-    # Tied weights are one storage under two names, which safetensors refuses; each gets its own copy.
-    copies = {name: value.clone() for name, value in tensors.items()}
     text = json.dumps(about)
-    return save(copies, {"codistill": text, "digest": _digest(text, copies)})
+    return save(tensors, {"codistill": text, "digest": _digest(text, tensors)})
+
+
+def _on_host(value: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy in the host's memory, made without memory of the device.
+
+    Each has its own storage: tied weights are one storage under two names, which safetensors refuses.
+    """
+    if value.device.type == "cpu":
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    # A copy to another memory layout would be laid out on the device first, in more of its memory.
+    return value.detach().to("cpu").contiguous()
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -277,18 +299,18 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _digest(about: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a SHA-256 over a checkpoint's header and tensors, in hexadecimal."""
+    """Return a SHA-256 over a checkpoint's header and its tensors on the CPU, in hexadecimal."""
     digest = hashlib.sha256(about.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return `value` as JSON, and add its tensors to `tensors` by their paths."""
+    """Return `value` as JSON, and add copies of its tensors to `tensors` by their paths."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().contiguous()
+        tensors[path] = _on_host(value)
         return {"tensor": path}
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()

@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from codistill.config.training import Training
 from codistill_worker.data import Dataset, Split
-from codistill_worker.training.devices import autocast
+from codistill_worker.training.devices import forward_pass
 from codistill_worker.training.outputs import check_output
+from codistill_worker.transfers import upload
 
 __all__ = ["Score", "evaluate"]
 
@@ -41,9 +42,9 @@ def evaluate(
     with torch.inference_mode():
         on_batch()
         for ids, images in zip(batches, split.stream(iter(batches)), strict=True):
-            labels = split.labels[ids].to(device, non_blocking=True)
+            labels = upload(split.labels[ids], device)
             normalised = dataset.normalise(images, channels_last=training.channels_last)
-            with autocast(device, training):
+            with forward_pass(device, training):
                 logits = model(normalised)
             check_output("logits", logits, (len(ids), dataset.classes), model)
             logits = logits.float()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from codistill.config.training import Optimizer, Schedule
 
-__all__ = ["build_optimizer", "learning_rate"]
+__all__ = ["build_optimizer", "learning_rate", "load_state"]
 
 
 def build_optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
@@ -32,6 +34,27 @@ def build_optimizer(trained: nn.Module, settings: Optimizer) -> torch.optim.Opti
             weight_decay=settings.weight_decay,
         )
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state dict, which is copied, into an optimiser; lay each tensor out in memory as its parameter.
+
+    A checkpoint's tensors are contiguous. Beside parameters in another layout they would keep the optimiser from its fused
+    kernels for the rest of the run.
+
+    Raises:
+        ValueError, KeyError: the state is of another optimiser.
+    """
+    # A copy, as the optimiser would keep and change the tensors that it is given.
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.methods import ImageShape, StudentContext
+from codistill.process.plugins import code_place
+from codistill.process.randomness import seeded
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset
 
@@ -61,35 +62,44 @@ def image_shape(dataset: Dataset) -> ImageShape:
 
 
 def output_shapes(network: nn.Module, shape: ImageShape, device: torch.device) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a network's named outputs, without the samples, by running it on two empty images."""
+    """Return the shapes of a network's named outputs, without the samples, by running it on two empty images.
+
+    The global generators are seeded meanwhile, and then as they were: a model may keep what it draws.
+    """
     images = torch.zeros(2, shape["channels"], shape["size"], shape["size"], device=device)
     network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), seeded(0):
         shapes = {name: tuple(value.shape[1:]) for name, value in network(images).items()}
     network.train()
     return shapes
 
 
-def check_output(name: str, value: Any, wanted: tuple[int, ...], model: nn.Module) -> None:
-    """Check an output's type and shape.
+def check_output(name: str, value: Any, wanted: tuple[int, ...], model: nn.Module, *, trains: bool = False) -> None:
+    """Check an output's type and shape, and its gradient where it is trained on.
 
     Args:
         name: of the output.
         value: what the network gave.
         wanted: the shape [B, ...].
         model: the participant's, for the place in the message.
+        trains: whether the output needs a gradient.
 
     Raises:
-        OutputError: it is another.
+        OutputError: it is another, or has no gradient.
     """
+    place = code_place(type(model).forward)
+    place = f" ({place})" if place else ""
     if isinstance(value, torch.Tensor):
         if value.shape == wanted and value.is_floating_point():
-            return
+            if value.requires_grad or not trains:
+                return
+            raise OutputError(
+                f"it gives {name} without a gradient while it trains{place}, so nothing can be trained: remove detach, "
+                "torch.no_grad or torch.set_grad_enabled(False) from its code"
+            )
         given = f"{value.dtype} {list(value.shape)}"
     else:
         given = f"a {type(value).__name__}"
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     raise OutputError(
         f"it gives {given} as {name} for {wanted[0]} images{place}; expected a floating-point tensor {list(wanted)}"
         f"{': let it return its logits only' if name == 'logits' else ''}"

@@ -7,10 +7,9 @@ depends on the experiment, the student's name, the step and the weights alone: o
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -29,9 +28,9 @@ from codistill.process.randomness import seed_generators
 from codistill_worker import methods, models
 from codistill_worker.data import Dataset, Split, augmentation
 from codistill_worker.training import weights
-from codistill_worker.training.devices import autocast, place_model, set_threads, to_cpu
+from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import Score, evaluate
-from codistill_worker.training.optim import build_optimizer, learning_rate
+from codistill_worker.training.optim import build_optimizer, learning_rate, load_state
 from codistill_worker.training.outputs import (
     Outputs,
     Published,
@@ -40,7 +39,9 @@ from codistill_worker.training.outputs import (
     output_shapes,
     teacher_shapes,
 )
-from codistill_worker.training.rollback import Moved, Rollback
+from codistill_worker.training.rollback import Rollback
+from codistill_worker.training.users_errors import model_title
+from codistill_worker.transfers import all_finite, upload
 
 __all__ = ["StepLoss", "Trainer", "divergence_error"]
 
@@ -64,10 +65,19 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A step's batch, ready on the device."""
+    """A step's batch.
+
+    Attributes:
+        step: whose batch it is.
+        ids: of the samples, int64 of shape [B], on the CPU.
+        host_labels: the samples' labels, int64 of shape [B], on the CPU.
+        labels: the same on the device.
+        images: ready for the model, on the device.
+    """
 
     step: int
     ids: torch.Tensor
+    host_labels: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor
 
@@ -78,7 +88,15 @@ class _Begun:
 
     labels: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
-    before: Moved
+
+
+@dataclass(frozen=True)
+class _Unpublished:
+    """What a step that was launched has yet to publish; the outputs of the held-out samples are on the device."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    held_out: Outputs | None
 
 
 class Trainer:
@@ -117,6 +135,7 @@ class Trainer:
             **shape,
             args=plan.student.model_args,
             seed=derive(experiment.seed, "init", self.student),
+            title=model_title(experiment, plan.student),
         )
         self.model: nn.Module = place_model(model, device, training)
         teachers = partial(teacher_shapes, experiment, shape)
@@ -133,10 +152,12 @@ class Trainer:
         self._trained = nn.ModuleList([self.model, self.extra])
         self._optimizer = build_optimizer(self._trained, training.optimizer)
         self._rollback = Rollback(self._trained)
+        self._moded = list(dict.fromkeys([*self.model.modules(), *self.objective.network.modules()]))
         self._batches: Iterator[torch.Tensor] = iter(())
         self._streaming_from = -1
         self._prepared: _Prepared | None = None
         self._begun: _Begun | None = None
+        self._unpublished: _Unpublished | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,6 +175,11 @@ class Trainer:
         return self._plan.distillation.exchanges and self._exchange_schedule.exchanges(self.step)
 
     @property
+    def launched(self) -> bool:
+        """Whether the next step is launched, and not begun yet."""
+        return self._unpublished is not None
+
+    @property
     def parameters(self) -> int:
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -164,30 +190,47 @@ class Trainer:
         if upcoming < self.total_steps and (self._prepared is None or self._prepared.step != upcoming):
             self._prepared = self._prepare(upcoming)
 
-    def begin(self) -> Published | None:
-        """Run the forward pass of the next step; return what to publish, or None if the step exchanges nothing.
-
-        Raises:
-            PeerError: the outputs are not finite any more.
-        """
+    def launch(self) -> None:
+        """Start the forward pass of the next step, without waiting for a GPU to compute it; :meth:`begin` follows."""
         if self._begun is not None:
             raise RuntimeError(f"step {self.step} is begun already; finish or abandon it")
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         prepared = self._prepared
         if prepared is None or prepared.step != self.step:
             prepared = self._prepare(self.step)
         self._prepared = None
-        before = self._rollback.keep()
+        self._rollback.keep()
         held_out = self._held_out() if self._measures_held_out() else None
-        self.model.train()
-        self.objective.network.train()
+        if not all(module.training for module in self._moded):  # setting the mode costs more than to look at it
+            self.model.train()
+            self.objective.network.train()
         self._seed("forward")
         outputs = self._outputs(prepared.images)
-        self._begun = _Begun(prepared.labels, outputs, before)
+        self._begun = _Begun(prepared.labels, outputs)
+        self._unpublished = _Unpublished(prepared.ids, prepared.host_labels, held_out)
+
+    def begin(self) -> Published | None:
+        """Run the forward pass of the next step, unless it is launched.
+
+        Returns:
+            What to publish, or None if the step exchanges nothing.
+
+        Raises:
+            PeerError: the outputs are not finite any more.
+        """
+        if not self.launched:
+            self.launch()
+        begun, unpublished = self._begun, self._unpublished
+        assert begun is not None  # noqa: S101 - launch set both
+        assert unpublished is not None  # noqa: S101
+        self._unpublished = None
         if not self.exchanges:
             return None
-        labels = self._dataset.train.labels[prepared.ids]
-        return Published(self.step, Outputs(prepared.ids, labels, self._published(outputs)), held_out)
+        held_out = unpublished.held_out
+        if held_out is not None:
+            held_out = replace(held_out, arrays=self._published(held_out.arrays))
+        batch = Outputs(unpublished.ids, unpublished.labels, self._published(begun.outputs))
+        return Published(self.step, batch, held_out)
 
     def finish(self, targets: Mapping[str, torch.Tensor]) -> StepLoss:
         """Run the backward pass of the step that was begun and update the weights.
@@ -199,8 +242,8 @@ class Trainer:
         begun = self._begun
         if begun is None:
             raise RuntimeError("no step is begun")
-        set_threads(self._plan.training)
-        on_device = {name: value.to(self.device, non_blocking=True) for name, value in targets.items()}
+        set_kernels(self._plan.training)
+        on_device = {name: upload(value, self.device) for name, value in targets.items()}
         epoch = self.step / self.steps_per_epoch
         step = Step(begun.outputs, begun.labels, on_device, epoch, self._plan.training.epochs)
         self._seed("loss")
@@ -222,8 +265,8 @@ class Trainer:
         """Undo :meth:`begin`, so that this process or another can begin the step again."""
         if self._begun is None:
             return
-        self._rollback.restore(self._begun.before)
-        self._begun = None
+        self._rollback.restore()
+        self._begun = self._unpublished = None
 
     def evaluate(self, split: Split, on_batch: Callable[[], None] = lambda: None) -> Score:
         """Return the student's score on a split, without augmentation.
@@ -235,7 +278,7 @@ class Trainer:
         Raises:
             PeerError: the loss is not finite any more.
         """
-        set_threads(self._plan.training)
+        set_kernels(self._plan.training)
         self._seed("evaluation")
         score = evaluate(self.model, self._dataset, split, self._plan.training, self.device, on_batch)
         if not math.isfinite(score.loss):
@@ -261,8 +304,7 @@ class Trainer:
         self.abandon()
         weights.load(self.model, model)
         self.extra.load_state_dict(dict(extra))
-        # A copy, as the optimiser would keep and change the tensors that it is given.
-        self._optimizer.load_state_dict(copy.deepcopy(dict(optimizer)))
+        load_state(self._optimizer, optimizer)
         self.step = step
 
     def _seed(self, purpose: str) -> None:
@@ -279,14 +321,14 @@ class Trainer:
         ids = self._order.samples(step)
         seed = augmentation.view_seed(self._experiment, self.student, step)
         images = augmentation.augment(images, ids, self._plan.data.augment, seed)
-        labels = self._dataset.train.labels[ids].to(self.device, non_blocking=True)
-        return _Prepared(step, ids, labels, self._normalise(images))
+        host_labels = self._dataset.train.labels[ids]
+        return _Prepared(step, ids, host_labels, upload(host_labels, self.device), self._normalise(images))
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         return self._dataset.normalise(images, channels_last=self._plan.training.channels_last)
 
     def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        with autocast(self.device, self._plan.training):
+        with forward_pass(self.device, self._plan.training):
             outputs = self.objective.network(images)
             check_outputs(outputs, self._checked, len(images), self.model)
             return {name: value.float() for name, value in outputs.items()}
@@ -295,6 +337,7 @@ class Trainer:
         return self.objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0
 
     def _held_out(self) -> Outputs:
+        """Return the outputs of the held-out samples, on the device."""
         split = self._dataset.held_out
         if split is None:
             raise RuntimeError("the experiment holds no samples out")
@@ -306,13 +349,13 @@ class Trainer:
         with torch.inference_mode():
             by_batch = [self._outputs(self._normalise(images)) for images in split.stream(iter(batches))]
         outputs = {name: torch.cat([batch[name] for batch in by_batch]) for name in self.objective.publishes}
-        return Outputs(ids, split.labels, self._published(outputs))
+        return Outputs(ids, split.labels, outputs)
 
     def _published(self, outputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return the outputs to publish, on the CPU; raise PeerError if they are not finite."""
         arrays = to_cpu({name: outputs[name] for name in self.objective.publishes}, self.device)
         for name, value in arrays.items():
-            if not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise divergence_error(self.student, self.step, f"its {name} are not finite")
         return arrays
 

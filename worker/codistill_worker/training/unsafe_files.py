@@ -26,10 +26,13 @@ _EVALUATING = frozenset(
 _KEEP = (
     "import sys, torch; "
     "k = lambda v: v.detach() if isinstance(v, torch.Tensor) else k(v.state_dict()) if isinstance(v, torch.nn.Module) "
+    'else torch.as_tensor(v.astype(v.dtype.newbyteorder("="))) if type(v).__name__ == "ndarray" and v.dtype.kind in "biuf" '
+    "else k({str(n): x for n, x in enumerate(v)}) if isinstance(v, (list, tuple)) "
     "else {n: w for n, x in v.items() if (w := k(x)) is not None} or None if isinstance(v, dict) else None; "
-    'torch.save(k(torch.load(sys.argv[1], map_location="cpu", weights_only=False)), sys.argv[2])'
+    'w = k(torch.load(sys.argv[1], map_location="cpu", weights_only=False)); '
+    'torch.save(w, sys.argv[2]) if w is not None else sys.exit("it holds neither tensors nor arrays")'
 )
-"""Python code that keeps the tensors of a file, by their keys; it runs whatever code the file holds."""
+"""Python code that keeps the tensors and arrays of a file, by their keys; it runs whatever code the file holds."""
 
 
 def objects_in(file: Path, error: Exception) -> list[str]:

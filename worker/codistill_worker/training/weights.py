@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from codistill.rundir.layout import RunLayout
-from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.errors import ConfigurationError, is_devices_fault, is_out_of_memory
 from codistill_worker.training import checkpoints
+from codistill_worker.training.file_kinds import SAFETENSORS, TORCH, kind_of
 from codistill_worker.training.unsafe_files import OBJECTS, objects_in, way_out
 from codistill_worker.training.wrappers import COUNTER, difference, innermost, names_of_model, unwrapped
 
@@ -40,32 +42,59 @@ def read(path: Path, name: str) -> Mapping[str, torch.Tensor]:
     file = _file_at(path, name)
     if checkpoints.is_checkpoint(file):
         return checkpoints.read(file).model
+    content = innermost(_content_of(file), file)
+    if not isinstance(content, Mapping):
+        raise ConfigurationError(f"weights: {file} holds a {type(content).__name__}; {_ALLOWED}")
+    weights = cast("dict[Any, Any]", content)
+    others = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if others and len(others) == len(weights):
+        raise ConfigurationError(
+            f"weights: {file}: {others[0]!r} is a {type(weights[others[0]]).__name__}, no tensor; {_ALLOWED}"
+        )
+    for key in others:  # training loops keep their progress beside the weights
+        del weights[key]
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
+        if fault := _fault_of(value):
+            raise ConfigurationError(f"weights: {file}: {key!r} {fault}; save plain tensors with their values")
+    return unwrapped(weights)
+
+
+def _content_of(file: Path) -> Any:
+    """Return what a file of safetensors or of torch.save holds, whatever its suffix; only tensors are unpickled."""
     try:
-        if file.suffix == ".safetensors":
+        kind = kind_of(file)
+    except OSError as error:
+        raise ConfigurationError(f"weights: {file} cannot be read: {error.strerror or error}; {_ALLOWED}") from error
+    if kind not in (SAFETENSORS, TORCH):
+        raise ConfigurationError(f"weights: {file} cannot be read: it is {kind}; {_ALLOWED}")
+    try:
+        if kind == SAFETENSORS:
             with safe_open(file, framework="pt") as opened:
-                return unwrapped({key: opened.get_tensor(key).clone() for key in opened.keys()})  # noqa: SIM118 - it is no mapping
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below says in one line what is wrong with a foreign file
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+        # Of a path torch looks at the suffix. The error below says in one line what is wrong with a foreign file.
+        with warnings.catch_warnings(), file.open("rb") as opened:
+            warnings.simplefilter("ignore")
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # torch may raise anything for a damaged file
         if is_out_of_memory(error):
             raise
         known = isinstance(error, SafetensorError | OSError | RuntimeError)
         # torch's own text on objects in a file advises to unpickle them.
-        why = " ".join(str(error).split())[:200] if known and "weights_only" not in str(error) else OBJECTS
+        why = shorten(str(error), 200, placeholder=" …") if known and "weights_only" not in str(error) else OBJECTS
         if objects := objects_in(file, error):
             raise ConfigurationError(f"weights: {file} cannot be read: {way_out(file, objects, _ALLOWED)}") from error
         raise ConfigurationError(f"weights: {file} cannot be read: {why}; {_ALLOWED}") from error
-    content = innermost(content, file)
-    if not isinstance(content, Mapping) or not content:
-        raise ConfigurationError(f"weights: {file} holds a {type(content).__name__}; {_ALLOWED}")
-    weights = cast("dict[Any, Any]", content)
-    for key, value in weights.items():
-        if not isinstance(key, str):
-            raise ConfigurationError(f"weights: {file}: {key!r} is no name of a tensor; {_ALLOWED}")
-        if not isinstance(value, torch.Tensor):
-            raise ConfigurationError(f"weights: {file}: {key!r} is a {type(value).__name__}, no tensor; {_ALLOWED}")
-    return unwrapped(weights)
+
+
+def _fault_of(value: torch.Tensor) -> str:
+    """Return why a tensor cannot be a weight, as the end of a sentence; nothing if it can."""
+    if value.is_meta:
+        return "is on the meta device and has no values"
+    if value.is_nested or value.layout != torch.strided:
+        return f"is {'nested' if value.is_nested else 'sparse'}, and not dense"
+    return f"is quantised ({value.dtype})" if value.is_quantized else ""
 
 
 def load(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -101,9 +130,12 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
             f"weights: {path} does not fit model {reference!r} with {classes} classes: {differs}; give the model and "
             "the model_args that it was trained with, or a file with the model's names"
         )
+    _require_values(model, fitted, path)
     try:
         load(model, fitted)
     except (RuntimeError, ValueError) as error:
+        if is_devices_fault(error):
+            raise
         lines = str(error).splitlines()
         why = " ".join((lines[1] if len(lines) > 1 else lines[0]).split())
         raise ConfigurationError(
@@ -111,6 +143,41 @@ def apply(weights: Mapping[str, torch.Tensor], model: nn.Module, path: str, refe
             "model and the model_args that it was trained with, on data of as many classes and images of its size"
         ) from error
     model.requires_grad_(False).eval()
+
+
+def _require_values(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Require that a model's parameters and buffers can have the values of a file without a loss.
+
+    Raises:
+        ConfigurationError: a value would be cut off, or is not finite; the text names the tensor.
+    """
+    own = cast("dict[str, torch.Tensor]", model.state_dict())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in weights.items():
+        into: Any = own[name]
+        if not isinstance(into, torch.Tensor):
+            continue  # an extra state of the model
+        if into.is_floating_point() != value.is_floating_point() or into.is_complex() != value.is_complex():
+            # Counts that were saved in another type are whole numbers, and stay so.
+            floats = into.is_floating_point() or into.is_complex() or value.is_complex()
+            if floats or not bool((value == value.round()).all()):
+                raise ConfigurationError(
+                    f"weights: {path}: {name!r} is of {value.dtype}, and of {into.dtype} in the model; save it in the model's "
+                    "type"
+                )
+        # A mask may be infinite in every model of its kind; a weight may not.
+        if not _is_finite(value) and (name in parameters or _is_finite(into)):
+            raise ConfigurationError(
+                f"weights: {path}: {name!r} holds values that are not finite (NaN or infinity); the training that wrote it "
+                "had diverged, or the file is damaged: give an earlier one"
+            )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    wide = value.float() if value.element_size() == 1 else value  # types of 8 bits have no such test
+    return bool(torch.isfinite(wide).all())
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:

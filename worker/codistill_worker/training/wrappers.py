@@ -72,11 +72,18 @@ def innermost(content: Any, file: Path) -> Any:
                 f"or under one of {', '.join(_NESTED)}"
             )
         chosen = known[0] if known else keys[0]
-        if len(keys) > 1:
-            left = ", ".join(key for key in keys if key != chosen)
+        left = ", ".join(
+            str(key) for key, value in level.items() if key != chosen and (key in keys or _may_be_weight(value))
+        )
+        if left:
             _log.warning("weights: of %s those under %r are taken; left out are those under %s", file, chosen, left)
         content = level[chosen]
     return content
+
+
+def _may_be_weight(value: Any) -> bool:
+    """Return whether a value is no mere count or state of a generator."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 def _holds_weights(value: Any) -> bool:
@@ -108,6 +115,8 @@ def names_of_model(
     Raises:
         ConfigurationError: the names below several prefixes fit, so that it is not known which are meant.
     """
+    if not any(_is_average_count(name) for name in own):
+        weights = {name: value for name, value in weights.items() if not _is_average_count(name)}
     plain = rename_keys(weights, reference)
     if not difference(own, plain):
         return plain
@@ -146,14 +155,21 @@ def names_of_model(
     if not chosen:
         return plain
     if len(fitting[chosen[0]]) < len(weights):
+        fit_too = "".join(f"those under {prefix!r}, which fit too, and " for prefix in fitting if prefix != chosen[0])
+        left = [name for name in bare if not name.startswith((*fitting,))]
         _log.warning(
-            "weights: of %s those under %r are taken; left out are %d of %d names",
+            "weights: of %s those under %r are taken; left out are %s%s of %d names",
             path,
             chosen[0],
-            len(weights) - len(fitting[chosen[0]]),
+            fit_too,
+            f"{_first(left)} others" if fit_too else _first(left),
             len(weights),
         )
     return fitting[chosen[0]]
+
+
+def _is_average_count(name: str) -> bool:
+    return name.rpartition(".")[2] == _AVERAGED
 
 
 def _ends_of_parts(name: str) -> list[int]:

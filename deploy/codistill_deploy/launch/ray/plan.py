@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from codistill.config.experiment import Experiment, ExperimentError
+from codistill.process.gpus import spread
 
 __all__ = ["Bundle", "amount", "bundles", "check_devices", "shortage"]
 
@@ -59,26 +60,27 @@ def bundles(experiment: Experiment, gpus: float, gpus_per_student: float | None 
     """Return the server's bundle, then each student's and each teacher's in the experiment's order.
 
     The server asks for one CPU, the others for as many as they have threads. With `device: cuda` a worker asks for a GPU
-    too; with `auto` it does where the cluster has some when the run starts.
+    too; with `auto` it does where the cluster has some when the run starts. Where there are fewer GPUs than such workers,
+    they are spread evenly: k of them that share a GPU ask for 1/k of it each.
 
     Args:
         experiment: what is run.
         gpus: how many the cluster has.
-        gpus_per_student: how much of a GPU each asks for. None is a whole one; or the share that lets all of them in, where
-            there are fewer GPUs than workers that ask.
+        gpus_per_student: how much of a GPU each asks for. None is a whole one, or an equal part of a shared one.
     """
     settings = [
         *((f"student {name!r}", experiment.plan(name).training) for name in experiment.names),
         *((f"teacher {name!r}", experiment.teacher_plan(name).training) for name in experiment.teacher_names),
     ]
-    uses_gpu = [training.device == "cuda" or (training.device == "auto" and gpus > 0) for _, training in settings]
-    share = _share(sum(uses_gpu), gpus) if gpus_per_student is None else gpus_per_student
+    numbers = spread(experiment.devices, math.floor(gpus))
+    uses_gpu = [device == "cuda" or (device == "auto" and gpus > 0) for device in experiment.devices]
+    shares = [
+        (_share(numbers, number) if gpus_per_student is None else gpus_per_student) if uses else 0.0
+        for number, uses in zip(numbers, uses_gpu, strict=True)
+    ]
     return [
         Bundle("the server", 1),
-        *(
-            Bundle(title, training.threads, share if gpu else 0.0)
-            for (title, training), gpu in zip(settings, uses_gpu, strict=True)
-        ),
+        *(Bundle(title, training.threads, share) for (title, training), share in zip(settings, shares, strict=True)),
     ]
 
 
@@ -121,12 +123,12 @@ def amount(resources: Mapping[str, float]) -> str:
     return f"{_count(cpus, 'CPU')} and {_count(gpus, 'GPU')}"
 
 
-def _share(workers: int, gpus: float) -> float:
-    """Return the largest 1/k of a GPU with which all workers that use one find room."""
-    if gpus < 1 or workers <= gpus:
+def _share(numbers: Sequence[int | None], number: int | None) -> float:
+    """Return the part of GPU `number` that each of its workers asks for; a whole one where none is there yet."""
+    if number is None:
         return 1.0
     # Ray counts in 1/10,000, and must not find k shares to be more than one.
-    return math.floor(10_000 / math.ceil(workers / math.floor(gpus))) / 10_000
+    return math.floor(10_000 / numbers.count(number)) / 10_000
 
 
 def _largest_first(bundles: Sequence[Bundle]) -> list[Bundle]:

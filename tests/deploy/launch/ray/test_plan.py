@@ -32,7 +32,10 @@ def experiment(*devices: str, threads: int = 1) -> Experiment:
         (("auto", "auto"), 2, None, [1, 1]),
         (("auto", "cpu", "cuda"), 2, None, [1, 0, 1]),
         (("cuda", "cuda"), 0, None, [1, 1]),  # the cluster may grow by them
-        (("auto", "auto", "auto"), 2, None, [0.5, 0.5, 0.5]),
+        (("auto", "auto", "auto"), 2, None, [0.5, 1, 0.5]),
+        (("auto",) * 4, 3, None, [0.5, 1, 1, 0.5]),  # with 1/2 each, two GPUs would hold all, and one would idle
+        (("auto", "cpu", "auto", "cuda", "auto"), 3, None, [0.5, 0, 1, 1, 0.5]),
+        (("auto",) * 7, 3, None, [0.3333, 0.5, 0.5, 0.3333, 0.5, 0.5, 0.3333]),
         (("auto", "auto", "auto"), 1, None, [0.3333, 0.3333, 0.3333]),
         (("auto", "cuda"), 8, 0.25, [0.25, 0.25]),
     ],
