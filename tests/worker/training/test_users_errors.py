@@ -182,6 +182,10 @@ def test_an_error_without_a_line_of_a_users_can_be_restarted_and_names_the_parti
     with pytest.raises(PeerError, match=r"^student: RuntimeError at .*: shape ") as caught:
         made["call"](partial(torch.zeros(2).view, 3))
     assert caught.value.code is ExitCode.ERROR
+    changed = torch.ones(2, requires_grad=True).exp()
+    changed.add_(1)
+    with pytest.raises(PeerError, match=r"^student: RuntimeError at .*; let the forward pass make a new tensor where"):
+        made["call"](changed.sum().backward)
 
 
 @pytest.mark.parametrize(

@@ -87,23 +87,26 @@ def check_output(name: str, value: Any, wanted: tuple[int, ...], model: nn.Modul
     Raises:
         OutputError: it is another, or has no gradient.
     """
-    place = code_place(type(model).forward)
-    place = f" ({place})" if place else ""
     if isinstance(value, torch.Tensor):
         if value.shape == wanted and value.is_floating_point():
             if value.requires_grad or not trains:
                 return
             raise OutputError(
-                f"it gives {name} without a gradient while it trains{place}, so nothing can be trained: remove detach, "
+                f"it gives {name} without a gradient while it trains{_place(model)}, so nothing can be trained: remove detach, "
                 "torch.no_grad or torch.set_grad_enabled(False) from its code"
             )
         given = f"{value.dtype} {list(value.shape)}"
     else:
         given = f"a {type(value).__name__}"
     raise OutputError(
-        f"it gives {given} as {name} for {wanted[0]} images{place}; expected a floating-point tensor {list(wanted)}"
+        f"it gives {given} as {name} for {wanted[0]} images{_place(model)}; expected a floating-point tensor {list(wanted)}"
         f"{': let it return its logits only' if name == 'logits' else ''}"
     )
+
+
+def _place(model: nn.Module) -> str:
+    place = code_place(type(model).forward)
+    return f" ({place})" if place else ""
 
 
 def check_outputs(outputs: Any, shapes: Mapping[str, tuple[int, ...]], samples: int, model: nn.Module) -> None:
