@@ -24,6 +24,7 @@ from codistill.config.experiment import Experiment
 from codistill.config.fingerprint import identity
 from codistill.config.plans import StudentPlan
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import is_interrupt
 from codistill.process.plugins import explain_error
 from codistill.rundir.files import write_atomically
 from codistill.rundir.storage import explain, outlasts_restarts
@@ -120,8 +121,8 @@ def export(folder: RunFolder, student: str, target: Path, which: Literal["last",
     try:
         with _quiet():
             program = _export_program(model, dataset)
-    except (Exception, SystemExit) as error:  # a model's own code may raise anything
-        if is_out_of_memory(error):
+    except BaseException as error:  # a model's own code may raise anything
+        if is_out_of_memory(error) or is_interrupt(error):
             raise
         raise CommandError(
             f"student {student!r}: {exported.weights} and {exported.about} are written, but {exported.program} is not: "

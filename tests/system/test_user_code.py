@@ -77,7 +77,7 @@ def test_a_model_that_leaves_is_an_error_with_its_line(tmp_path: Path, options: 
     assert code == ExitCode.CONFIGURATION, output
     error = output.splitlines()[-1]
     assert "student 'own' cannot train a step on a batch of" in error, output
-    assert "it ended the process (SystemExit: 0 at " in error, output
+    assert ": it ended the process (SystemExit: 0 at " in error, output
     assert f"{tmp_path / 'own.py'}:11); let it return" in error, output
 
 

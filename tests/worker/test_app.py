@@ -125,7 +125,7 @@ def test_a_student_that_ends_the_process_has_failed_and_the_run_knows(
     monkeypatch.setattr(Trainer, "begin", leave)
     error = Workers(experiment, server.address, tmp_path).wait()["cnn"]
     assert isinstance(error, ConfigurationError), error
-    assert str(error).startswith("student 'cnn': it ended the process (SystemExit: 0 at ")
+    assert "of student 'cnn' failed in the forward pass, step 3: it ended the process (SystemExit: 0 at " in str(error)
     assert ("failed", "cnn") in server.events()
 
 
@@ -255,7 +255,11 @@ class Failing(nn.Module):
         ),
         ("memory of Python", ExitCode.OUT_OF_MEMORY, "student 'bad' ran out of memory on cpu: MemoryError; lower"),
         ("nan", ExitCode.DIVERGED, "student 'bad' has diverged in step 1"),
-        ("kernel", None, "a kernel failed"),
+        (
+            "kernel",
+            ExitCode.CONFIGURATION,
+            "students.0.model: 'failing_models:Failing' of student 'bad' failed in the forward",
+        ),
     ],
 )
 def test_a_student_that_fails_tells_the_run(
@@ -280,7 +284,7 @@ def test_a_student_that_fails_tells_the_run(
     assert getattr(error, "code", None) is code
     assert str(error).startswith(text)
     (failed,) = [each for each in server.records("events.jsonl") if getattr(each, "what", "") == "failed"]
-    assert failed.message.startswith("RuntimeError: a kernel failed" if how == "kernel" else str(error))
+    assert failed.message.startswith(str(error))
     workers.stops["mlp"].set()
     assert workers.wait()["mlp"] is ExitCode.INTERRUPTED
     assert weights(tmp_path, "mlp").step == 1

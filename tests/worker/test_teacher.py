@@ -187,7 +187,7 @@ def test_weights_that_give_no_number_end_it(
     model = models.build("cnn", classes=10, channels=1, size=8, args={"width": 4}, seed=5)
     save_file(
         {
-            name: torch.full_like(value, 3e38) if value.is_floating_point() else value
+            name: torch.full_like(value, torch.finfo(value.dtype).max) if value.is_floating_point() else value
             for name, value in model.state_dict().items()
         },
         weights,
@@ -254,6 +254,16 @@ def test_an_error_that_only_its_batches_meet_ends_a_teacher_before_it_joins(nois
     ):
         loop.join()
     assert transport.joined == []
+
+
+@pytest.mark.parametrize("part", ["launch_step", "begin_step", "end_step"])
+def test_an_error_in_any_part_of_a_step_names_the_field_and_the_step(part: str, noisy: Any, teacher: Any) -> None:
+    loop, _ = teacher(**noisy(), training__batch_size=3, training__evaluation_batch_size=3)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^teachers\.0\.model: .* of teacher 'old' failed in the forward pass, step \d: RuntimeError at .*: three$",
+    ):
+        getattr(loop, part)()
 
 
 def test_another_models_weights_are_refused(

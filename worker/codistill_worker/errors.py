@@ -62,12 +62,12 @@ def is_devices_fault(error: BaseException) -> bool:
 
 
 def refuse_exit(participant: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a user's code that ends the process raises a LoadError instead.
+    """Return a context in which a user's code that ends the process, whatever it raises to do so, raises a LoadError.
 
     Args:
         participant: begins the error's text: "student 'a'".
     """
-    return users_code(participant, spare=lambda error: not isinstance(error, SystemExit))
+    return users_code(participant, spare=lambda error: isinstance(error, Exception))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training.checkpoints import Checkpoint, CheckpointStore, newest
 from codistill_worker.training.trainer import StepLoss, Trainer, divergence_error
 from codistill_worker.training.trial import try_training
+from codistill_worker.training.users_errors import model_title, running
 
 __all__ = ["StudentLoop"]
 
@@ -95,7 +96,9 @@ class StudentLoop:
         check_batch(dataset, plan.training.batch_size)
         if newest(store.folder) is None:
             try_training(experiment, plan, dataset, device)
-        self.trainer = Trainer(experiment, plan, dataset, device)
+        self._model_title = model_title(experiment, plan.student)
+        with running(f"{self._model_title} cannot be built again"):
+            self.trainer = Trainer(experiment, plan, dataset, device)
         self._participant = Participant(
             plan.student.name,
             "student",
@@ -117,7 +120,8 @@ class StudentLoop:
         self._saved_step = -1
         self._unsaved: OSError | None = None
         self._step_started: float | None = None
-        self._resume()
+        with running(f"{self._model_title} cannot be restored from its checkpoint"):
+            self._resume()
 
     @property
     def title(self) -> str:
@@ -168,13 +172,15 @@ class StudentLoop:
         """Start the forward pass of the next step; a GPU computes it while the caller goes on."""
         self._step_started = self._clock()
         self._mark("the forward pass")
-        self.trainer.launch()
+        with self._running("the forward pass"):
+            self.trainer.launch()
 
     def begin_step(self) -> None:
         """Run the forward pass of the next step, unless it is launched, and publish the outputs that the method needs."""
         if not self.trainer.launched:
             self.launch_step()
-        published = self.trainer.begin()
+        with self._running("the forward pass"):
+            published = self.trainer.begin()
         if published is not None:
             self._participant.publish(published)
 
@@ -189,7 +195,8 @@ class StudentLoop:
             waited = self._clock() - began
             targets = {name: decode(value, f"targets.{name}") for name, value in received.targets.items()}
         self._mark("the backward pass")
-        self._sums.add(self.trainer.finish(targets))
+        with self._running("the backward pass"):
+            self._sums.add(self.trainer.finish(targets))
         if self._step_started is not None:
             self._pace.steps.append(self._clock() - self._step_started)
             self._pace.waits.append(waited)
@@ -231,6 +238,10 @@ class StudentLoop:
 
     def _mark(self, activity: str) -> None:
         self._participant.mark(activity, self.trainer.step)
+
+    def _running(self, activity: str) -> AbstractContextManager[None]:
+        """Return a context of the model's code, whose errors name the model's field, the activity and the step."""
+        return running(f"{self._model_title} failed in {activity}, step {self.trainer.step}")
 
     def _leave(self, reason: pb.LeaveReason.ValueType, message: str) -> None:
         self._participant.leave(reason, message, self.trainer.step)
@@ -299,7 +310,8 @@ class StudentLoop:
         )
 
     def _evaluate(self) -> None:
-        score = self.trainer.evaluate(self._dataset.test, lambda: self._mark("an evaluation"))
+        with self._running("the evaluation"):
+            score = self.trainer.evaluate(self._dataset.test, lambda: self._mark("an evaluation"))
         self._participant.measurements.append(
             pb.Measurement(
                 split=pb.SPLIT_TEST, steps_trained=self.trainer.step, accuracy=score.accuracy, loss=score.loss
@@ -315,7 +327,8 @@ class StudentLoop:
         if score.accuracy > self._best:
             self._best = score.accuracy
             try:
-                self._store.save_best(self._checkpoint(with_optimizer=False))
+                with self._running("saving its best weights"):
+                    self._store.save_best(self._checkpoint(with_optimizer=False))
             except OSError as error:
                 self._log_unsaved("best weights", error)
 
@@ -325,7 +338,8 @@ class StudentLoop:
             return
         self._mark("saving a checkpoint")
         try:
-            self._store.save(self._checkpoint(with_optimizer=True))
+            with self._running("saving its checkpoint"):
+                self._store.save(self._checkpoint(with_optimizer=True))
         except OSError as error:
             self._log_unsaved("checkpoint", error)
             self._unsaved = error

@@ -32,8 +32,8 @@ from codistill_worker.participant import Participant, describe_device
 from codistill_worker.training import weights
 from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import evaluate
-from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes
-from codistill_worker.training.users_errors import explained, model_title, users_place
+from codistill_worker.training.outputs import Outputs, Published, check_outputs, image_shape, output_shapes
+from codistill_worker.training.users_errors import explained, model_title, running, users_place
 from codistill_worker.transfers import all_finite
 
 __all__ = ["TeacherLoop"]
@@ -74,6 +74,7 @@ class TeacherLoop:
         check_batch(dataset, training.batch_size)
         self.step = 0
         self._experiment = experiment
+        self._model_title = model_title(experiment, teacher)
         self._plan = plan
         self._dataset = dataset
         self._device = device
@@ -92,8 +93,7 @@ class TeacherLoop:
         self._exchange_schedule = plan.distillation.exchange_schedule(self._order.steps_per_epoch)
         self._total_steps = training.epochs * self._order.steps_per_epoch
         self._rounds_per_pass = max(1, training.evaluation_batch_size // training.batch_size)
-        title = model_title(experiment, teacher)
-        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0, title=title)
+        model = models.build(teacher.model, **shape, args=teacher.model_args, seed=0, title=self._model_title)
         trained = weights.read(Path(teacher.weights), teacher.name)
         weights.apply(trained, model, teacher.weights, teacher.model, dataset.classes)
         self._digest = bytes.fromhex(weights.digest(trained))
@@ -153,18 +153,18 @@ class TeacherLoop:
 
     def launch_step(self) -> None:
         """Compute the outputs of the next round, unless they are there."""
-        self._prepare(self.step)
+        self._prepare_running(self.step)
 
     def begin_step(self) -> None:
         """Publish the outputs of the next round."""
-        self._prepare(self.step)
+        self._prepare_running(self.step)
         self._participant.publish(self._ready.pop(self.step))
 
     def end_step(self) -> None:
         """Compute the outputs of the next round, then wait for the end of this one."""
         schedule, published = self._exchange_schedule, self.step
         following = schedule.step_of(schedule.rounds_before(published) + 1)
-        self._prepare(following)
+        self._prepare_running(following)
         self._participant.receive("waiting for the round's end", published)
         self.step = min(following, self._total_steps)
         if self._participant.report_due(self._clock()):
@@ -187,6 +187,11 @@ class TeacherLoop:
     def keep(self) -> None:
         """Do nothing: a teacher has nothing to save."""
 
+    def _prepare_running(self, step: int) -> None:
+        """Compute as :meth:`_prepare`; name the teacher in an error."""
+        with running(f"{self._model_title} failed in the forward pass, step {step}"):
+            self._prepare(step)
+
     def _prepare(self, step: int) -> None:
         """Compute the outputs of a step, and of the steps that go with it, unless they are there."""
         if step in self._ready or step >= self._total_steps:
@@ -204,6 +209,7 @@ class TeacherLoop:
         self._seed("forward", steps[0])
         with torch.inference_mode(), forward_pass(self._device, self._plan.training):
             outputs = self._network(normalised)
+        check_outputs(outputs, self._shapes, len(normalised), self._model)
         arrays = to_cpu({name: value.float() for name, value in outputs.items()}, self._device)
         for name, value in arrays.items():
             if not all_finite(value):
@@ -220,10 +226,9 @@ class TeacherLoop:
 
     def _try_outputs(self) -> None:
         """Compute the outputs of the first rounds twice; keep them."""
-        teacher = self._plan.teacher
-        where = model_title(self._experiment, teacher)
+        place = partial(users_place, self._plan.teacher.model)
         computed: list[dict[int, Published]] = []
-        with explained(f"{where} cannot compute its outputs", partial(users_place, teacher.model)):
+        with explained(f"{self._model_title} cannot compute its outputs", place):
             for _ in range(2):
                 self._ready = {}
                 self._prepare(0)
@@ -232,7 +237,7 @@ class TeacherLoop:
             for name, value in first.batch.arrays.items():
                 if self._device.type == "cpu" and not torch.equal(value, computed[1][number].batch.arrays[name]):
                     raise ConfigurationError(
-                        f"{where} gives other {name} for the same images each time; let its "
+                        f"{self._model_title} gives other {name} for the same images each time; let its "
                         "outputs depend on its images and weights alone, and draw random numbers from torch, random or "
                         "numpy.random themselves, which are seeded for each forward pass"
                     )
@@ -248,14 +253,15 @@ class TeacherLoop:
     def _evaluate(self) -> None:
         set_kernels(self._plan.training)
         self._seed("evaluation", 0)
-        score = evaluate(
-            self._model,
-            self._dataset,
-            self._dataset.test,
-            self._plan.training,
-            self._device,
-            lambda: self._mark("an evaluation"),
-        )
+        with running(f"{self._model_title} failed in the evaluation"):
+            score = evaluate(
+                self._model,
+                self._dataset,
+                self._dataset.test,
+                self._plan.training,
+                self._device,
+                lambda: self._mark("an evaluation"),
+            )
         self._participant.measurements.append(
             pb.Measurement(split=pb.SPLIT_TEST, accuracy=score.accuracy, loss=score.loss)
         )

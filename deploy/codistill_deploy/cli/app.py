@@ -14,6 +14,7 @@ import typer
 from codistill import __version__
 from codistill.config.experiment import ExperimentError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import mark_interrupts
 from codistill.process.printable import printable
 from codistill.process.watchdog import Watchdog
 from codistill.rundir.storage import explain, outlasts_restarts
@@ -78,6 +79,7 @@ def main() -> None:
     print_in_any_encoding()
     tolerate_lost_stderr()
     _set_up_logging(debug)
+    mark_interrupts()
     code = _run_command(arguments, debug)
     # How the process ends is settled: another Ctrl-C would only cut the clean-up short, and show a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

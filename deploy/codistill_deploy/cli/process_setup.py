@@ -12,6 +12,7 @@ from typing import Any
 
 from codistill.config.experiment import Experiment, load
 from codistill.process import modules_beside
+from codistill.process.interrupts import raise_interrupt
 from codistill_deploy.supervise.isolation import FOLDERS_VARIABLE
 
 __all__ = ["find_modules_beside", "load_with_absolute_paths", "refusing_exit", "stop_on_signals"]
@@ -42,13 +43,13 @@ def load_with_absolute_paths(path: Path) -> Experiment:
 
 
 def refusing_exit(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that fails if a user's code ends the process, whatever the exit code it ends it with."""
+    """Return a command that fails if a user's code ends the process, whatever it raises to do so."""
 
     @functools.wraps(command)
     def checked(*arguments: Any, **named: Any) -> None:
         from codistill.process.plugins import users_code
 
-        with users_code("the experiment's own code", spare=lambda error: not isinstance(error, SystemExit)):
+        with users_code("the experiment's own code", spare=lambda error: isinstance(error, Exception)):
             command(*arguments, **named)
 
     return checked
@@ -59,9 +60,8 @@ def stop_on_signals() -> threading.Event:
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
-        del number, frame
         if stop.is_set():
-            raise KeyboardInterrupt
+            raise_interrupt(number, frame)
         stop.set()
 
     signal.signal(signal.SIGINT, handle)

@@ -18,17 +18,20 @@ from typing import Any, cast
 
 from codistill.process import modules_beside
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import is_interrupt
 from codistill.process.torchvision_operators import declare_missing_operators
 
 __all__ = [
     "LoadError",
     "accepted_arguments",
     "call",
+    "code_place",
     "command_arguments",
     "explain_error",
     "is_reference",
     "is_users",
     "load",
+    "raised_by_user",
     "shorten",
     "users_code",
 ]
@@ -36,9 +39,13 @@ __all__ = [
 _SHOWN = 8
 _OURS = frozenset({"codistill", "codistill_deploy", "codistill_server", "codistill_worker"})
 _NOT_THE_USERS = (
-    "<frozen",
+    "<",  # made while it runs, without a file
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 )
+
+_NO_PLUGINS = frozenset({"torch"})  # every error of a model would be of its own code
+_packages: set[str] = set()
+"""Of the references that were loaded: a user's code, wherever it is installed."""
 
 _IMPORTED = "--imported-by-codistill"
 """All that a user's code finds in `sys.argv`: no parser knows it, so none takes codistill's arguments or its own defaults."""
@@ -96,6 +103,7 @@ def load(reference: str, field: str) -> Callable[..., Any]:
             f"{field}: {reference!r}: there is no module {missing!r}; install it, put it beside the experiment file, or "
             f"add its folder to PYTHONPATH{_in_working_folder(module_name)}"
         ) from error
+    _packages.add(module_name.partition(".")[0])
     named = getattr(module, name, None)
     if callable(named):
         return cast("Callable[..., Any]", named)
@@ -142,16 +150,18 @@ def users_code(
     error_type: Callable[[str], Exception] = LoadError,
     *,
     spare: Callable[[BaseException], bool] = lambda _: False,
+    place: Callable[[], str] = str,
 ) -> Generator[None]:
     """Raise what a user's code raises as an error of one line.
 
-    An attempt to end the process is such an error too: a LoadError whatever `error_type` is, as its cause stays.
-    KeyboardInterrupt stays as it is. On the main thread, `sys.argv` holds no argument of codistill's meanwhile.
+    What is no Exception is such an error too, as an attempt to end the process: a LoadError whatever `error_type` is, as its
+    cause stays. A signal's KeyboardInterrupt stays as it is. On the main thread, `sys.argv` holds no argument of codistill's meanwhile.
 
     Args:
         where: begins the error's text: the experiment's field and reference, or the participant.
         error_type: makes the error from its text.
         spare: returns whether an error is raised as it is.
+        place: returns FILE:LINE of the user's code, for an error that no line of it raised; or an empty text.
     """
     swaps = threading.current_thread() is threading.main_thread()
     if swaps:
@@ -159,13 +169,11 @@ def users_code(
         sys.argv = [_program(where), _IMPORTED]
     try:
         yield
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
     except BaseException as error:
-        if spare(error):
+        if is_interrupt(error) or spare(error):
             raise
-        made = LoadError if isinstance(error, SystemExit) else error_type
-        raise made(f"{where}: {explain_error(error)}") from error
+        made = error_type if isinstance(error, Exception) else LoadError
+        raise made(f"{where}: {explain_error(error, place())}") from error
     finally:
         if swaps:
             sys.argv = _hidden.pop()
@@ -200,7 +208,7 @@ def explain_error(error: BaseException, place: str = "") -> str:
     if isinstance(error, SyntaxError):
         return f"{kind}: {text}"  # which names the file and the line already
     frames = list(traceback.walk_tb(error.__traceback__))
-    users = [frame for frame in frames if _is_users(frame[0])] or ([] if place else frames)
+    users = _users_frames(error) or ([] if place else frames)
     place = f" at {f'{users[-1][0].f_code.co_filename}:{users[-1][1]}' if users else place}" if users or place else ""
     if isinstance(error, SystemExit):
         kind = f"{kind}: {text}" if text else kind
@@ -213,13 +221,32 @@ def explain_error(error: BaseException, place: str = "") -> str:
     return f"{kind}{place}{': ' if text else ''}{text}"
 
 
-def _is_users(frame: FrameType) -> bool:
-    return is_users(str(frame.f_globals.get("__name__")), frame.f_code.co_filename)
+def code_place(function: Callable[..., object]) -> str:
+    """Return FILE:LINE of a function or a class's constructor, or an empty text where it is not known."""
+    unwrapped = inspect.unwrap(function)
+    code = getattr(unwrapped, "__code__", None) or getattr(getattr(unwrapped, "__init__", None), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 
 def is_users(module: str, file: str) -> bool:
     """Return whether code is a user's own: neither codistill's nor that of an installed package."""
     return module.partition(".")[0] not in _OURS and not file.startswith(_NOT_THE_USERS)
+
+
+def raised_by_user(error: BaseException) -> bool:
+    """Return whether a user's code raised an error, or called what raised it."""
+    return bool(_users_frames(error))
+
+
+def _users_frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    """Return the frames and lines of a user's own files, else those of an installed package that an experiment names."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [frame for frame in frames if is_users(_module(frame[0]), frame[0].f_code.co_filename)]
+    return own or [frame for frame in frames if _module(frame[0]).partition(".")[0] in _packages - _NO_PLUGINS - _OURS]
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -28,13 +28,14 @@ def aggregator(settings: Custom, students: Sequence[str], teachers: Sequence[str
     """
     del students, teachers
     made = plugins.call(settings.server, "distillation.server", settings.parameters)
-    missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
+    field = f"distillation.server: {settings.server!r}"
+    with plugins.users_code(field):
+        missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
     if missing:
         raise LoadError(
-            f"distillation.server: {settings.server!r} returned {type(made).__name__}, which lacks {', '.join(missing)}; "
-            f"an aggregator has {', '.join(_ATTRIBUTES)}"
+            f"{field} returned {type(made).__name__}, which lacks {', '.join(missing)}; an aggregator has {', '.join(_ATTRIBUTES)}"
         )
-    return _CheckedAggregator(cast("Aggregator", made), f"distillation.server: {settings.server!r}")
+    return _CheckedAggregator(cast("Aggregator", made), field)
 
 
 class _CheckedAggregator:
@@ -51,7 +52,7 @@ class _CheckedAggregator:
         """Return the user's targets of one round."""
         with plugins.users_code(self._field):
             targets = self.checked.targets(inputs)
-        problem = next(_problems(targets, inputs), None)
+            problem = next(_problems(targets, inputs), None)
         if problem is not None:
             raise LoadError(f"{self._field}: {problem}")
         return targets

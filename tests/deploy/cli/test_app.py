@@ -127,6 +127,14 @@ def test_an_end_of_the_process_inside_a_command_is_an_error() -> None:
         refusing_exit(leave)()
 
 
+def test_what_is_no_exception_is_an_error_of_the_users_code_in_any_command() -> None:
+    def leave() -> None:
+        raise GeneratorExit("mine")
+
+    with pytest.raises(LoadError, match=r"^the experiment's own code: GeneratorExit at .*test_app\.py:\d+: mine$"):
+        refusing_exit(leave)()
+
+
 def run_own_model(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a student whose model is `source`'s `net`, from the folder and with relative paths."""
     (folder / "own.py").write_text(source)

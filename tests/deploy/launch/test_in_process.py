@@ -16,6 +16,7 @@ from codistill.config.experiment import Experiment, parse
 from codistill.config.methods import KDCL_ENSEMBLES
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import SignalInterrupt
 from codistill.process.plugins import LoadError
 from codistill.rundir import records
 from codistill.rundir.storage import StorageError
@@ -232,8 +233,8 @@ def test_stopped_and_resumed(steps: int, undisturbed: Path, tmp_path: Path) -> N
     assert measured(path) == measured(undisturbed)
 
 
-class Killed(BaseException):
-    """Stands for a process that ends at once."""
+class Killed(SignalInterrupt):
+    """Stands for a process that ends at once: what a user's code raises is that code's error."""
 
 
 @pytest.mark.parametrize("method", ["min_logit", "general", "dml", "independent"])
@@ -276,7 +277,8 @@ def test_a_student_that_ends_the_process_has_not_finished(tmp_path: Path, monkey
 
     monkeypatch.setattr(Trainer, "begin", leave)
     with pytest.raises(
-        LoadError, match=r"^student 'adam': it ended the process \(SystemExit: 0 at .*test_in_process\.py:"
+        LoadError,
+        match=r"^students\.\d\.model: .* of student 'adam' .* step 3: it ended .*\(SystemExit: 0 at .*test_in_process\.py:",
     ):
         train(experiment(), tmp_path / "run")
 

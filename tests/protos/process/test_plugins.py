@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from codistill.process import plugins
 from codistill.process.exit_codes import ExitCode
+from codistill.process.interrupts import SignalInterrupt, mark_interrupts
 from codistill.process.plugins import (
     LoadError,
     accepted_arguments,
@@ -17,6 +22,7 @@ from codistill.process.plugins import (
     explain_error,
     is_reference,
     load,
+    raised_by_user,
     shorten,
     users_code,
 )
@@ -50,6 +56,14 @@ ENDING = {
     "stopped": "raise KeyboardInterrupt\n",
     "odd": "class Odd(BaseException): pass\nraise Odd('no')\n",
 }
+
+
+@pytest.fixture
+def our_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    mark_interrupts()
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +188,37 @@ def test_a_parser_takes_none_of_our_arguments_and_its_usage_names_the_users_file
     assert capsys.readouterr().err.startswith("usage: inside.py [-h]")
 
 
-def test_an_interrupt_keeps_its_meaning() -> None:
+def test_an_interrupt_keeps_its_meaning_where_pythons_own_handler_may_have_raised_it() -> None:
     with pytest.raises(KeyboardInterrupt):
         load("references_package.stopped:f", "model")
+
+
+def test_without_a_signal_an_interrupt_is_the_users_error(our_handler: None) -> None:
+    with pytest.raises(LoadError, match=r"^model: '.*': KeyboardInterrupt at .*stopped\.py:1$"):
+        load("references_package.stopped:f", "model")
+
+
+def test_a_signals_interrupt_stays(our_handler: None) -> None:
+    with pytest.raises(SignalInterrupt), users_code("here"):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("kind", [GeneratorExit, KeyboardInterrupt, type("Odd", (BaseException,), {}), StopIteration])
+def test_whatever_a_users_code_raises_is_an_error_of_one_line(kind: type[BaseException], our_handler: None) -> None:
+    expected = rf"^here: {kind.__name__} at .*test_plugins\.py:\d+: mine$"
+    with pytest.raises(LoadError, match=expected) as caught, users_code("here"):
+        raise kind("mine")
+    assert caught.value.code is ExitCode.CONFIGURATION
+
+
+def test_errors_of_a_library_are_the_users_where_an_experiment_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "_packages", set[str]())
+    with pytest.raises(ValueError, match="Expecting") as raised:
+        json.loads("")
+    error = raised.value.with_traceback(raised.tb.tb_next)  # without this test's frame
+    assert not raised_by_user(error)
+    load("json:loads", "model")
+    assert raised_by_user(error)
 
 
 def test_an_end_of_the_process_is_never_the_callers_kind_of_error_and_others_are() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from codistill.config.data import Data
 from codistill.peer.errors import PeerError
+from codistill.process.exit_codes import ExitCode
 from codistill.process.plugins import LoadError
 from codistill_worker.data import Dataset, load
 from codistill_worker.data.dataset import StreamedSplit
@@ -172,6 +173,37 @@ def test_a_callable_that_ends_the_process_is_an_error_that_says_where(
         LoadError, match=r"data\.dataset: 'own_data:make': it ended .*SystemExit at .*own_data\.py:5\); let"
     ):
         load_own()
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "text"),
+    [
+        (
+            "class Odd:\n    def __array__(s, *a, **k): raise KeyError('q')\ndef make(): return [Odd()] * 4",
+            3,
+            "KeyError at ",
+        ),
+        (
+            "class Odd(tuple):\n    def __len__(s): raise SystemExit(0)\ndef make(): return Odd()",
+            3,
+            "it ended the process",
+        ),
+        (
+            "class Odd(list):\n    @property\n    def __array__(s): raise GeneratorExit\ndef make(): return [Odd()] * 4",
+            4,
+            "GeneratorExit at ",
+        ),
+    ],
+)
+def test_what_a_callable_returned_raises_errors_of_the_data_set(
+    body: str, line: int, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own(monkeypatch, tmp_path, body)
+    with pytest.raises((ConfigurationError, LoadError)) as caught:
+        load_own()
+    assert str(caught.value).startswith(f"data.dataset: 'own_data:make': {text}")
+    assert f"own_data.py:{line}" in str(caught.value)
+    assert caught.value.code is ExitCode.CONFIGURATION
 
 
 def test_what_a_callable_draws_follows_the_split_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from codistill.config.experiment import Experiment
 from codistill.peer.errors import PeerError
 from codistill.process.exit_codes import ExitCode
+from codistill.process.plugins import LoadError
 from codistill_worker.training.trial import try_training
 from worker.support import CPU, Tiny, load
 
@@ -393,9 +394,9 @@ def line_of(path: Path, model: str) -> str:
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        ("Tuple", "gives a tuple for 16 images while it trains"),
-        ("Narrow", "gives torch.float32 [16, 9] for 16 images while it trains"),
-        ("Detached", "gives logits without a gradient while it trains"),
+        ("Tuple", "cannot train a step on a batch of 16: it gives a tuple as logits for 16 images"),
+        ("Narrow", "cannot train a step on a batch of 16: it gives torch.float32 [16, 9] as logits for 16 images"),
+        ("Detached", "cannot train a step on a batch of 16: it gives logits without a gradient while it trains"),
         ("Frozen", "has nothing to train"),
         ("Counted", "cannot be saved: '_extra_state' in its state_dict is a dict"),
         ("Unsaved", "buffer 'running' changes while it trains"),
@@ -450,7 +451,7 @@ def test_an_error_of_a_users_code_names_its_line(
 
 
 def test_a_users_code_that_ends_the_process_is_named_too(tried: Any, trial_models: Path) -> None:
-    with pytest.raises(PeerError) as caught:
+    with pytest.raises(LoadError) as caught:
         tried("trial_models:Exits")
     assert caught.value.code is ExitCode.CONFIGURATION
     where = "students.1.model: 'trial_models:Exits' of student 'a' cannot train a step on a batch of 16"

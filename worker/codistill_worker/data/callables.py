@@ -42,6 +42,14 @@ def from_callable(data: Data) -> tuple[Arrays, Arrays]:
     arguments = _arguments(function, data, where)
     with plugins.users_code(where, PeerError, spare=is_out_of_memory), seeded(derive(data.split_seed, "data")):
         returned = function(*arguments)
+    # What it returned may be of the user's classes, whose code runs whenever they are looked at.
+    with plugins.users_code(
+        where, ConfigurationError, spare=lambda error: isinstance(error, PeerError) or is_out_of_memory(error)
+    ):
+        return _checked(returned, data, where)
+
+
+def _checked(returned: Any, data: Data, where: str) -> tuple[Arrays, Arrays]:
     arrays = cast("Sequence[Any] | None", returned if isinstance(returned, tuple | list) else None)
     if arrays is None or len(arrays) != 4:
         size = f" of {len(arrays)}" if arrays is not None else ""

@@ -7,7 +7,7 @@ from typing import Any, cast
 from codistill.config.methods import Custom
 from codistill.methods import Loss, Objective, Step, StudentContext
 from codistill.process import plugins
-from codistill_worker.errors import ConfigurationError, is_out_of_memory
+from codistill_worker.errors import ConfigurationError, is_devices_fault
 
 __all__ = ["objective"]
 
@@ -24,13 +24,14 @@ def objective(settings: Custom, context: StudentContext) -> Objective:
         ConfigurationError: it returned something that is no objective.
     """
     made = plugins.call(settings.worker, "distillation.worker", {"context": context, **settings.parameters})
-    missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
+    field = f"distillation.worker: {settings.worker!r}"
+    with plugins.users_code(field, ConfigurationError, spare=is_devices_fault):
+        missing = [name for name in _ATTRIBUTES if not hasattr(made, name)]
     if missing:
         raise ConfigurationError(
-            f"distillation.worker: {settings.worker!r} returned {type(made).__name__}, which lacks {', '.join(missing)}; an "
-            f"objective has {', '.join(_ATTRIBUTES)}"
+            f"{field} returned {type(made).__name__}, which lacks {', '.join(missing)}; an objective has {', '.join(_ATTRIBUTES)}"
         )
-    return _CheckedObjective(cast("Objective", made), f"distillation.worker: {settings.worker!r}")
+    return _CheckedObjective(cast("Objective", made), field)
 
 
 class _CheckedObjective:
@@ -46,7 +47,7 @@ class _CheckedObjective:
 
     def loss(self, step: Step) -> Loss:
         """Return the user's loss of one step."""
-        with plugins.users_code(self._field, ConfigurationError, spare=is_out_of_memory):
+        with plugins.users_code(self._field, ConfigurationError, spare=is_devices_fault):
             loss: Any = self.checked.loss(step)
         if not isinstance(loss, Loss):
             raise ConfigurationError(

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from torch import nn
 
 from codistill.process import plugins
+from codistill.process.interrupts import is_interrupt
 from codistill.process.randomness import seeded
 from codistill_worker.errors import ConfigurationError, is_out_of_memory
 from codistill_worker.models.cnn import cnn
@@ -153,8 +154,8 @@ def _check_output(model: nn.Module, reference: str, title: str, *, classes: int,
     try:
         with _evaluating(model), torch.no_grad():
             output = model(images)
-    except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
+    except BaseException as error:
+        if is_out_of_memory(error) or is_interrupt(error):
             raise
         own = reference not in _BUILTIN and reference.partition(":")[0] not in ("torchvision", "timm")
         why = plugins.explain_error(error) if own else str(error) or type(error).__name__

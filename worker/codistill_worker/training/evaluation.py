@@ -12,6 +12,7 @@ from torch.nn import functional
 from codistill.config.training import Training
 from codistill_worker.data import Dataset, Split
 from codistill_worker.training.devices import forward_pass
+from codistill_worker.training.outputs import check_output
 from codistill_worker.transfers import upload
 
 __all__ = ["Score", "evaluate"]
@@ -44,7 +45,9 @@ def evaluate(
             labels = upload(split.labels[ids], device)
             normalised = dataset.normalise(images, channels_last=training.channels_last)
             with forward_pass(device, training):
-                logits = model(normalised).float()
+                logits = model(normalised)
+            check_output("logits", logits, (len(ids), dataset.classes), model)
+            logits = logits.float()
             correct += (logits.argmax(-1) == labels).sum()
             on_batch()
             loss += functional.cross_entropy(logits, labels, reduction="sum").double()

@@ -31,7 +31,14 @@ from codistill_worker.training import weights
 from codistill_worker.training.devices import forward_pass, place_model, set_kernels, to_cpu
 from codistill_worker.training.evaluation import Score, evaluate
 from codistill_worker.training.optim import build_optimizer, learning_rate, load_state
-from codistill_worker.training.outputs import Outputs, Published, image_shape, output_shapes, teacher_shapes
+from codistill_worker.training.outputs import (
+    Outputs,
+    Published,
+    check_outputs,
+    image_shape,
+    output_shapes,
+    teacher_shapes,
+)
 from codistill_worker.training.rollback import Rollback
 from codistill_worker.training.users_errors import model_title
 from codistill_worker.transfers import all_finite, upload
@@ -141,6 +148,7 @@ class Trainer:
             for name, dims in output_shapes(self.objective.network, shape, device).items()
             if name in self.objective.publishes
         }
+        self._checked = {"logits": (dataset.classes,), **self.shapes}
         self._trained = nn.ModuleList([self.model, self.extra])
         self._optimizer = build_optimizer(self._trained, training.optimizer)
         self._rollback = Rollback(self._trained)
@@ -321,7 +329,9 @@ class Trainer:
 
     def _outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
         with forward_pass(self.device, self._plan.training):
-            return {name: value.float() for name, value in self.objective.network(images).items()}
+            outputs = self.objective.network(images)
+            check_outputs(outputs, self._checked, len(images), self.model)
+            return {name: value.float() for name, value in outputs.items()}
 
     def _measures_held_out(self) -> bool:
         return self.objective.measures_held_out and self.step > 0 and self.step % self.steps_per_epoch == 0

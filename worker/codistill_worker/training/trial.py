@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from codistill.config.experiment import Experiment
 from codistill.config.methods import Custom
@@ -33,9 +32,9 @@ from codistill_worker.errors import ConfigurationError
 from codistill_worker.methods.stand_ins import stand_in_targets
 from codistill_worker.training.checkpoints import Checkpoint, serialize
 from codistill_worker.training.devices import forward_pass, set_kernels
-from codistill_worker.training.outputs import image_shape, teacher_shapes
+from codistill_worker.training.outputs import check_output, image_shape, teacher_shapes
 from codistill_worker.training.trainer import Trainer
-from codistill_worker.training.users_errors import code_place, explained, model_title, users_place
+from codistill_worker.training.users_errors import explained, model_title, users_place
 
 __all__ = ["try_training"]
 
@@ -152,21 +151,8 @@ def _check_outputs(trainer: Trainer, plan: StudentPlan, batch: Dataset, where: s
     set_kernels(plan.training)
     trainer.model.train()
     with forward_pass(trainer.device, plan.training):
-        logits: Any = trainer.model(normalised)
-    wanted = [len(batch.train), batch.classes]
-    is_tensor = isinstance(logits, torch.Tensor)
-    if is_tensor and list(logits.shape) == wanted and logits.is_floating_point():
-        if logits.requires_grad:
-            return
-        raise ConfigurationError(
-            f"{where} gives logits without a gradient while it trains{_place(trainer.model)}, so nothing can be trained: "
-            "remove detach, torch.no_grad or torch.set_grad_enabled(False) from its code"
-        )
-    given = f"{logits.dtype} {list(logits.shape)}" if is_tensor else f"a {type(logits).__name__}"
-    raise ConfigurationError(
-        f"{where} gives {given} for {wanted[0]} images while it trains{_place(trainer.model)}; expected a floating-point "
-        f"tensor {wanted}: let it return its logits only"
-    )
+        logits = trainer.model(normalised)
+    check_output("logits", logits, (len(batch.train), batch.classes), trainer.model, trains=True)
 
 
 def _built(trainer: Trainer) -> dict[str, str]:
@@ -317,12 +303,6 @@ def _warn_of_counters(undisturbed: _State, repeated: _State, where: str) -> None
             where,
             plugins.shorten(plain),
         )
-
-
-def _place(model: nn.Module) -> str:
-    """Return where a model's forward pass is written, for a message."""
-    place = code_place(type(model).forward)
-    return f" ({place})" if place else ""
 
 
 def _users_places(plan: StudentPlan) -> str:

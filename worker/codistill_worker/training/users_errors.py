@@ -1,8 +1,7 @@
-"""The errors of a user's model or method in training, as errors of the experiment."""
+"""Errors of a user's model as errors that name the model, the user's line and, where it is known, what to do."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -10,10 +9,12 @@ from codistill.config.experiment import Experiment
 from codistill.config.participants import Student, Teacher
 from codistill.peer.errors import PeerError
 from codistill.process import plugins
-from codistill.process.plugins import LoadError
+from codistill.process.exit_codes import ExitCode
+from codistill.rundir.storage import outlasts_restarts
 from codistill_worker.errors import ConfigurationError, is_devices_fault
+from codistill_worker.training.outputs import OutputError
 
-__all__ = ["code_place", "explained", "model_title", "users_place"]
+__all__ = ["explained", "model_title", "running", "users_place"]
 
 _ADVICE = {
     "Expected more than 1 value per channel": "batch normalisation needs two samples at least: raise training.batch_size",
@@ -26,21 +27,48 @@ _ADVICE = {
 
 @contextmanager
 def explained(problem: str, place: Callable[[], str] = str) -> Generator[None]:
-    """Raise what a user's code raises as ConfigurationError; leave the device's errors and codistill's own.
+    """Raise every error as ConfigurationError, but the device's and those that have an exit code.
 
     Args:
         problem: the text before the error, its line and its own text.
         place: returns FILE:LINE of the user's code, for an error that no line of it raised; or an empty text.
+
+    Raises:
+        ConfigurationError: the user's code raised an error, or its outputs do not fit.
+        LoadError: the user's code raised what is no Exception, as an attempt to end the process.
     """
     try:
-        yield
-    except (PeerError, LoadError):
-        raise
-    except (Exception, SystemExit) as error:
-        if is_devices_fault(error):
+        with plugins.users_code(problem, _advised, spare=_is_settled, place=place):
+            yield
+    except OutputError as error:
+        raise ConfigurationError(f"{problem}: {error}") from error
+
+
+@contextmanager
+def running(problem: str) -> Generator[None]:
+    """Raise a user's errors as :func:`explained` does, and others by their participant, so that a restart is tried.
+
+    A restarted worker repeats its steps, so a user's error would come again. An error in which no line of a user's has a
+    part may be the machine's.
+
+    Args:
+        problem: the text before the error, its line and its own text.
+
+    Raises:
+        ConfigurationError, LoadError: as :func:`explained`.
+        PeerError: another error, with ERROR.
+    """
+    try:
+        with plugins.users_code(
+            problem, _advised, spare=lambda error: _is_settled(error) or not plugins.raised_by_user(error)
+        ):
+            yield
+    except OutputError as error:
+        raise ConfigurationError(f"{problem}: {error}") from error
+    except Exception as error:
+        if _is_settled(error) or isinstance(error, OSError):
             raise
-        advice = next((f"; {advice}" for text, advice in _ADVICE.items() if text in str(error)), "")
-        raise ConfigurationError(f"{problem}: {plugins.explain_error(error, place())}{advice}") from error
+        raise PeerError(f"{problem}: {plugins.explain_error(error)}{_advice(str(error))}") from error
 
 
 def model_title(experiment: Experiment, participant: Student | Teacher) -> str:
@@ -55,11 +83,19 @@ def users_place(reference: str) -> str:
     """Return FILE:LINE of a user's callable; an empty text for a built-in or a library's model."""
     if not plugins.is_reference(reference) or reference.partition(":")[0] in ("timm", "torchvision"):
         return ""
-    return code_place(plugins.load(reference, "model"))
+    return plugins.code_place(plugins.load(reference, "model"))
 
 
-def code_place(function: Callable[..., object]) -> str:
-    """Return FILE:LINE of a function or a class's constructor, or an empty text where it is not known."""
-    unwrapped = inspect.unwrap(function)
-    code = getattr(unwrapped, "__code__", None) or getattr(getattr(unwrapped, "__init__", None), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+def _advised(message: str) -> ConfigurationError:
+    return ConfigurationError(message + _advice(message))
+
+
+def _advice(message: str) -> str:
+    return next((f"; {advice}" for text, advice in _ADVICE.items() if text in message), "")
+
+
+def _is_settled(error: BaseException) -> bool:
+    """Return whether an error has an exit code, or gets one elsewhere."""
+    if isinstance(getattr(error, "code", None), ExitCode) or isinstance(error, OutputError) or is_devices_fault(error):
+        return True
+    return isinstance(error, OSError) and outlasts_restarts(error)
