@@ -26,7 +26,7 @@ def librarys(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("handler", "plain"),
     [(signal.default_int_handler, True), (librarys, True), (signal.SIG_IGN, False), (signal.SIG_DFL, False)],
-    ids=str,
+    ids=["Python's", "a library's", "ignored", "default"],
 )
 def test_a_plain_one_is_a_signals_where_the_handler_may_raise_it(handler: Any, plain: bool) -> None:
     signal.signal(signal.SIGINT, handler)
