@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from codistill.config.experiment import load
 from codistill.process.exit_codes import ExitCode
+from codistill_deploy.run_folder import RunFolder
 from system.support import EXPERIMENT, experiment_file, run, start, wait_for
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -238,7 +240,7 @@ def test_auxiliary_logits_end_the_run_before_it_begins(tmp_path: Path) -> None:
 def test_an_unreadable_checkpoint(tmp_path: Path) -> None:
     path = experiment_file(tmp_path)
     broken = tmp_path / "run" / "students" / "cnn" / "checkpoint.safetensors"
-    broken.parent.mkdir(parents=True)
+    RunFolder(tmp_path / "run").join(load(path), ["cnn"])
     broken.write_bytes(b"this is no checkpoint")
     work = ["work", path, "--student", "cnn", "--run-dir", tmp_path / "run", "--server", "127.0.0.1:1"]
     code, output = run(*work, cwd=tmp_path)
