@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
-from codistill.config.experiment import Experiment, parse
+from codistill.config.experiment import Experiment, ExperimentError, parse
 from codistill.config.methods import METHODS
 
 DATASET_NAMES = "digits, mnist, fashion_mnist, cifar10, cifar100, imagenet, image_folder"
@@ -41,3 +42,15 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
 
 def experiment(**changes: Any) -> Experiment:
     return parse(yaml.safe_dump(changed({key.replace("__", "."): value for key, value in changes.items()})))
+
+
+A_NAME = "input should be up to 64 letters, digits, `_`, `.` and `-`, the first a letter or a digit"
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        parse(text, "file.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines == [f"file.yaml: {problem}" for problem in caught.value.problems], "a line for each problem"
+    assert caught.value.source == "file.yaml"
+    return caught.value.problems
