@@ -233,7 +233,7 @@ def test_auxiliary_logits_end_the_run_before_it_begins(tmp_path: Path) -> None:
     path = experiment_file(tmp_path, students=[{"name": "bad", "model": "auxiliary:Auxiliary"}, STUDENTS[1]])
     code, output = run("run", path, "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert code == ExitCode.CONFIGURATION, output
-    refused(output, "student 'bad'", "a tuple", "while it trains", "auxiliary.py:6", "not started again")
+    refused(output, "student 'bad'", "cannot train a step", "a tuple", "auxiliary.py:6", "not started again")
     assert not (tmp_path / "run" / "students" / "bad" / "checkpoint.safetensors").exists()
 
 

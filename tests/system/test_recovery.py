@@ -241,14 +241,19 @@ def own_model(folder: Path, body: str) -> list[object]:
     return [{"name": "own", "model": "own:Model"}, EXPERIMENT["students"][1]]
 
 
-def test_an_error_of_a_students_own_that_comes_back_ends_the_run(tmp_path: Path, folder: Path) -> None:
+def test_an_error_of_a_students_own_code_ends_the_run_at_once(tmp_path: Path, folder: Path) -> None:
+    """A restarted worker would repeat the step, and the error with it."""
     run = Disturbed(folder, students=own_model(tmp_path, 'raise ValueError(f"no such thing in {object()}")'))
     output = run.end()
-    assert run.process.returncode == ExitCode.WORKER_FAILED, output
-    assert run.restarted() == ["own"], "once"
+    assert run.process.returncode == ExitCode.CONFIGURATION, output
+    assert run.restarted() == []
     error = next(line for line in output.splitlines() if line.startswith("error: "))
-    assert "student 'own' ended with exit code 1: ValueError: no such thing in <object object at 0x" in error
-    assert "not started again: the same error came twice in a row" in error
+    assert (
+        "student 'own' ended with exit code 3: students.0.model: 'own:Model' of student 'own' failed in the forward"
+        in error
+    )
+    assert ": no such thing in <object object at 0x" in error
+    assert "not started again" in error
     assert processes_of(folder) == {}
 
 
