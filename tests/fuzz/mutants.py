@@ -45,7 +45,7 @@ class _Keeps(_Base):
 
 
 class _Finishes(_Base):
-    """Whoever says that it has finished is believed."""
+    """A participant that says it has finished is believed."""
 
     def _check_finished(self, participant: str) -> None:
         pass

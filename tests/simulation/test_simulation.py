@@ -155,7 +155,7 @@ class LeavesSomebodyOut(Coordinator):
 
 
 class TakesEveryEndForTheLast(Coordinator):
-    """Whoever stops has finished, wherever it was."""
+    """A participant that stops has finished, wherever it was."""
 
     def leave(self, request: pb.LeaveRequest) -> None:
         if request.reason == pb.LEAVE_REASON_STOPPED:

@@ -1,4 +1,4 @@
-"""What workers log of the run's data and of the user's code: every worker logs the same, and each line is shown once."""
+"""Lines of the workers' logs on the run's data and the user's code: every worker logs the same, and each is shown once."""
 
 from __future__ import annotations
 

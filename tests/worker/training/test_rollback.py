@@ -1,4 +1,4 @@
-"""What a forward pass changes is put back, without new copies at each step."""
+"""The changes of a forward pass are put back, without new copies at each step."""
 
 from __future__ import annotations
 

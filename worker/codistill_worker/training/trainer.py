@@ -92,7 +92,7 @@ class _Begun:
 
 @dataclass(frozen=True)
 class _Unpublished:
-    """What a step that was launched has yet to publish; the outputs of the held-out samples are on the device."""
+    """The part of a launched step that is not published yet; the outputs of the held-out samples are on the device."""
 
     ids: torch.Tensor
     labels: torch.Tensor

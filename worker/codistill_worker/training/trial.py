@@ -51,7 +51,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Tried:
-    """What a student left that trained two steps: its state as built, after each step, and the first one's checkpoint."""
+    """The traces of a student that trained two steps: its state as built, after each step, and the first one's checkpoint."""
 
     built: Mapping[str, str]
     checkpoint: Checkpoint
