@@ -22,7 +22,7 @@ _ADVICE = {
     "modified by an inplace operation": "let the forward pass make a new tensor where it changes one in place",
     "backward through the graph a second time": "detach what is kept from one step to the next",
 }
-"""What to do, by a part of torch's own text."""
+"""Advice by a part of torch's own text."""
 
 
 @contextmanager
