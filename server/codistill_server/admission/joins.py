@@ -31,7 +31,7 @@ _WHICH_DATA = (
 class JoinAdmission:
     """Admits workers that compute the same run, and settles facts that the experiment leaves open.
 
-    Such facts are the data set's size and digest, the run's length, output shapes and teachers' weights.
+    Such facts are the data set's size and digest, output shapes and teachers' weights. The run's length follows from the size.
 
     Args:
         experiment: the run's experiment.
@@ -59,12 +59,12 @@ class JoinAdmission:
     @property
     def total_rounds(self) -> int:
         """The number of rounds of the run; 0 until the first worker has joined, and where nothing is exchanged."""
-        return int(self._settled.get("total_rounds", 0))
+        return self._rounds_of(self.train_samples)
 
     @property
     def total_steps(self) -> int:
         """The number of steps of each student; 0 until the first worker has joined."""
-        return int(self._settled.get("total_steps", 0))
+        return self._steps_of(self.train_samples)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,7 +74,7 @@ class JoinAdmission:
     @property
     def schedule(self) -> ExchangeSchedule:
         """Which steps exchange; it holds once the first worker has joined."""
-        return self._experiment.distillation.exchange_schedule(self.steps_per_epoch)
+        return self._schedule_of(self.train_samples)
 
     def shapes_of(self, participant: str) -> Mapping[str, list[int]]:
         """Return the shapes of a participant's outputs by name, without the samples; empty before it has joined."""
@@ -140,12 +140,10 @@ class JoinAdmission:
                 f"data.train_samples: {samples} is not allowed; allowed: {training.batch_size}, one batch, to "
                 f"{largest}",
             )
-        steps_per_epoch = samples // training.batch_size
-        steps = training.epochs * steps_per_epoch
-        schedule = self._experiment.distillation.exchange_schedule(steps_per_epoch)
-        rounds = 0 if self._aggregator is None else schedule.rounds_before(steps)
+        steps, rounds = self._steps_of(samples), self._rounds_of(samples)
+        epoch = samples // training.batch_size
         for field, value, expected, why in (
-            ("total_steps", request.total_steps, steps, f"{training.epochs} epochs of {steps_per_epoch} steps"),
+            ("total_steps", request.total_steps, steps, f"{training.epochs} epochs of {epoch} steps"),
             ("total_rounds", request.total_rounds, rounds, f"as many of the {steps} steps exchange"),
         ):
             if value != expected:
@@ -160,6 +158,22 @@ class JoinAdmission:
                 raise RequestRejected(
                     Status.INVALID_ARGUMENT, f"{field}: {value} is not allowed; allowed: 0 to {largest}"
                 )
+
+    def _steps_of(self, train_samples: int) -> int:
+        """Return the number of steps of a run with so many samples to train on."""
+        training = self._experiment.training
+        return training.epochs * (train_samples // training.batch_size)
+
+    def _rounds_of(self, train_samples: int) -> int:
+        """Return the number of its rounds."""
+        if self._aggregator is None:
+            return 0
+        return self._schedule_of(train_samples).rounds_before(self._steps_of(train_samples))
+
+    def _schedule_of(self, train_samples: int) -> ExchangeSchedule:
+        """Return which of its steps exchange."""
+        steps_per_epoch = train_samples // self._experiment.training.batch_size
+        return self._experiment.distillation.exchange_schedule(steps_per_epoch)
 
     def _check_outputs(self, request: pb.JoinRequest) -> None:
         """Reject a worker whose outputs are not those that the method takes, or not in the settled shapes."""
@@ -241,10 +255,8 @@ def _shapes(request: pb.JoinRequest) -> dict[str, list[int]]:
 
 
 def _facts(request: pb.JoinRequest) -> dict[str, int | str]:
-    """Return the facts on data and length that every worker must agree on, by the fields' names."""
+    """Return the facts on the data that every worker must agree on, by the fields' names."""
     return {
         "data.train_samples": request.data.train_samples,
         "data.data_sha256": request.data.data_sha256[:_DIGEST_BYTES].hex() or "none",
-        "total_rounds": request.total_rounds,
-        "total_steps": request.total_steps,
     }
